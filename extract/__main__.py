@@ -1,0 +1,143 @@
+"""Stage one's commands: `python -m extract run | verify | info`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from extract.errors import CommandGroup, RetortError
+
+
+@click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
+def main() -> None:
+    pass
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None or text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RetortError(
+            f"--layers {text!r}: expected `all` or numbers with commas between them, such as 4,8,12"
+        ) from None
+
+
+@main.command()
+@click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id.")
+@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="corpora/NAME.json or NAME.h5.")
+@click.option("--manifest", type=click.Path(path_type=Path), required=True, help="The manifest to write, a JSON file.")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default=Path("stores"),
+    show_default=True,
+    help="ROOT of all stores.",
+)
+@click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
+@click.option("--revision", help="Revision of a hub id.")
+@click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all].")
+@click.option("--codec", default="int8", show_default=True, help="float16 or int8.")
+@click.option("--keep", default="frames,pooled", show_default=True, help="What to store: frames,pooled or pooled.")
+@click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch).")
+@click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work).")
+@click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them.")
+@click.option(
+    "--normalise/--no-normalise",
+    default=None,
+    help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
+)
+@click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option(
+    "--seed-blocks",
+    default=0,
+    show_default=True,
+    help="Also write the stem and this many first blocks for students.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings.")
+def run(layers: str | None, keep: str, **options: Any) -> None:
+    """Run an upstream over a corpus; leave a store and its manifest."""
+    from extract.run import Settings, extract
+
+    kept = frozenset(part for part in keep.split(",") if part)
+    manifest, worked = extract(Settings(layers=_layers(layers), keep=kept, **options))
+    plan = manifest.plan
+    click.echo(
+        f"{options['manifest']}: {manifest.upstream['name']} on {manifest.corpus['name']}, "
+        f"{manifest.corpus['num_utterances']} utterances, {plan['num_frames']} frames, {len(manifest.layers)} layers "
+        f"x {manifest.dim}, {_megabytes(manifest.objects):.1f} MB "
+        + ("written" if worked else "were there already: nothing to do")
+    )
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+def verify(manifest: Path) -> None:
+    """Read every byte of a store and compare it with its manifest."""
+    from extract.store import StoreReader
+
+    reader = StoreReader.open(manifest)
+    if damaged := reader.damaged():
+        raise RetortError(
+            f"{manifest}: {len(damaged)} of {len(reader.manifest.objects)} objects are damaged: {', '.join(damaged)}; "
+            "delete them and run `python -m extract run` again, it repairs only them"
+        )
+    click.echo(
+        f"{manifest}: all {len(reader.manifest.objects)} objects are as they were written "
+        f"({_megabytes(reader.manifest.objects):.1f} MB)"
+    )
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+def info(manifest: Path) -> None:
+    """Print what a manifest says: upstream, layers, codec and its error by layer, sizes, digests."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from extract.store import Manifest
+
+    it = Manifest.read(manifest)
+    frames = it.plan["num_frames"]
+    seconds = frames * it.hop_samples / 16_000
+    table = Table(title=str(manifest), show_header=False, title_justify="left")
+    rows = {
+        "upstream": f"{it.upstream['name']} ({it.upstream['id']}), {it.upstream['num_parameters'] / 1e6:.2f} M parameters",
+        "note": it.upstream["note"] or "",
+        "weights": it.upstream["weights_sha256"][:12],
+        "corpus": f"{it.corpus['name']}, {it.corpus['num_utterances']} utterances, {seconds / 3600:.2f} h",
+        "frames": f"{frames} of {it.dim} features every {it.hop_samples} samples, {len(it.layers)} layers",
+        "convention": it.convention,
+        "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
+        "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
+        f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
+        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
+        "fingerprint": it.fingerprint[:12],
+        "digest": it.digest[:12],
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    if it.codec_error:
+        errors = Table(
+            "layer",
+            "signal to noise (dB)",
+            "max abs error",
+            title=f"what {it.codec} lost",
+            title_justify="left",
+        )
+        for layer, lost in it.codec_error.items():
+            errors.add_row(layer, str(lost["snr_db"]), str(lost["max_abs_error"]))
+        console.print(errors)
+
+
+def _megabytes(objects: dict[str, list[Any]]) -> float:
+    return float(sum(size for size, _ in objects.values())) / 1e6
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m extract")

@@ -1,0 +1,259 @@
+"""corpus.h5: one corpus, one HDF5 file, read by every stage.
+
+    /samples            int16 (samples,)    16 kHz mono, all utterances end to end
+    /utterances/id, split, speaker          UTF-8 strings (utterances,)
+    /utterances/start, num_samples          int64 (utterances,)
+    /utterances/labels/NAME                 UTF-8 strings (utterances,): text, phones, keyword, …
+
+Beside it a small NAME.json with the digests and counts, which is what DVC tracks: the audio may be 110 GB.
+`python -m pipelines corpus READER ROOT --out corpora/NAME.h5` makes both.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.errors import RetortError
+from extract.files import in_main_tree, read_json, sha256_json, write_json, written_aside
+
+FORMAT_VERSION = 1
+SAMPLE_RATE_HZ = 16_000
+_COPY_SAMPLES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance on its way into a corpus: `samples` int16 (num_samples,), 16 kHz mono."""
+
+    id: str
+    samples: NDArray[np.int16]
+    split: str
+    speaker: str
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened corpus. Arrays are in file order; the audio is read on demand.
+
+    `digest` covers ids, lengths and samples: features are valid as long as it holds. `labels_digest` covers splits,
+    speakers, labels and metadata. `metadata` holds what belongs to the corpus as a whole, such as a lexicon.
+    """
+
+    path: Path
+    name: str
+    reader: str
+    digest: str
+    labels_digest: str
+    ids: list[str]
+    start: NDArray[np.int64]
+    num_samples: NDArray[np.int64]
+    splits: list[str]
+    speakers: list[str]
+    labels: dict[str, list[str]]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Corpus":
+        """Open NAME.h5, or NAME.json, whose `file` says where the audio lies.
+
+        Raises RetortError when the file is missing, is no corpus, or is not the one that NAME.json describes.
+        """
+        path = Path(path)
+        expected = None
+        if path.suffix == ".json":
+            card = read_json(path)
+            if "file" not in card:
+                raise RetortError(
+                    f"{path} is no corpus card: it has no `file`; make one with `python -m pipelines corpus`"
+                )
+            path, expected = in_main_tree(card["file"]), card["digest"]
+        if not path.is_file():
+            raise RetortError(
+                f"corpus {path} does not exist; make it with `python -m pipelines corpus` (or `dvc repro -f`)"
+            )
+        try:
+            corpus = cls._read(path)
+        except (OSError, KeyError) as error:
+            raise RetortError(
+                f"{path} is no readable corpus ({error}); make it again with `python -m pipelines corpus`"
+            ) from None
+        if expected is not None and corpus.digest != expected:
+            raise RetortError(
+                f"corpus {path} has digest {corpus.digest[:12]}, its card says {expected[:12]}: "
+                "the file changed after the card was made; run `python -m pipelines corpus` again"
+            )
+        return corpus
+
+    @classmethod
+    def _read(cls, path: Path) -> "Corpus":
+        with h5py.File(path, "r") as file:
+            if file.attrs["format_version"] != FORMAT_VERSION:
+                raise RetortError(
+                    f"{path} has corpus format {file.attrs['format_version']}, expected {FORMAT_VERSION}; make it again"
+                )
+            table = file["utterances"]
+
+            def strings(column: h5py.Dataset) -> list[str]:
+                return [value.decode() for value in column[:]]
+
+            return cls(
+                path=path,
+                name=file.attrs["name"],
+                reader=file.attrs["reader"],
+                digest=file.attrs["digest"],
+                labels_digest=file.attrs["labels_digest"],
+                ids=strings(table["id"]),
+                start=table["start"][:],
+                num_samples=table["num_samples"][:],
+                splits=strings(table["split"]),
+                speakers=strings(table["speaker"]),
+                labels={name: strings(column) for name, column in table["labels"].items()},
+                metadata=json.loads(file.attrs["metadata"]),
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # h5py handles survive neither fork nor pickling: every process opens its own.
+        return {key: value for key, value in self.__dict__.items() if key != "_samples"}
+
+    @cached_property
+    def _samples(self) -> h5py.Dataset:
+        return h5py.File(self.path, "r")["samples"]
+
+    def samples(self, index: int) -> NDArray[np.int16]:
+        """The samples of one utterance, int16 (num_samples,)."""
+        start = int(self.start[index])
+        values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
+        return values
+
+    def waveform(self, index: int) -> NDArray[np.float32]:
+        """The waveform of one utterance, float32 (num_samples,) in [-1, 1)."""
+        return self.samples(index).astype(np.float32) / np.float32(32_768)
+
+    def label(self, name: str) -> list[str]:
+        """One label column, in file order. Raises RetortError with the columns there are."""
+        if name not in self.labels:
+            raise RetortError(
+                f"corpus {self.name} ({self.path}) has no label {name!r}; it has {', '.join(sorted(self.labels)) or 'none'}"
+            )
+        return self.labels[name]
+
+    def select(self, split: str) -> NDArray[np.int64]:
+        """The indices of a split's utterances, in file order. Raises RetortError with the splits there are."""
+        chosen = np.flatnonzero(np.array(self.splits) == split)
+        if not len(chosen):
+            raise RetortError(
+                f"corpus {self.name} ({self.path}) has no split {split!r}; it has {', '.join(sorted(set(self.splits)))}"
+            )
+        return chosen
+
+
+def write_corpus(
+    path: Path,
+    *,
+    name: str,
+    reader: str,
+    utterances: Iterable[Utterance],
+    metadata: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write NAME.h5 and then its card NAME.json, both atomically; return the card.
+
+    Audio is streamed: memory holds one utterance at a time. `record` (what the reader resampled or dropped) goes into
+    the card. Every utterance must carry the same label names.
+    Raises RetortError on an empty corpus, a repeated id or differing labels.
+    """
+    path = Path(path)
+    place = in_main_tree(path)
+    with written_aside(place) as aside:
+        card = _write(aside, name=name, reader=reader, utterances=utterances, metadata=metadata or {})
+    card |= {"file": path.as_posix(), "record": record or {}}
+    write_json(path.with_suffix(".json"), card)
+    return card
+
+
+def _write(
+    path: Path, *, name: str, reader: str, utterances: Iterable[Utterance], metadata: dict[str, Any]
+) -> dict[str, Any]:
+    rows: list[Utterance] = []
+    lengths: list[int] = []
+    digest = hashlib.sha256()
+    # A contiguous data set needs its length first, and decoding tells it last: the samples pass through a spool.
+    with tempfile.TemporaryFile(dir=path.parent) as spool, h5py.File(path, "w") as file:
+        for utterance in utterances:
+            block = np.ascontiguousarray(utterance.samples, dtype="<i2")
+            digest.update(f"{utterance.id}\0{len(block)}\0".encode())
+            digest.update(block.tobytes())
+            spool.write(block.tobytes())
+            lengths.append(len(block))
+            rows.append(replace(utterance, samples=block[:0]))
+        _check(rows)
+        num_samples = sum(lengths)
+        samples = file.create_dataset("samples", (num_samples,), dtype="<i2")
+        spool.seek(0)
+        for start in range(0, num_samples, _COPY_SAMPLES):
+            block = np.frombuffer(spool.read(2 * _COPY_SAMPLES), dtype="<i2")
+            samples[start : start + len(block)] = block
+        columns = {label: [row.labels[label] for row in rows] for label in rows[0].labels}
+        card = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "reader": reader,
+            "digest": digest.hexdigest(),
+            "labels_digest": sha256_json(
+                [[row.split for row in rows], [row.speaker for row in rows], columns, metadata]
+            ),
+            "num_utterances": len(rows),
+            "num_samples": num_samples,
+            "hours": round(num_samples / SAMPLE_RATE_HZ / 3600, 4),
+            "splits": dict(sorted(Counter(row.split for row in rows).items())),
+            "num_speakers": len({row.speaker for row in rows}),
+            "labels": sorted(columns),
+        }
+        _write_table(file, rows, np.array(lengths, dtype=np.int64), columns)
+        file.attrs.update({key: card[key] for key in ("format_version", "name", "reader", "digest", "labels_digest")})
+        file.attrs["sample_rate_hz"] = SAMPLE_RATE_HZ
+        file.attrs["metadata"] = json.dumps(metadata, sort_keys=True)
+    return card
+
+
+def _check(rows: list[Utterance]) -> None:
+    if not rows:
+        raise RetortError("the corpus would be empty: the reader found no utterance")
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise RetortError(f"utterance id {row.id!r} occurs twice; ids must be unique in a corpus")
+        seen.add(row.id)
+        if row.labels.keys() != rows[0].labels.keys():
+            raise RetortError(
+                f"utterance {row.id!r} has labels {sorted(row.labels)}, the first has {sorted(rows[0].labels)}"
+            )
+
+
+def _write_table(
+    file: h5py.File, rows: list[Utterance], lengths: NDArray[np.int64], columns: dict[str, list[str]]
+) -> None:
+    text = h5py.string_dtype("utf-8")
+    table = file.create_group("utterances")
+    table.create_dataset("id", data=[row.id for row in rows], dtype=text)
+    table.create_dataset("split", data=[row.split for row in rows], dtype=text)
+    table.create_dataset("speaker", data=[row.speaker for row in rows], dtype=text)
+    table.create_dataset("start", data=np.cumsum(lengths) - lengths)
+    table.create_dataset("num_samples", data=lengths)
+    labels = table.create_group("labels")
+    for label, values in columns.items():
+        labels.create_dataset(label, data=values, dtype=text)

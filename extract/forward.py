@@ -1,0 +1,219 @@
+"""Running an upstream, exact under batching: a padded batch gives every utterance what it would get alone.
+
+Two things leak padding in the wav2vec 2.0 family: the group norm of a Base model's first convolution, whose statistics
+run over time, and data2vec-audio's stack of positional convolutions. Both are mended here; everything else is the
+model's own code under its attention mask. Shapes: B batch, C channels, T frames, D features.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torchaudio
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from extract.corpus import SAMPLE_RATE_HZ
+from extract.errors import RetortError
+from extract.plan import count_frames
+from extract.upstream import FBANK, UpstreamCard
+
+CONVENTION = (
+    "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
+)
+FBANK_CONVENTION = (
+    "layer 0 is log Mel with two deltas, layer 1 the same with mean and variance normalised per utterance"
+)
+
+
+class Upstream(Protocol):
+    """What stage one needs of an upstream."""
+
+    num_layers: int  # how many hidden states it has, layer 0 included
+    dim: int
+    hop_samples: int
+    receptive_samples: int
+    convention: str
+    attention: str
+    num_parameters: int
+
+    def hidden_states(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        """Waveforms float32 (samples,) -> for each float32 (layers, frames, dim), as if it were alone."""
+        ...
+
+
+def load_upstream(
+    card: UpstreamCard, *, device: str = "cpu", dtype: str = "fp32", trust_remote_code: bool = False
+) -> Upstream:
+    """Load the upstream of a card. Raises RetortError where its code would have to be trusted and is not."""
+    if card.family == FBANK:
+        return Fbank()
+    return Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+class Fbank:
+    """SUPERB's filter-bank baseline: 80 log Mel energies, 25 ms every 10 ms, with deltas of first and second order.
+
+    The reference normalises mean and variance per utterance, which leaves nothing of the time mean that KS and SID
+    read. Both forms are therefore given as two layers, and the head's layer weights choose.
+    """
+
+    num_layers = 2
+    dim = 240
+    hop_samples = 160
+    receptive_samples = 400
+    convention = FBANK_CONVENTION
+    attention = "none"
+    num_parameters = 0
+
+    def hidden_states(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        return [np.stack([self._both(waveform)[layer] for layer in layers]) for waveform in waveforms]
+
+    def _both(self, waveform: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        log_mel_TD = torchaudio.compliance.kaldi.fbank(
+            torch.from_numpy(waveform)[None], num_mel_bins=80, sample_frequency=SAMPLE_RATE_HZ
+        )
+        delta_TD = torchaudio.functional.compute_deltas(log_mel_TD.T, win_length=5).T
+        acceleration_TD = torchaudio.functional.compute_deltas(delta_TD.T, win_length=5).T
+        raw_TD = torch.cat([log_mel_TD, delta_TD, acceleration_TD], dim=1)
+        spread_D = raw_TD.std(dim=0, unbiased=False)
+        normalised_TD = (raw_TD - raw_TD.mean(dim=0)) / (spread_D + 1e-10)
+        return [raw_TD.numpy(), normalised_TD.numpy()]
+
+
+class Transformer:
+    """A wav2vec2-family model, or a Retort student, in eval mode."""
+
+    def __init__(self, card: UpstreamCard, *, device: str, dtype: str, trust_remote_code: bool) -> None:
+        assert card.folder is not None
+        config = json.loads((card.folder / "config.json").read_text())
+        remote = "auto_map" in config
+        if remote and not trust_remote_code:
+            raise RetortError(
+                f"upstream {card.id} brings its own code (config.json's auto_map); read it, then give --trust-remote-code"
+            )
+        # Late: transformers takes seconds to import, and fbank does without.
+        from transformers import AutoModel, logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
+        model = AutoModel.from_pretrained(card.folder, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        self.model: Any = model.eval().requires_grad_(False).to(device)
+        self.normalise = card.normalise
+        self.device = device
+        self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self.hop_samples = int(np.prod(self.model.config.conv_stride))
+        self.receptive_samples = _receptive_field(self.model.config.conv_kernel, self.model.config.conv_stride)
+        self.convention = CONVENTION
+        self.attention = str(getattr(self.model.config, "_attn_implementation", None))
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if not remote:
+            _mend_stem(self.model)
+            _mend_positional_stack(self.model)
+        # A student's config need not say how many states it gives: a generator gives more than it has blocks.
+        probe = self._forward([np.zeros(self.receptive_samples + self.hop_samples, dtype=np.float32)])
+        self.num_layers, self.dim = len(probe), probe[0].shape[-1]
+
+    def hidden_states(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        states_BTD = self._forward(waveforms)
+        kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
+        num_frames = self._num_frames(waveforms)
+        return [np.stack([state_BTD[row, :count] for state_BTD in kept_LBTD]) for row, count in enumerate(num_frames)]
+
+    def _num_frames(self, waveforms: Sequence[NDArray[np.float32]]) -> list[int]:
+        num_samples = np.array([len(waveform) for waveform in waveforms])
+        frames = count_frames(num_samples, hop_samples=self.hop_samples, receptive_samples=self.receptive_samples)
+        return [int(count) for count in frames]
+
+    @torch.inference_mode()
+    def _forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
+        """All hidden states of a padded batch, each (B, T, D)."""
+        num_samples = [len(waveform) for waveform in waveforms]
+        batch = np.zeros((len(waveforms), max(num_samples)), dtype=np.float32)
+        mask = np.zeros(batch.shape, dtype=np.int64)
+        for row, waveform in enumerate(waveforms):
+            batch[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
+            mask[row, : len(waveform)] = 1
+        for module in self.model.modules():
+            if isinstance(module, OwnFramesGroupNorm | _OwnFrames):
+                module.num_samples, module.num_frames = num_samples, self._num_frames(waveforms)
+        with torch.autocast(torch.device(self.device).type, dtype=self.autocast, enabled=self.autocast is not None):
+            output = self.model(
+                torch.from_numpy(batch).to(self.device),
+                attention_mask=torch.from_numpy(mask).to(self.device),
+                output_hidden_states=True,
+            )
+        # transformers 5 gives Large models' last hidden state before the final LayerNorm: take the model's own output.
+        return [*output.hidden_states[:-1], output.last_hidden_state]
+
+
+class OwnFramesGroupNorm(nn.Module):
+    """The first convolution's group norm, with statistics over each utterance's own frames."""
+
+    def __init__(self, norm: nn.GroupNorm, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.norm, self.kernel, self.stride = norm, kernel, stride
+        self.num_samples: list[int] = []
+        self.num_frames: list[int] = []
+
+    def forward(self, hidden_BCT: Tensor) -> Tensor:
+        hidden_BCT = hidden_BCT.clone()
+        for row, num_samples in enumerate(self.num_samples):
+            own = (num_samples - self.kernel) // self.stride + 1
+            # Frames past its own stay as they are: finite, and masked before anything reads them.
+            hidden_BCT[row, :, :own] = self.norm(hidden_BCT[row : row + 1, :, :own])[0]
+        return hidden_BCT
+
+
+class _OwnFrames(nn.Module):
+    """A positional convolution whose input is zero past each utterance's own frames, as its own padding would be."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_samples: list[int] = []
+        self.num_frames: list[int] = []
+
+    def forward(self, hidden_BCT: Tensor) -> Tensor:
+        hidden_BCT = hidden_BCT.clone()
+        for row, own in enumerate(self.num_frames):
+            hidden_BCT[row, :, own:] = 0
+        result: Tensor = self.layer(hidden_BCT)
+        return result
+
+
+def _mend_stem(model: Any) -> None:
+    first = model.feature_extractor.conv_layers[0]
+    if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
+        first.layer_norm = OwnFramesGroupNorm(
+            first.layer_norm, model.config.conv_kernel[0], model.config.conv_stride[0]
+        )
+
+
+def _mend_positional_stack(model: Any) -> None:
+    stack = model.encoder.pos_conv_embed
+    if isinstance(getattr(stack, "layers", None), nn.ModuleList):
+        stack.layers = nn.ModuleList(_OwnFrames(layer) for layer in stack.layers)
+
+
+def _receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    field, hop = 1, 1
+    for kernel, stride in zip(kernels, strides, strict=True):
+        field += (kernel - 1) * hop
+        hop *= stride
+    return field
+
+
+def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Zero mean, unit variance, as transformers' Wav2Vec2FeatureExtractor does it."""
+    centred: NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
+    return centred

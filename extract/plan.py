@@ -1,0 +1,106 @@
+"""Utterances -> packs -> shards, from lengths alone.
+
+A pack is a fixed number of frames that holds whole utterances of similar length: one nearly padding-free micro-batch
+and one contiguous read per layer. A shard is a whole number of packs: the unit of work, resumption and verification.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.errors import RetortError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every utterance lies. Arrays are int64 (utterances,), in corpus order; `pack` is -1 for a dropped one."""
+
+    pack_frames: int
+    shard_packs: int
+    pack: NDArray[np.int64]
+    first_frame: NDArray[np.int64]
+    num_frames: NDArray[np.int64]
+
+    @property
+    def num_packs(self) -> int:
+        return int(self.pack.max(initial=-1)) + 1
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_packs // self.shard_packs)
+
+    def packs_of(self, shard: int) -> range:
+        """The packs of a shard; the last shard may be short."""
+        first = shard * self.shard_packs
+        return range(first, min(first + self.shard_packs, self.num_packs))
+
+    @cached_property
+    def by_pack(self) -> list[NDArray[np.int64]]:
+        """For every pack its utterances' corpus indices, in order of first frame."""
+        return group_by_pack(self.pack, self.first_frame, self.num_packs)
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest records of the plan."""
+        return {
+            "pack_frames": self.pack_frames,
+            "shard_packs": self.shard_packs,
+            "num_packs": self.num_packs,
+            "num_shards": self.num_shards,
+            "num_frames": int(self.num_frames[self.pack >= 0].sum()),
+        }
+
+
+def group_by_pack(pack: NDArray[np.int64], first_frame: NDArray[np.int64], num_packs: int) -> list[NDArray[np.int64]]:
+    """For every pack the indices of its utterances, in order of first frame."""
+    order = np.lexsort((first_frame, pack))
+    order = order[pack[order] >= 0]
+    return np.split(order, np.searchsorted(pack[order], np.arange(1, num_packs)))
+
+
+def count_frames(num_samples: NDArray[np.int64], *, hop_samples: int, receptive_samples: int) -> NDArray[np.int64]:
+    """Frames of utterances, int64: frame t covers samples [hop t, hop t + receptive)."""
+    return np.maximum((num_samples - receptive_samples) // hop_samples + 1, 0)
+
+
+def plan_packs(
+    num_frames: NDArray[np.int64],
+    *,
+    ids: Sequence[str],
+    pack_frames: int,
+    shard_packs: int,
+    drop_long: bool = False,
+) -> Plan:
+    """Sort utterances by length, longest first, and fill pack after pack: deterministic.
+
+    num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame, and for one longer than a
+    pack unless `drop_long`.
+    """
+    if pack_frames < 1 or shard_packs < 1:
+        raise RetortError(f"--pack-frames {pack_frames} and --shard-packs {shard_packs} must both be at least 1")
+    if len(empty := np.flatnonzero(num_frames < 1)):
+        raise RetortError(
+            f"utterance {ids[empty[0]]!r} is too short for one frame ({len(empty)} such); "
+            "make the corpus again with --skip-bad"
+        )
+    if len(long := np.flatnonzero(num_frames > pack_frames)) and not drop_long:
+        worst = long[np.argmax(num_frames[long])]
+        raise RetortError(
+            f"utterance {ids[worst]!r} has {num_frames[worst]} frames, a pack holds {pack_frames} ({len(long)} such); "
+            f"use --pack-frames {num_frames[worst]} or drop them with --drop-long"
+        )
+    pack = np.full(len(num_frames), -1, dtype=np.int64)
+    first_frame = np.zeros(len(num_frames), dtype=np.int64)
+    current, filled = 0, 0
+    for index in np.argsort(-num_frames, kind="stable"):
+        length = int(num_frames[index])
+        if length > pack_frames:
+            continue
+        if filled + length > pack_frames:
+            current, filled = current + 1, 0
+        pack[index], first_frame[index] = current, filled
+        filled += length
+    return Plan(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))

@@ -1,0 +1,274 @@
+"""The feature store, read: numpy and zarr alone, no torch.
+
+    ROOT/<upstream>-<fingerprint>/<corpus>-<digest>/        a Zarr v3 group
+        hidden   (packs, layers, frames, dim)   float16 | int8, chunk (1, 1, frames, dim)
+        scale    (packs, layers, dim)           float32, only for int8
+        pooled   (utterances, layers, dim)      float32, mean over the utterance's own frames
+        index/pack, first_frame, num_frames     int32 (utterances,), corpus order; pack -1 = dropped
+        index/ids                               uint8, the ids in UTF-8 joined by newlines
+        shards/NNNNN.json                       one finished shard: its objects' sizes and digests
+        manifest.json                           written last
+
+`python -m extract info M.json` prints what a manifest says; `python -m extract verify M.json` checks every byte.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from extract.codec import Codes, decode
+from extract.corpus import Corpus
+from extract.errors import RetortError
+from extract.files import in_main_tree, read_json, sha256_file
+from extract.plan import group_by_pack
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a finished store is made of. `objects` maps each file below the store to [bytes, sha256]."""
+
+    format_version: int
+    complete: bool
+    fingerprint: str  # upstream, layers, codec, precision and plan settings
+    digest: str  # of everything in the store
+    upstream: dict[str, Any]
+    layers: tuple[int, ...]
+    dim: int
+    convention: str
+    hop_samples: int
+    receptive_samples: int
+    keep: tuple[str, ...]
+    codec: str
+    codec_error: dict[str, dict[str, Any]]
+    dtype: str
+    attention: str
+    plan: dict[str, Any]
+    corpus: dict[str, Any]
+    dropped: tuple[str, ...]
+    store: dict[str, str]  # root as given, path below it
+    objects: dict[str, list[Any]]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], *, path: Path) -> "Manifest":
+        """Strict: every field, no other. Raises RetortError that names what differs."""
+        if value.get("format_version") != FORMAT_VERSION or not value.get("complete"):
+            raise RetortError(
+                f"{path} is no complete manifest of format {FORMAT_VERSION} (format_version "
+                f"{value.get('format_version')!r}, complete {value.get('complete')!r}); run `python -m extract run` again"
+            )
+        names = {field.name for field in fields(cls)}
+        if odd := sorted(names ^ value.keys()):
+            raise RetortError(
+                f"{path} is no manifest: field {odd[0]!r} is {'missing' if odd[0] in names else 'unknown'}"
+            )
+        tuples = {key: tuple(value[key]) for key in ("layers", "keep", "dropped")}
+        return cls(**value | tuples)
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        return cls.from_dict(read_json(path), path=path)
+
+    @property
+    def location(self) -> Path:
+        """The store's folder."""
+        return in_main_tree(self.store["root"]) / self.store["path"]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One pack as stored. Rows [first_frame, first_frame + num_frames) of utterance j are its frames; others are 0."""
+
+    codes_LFD: Codes  # int8 or float16 (layers, pack_frames, dim)
+    scale_LD: NDArray[np.float32] | None  # (layers, dim) for int8: hidden = codes * scale
+    utterances: NDArray[np.int64]  # corpus indices, in order of first frame
+    first_frame: NDArray[np.int64]
+    num_frames: NDArray[np.int64]
+
+
+class StoreReader:
+    """Reads a finished store. Safe to open in every process; holds no file open."""
+
+    def __init__(self, manifest: Manifest, *, source: Path) -> None:
+        self.manifest = manifest
+        self.source = source
+        self.fingerprint = manifest.fingerprint
+        self.digest = manifest.digest
+        self.layers = manifest.layers
+        self.dim = manifest.dim
+        self.hop_samples = manifest.hop_samples
+        self.receptive_samples = manifest.receptive_samples
+        self.codec = manifest.codec
+        self.keep = frozenset(manifest.keep)
+        self.num_packs: int = manifest.plan["num_packs"]
+        self.pack_frames: int = manifest.plan["pack_frames"]
+
+    @classmethod
+    def open(cls, manifest: Path | str, corpus: Corpus | None = None) -> "StoreReader":
+        """Open the store of a manifest and check that it is there, whole in size, and of `corpus` if one is given.
+
+        Raises RetortError for a store that is gone, incomplete, damaged in size, or of another corpus.
+        """
+        path = Path(manifest)
+        reader = cls(Manifest.read(path), source=path)
+        reader._check_sizes()
+        if corpus is not None and corpus.digest != reader.manifest.corpus["digest"]:
+            raise RetortError(
+                f"{path} describes features of corpus {reader.manifest.corpus['name']} "
+                f"({reader.manifest.corpus['digest'][:12]}), not of {corpus.name} ({corpus.digest[:12]}); "
+                "give the corpus it was made from or run `python -m extract run` on this one"
+            )
+        return reader
+
+    def _check_sizes(self) -> None:
+        location = self.manifest.location
+        if not location.is_dir():
+            raise RetortError(
+                f"the store of {self.source} is gone: {location} does not exist; run `python -m extract run` again"
+            )
+        for name, (size, _) in self.manifest.objects.items():
+            file = location / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                raise RetortError(
+                    f"the store of {self.source} is damaged: {file} has {'no file' if found is None else f'{found} bytes'}, "
+                    f"expected {size} bytes; `python -m extract run` repairs it"
+                )
+
+    def damaged(self) -> list[str]:
+        """Names of the objects whose bytes do not match the manifest (reads every byte)."""
+        location = self.manifest.location
+        return [
+            name
+            for name, (size, digest) in self.manifest.objects.items()
+            if not (location / name).is_file()
+            or (location / name).stat().st_size != size
+            or sha256_file(location / name) != digest
+        ]
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        return zarr.open_group(self.manifest.location, mode="r")
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    @cached_property
+    def _hidden(self) -> zarr.Array[Any]:
+        if "frames" not in self.keep:
+            raise RetortError(
+                f"{self.source} keeps {', '.join(sorted(self.keep))} and no frames; extract with --keep frames,pooled"
+            )
+        return self._array("hidden")
+
+    @cached_property
+    def _scale(self) -> "zarr.Array[Any] | None":
+        return self._array("scale") if self.codec == "int8" else None
+
+    @cached_property
+    def _pooled(self) -> zarr.Array[Any]:
+        if "pooled" not in self.keep:
+            raise RetortError(
+                f"{self.source} keeps {', '.join(sorted(self.keep))} and no pooled; extract with --keep frames,pooled"
+            )
+        return self._array("pooled")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Utterance ids in corpus order."""
+        return bytes(np.asarray(self._array("index/ids")[:])).decode().split("\n")
+
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.ids)}
+
+    def _column(self, name: str) -> NDArray[np.int64]:
+        return np.asarray(self._array(f"index/{name}")[:]).astype(np.int64)
+
+    @cached_property
+    def pack_of(self) -> NDArray[np.int64]:
+        """The pack of every utterance, int64 (utterances,); -1 for a dropped one."""
+        return self._column("pack")
+
+    @cached_property
+    def first_frame(self) -> NDArray[np.int64]:
+        """The first row of every utterance in its pack, int64 (utterances,)."""
+        return self._column("first_frame")
+
+    @cached_property
+    def num_frames(self) -> NDArray[np.int64]:
+        """Frames of every utterance, int64 (utterances,)."""
+        return self._column("num_frames")
+
+    @cached_property
+    def _by_pack(self) -> list[NDArray[np.int64]]:
+        return group_by_pack(self.pack_of, self.first_frame, self.num_packs)
+
+    def utterances_of(self, pack: int) -> NDArray[np.int64]:
+        """Corpus indices of a pack's utterances, in order of first frame."""
+        return self._by_pack[pack]
+
+    def _rows(self, layers: Sequence[int] | None) -> "slice | list[int]":
+        if layers is None:
+            return slice(None)
+        if missing := [layer for layer in layers if layer not in self.layers]:
+            raise RetortError(f"{self.source} has no layer {missing[0]}; it keeps {', '.join(map(str, self.layers))}")
+        return [self.layers.index(layer) for layer in layers]
+
+    def pack(self, index: int, layers: Sequence[int] | None = None) -> Pack:
+        """One pack as stored (codes and scales), of all kept layers or of `layers` in that order."""
+        utterances = self.utterances_of(index)
+        return Pack(
+            self._layers_of(self._hidden, index, layers),
+            None if self._scale is None else self._layers_of(self._scale, index, layers),
+            utterances,
+            self.first_frame[utterances],
+            self.num_frames[utterances],
+        )
+
+    def _layers_of(
+        self, array: zarr.Array[Any], pack: int, layers: Sequence[int] | None, frames: slice = slice(None)
+    ) -> Any:
+        tail = (frames,) if array.ndim == 4 else ()
+        rows = self._rows(layers)
+        if isinstance(rows, slice):
+            return np.asarray(array[(pack, rows, *tail)])
+        return np.stack([np.asarray(array[(pack, row, *tail)]) for row in rows])
+
+    def hidden(self, utterance_id: str, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Hidden states of one utterance, float32 (layers, frames, dim). Raises RetortError for an unknown id."""
+        if utterance_id not in self._index_of:
+            raise RetortError(f"{self.source} has no utterance {utterance_id!r}")
+        return self.hidden_at(self._index_of[utterance_id], layers)
+
+    def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Hidden states of the utterance at a corpus index, float32 (layers, frames, dim)."""
+        pack = int(self.pack_of[index])
+        if pack < 0:
+            raise RetortError(f"utterance {self.ids[index]!r} was dropped from {self.source} (longer than a pack)")
+        first, count = int(self.first_frame[index]), int(self.num_frames[index])
+        codes = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
+        return decode(codes, None if self._scale is None else self._layers_of(self._scale, pack, layers))
+
+    def pooled(
+        self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Time means of utterances (all, or those at `indices`), float32 (utterances, layers, dim)."""
+        values: NDArray[np.float32] = np.asarray(self._pooled[:])
+        if indices is not None:
+            values = values[indices]
+        return values[:, self._rows(layers)]

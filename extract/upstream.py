@@ -1,0 +1,128 @@
+"""What an upstream is: found, named and fingerprinted, without loading it.
+
+An upstream is `fbank`, a local folder or a hub id of the wav2vec 2.0 family, or a Retort student's folder. Its card is
+what the manifest records; `extract.forward` runs it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.errors import RetortError
+from extract.files import read_json, sha256_file
+
+FBANK = "fbank"
+FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "retort-student")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class UpstreamCard:
+    """Who an upstream is. `folder` is where its files lie on this machine and is not part of its identity."""
+
+    name: str
+    id: str
+    revision: str | None
+    family: str
+    weights_sha256: str
+    config_sha256: str
+    normalise: bool
+    note: str | None  # what its maker wants to stand wherever its scores stand
+    folder: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its features: not the name, not the place."""
+        return {key: getattr(self, key) for key in ("family", "weights_sha256", "config_sha256", "normalise")}
+
+
+def find_upstream(
+    upstream: str, *, revision: str | None = None, normalise: bool | None = None, name: str | None = None
+) -> UpstreamCard:
+    """Find an upstream and fingerprint it.
+
+    `normalise` overrides the checkpoint's own setting of zero mean and unit variance a waveform.
+    Raises RetortError when it can't be found or is of no supported family.
+    """
+    if upstream == FBANK:
+        return UpstreamCard(name or FBANK, FBANK, None, FBANK, "", _sha256_text(_FBANK_RECIPE), False, None, None)
+    folder = Path(upstream) if Path(upstream).is_dir() else _from_hub(upstream, revision)
+    config = read_json(folder / "config.json")
+    family = config.get("model_type", "(none)")
+    if family not in FAMILIES:
+        raise RetortError(
+            f"upstream {upstream} has model_type {family!r}; expected one of {', '.join(FAMILIES)}, or `fbank`"
+        )
+    return UpstreamCard(
+        name=name or Path(upstream).name,
+        id=upstream,
+        revision=revision,
+        family=family,
+        weights_sha256=_weights_digest(folder),
+        config_sha256=_config_digest(folder, config),
+        normalise=_own_normalisation(folder) if normalise is None else normalise,
+        note=config.get("retort_note"),
+        folder=folder,
+    )
+
+
+_FBANK_RECIPE = "kaldi 80 mel 25/10 ms, deltas 2 x window 5; layer 0 raw, layer 1 CMVN per utterance"
+
+
+def _from_hub(upstream: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.py"]
+    try:
+        folder = Path(snapshot_download(upstream, revision=revision, allow_patterns=patterns))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(upstream, revision=revision, allow_patterns=[*patterns, "pytorch_model.bin"])
+            )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RetortError(
+            f"upstream {upstream!r} is no folder here and could not be had from the hub ({reason}); "
+            "place its config.json, model.safetensors and preprocessor_config.json in a folder and give that folder"
+        ) from None
+    return folder
+
+
+def _weights_digest(folder: Path) -> str:
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            files = [folder / name]
+            if name.endswith(".index.json"):
+                files += [folder / part for part in sorted(set(read_json(folder / name)["weight_map"].values()))]
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(sha256_file(file).encode())
+            return digest.hexdigest()
+    raise RetortError(f"upstream folder {folder} holds no weights; expected one of {', '.join(_WEIGHTS)}")
+
+
+def _config_digest(folder: Path, config: dict[str, Any]) -> str:
+    """Over the config and any modelling code that travels with it."""
+    text = json.dumps(config, sort_keys=True)
+    code = "".join(sha256_file(file) for file in sorted(folder.glob("*.py")))
+    return _sha256_text(text + code)
+
+
+def _own_normalisation(folder: Path) -> bool:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise RetortError(
+            f"upstream folder {folder} has no preprocessor_config.json, which says whether waveforms are normalised; "
+            "place it there or give --normalise or --no-normalise"
+        )
+    return bool(read_json(path).get("do_normalize", True))
+
+
+def _sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,212 @@
+"""The feature store, written: shard by shard, each by one worker, the manifest last.
+
+A shard's arrays are written first (zarr renames each object into place), then `shards/NNNNN.json`, which says that the
+shard is finished and holds the digests of its objects. Whoever comes again skips finished shards. `finish` gathers the
+pooled rows (kept in `rows/`, so that `pooled` can be made again), writes the index and then the manifest: a store
+without a manifest is never read.
+"""
+
+import fcntl
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.errors import ContainsArrayError, ContainsGroupError
+
+from extract.codec import CODECS, Codec, CodecError, Codes
+from extract.files import read_json, sha256_file, sha256_json, write_json, written_aside
+from extract.plan import Plan
+from extract.store import MANIFEST_NAME, Manifest
+
+_POOLED_ROWS = 4096  # utterances a chunk of `pooled`
+
+
+@dataclass(frozen=True)
+class EncodedPack:
+    """One pack as it will be stored, with the time means of its utterances in order of first frame."""
+
+    codes: Codes | None
+    scale: NDArray[np.float32] | None
+    means: NDArray[np.float32]  # (utterances of the pack, layers, dim)
+    error: CodecError
+
+
+@dataclass(frozen=True)
+class StoreWriter:
+    """Writes one store at `location`. Every method may run in any process; a shard belongs to one of them."""
+
+    location: Path
+    plan: Plan
+    layers: tuple[int, ...]
+    dim: int
+    codec_name: str
+    keep: frozenset[str]
+
+    @property
+    def codec(self) -> Codec:
+        return CODECS[self.codec_name]
+
+    def create(self) -> None:
+        """Make the empty arrays; a no-op where they are (their shapes follow from the fingerprint)."""
+        packs, layers = self.plan.num_packs, len(self.layers)
+        frames, dim, shard = self.plan.pack_frames, self.dim, self.plan.shard_packs
+        self.location.mkdir(parents=True, exist_ok=True)
+        try:
+            group = zarr.create_group(self.location, zarr_format=3)
+        except ContainsGroupError:
+            group = zarr.open_group(self.location, mode="r+")
+        if "frames" in self.keep:
+            self._array(
+                group,
+                "hidden",
+                shape=(packs, layers, frames, dim),
+                chunks=(1, 1, frames, dim),
+                shards=(shard, layers, frames, dim),
+                dtype=self.codec.dtype,
+            )
+            if self.codec.scaled:
+                shape = (packs, layers, dim)
+                self._array(group, "scale", shape=shape, chunks=(shard, layers, dim), dtype="float32")
+
+    @staticmethod
+    def _array(group: zarr.Group, name: str, **kwargs: Any) -> None:
+        with suppress(ContainsArrayError):  # made by an earlier run, or by another extractor at this moment
+            # No compressor: zstd saves 8% of float16 and 20% of int8 and costs two thirds of the read speed.
+            group.create_array(name, compressors=None, fill_value=0, **kwargs)
+
+    def finished(self, shard: int) -> bool:
+        """Whether the shard is written, its objects in place with the recorded sizes."""
+        card = self._card(shard)
+        if not card.is_file():
+            return False
+        objects = read_json(card)["objects"]
+        return all(
+            (file := self.location / name).is_file() and file.stat().st_size == size
+            for name, (size, _) in objects.items()
+        )
+
+    def encode_pack(self, pack: int, hidden_LFD: NDArray[np.float32]) -> EncodedPack:
+        """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0."""
+        means = []
+        for index in self.plan.by_pack[pack]:
+            first = self.plan.first_frame[index]
+            own_LTD = hidden_LFD[:, first : first + self.plan.num_frames[index]]
+            means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
+        if "frames" not in self.keep:
+            return EncodedPack(None, None, np.stack(means), CodecError.none(len(self.layers)))
+        codes, scale = self.codec.encode(hidden_LFD)
+        return EncodedPack(codes, scale, np.stack(means), CodecError.of(hidden_LFD, codes, scale))
+
+    def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
+        """Write one shard from all of its packs, in order."""
+        where = self.plan.packs_of(shard)
+        assert len(packs) == len(where)
+        names = [f"rows/{shard:05d}.npy"]
+        if "frames" in self.keep:
+            group = zarr.open_group(self.location, mode="r+")
+            self._put(group, "hidden", where, [pack.codes for pack in packs])
+            names.append(f"hidden/c/{shard}/0/0/0")
+            if self.codec.scaled:
+                self._put(group, "scale", where, [pack.scale for pack in packs])
+                names.append(f"scale/c/{shard}/0/0")
+        with written_aside(self._rows(shard)) as aside, aside.open("wb") as file:
+            np.save(file, np.concatenate([pack.means for pack in packs]))
+        # A shard of zeros has no object: its absence reads as zeros, and leaves nothing to check.
+        objects = {name: _fingerprint(self.location / name) for name in names if (self.location / name).is_file()}
+        error = sum((pack.error for pack in packs), CodecError.none(len(self.layers)))
+        write_json(self._card(shard), {"objects": objects, "codec_error": error.to_dict()})
+
+    @staticmethod
+    def _put(group: zarr.Group, name: str, where: range, blocks: list[Any]) -> None:
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        array[where.start : where.stop] = np.stack(blocks)
+
+    def finish(self, manifest: Manifest, *, ids: list[str]) -> Manifest:
+        """Gather the pooled rows, write the index, then the manifest; return it with digests and codec error.
+
+        One extractor at a time: a second one waits, then finds the same bytes to write.
+        """
+        with (self.location / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._finish(manifest, ids)
+
+    def _finish(self, manifest: Manifest, ids: list[str]) -> Manifest:
+        shards = [read_json(self._card(shard)) for shard in range(self.plan.num_shards)]
+        error = CodecError.none(len(self.layers))
+        objects: dict[str, list[Any]] = {}
+        for shard in shards:
+            error += CodecError.from_dict(shard["codec_error"])
+            objects |= shard["objects"]
+        group = zarr.open_group(self.location, mode="r+")
+        if "pooled" in self.keep:
+            self._write_pooled(group)
+        self._write_index(group, ids)
+        for folder in ("pooled", "index"):
+            for file in sorted((self.location / folder).rglob("*")):
+                if file.is_file():
+                    objects[file.relative_to(self.location).as_posix()] = _fingerprint(file)
+        for name in ("zarr.json", "hidden/zarr.json", "scale/zarr.json"):
+            if (self.location / name).is_file():
+                objects[name] = _fingerprint(self.location / name)
+        manifest = replace(
+            manifest,
+            complete=True,
+            objects=dict(sorted(objects.items())),
+            digest=sha256_json(sorted(objects.items())),
+            codec_error=error.by_layer(self.layers) if "frames" in self.keep else {},
+        )
+        write_json(self.location / MANIFEST_NAME, manifest.to_dict())
+        return manifest
+
+    def _write_pooled(self, group: zarr.Group) -> None:
+        num_utterances = len(self.plan.pack)
+        shape = (num_utterances, len(self.layers), self.dim)
+        rows_of = np.full(num_utterances, -1, dtype=np.int64)
+        order = np.concatenate(self.plan.by_pack)
+        rows_of[order] = np.arange(len(order))
+        parts = [np.load(self._rows(shard), mmap_mode="r") for shard in range(self.plan.num_shards)]
+        bounds = np.cumsum([0, *(len(part) for part in parts)])
+        chunks = (min(_POOLED_ROWS, num_utterances), *shape[1:])
+        pooled = group.create_array(
+            "pooled",
+            shape=shape,
+            chunks=chunks,
+            dtype="float32",
+            compressors=None,
+            fill_value=0,
+            overwrite=True,
+        )
+        for start in range(0, num_utterances, _POOLED_ROWS):
+            rows = rows_of[start : start + _POOLED_ROWS]
+            block = np.full((len(rows), *shape[1:]), np.nan, dtype=np.float32)  # a dropped utterance has no mean
+            shard_of = np.searchsorted(bounds, rows, side="right") - 1
+            for shard in np.unique(shard_of[rows >= 0]):
+                mine = np.flatnonzero((shard_of == shard) & (rows >= 0))
+                block[mine] = parts[shard][rows[mine] - bounds[shard]]
+            pooled[start : start + len(rows)] = block
+
+    def _write_index(self, group: zarr.Group, ids: list[str]) -> None:
+        columns: dict[str, NDArray[Any]] = {
+            "pack": self.plan.pack.astype(np.int32),
+            "first_frame": self.plan.first_frame.astype(np.int32),
+            "num_frames": self.plan.num_frames.astype(np.int32),
+            "ids": np.frombuffer("\n".join(ids).encode(), dtype=np.uint8),
+        }
+        index = group.require_group("index")
+        for name, values in columns.items():
+            index.create_array(name, data=values, chunks=values.shape, compressors=None, overwrite=True)
+
+    def _card(self, shard: int) -> Path:
+        return self.location / "shards" / f"{shard:05d}.json"
+
+    def _rows(self, shard: int) -> Path:
+        return self.location / "rows" / f"{shard:05d}.npy"
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    return [path.stat().st_size, sha256_file(path)]
