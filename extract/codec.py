@@ -31,7 +31,7 @@ class Float16:
 
     def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, None]:
         """float32 (L, F, D) -> float16 (L, F, D). Raises RetortError beyond float16's range."""
-        if (peak := float(np.abs(hidden_LFD).max(initial=0.0))) > np.finfo(np.float16).max:
+        if (peak := float(np.abs(hidden_LFD).max(initial=0.0))) > float(np.finfo(np.float16).max):
             raise RetortError(f"hidden states reach {peak:.3g}, float16 ends at 65504; use --codec int8")
         return hidden_LFD.astype(np.float16), None
 

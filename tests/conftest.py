@@ -1,0 +1,70 @@
+"""Small real things that many tests share: a corpus in HDF5, teachers of the wav2vec 2.0 family with random weights."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test workers share the cores
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2FeatureExtractor, logging
+
+from extract.corpus import Corpus, Utterance, write_corpus
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+
+def save_teacher(model: PreTrainedModel, folder: Path, *, normalise: bool = True) -> Path:
+    """Save a model with its preprocessor as the hub's folders have them."""
+    model.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=normalise).save_pretrained(folder)
+    return folder
+
+
+def noise_utterances(
+    count: int = 20, *, seed: int = 0, shortest: int = 1_000, longest: int = 30_000
+) -> list[Utterance]:
+    """Utterances of noise, three speakers, four fifths train, then dev and test."""
+    generator = np.random.default_rng(seed)
+    splits = ["train"] * (count * 4 // 5) + ["dev"] * (count // 10)
+    splits += ["test"] * (count - len(splits))
+    return [
+        Utterance(
+            id=f"u{index:03d}",
+            samples=(generator.normal(size=generator.integers(shortest, longest)) * 3_000).astype(np.int16),
+            split=splits[index],
+            speaker=f"s{index % 3}",
+            labels={"keyword": ("yes", "no")[index % 2], "text": "A B"},
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Twenty utterances of noise between 62 ms and 1.9 s."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "noise.h5", name="noise", reader="folder", utterances=noise_utterances())
+    return Corpus.open(folder / "noise.json")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A HuBERT of Base's kind (group norm in the stem) with random weights: 4 blocks of 32."""
+    torch.manual_seed(0)
+    return save_teacher(HubertModel(HubertConfig(**TINY)), tmp_path_factory.mktemp("teacher"))

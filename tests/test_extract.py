@@ -1,0 +1,278 @@
+"""Stage one from end to end: stores are right, whole, found again, resumed bit for bit, and refused when they are not."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from safetensors.torch import load_file
+from transformers import HubertModel, Wav2Vec2FeatureExtractor
+
+from extract.corpus import Corpus, write_corpus
+from extract.errors import RetortError
+from extract.run import Settings, extract
+from extract.store import StoreReader
+from extract.writer import StoreWriter
+from tests.conftest import noise_utterances
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def settings(teacher: Path, corpus: Corpus, tmp_path: Path) -> Settings:
+    return Settings(
+        upstream=str(teacher),
+        corpus=corpus.path,
+        store=tmp_path / "stores",
+        manifest=tmp_path / "m.json",
+        codec="float16",
+        pack_frames=128,
+        shard_packs=2,
+    )
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(store).as_posix(): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 4e-3), ("int8", 4e-2)])
+def test_a_store_holds_what_the_model_says(settings: Settings, corpus: Corpus, codec: str, tolerance: float) -> None:
+    settings = replace(settings, codec=codec, layers=(1, 4))
+    extract(settings)
+    reader = StoreReader.open(settings.manifest, corpus)
+    model = HubertModel.from_pretrained(settings.upstream).eval()
+    prepare = Wav2Vec2FeatureExtractor(do_normalize=True)
+    assert reader.ids == corpus.ids
+    for index, name in enumerate(corpus.ids):
+        values = prepare(corpus.waveform(index), sampling_rate=16_000, return_tensors="pt").input_values
+        with torch.no_grad():
+            states = model(values, output_hidden_states=True).hidden_states
+        expected = torch.stack([states[1], states[4]])[:, 0].numpy()
+        np.testing.assert_allclose(reader.hidden(name), expected, atol=tolerance)
+        np.testing.assert_allclose(reader.hidden(name, layers=[4])[0], expected[1], atol=tolerance)
+        # Pooled is made from the model's own numbers, before the codec.
+        np.testing.assert_allclose(reader.pooled(np.array([index]))[0], expected.mean(1), atol=1e-5)
+
+
+def test_packs_are_what_the_utterances_are(settings: Settings, corpus: Corpus) -> None:
+    extract(replace(settings, codec="int8"))
+    reader = StoreReader.open(settings.manifest, corpus)
+    seen: list[int] = []
+    for number in range(reader.num_packs):
+        pack = reader.pack(number, layers=[0, 3])
+        assert pack.codes_LFD.dtype == np.int8
+        assert pack.scale_LD is not None
+        used = np.zeros(reader.pack_frames, dtype=bool)
+        for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
+            rows = pack.codes_LFD[:, first : first + count].astype(np.float32) * pack.scale_LD[:, None]
+            np.testing.assert_array_equal(rows, reader.hidden_at(int(index), layers=[0, 3]))
+            used[first : first + count] = True
+        assert not pack.codes_LFD[:, ~used].any()
+        seen += pack.utterances.tolist()
+    assert sorted(seen) == list(range(len(corpus)))
+
+
+def test_plain_zarr_opens_a_store(settings: Settings) -> None:
+    manifest, _ = extract(settings)
+    group = zarr.open_group(manifest.location, mode="r")
+    assert group["hidden"].shape == (manifest.plan["num_packs"], 5, 128, 32)  # type: ignore[union-attr]
+    assert group["pooled"].shape == (20, 5, 32)  # type: ignore[union-attr]
+
+
+def test_asking_again_does_no_work_and_changes_nothing(settings: Settings) -> None:
+    first, worked = extract(settings)
+    assert worked
+    before = contents(first.location)
+    manifest_bytes = settings.manifest.read_bytes()
+    settings.manifest.unlink()
+    again, worked = extract(settings)
+    assert not worked
+    assert contents(again.location) == before
+    assert settings.manifest.read_bytes() == manifest_bytes
+
+
+def test_whatever_decides_the_bytes_decides_the_place(settings: Settings) -> None:
+    here = extract(settings)[0].location
+    for other in (
+        replace(settings, layers=(4,)),
+        replace(settings, codec="int8"),
+        replace(settings, normalise=False),
+        replace(settings, keep=frozenset({"pooled"})),
+    ):
+        assert extract(other)[0].location != here
+
+
+class Stopped(BaseException):
+    """Stands for the kill of the process at a chosen moment; nothing of ours catches it."""
+
+
+def test_resumed_at_every_shard_boundary_is_bit_identical(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extract(settings)[0]
+    num_shards = whole.plan["num_shards"]
+    assert num_shards >= 3
+    write = StoreWriter.write_shard
+    for last in range(num_shards):
+        elsewhere = replace(settings, store=tmp_path / f"stores-{last}", manifest=tmp_path / f"m{last}.json")
+
+        def stopping(self: StoreWriter, shard: int, packs: list[object], last: int = last) -> None:
+            if shard == last:
+                raise Stopped
+            write(self, shard, packs)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "write_shard", stopping)
+            with pytest.raises(Stopped):
+                extract(elsewhere)
+        assert not elsewhere.manifest.exists()
+        calls: list[int] = []
+
+        def counting(self: StoreWriter, shard: int, packs: list[object], calls: list[int] = calls) -> None:
+            calls.append(shard)
+            write(self, shard, packs)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "write_shard", counting)
+            resumed = extract(elsewhere)[0]
+        assert calls == list(range(last, num_shards))  # only what was missing
+        left, right = contents(whole.location), contents(resumed.location)
+        left.pop("manifest.json"), right.pop("manifest.json")  # they name different roots
+        assert left == right
+        assert resumed.digest == whole.digest
+
+
+def test_kill_minus_9_then_resume(settings: Settings, tmp_path: Path) -> None:
+    utterances = noise_utterances(60, shortest=15_000)
+    write_corpus(tmp_path / "long.h5", name="long", reader="folder", utterances=utterances)
+    arguments = [
+        *(sys.executable, "-m", "extract", "run", "--upstream", settings.upstream),
+        *("--corpus", str(tmp_path / "long.json"), "--codec", "int8", "--pack-frames", "128", "--shard-packs", "1"),
+    ]
+
+    def place(name: str) -> list[str]:
+        return ["--store", str(tmp_path / name), "--manifest", str(tmp_path / f"{name}.json")]
+
+    subprocess.run([*arguments, *place("whole")], cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*arguments, *place("killed")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not list((tmp_path / "killed").glob("*/*/shards/00003.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed.json").exists()
+    subprocess.run([*arguments, *place("killed")], cwd=ROOT, check=True, capture_output=True)
+    whole, killed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
+    assert whole["objects"] == killed["objects"]
+    assert whole["digest"] == killed["digest"]
+
+
+def test_a_damaged_store_is_named_refused_and_repaired(settings: Settings, corpus: Corpus) -> None:
+    manifest, _ = extract(settings)
+    shard = manifest.location / "hidden/c/1/0/0/0"
+    good = shard.read_bytes()
+    before = contents(manifest.location)
+    shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    assert StoreReader.open(settings.manifest).damaged() == ["hidden/c/1/0/0/0"]
+    shard.write_bytes(good[:-1])
+    with pytest.raises(RetortError, match=r"damaged: .*hidden/c/1/0/0/0 has \d+ bytes, expected"):
+        StoreReader.open(settings.manifest)
+    shard.unlink()
+    with pytest.raises(RetortError, match="has no file"):
+        StoreReader.open(settings.manifest)
+    _, worked = extract(settings)
+    assert worked
+    assert contents(manifest.location) == before
+
+
+def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
+    manifest, _ = extract(settings)
+    write_corpus(tmp_path / "other.h5", name="other", reader="folder", utterances=noise_utterances(3, seed=9))
+    with pytest.raises(RetortError, match=r"features of corpus noise .*, not of other"):
+        StoreReader.open(settings.manifest, Corpus.open(tmp_path / "other.h5"))
+    value = json.loads(settings.manifest.read_text())
+    settings.manifest.write_text(json.dumps(value | {"complete": False}))
+    with pytest.raises(RetortError, match="no complete manifest"):
+        StoreReader.open(settings.manifest)
+    settings.manifest.write_text(json.dumps(value | {"colour": "red"}))
+    with pytest.raises(RetortError, match="field 'colour' is unknown"):
+        StoreReader.open(settings.manifest)
+    settings.manifest.write_text(json.dumps(value))
+    manifest.location.rename(tmp_path / "moved")
+    with pytest.raises(RetortError, match="is gone"):
+        StoreReader.open(settings.manifest)
+
+
+def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
+    extract(settings)
+    full = StoreReader.open(settings.manifest).pooled()
+    extract(replace(settings, keep=frozenset({"pooled"})))
+    reader = StoreReader.open(settings.manifest, corpus)
+    np.testing.assert_array_equal(reader.pooled(), full)
+    with pytest.raises(RetortError, match="no frames; extract with --keep frames,pooled"):
+        reader.hidden("u000")
+    assert not (reader.manifest.location / "hidden").exists()
+
+
+def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
+    extract(replace(settings, seed_blocks=2))
+    seed = load_file(settings.manifest.with_suffix(".seed.safetensors"))
+    model = HubertModel.from_pretrained(settings.upstream)
+    own = model.state_dict()
+    name = "feature_extractor.conv_layers.0.layer_norm.weight"
+    assert torch.equal(seed[name], own[name])
+    assert torch.equal(
+        seed["encoder.layers.1.attention.k_proj.weight"], own["encoder.layers.1.attention.k_proj.weight"]
+    )
+    assert not any(key.startswith("encoder.layers.2.") for key in seed)
+    hidden = torch.randn(1, 32, 20)
+    convolution = model.encoder.pos_conv_embed.conv
+    folded = torch.nn.functional.conv1d(
+        hidden,
+        seed["encoder.pos_conv_embed.conv.weight"],
+        seed["encoder.pos_conv_embed.conv.bias"],
+        padding=8,
+        groups=4,
+    )
+    torch.testing.assert_close(folded, convolution(hidden))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": (3, 9)}, "no layer 9; it has 0 to 4"),
+        ({"layers": (3, 1)}, "in ascending order"),
+        ({"pack_frames": 20}, "--pack-frames"),
+        ({"corpus": Path("nowhere.h5")}, "nowhere.h5 does not exist"),
+        ({"seed_blocks": 9}, "has 4 blocks"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_leaves_no_manifest(settings: Settings, change: dict, message: str) -> None:
+    with pytest.raises(RetortError, match=message) as caught:
+        extract(replace(settings, **change))
+    assert "\n" not in str(caught.value)
+    assert not settings.manifest.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codec": "mp3"}, "unknown codec 'mp3': expected one of float16, int8"),
+        ({"keep": frozenset({"frames", "audio"})}, "unknown --keep 'audio'"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+    ],
+)
+def test_unknown_names_list_the_valid_ones(settings: Settings, change: dict, message: str) -> None:
+    with pytest.raises(RetortError, match=message):
+        replace(settings, **change)

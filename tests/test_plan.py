@@ -1,0 +1,57 @@
+"""Packs: every utterance once, whole, in one pack, beside utterances of similar length."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extract.errors import RetortError
+from extract.plan import count_frames, plan_packs
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=80),
+    pack_frames=st.integers(500, 2_000),
+    shard_packs=st.integers(1, 4),
+)
+def test_packs_hold_every_utterance_once_and_whole(lengths: list[int], pack_frames: int, shard_packs: int) -> None:
+    plan = plan_packs(
+        np.array(lengths), ids=[str(i) for i in range(len(lengths))], pack_frames=pack_frames, shard_packs=shard_packs
+    )
+    assert sorted(np.concatenate(plan.by_pack).tolist()) == list(range(len(lengths)))
+    for members in plan.by_pack:
+        # In order of first frame, without a gap, within the pack.
+        assert plan.first_frame[members].tolist() == [0, *np.cumsum(plan.num_frames[members])[:-1].tolist()]
+        assert plan.num_frames[members].sum() <= pack_frames
+    packs = [pack for shard in range(plan.num_shards) for pack in plan.packs_of(shard)]
+    assert packs == list(range(plan.num_packs))
+
+
+def test_a_pack_is_nearly_padding_free() -> None:
+    lengths = np.random.default_rng(0).integers(50, 800, size=2_000)
+    plan = plan_packs(lengths, ids=[str(i) for i in range(2_000)], pack_frames=8192, shard_packs=4)
+    padded = sum(len(members) * lengths[members].max() for members in plan.by_pack)
+    assert lengths.sum() / padded > 0.98
+    assert lengths.sum() / (plan.num_packs * 8192) > 0.97
+
+
+def test_too_long_and_too_short_are_named_with_the_option_that_helps() -> None:
+    lengths = np.array([5, 900, 700])
+    with pytest.raises(
+        RetortError, match=r"'b' has 900 frames, a pack holds 600 \(2 such\).*--pack-frames 900.*--drop-long"
+    ):
+        plan_packs(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1)
+    plan = plan_packs(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1, drop_long=True)
+    assert plan.pack.tolist() == [0, -1, -1]
+    with pytest.raises(RetortError, match="'a' is too short for one frame"):
+        plan_packs(np.array([0, 3]), ids=["a", "b"], pack_frames=600, shard_packs=1)
+
+
+def test_frames_follow_the_convolutions() -> None:
+    kernels, strides = [10, 3, 3, 3, 3, 2, 2], [5, 2, 2, 2, 2, 2, 2]
+    num_samples = np.arange(400, 3_000, 7)
+    expected = num_samples
+    for kernel, stride in zip(kernels, strides, strict=True):
+        expected = (expected - kernel) // stride + 1
+    np.testing.assert_array_equal(count_frames(num_samples, hop_samples=320, receptive_samples=400), expected)
+    assert count_frames(np.array([399]), hop_samples=320, receptive_samples=400).tolist() == [0]
