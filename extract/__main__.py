@@ -104,7 +104,8 @@ def info(manifest: Path) -> None:
     seconds = frames * it.hop_samples / 16_000
     table = Table(title=str(manifest), show_header=False, title_justify="left")
     rows = {
-        "upstream": f"{it.upstream['name']} ({it.upstream['id']}), {it.upstream['num_parameters'] / 1e6:.2f} M parameters",
+        "upstream": f"{it.upstream['name']} ({it.upstream['id']})",
+        "parameters": f"{it.upstream['num_parameters'] / 1e6:.2f} M",
         "note": it.upstream["note"] or "",
         "weights": it.upstream["weights_sha256"][:12],
         "corpus": f"{it.corpus['name']}, {it.corpus['num_utterances']} utterances, {seconds / 3600:.2f} h",

@@ -147,7 +147,8 @@ class Corpus:
         """One label column, in file order. Raises RetortError with the columns there are."""
         if name not in self.labels:
             raise RetortError(
-                f"corpus {self.name} ({self.path}) has no label {name!r}; it has {', '.join(sorted(self.labels)) or 'none'}"
+                f"corpus {self.name} ({self.path}) has no label {name!r}; "
+                f"it has {', '.join(sorted(self.labels)) or 'none'}"
             )
         return self.labels[name]
 

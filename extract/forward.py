@@ -73,7 +73,7 @@ class Fbank:
     def hidden_states(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        return [np.stack([self._both(waveform)[layer] for layer in layers]) for waveform in waveforms]
+        return [np.stack(self._both(waveform))[list(layers)] for waveform in waveforms]
 
     def _both(self, waveform: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         log_mel_TD = torchaudio.compliance.kaldi.fbank(
@@ -96,7 +96,8 @@ class Transformer:
         remote = "auto_map" in config
         if remote and not trust_remote_code:
             raise RetortError(
-                f"upstream {card.id} brings its own code (config.json's auto_map); read it, then give --trust-remote-code"
+                f"upstream {card.id} brings its own code (config.json's auto_map); "
+                "read it, then give --trust-remote-code"
             )
         # Late: transformers takes seconds to import, and fbank does without.
         from transformers import AutoModel, logging

@@ -3,26 +3,23 @@
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """`with ProgressBar("extract", total=3600, unit="s of audio") as bar: bar.advance(41.0, detail="…")`."""
+    """`with ProgressBar("extract", total=3600, unit="s of audio") as bar: bar.advance(41.0, detail="…")`.
 
-    def __init__(self, title: str, *, total: float, unit: str) -> None:
+    `done` is what was done before, by an interrupted run: it counts, but not for the estimate of what is left.
+    """
+
+    def __init__(self, title: str, *, total: float, unit: str, done: float = 0.0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0.0
+        self.before = self.done = done
         self.started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -36,9 +33,14 @@ class ProgressBar:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(title, total=total, detail="")
+            self._task = self._bar.add_task(title, total=total, completed=int(done), detail="")
 
-    def __enter__(self) -> "ProgressBar":
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this process began."""
+        return time.monotonic() - self.started
+
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -49,6 +51,13 @@ class ProgressBar:
         if self._bar:
             self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """One plain line, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def advance(self, amount: float, *, detail: str = "") -> None:
         """Count `amount` more units as done; `detail` stands beside the bar."""
         self.done += amount
@@ -58,11 +67,8 @@ class ProgressBar:
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or self.done >= self.total:
             self._last_line = now
-            elapsed = now - self.started
-            left = elapsed / self.done * max(self.total - self.done, 0) if self.done else float("nan")
-            print(
-                f"{self.title}: {self.done:.0f}/{self.total:.0f} {self.unit}, {elapsed:.0f} s, about {left:.0f} s left"
-                + (f", {detail}" if detail else ""),
-                file=sys.stderr,
-                flush=True,
+            left = self.elapsed_s / max(self.done - self.before, 1e-9) * max(self.total - self.done, 0)
+            self.say(
+                f"{self.title}: {self.done:.0f}/{self.total:.0f} {self.unit}, {self.elapsed_s:.0f} s, "
+                f"about {left:.0f} s left" + (f", {detail}" if detail else "")
             )

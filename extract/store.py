@@ -67,7 +67,8 @@ class Manifest:
         if value.get("format_version") != FORMAT_VERSION or not value.get("complete"):
             raise RetortError(
                 f"{path} is no complete manifest of format {FORMAT_VERSION} (format_version "
-                f"{value.get('format_version')!r}, complete {value.get('complete')!r}); run `python -m extract run` again"
+                f"{value.get('format_version')!r}, complete {value.get('complete')!r}); "
+                "run `python -m extract run` again"
             )
         names = {field.name for field in fields(cls)}
         if odd := sorted(names ^ value.keys()):
@@ -143,7 +144,8 @@ class StoreReader:
             found = file.stat().st_size if file.is_file() else None
             if found != size:
                 raise RetortError(
-                    f"the store of {self.source} is damaged: {file} has {'no file' if found is None else f'{found} bytes'}, "
+                    f"the store of {self.source} is damaged: {file} has "
+                    f"{'no file' if found is None else f'{found} bytes'}, "
                     f"expected {size} bytes; `python -m extract run` repairs it"
                 )
 

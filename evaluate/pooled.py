@@ -1,0 +1,111 @@
+"""Tasks whose head is linear up to the time mean: they train from `pooled` alone, a few MB of store.
+
+The layer sum, both linear layers and the mean over time commute, so the mean of each layer, (layers, dim) numbers an
+utterance, gives the same logits, loss and gradients as all of its frames. Read with `StoreReader.pooled`.
+
+Shapes: N utterances, B of them in a batch, R heads, L layers, D features.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evaluate.heads import LinearHead, sum_layers
+from evaluate.metrics import accuracy
+from evaluate.sweep import SweepResult, sweep
+from evaluate.task import Progress, Recipe, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledRecipe(Recipe):
+    """`balanced`: draw training utterances so that every class comes equally often, with replacement."""
+
+    projection: int = 256
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
+class PooledSplit:
+    """One split in memory: hidden float32 (N, L, D), and each utterance's class, -1 for one never seen in training."""
+
+    hidden_NLD: Tensor
+    classes_N: Tensor
+
+
+@dataclass(frozen=True)
+class PooledBatch:
+    """hidden (L, B, D) and classes int64 (B,)."""
+
+    hidden_LBD: Tensor
+    classes_B: Tensor
+
+
+class PooledClassification:
+    """Utterances into classes by one head a learning rate; see `sweep.Problem`."""
+
+    metric = "acc"
+    higher_is_better = True
+
+    def __init__(
+        self, splits: dict[str, PooledSplit], *, num_classes: int, recipe: PooledRecipe, notes: Sequence[str] = ()
+    ) -> None:
+        self.splits, self.num_classes, self.recipe = splits, num_classes, recipe
+        self.num_test, self.notes = len(splits["test"].classes_N), notes
+
+    def new_head(self) -> LinearHead:
+        _, num_layers, dim = self.splits["train"].hidden_NLD.shape
+        return LinearHead(num_layers=num_layers, dim=dim, projection=self.recipe.projection, classes=self.num_classes)
+
+    def batches(self, generator: torch.Generator) -> Iterator[PooledBatch]:
+        """Epochs in random order; the last batch of each may be smaller."""
+        train = self.splits["train"]
+        num = len(train.classes_N)
+        share_N = 1 / torch.bincount(train.classes_N).to(torch.float64)[train.classes_N]
+        while True:
+            if self.recipe.balanced:
+                order_N = torch.multinomial(share_N, num, replacement=True, generator=generator)
+            else:
+                order_N = torch.randperm(num, generator=generator)
+            for rows_B in torch.split(order_N, self.recipe.batch_size):
+                yield PooledBatch(train.hidden_NLD[rows_B].transpose(0, 1), train.classes_N[rows_B])
+
+    def losses(self, heads: Sequence[LinearHead], batch: PooledBatch) -> Tensor:
+        mixed_RBD = sum_layers(heads, batch.hidden_LBD)
+        return torch.stack(
+            [F.cross_entropy(head(mixed_BD), batch.classes_B) for head, mixed_BD in zip(heads, mixed_RBD, strict=True)]
+        )
+
+    @torch.no_grad()
+    def measure(self, heads: Sequence[LinearHead], split: str) -> list[dict[str, float]]:
+        data = self.splits[split]
+        mixed_RND = sum_layers(heads, data.hidden_NLD.transpose(0, 1))
+        actual = data.classes_N.tolist()
+        return [
+            {"acc": accuracy(head(mixed_ND).argmax(-1).tolist(), actual)}
+            for head, mixed_ND in zip(heads, mixed_RND, strict=True)
+        ]
+
+
+def classify(source: Source, label: str, recipe: PooledRecipe, progress: Progress) -> SweepResult:
+    """Score the classification of utterances by `label`. The classes are those of the training split."""
+    rows = {split: source.select(split) for split in ("train", "dev", "test")}
+    names = {split: source.labels(label, rows[split]) for split in rows}
+    class_of = {name: index for index, name in enumerate(sorted(set(names["train"])))}
+    pooled_ULD = torch.from_numpy(source.reader.pooled())
+    splits = {
+        split: PooledSplit(
+            pooled_ULD[torch.from_numpy(rows[split])],
+            torch.tensor([class_of.get(name, -1) for name in names[split]]),
+        )
+        for split in rows
+    }
+    notes = [
+        f"{num} {split} utterances have a {label} that training never had, so they count as wrong"
+        for split in ("dev", "test")
+        if (num := int((splits[split].classes_N < 0).sum()))
+    ]
+    problem = PooledClassification(splits, num_classes=len(class_of), recipe=recipe, notes=notes)
+    return sweep(problem, recipe, progress)

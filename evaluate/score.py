@@ -1,0 +1,214 @@
+"""One score of many tasks.
+
+`superb_s` is for SUPERB's ten tasks on their own corpora: (1000 / 10) sum over tasks of (m - fbank) / (sota - fbank),
+slot filling being the mean of its two terms. Its constants are inferred by fitting: they reproduce 17 of 17 published
+scores with an RMSE of 0.3, and are printed with that remark.
+
+On any other corpora the same formula runs between the measured fbank and the measured teacher, over whatever tasks
+were scored: fbank is 0, the teacher 1000. That is the *relative score*, and never called superb_s. Nothing in a score
+file proves that a corpus is SUPERB's own, so the caller has to say so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.errors import RetortError, unknown
+from extract.files import read_json
+
+CONSTANTS_NOTE = "superb_s: constants inferred by fitting (17 published scores, RMSE 0.3)"
+
+# term -> (fbank, sota), percent; QbE is MTWV x 100. SUPERB has no table of these: see CONSTANTS_NOTE.
+SUPERB_CONSTANTS: dict[str, tuple[float, float]] = {
+    "pr": (82.01, 3.53),
+    "asr": (23.18, 3.62),
+    "ks": (41.38, 96.66),
+    "qbe": (0.58, 7.36),
+    "sid": (20.06, 90.33),
+    "asv": (9.56, 5.11),
+    "sd": (10.05, 5.62),
+    "ic": (9.65, 98.76),
+    "sf_f1": (69.64, 89.81),
+    "sf_cer": (52.94, 21.76),
+    "er": (48.24, 67.62),
+}
+_WEIGHTS = {"sf_f1": 0.5, "sf_cer": 0.5}
+_NUM_TASKS = 10
+
+
+def superb_s(values: Mapping[str, float]) -> float:
+    """The one score of all ten tasks on SUPERB's own corpora. values: every key of SUPERB_CONSTANTS, percent.
+
+    Raises RetortError that lists missing and unknown terms.
+    """
+    for name in values:
+        if name not in SUPERB_CONSTANTS:
+            raise unknown("SUPERB term", name, SUPERB_CONSTANTS)
+    if missing := [name for name in SUPERB_CONSTANTS if name not in values]:
+        raise RetortError(f"superb_s needs all ten tasks, missing: {', '.join(missing)}")
+    return (
+        1000
+        / _NUM_TASKS
+        * sum(
+            _WEIGHTS.get(name, 1.0) * (values[name] - fbank) / (sota - fbank)
+            for name, (fbank, sota) in SUPERB_CONSTANTS.items()
+        )
+    )
+
+
+def relative_score(values: Mapping[str, float], *, fbank: Mapping[str, float], teacher: Mapping[str, float]) -> float:
+    """superb_s's formula between the measured fbank (0) and the measured teacher (1000), over any tasks.
+
+    Works for metrics of either direction. Raises RetortError for differing tasks, and for a task on which fbank and
+    the teacher are equal.
+    """
+    for name, other in (("fbank", fbank), ("the teacher", teacher)):
+        if odd := sorted(other.keys() ^ values.keys()):
+            raise RetortError(f"the relative score needs the same tasks of all; {name} differs in {', '.join(odd)}")
+    if not values:
+        raise RetortError("the relative score needs at least one task")
+    terms = []
+    for task, value in values.items():
+        if teacher[task] == fbank[task]:
+            raise RetortError(
+                f"task {task}: fbank and the teacher both score {fbank[task]:.2f}, "
+                "so no relative score lies between them"
+            )
+        terms.append((value - fbank[task]) / (teacher[task] - fbank[task]))
+    return 1000 * sum(terms) / len(terms)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the one score needs of a score file. `values`: its terms (two for slot filling)."""
+
+    path: Path
+    task: str
+    upstream: str
+    higher_is_better: bool
+    values: dict[str, float]
+    made_from: dict[str, Any]  # must be the same for every upstream on this task
+    notes: tuple[str, ...]
+
+
+def read_score(path: Path) -> Score:
+    """Read scores/UPSTREAM/TASK.json. Raises RetortError with the field that is missing."""
+    content = read_json(path)
+    if content.get("format_version") != 1:
+        raise RetortError(
+            f"{path} is no score of format 1 (format_version {content.get('format_version')!r}); "
+            "make it with `python -m evaluate run`"
+        )
+    try:
+        values = {content["task"]: float(content["test"])}
+        if content["task"] == "sf":
+            values = {"sf_f1": float(content["test"]), "sf_cer": float(content["also"]["cer"])}
+        return Score(
+            path,
+            content["task"],
+            content["upstream"],
+            content["higher_is_better"],
+            values,
+            {key: content[key] for key in ("corpus_digest", "labels_digest", "metric", "recipe", "seed")},
+            tuple(content["notes"]),
+        )
+    except KeyError as error:
+        raise RetortError(f"{path} has no field {error}; make it again with `python -m evaluate run`") from None
+
+
+def gather(paths: Sequence[Path]) -> dict[str, dict[str, Score]]:
+    """Score files, or folders of them -> upstream -> task -> score.
+
+    Raises RetortError where there is none, where one upstream has a task twice, and where two upstreams' scores of a
+    task differ in corpus, labels, recipe or seed: numbers of different measurements make no table.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise RetortError(f"no score files in {', '.join(map(str, paths))}; make them with `python -m evaluate run`")
+    table: dict[str, dict[str, Score]] = {}
+    first: dict[str, Score] = {}
+    for score in map(read_score, files):
+        row = table.setdefault(score.upstream, {})
+        if score.task in row:
+            raise RetortError(f"{score.upstream} has task {score.task} twice: {row[score.task].path} and {score.path}")
+        row[score.task] = score
+        other = first.setdefault(score.task, score)
+        if odd := [key for key, value in score.made_from.items() if value != other.made_from[key]]:
+            raise RetortError(
+                f"{score.path} and {other.path} differ in {', '.join(odd)}: they are no scores of one measurement; "
+                "make both again with the same corpus and params (`dvc repro`)"
+            )
+    return table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of scores with the one score of each upstream; None where it lacks tasks."""
+
+    kind: str  # "superb_s", "relative_score" or "none"
+    tasks: tuple[str, ...]
+    values: dict[str, dict[str, float]]  # upstream -> term -> percent
+    one_score: dict[str, float | None]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = {name: dict(values) for name, values in self.values.items()}
+        if self.kind != "none":
+            for name, row in rows.items():
+                row[self.kind] = self.one_score[name]  # type: ignore[assignment]
+        return {"format_version": 1, "kind": self.kind, "upstreams": rows, "notes": list(self.notes)}
+
+
+def summarise(
+    table: Mapping[str, Mapping[str, Score]],
+    *,
+    fbank: str | None = None,
+    teacher: str | None = None,
+    official: bool = False,
+) -> Summary:
+    """One row an upstream. `official` gives superb_s, `fbank` and `teacher` the relative score, neither no one score.
+
+    Raises RetortError when both are asked for, when only one of fbank and teacher is named or one has no scores.
+    """
+    if official and (fbank or teacher):
+        raise RetortError(
+            "--official gives superb_s between published constants, --fbank and --teacher the relative score "
+            "between measured ones; ask for one of them"
+        )
+    if bool(fbank) != bool(teacher):
+        raise RetortError("the relative score needs both --fbank NAME and --teacher NAME")
+    values = {
+        upstream: {term: v for score in row.values() for term, v in score.values.items()}
+        for upstream, row in table.items()
+    }
+    terms = tuple(dict.fromkeys(term for row in values.values() for term in row))
+    if official:
+        scores: dict[str, float | None] = {name: superb_s(row) for name, row in values.items()}
+        return Summary("superb_s", terms, values, scores, (CONSTANTS_NOTE,))
+    if not (fbank and teacher):
+        return Summary("none", terms, values, {}, ())
+    for name in (fbank, teacher):
+        if name not in values:
+            raise unknown("upstream", name, values)
+    ends = values[fbank], values[teacher]
+    scores = {
+        name: relative_score(row, fbank=ends[0], teacher=ends[1]) if row.keys() == ends[1].keys() else None
+        for name, row in values.items()
+    }
+    notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
+    notes += [f"{name} lacks tasks, so it has no relative score" for name, one in scores.items() if one is None]
+    notes += _no_better(table, fbank, teacher)
+    return Summary("relative_score", terms, values, scores, tuple(notes))
+
+
+def _no_better(table: Mapping[str, Mapping[str, Score]], fbank: str, teacher: str) -> list[str]:
+    """A note a task on which the teacher is worse than fbank: there the relative score runs backwards."""
+    notes = []
+    for task, best in table[teacher].items():
+        if task not in table[fbank]:
+            continue
+        gain = next(iter(best.values.values())) - next(iter(table[fbank][task].values.values()))
+        if (gain > 0) != best.higher_is_better:
+            notes.append(f"{teacher} is worse than {fbank} on {task}: the relative score runs backwards there")
+    return notes

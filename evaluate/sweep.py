@@ -1,0 +1,217 @@
+"""A grid of learning rates, all trained in one pass over the data.
+
+Every rate has a head of its own; all start from the same numbers and see the same batches, masks and dropout, so a
+head of a grid equals the same head trained alone. Dev chooses the checkpoint of each head and then the rate; test is
+measured once, with the chosen head. Deterministic on a CPU, given the seed and the number of threads.
+
+Shapes: R heads, one a learning rate.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from evaluate.heads import Head
+from evaluate.task import Progress, Recipe
+from extract.errors import RetortError
+
+H = TypeVar("H", bound=Head)
+Batch = TypeVar("Batch")
+
+
+class Problem(Protocol[H, Batch]):
+    """What a task gives the sweep. All randomness of training is in the batches, so that it is one for all heads."""
+
+    metric: str
+    higher_is_better: bool
+    num_test: int
+    notes: Sequence[str]
+
+    def new_head(self) -> H:
+        """A head at the reference's initialisation; the sweep sets the seed around the call."""
+        ...
+
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Training batches without end, whatever is drawn at random drawn from `generator`."""
+        ...
+
+    def losses(self, heads: Sequence[H], batch: Batch) -> Tensor:
+        """Each head's loss on the batch, (R,)."""
+        ...
+
+    def measure(self, heads: Sequence[H], split: str) -> list[dict[str, float]]:
+        """Each head's metrics on "dev" or "test", `metric` among them."""
+        ...
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One learning rate: its best dev metric and the step at which it was reached."""
+
+    lr: float
+    dev: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What was chosen on dev, and its test metrics."""
+
+    chosen_lr: float
+    dev: float
+    test: Mapping[str, float]
+    grid: tuple[GridPoint, ...]
+    layer_weights: tuple[float, ...]
+    num_test: int
+    notes: tuple[str, ...] = ()
+
+
+class Adam:
+    """torch's Adam, plain (betas .9 and .999), without its `Optimizer` class.
+
+    The first `torch.optim.Optimizer` of a process imports torch.compile's machinery, which takes as long as importing
+    torch: half the time of scoring a pooled task.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.lr = lr
+        self.parameters = list(parameters)
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.steps = [torch.zeros(()) for _ in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters from their gradients, and forget the gradients."""
+        adam(
+            list[Tensor](self.parameters),
+            [parameter.grad for parameter in self.parameters if parameter.grad is not None],
+            self.means,
+            self.squares,
+            [],
+            self.steps,
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=0,
+            eps=1e-8,
+            maximize=False,
+        )
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+@dataclass
+class _Runner(Generic[H]):
+    """One learning rate under way: its head and the best state that dev has seen."""
+
+    lr: float
+    head: H
+    optimiser: Adam
+    dev: float
+    steps: int = 0
+    best: dict[str, Tensor] | None = None
+    diverged: int | None = None  # the step whose loss was not finite
+
+    def step(self, loss: float, step: int, clip_norm: float) -> None:
+        """Take one optimiser step from the gradients that are there; stop for good at a loss that is not finite."""
+        if not math.isfinite(loss):
+            self.diverged = step
+            return
+        nn.utils.clip_grad_norm_(self.head.parameters(), clip_norm)
+        self.optimiser.step()
+
+    def consider(self, value: float, step: int, *, higher_is_better: bool) -> None:
+        """Keep the head's state if dev is strictly better than before."""
+        if self.best is None or _better(value, self.dev, higher_is_better):
+            self.dev, self.steps = value, step
+            self.best = copy.deepcopy(self.head.state_dict())
+
+
+def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> SweepResult:
+    """Train a head for every learning rate of the recipe, choose on dev, measure test once.
+
+    Among rates with the same dev metric the lowest is chosen; within a rate the earliest checkpoint.
+    """
+    runners = [_runner(problem, lr, recipe.seed) for lr in sorted(recipe.learning_rates)]
+    batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
+    for step in range(1, recipe.steps + 1):
+        active = [runner for runner in runners if runner.diverged is None]
+        if not active:
+            break
+        losses_R = problem.losses([runner.head for runner in active], next(batches))
+        losses_R.sum().backward()  # type: ignore[no-untyped-call]
+        for runner, loss in zip(active, losses_R.tolist(), strict=True):
+            runner.step(loss, step, recipe.clip_norm)
+        if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
+            _evaluate(problem, runners, step)
+        progress.advance(1, detail=_status(problem, runners))
+    return _conclude(problem, runners)
+
+
+def _runner(problem: Problem[H, Batch], lr: float, seed: int) -> _Runner[H]:
+    # torch.nn initialises from the global generator: fork it, so that nothing outside is changed or read.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = problem.new_head()
+    return _Runner(lr, head, Adam(head.parameters(), lr), dev=-math.inf if problem.higher_is_better else math.inf)
+
+
+def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: int) -> None:
+    active = [runner for runner in runners if runner.diverged is None]
+    if not active:
+        return
+    for runner, measured in zip(active, problem.measure([r.head for r in active], "dev"), strict=True):
+        runner.consider(measured[problem.metric], step, higher_is_better=problem.higher_is_better)
+
+
+def _conclude(problem: Problem[H, Batch], runners: Sequence[_Runner[H]]) -> SweepResult:
+    """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with that head."""
+    finished = [runner for runner in runners if runner.best is not None]
+    if not finished:
+        raise RetortError(
+            f"every learning rate diverged ({', '.join(f'{r.lr:g}' for r in runners)}): lower `learning_rates`, or "
+            "look at the features (`python -m extract stats`)"
+        )
+    chosen = finished[0]
+    for runner in finished[1:]:
+        if _better(runner.dev, chosen.dev, problem.higher_is_better):
+            chosen = runner
+    assert chosen.best is not None
+    chosen.head.load_state_dict(chosen.best)
+    (test,) = problem.measure([chosen.head], "test")
+    grid = tuple(GridPoint(runner.lr, runner.dev, runner.steps) for runner in finished)
+    own = [f"learning rate {r.lr:g} diverged at step {r.diverged}" for r in runners if r.diverged is not None]
+    if len(runners) > 1 and chosen in (runners[0], runners[-1]):
+        end = "lowest" if chosen is runners[0] else "highest"
+        own.append(f"the chosen learning rate {chosen.lr:g} is the {end} of the grid: a wider one may do better")
+    return SweepResult(
+        chosen_lr=chosen.lr,
+        dev=chosen.dev,
+        test=test,
+        grid=grid,
+        layer_weights=tuple(chosen.head.layer_weights),
+        num_test=problem.num_test,
+        notes=(*problem.notes, *own),
+    )
+
+
+def _better(value: float, than: float, higher_is_better: bool) -> bool:
+    return value > than if higher_is_better else value < than
+
+
+def _status(problem: Problem[H, Batch], runners: Sequence[_Runner[H]]) -> str:
+    """The best dev metric so far, for the progress line."""
+    seen = [runner for runner in runners if runner.best is not None]
+    if not seen:
+        return ""
+    best = (max if problem.higher_is_better else min)(seen, key=lambda runner: runner.dev)
+    return f"dev {problem.metric} {best.dev:.2f} at learning rate {best.lr:g}"

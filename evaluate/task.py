@@ -1,0 +1,163 @@
+"""What a task is: its labels, what it reads of the store, its metric, its recipe, and the function that scores it.
+
+A new task is one new file in evaluate/tasks/ and one line in the dict there. Its recipe is a frozen dataclass whose
+defaults are the reference's values; `evaluate:` in params.yaml overrides them, and every difference is noted beside
+the score.
+"""
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.corpus import Corpus
+from extract.errors import RetortError, unknown
+from extract.store import StoreReader
+
+if TYPE_CHECKING:  # the sweep needs torch, whose import takes seconds; --help and error lines do not
+    from evaluate.sweep import SweepResult
+
+
+class Progress(Protocol):
+    """Told after every step; `extract.progress.ProgressBar` is one."""
+
+    def advance(self, amount: float, *, detail: str = "") -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every trained task shares. Batches hold whole utterances; Adam, no schedule, best dev checkpoint."""
+
+    learning_rates: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+    steps: int = 200_000
+    batch_size: int = 32
+    dev_evaluations: int = 100  # evenly spaced over the steps, the last one at the end
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError with the field that can't be, and why."""
+        for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError("learning_rates must be a list of one or more numbers above 0")
+        if len(set(self.learning_rates)) != len(self.learning_rates):
+            raise ValueError("learning_rates names a rate twice")
+
+
+R = TypeVar("R", bound=Recipe)
+SPEAKER = "speaker"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One upstream's features of one corpus, with the labels. Opened and checked by `evaluate.run`."""
+
+    reader: StoreReader
+    corpus: Corpus
+
+    def select(self, split: str) -> NDArray[np.int64]:
+        """Corpus indices of a split's utterances that the store has, int64 (utterances,)."""
+        chosen = self.corpus.select(split)
+        kept = chosen[self.reader.pack_of[chosen] >= 0]
+        if not len(kept):
+            raise RetortError(
+                f"{self.reader.source} holds no utterance of split {split!r} of corpus {self.corpus.name}: all were "
+                "dropped as longer than a pack; extract again with a larger --pack-frames"
+            )
+        return kept
+
+    def labels(self, name: str, indices: NDArray[np.int64]) -> list[str]:
+        """One label of the utterances at `indices`; `speaker` is every corpus's own column.
+
+        Raises RetortError naming the labels there are.
+        """
+        column = self.corpus.speakers if name == SPEAKER else self.corpus.label(name)
+        return [column[index] for index in indices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[R]):
+    """One SUPERB task. `score` trains and measures; everything else is fact about it."""
+
+    name: str
+    title: str
+    metric: str  # the metric that selects on dev and is reported on test, in percent
+    higher_is_better: bool
+    label: str
+    reads: Literal["pooled", "frames"]
+    recipe: type[R]
+    score: "Callable[[Source, R, Progress], SweepResult]"
+    deviations: tuple[str, ...] = ()  # from the reference, whatever the recipe
+
+
+def parse_recipe(task: Task[R], section: Mapping[str, Any] | None, *, where: str) -> R:
+    """One task's section of params.yaml -> its recipe; missing keys keep the reference's values.
+
+    Raises RetortError that names the key, what it is, what was expected and the valid keys.
+    """
+    if not isinstance(section, Mapping) and section is not None:
+        raise RetortError(f"{where} is {section!r}, expected a mapping of settings")
+    hints = typing.get_type_hints(task.recipe)
+    values: dict[str, Any] = {}
+    for key, value in (section or {}).items():
+        if key not in hints:
+            raise unknown(f"key in {where}", str(key), hints)
+        values[key] = _parse(value, hints[key], where=f"{where}.{key}")
+    recipe = task.recipe(**values)
+    try:
+        recipe.check()
+    except ValueError as error:
+        raise RetortError(f"{where}: {error}") from None
+    return recipe
+
+
+def _parse(value: object, kind: Any, *, where: str) -> Any:
+    """One YAML value as the declared type. YAML 1.1 reads 1e-3 as a string, so numbers in strings are taken."""
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise RetortError(f"{where} is {value!r}, expected a list")
+        return tuple(_parse(item, typing.get_args(kind)[0], where=where) for item in value)
+    if kind is bool or isinstance(value, bool):
+        fits = kind is bool and isinstance(value, bool)
+    elif kind is int:
+        fits = isinstance(value, int)
+    else:
+        fits = isinstance(value, int | float | str)
+    if fits:
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    name = kind.__name__ if isinstance(kind, type | types.GenericAlias) else str(kind)
+    raise RetortError(f"{where} is {value!r}, expected {name}")
+
+
+def differences(recipe: Recipe) -> list[str]:
+    """What this run's recipe changes of the reference's, one note a field; nothing where they agree."""
+    reference = type(recipe)()
+    own = {"seed", *RUN_ONLY}
+    return [
+        f"{field.name} {_plain(getattr(recipe, field.name))} (reference {_plain(getattr(reference, field.name))})"
+        for field in fields(recipe)
+        if field.name not in own and getattr(recipe, field.name) != getattr(reference, field.name)
+    ]
+
+
+RUN_ONLY = frozenset({"memory_gb"})  # how a run is done, not what it computes
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON values, for the score file."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f"{item:g}" for item in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,16 @@
+"""The tasks. A new one is a file beside this one and a line in TASKS."""
+
+from typing import Any
+
+from evaluate.task import Task
+from evaluate.tasks.asr import ASR
+from evaluate.tasks.ks import KS
+from evaluate.tasks.pr import PR
+from evaluate.tasks.sid import SID
+
+TASKS: dict[str, Task[Any]] = {
+    "pr": PR,
+    "asr": ASR,
+    "ks": KS,
+    "sid": SID,
+}

@@ -1,0 +1,289 @@
+"""The report's charts: matplotlib draws them, the page's style sheet colours them.
+
+Matplotlib is given sentinel colours, and every sentinel is replaced by a CSS variable in the SVG that it
+writes. So one drawing serves a light and a dark page, text stays text in the page's own type, and a legend in
+HTML shares the colours. Sizes are points, which are CSS pixels at full size; a chart is drawn about as wide
+as a phone, so that it is legible on one, and a laptop shows two beside each other.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from pipelines.report.results import Growth, TaskScore
+
+# sentinel -> what the page puts in its place; no drawing uses these near-blacks for themselves
+INK, MUTED, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
+NUM_COLOURS = 8  # the style sheet names --series-0 … --series-7
+SERIES = tuple(f"#0102{index:02x}" for index in range(NUM_COLOURS))
+CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", SURFACE: "var(--surface)"} | {
+    colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)
+}
+MARKERS = {"o": "●", "X": "✖", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
+WIDTH, HEIGHT = 370, 235  # points
+_SVG = "http://www.w3.org/2000/svg"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "axes.labelsize": 10.5,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one upstream is drawn everywhere: a colour and a marker, so that colour is never alone."""
+
+    colour: str  # a sentinel
+    marker: str
+
+    @property
+    def css(self) -> str:
+        return CSS[self.colour]
+
+    @property
+    def glyph(self) -> str:
+        """The marker as a character, for legends in text."""
+        return MARKERS[self.marker]
+
+
+TEACHER_LOOK, BASELINE_LOOK = Look(SERIES[0], "o"), Look(SERIES[1], "X")
+
+
+def student_look(number: int) -> Look:
+    """The look of the `number`-th student: colours and markers repeat in different rhythms."""
+    colours, markers = SERIES[2:], [marker for marker in MARKERS if marker not in "oX"]
+    return Look(colours[number % len(colours)], markers[number % len(markers)])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One upstream in a scatter plot; `tip` is what a pointer over it shows."""
+
+    name: str
+    x: float
+    y: float
+    look: Look
+    tip: str
+
+
+def scatter(
+    points: Sequence[Point], *, key: str, title: str, description: str, x_label: str, larger_is_better: bool
+) -> str:
+    """Relative score (y) against a cost or a speed (x): every point named, the frontier drawn in."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height=280)
+        width = max(point.x for point in points) or 1.0
+        axes.set_xlim(-0.06 * width, 1.08 * width)
+        low, high = min(0.0, *(point.y for point in points)), max(1000.0, *(point.y for point in points))
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        for level in (0, 1000):
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
+        front = frontier(points, larger_is_better=larger_is_better)
+        axes.plot([p.x for p in front], [p.y for p in front], color=MUTED, linewidth=1.2, alpha=0.7, zorder=2)
+        for number, point in enumerate(points):
+            axes.plot(
+                [point.x],
+                [point.y],
+                linestyle="none",
+                marker=point.look.marker,
+                markersize=9,
+                color=point.look.colour,
+                markeredgecolor=SURFACE,
+                markeredgewidth=1.4,
+                gid=f"tip-{number}",
+                zorder=4,
+            )
+        _name_points(axes, points)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("relative score")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        return _inline(figure, key, title, description, {f"tip-{n}": p.tip for n, p in enumerate(points)})
+
+
+def frontier(points: Sequence[Point], *, larger_is_better: bool) -> list[Point]:
+    """The points that no other point beats in both directions, from the cheapest (or fastest) on."""
+    ordered = sorted(points, key=lambda point: (-point.x if larger_is_better else point.x, -point.y))
+    front: list[Point] = []
+    for point in ordered:
+        if not front or point.y > front[-1].y:
+            front.append(point)
+    return front
+
+
+def _name_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Write each name beside its point, towards the middle, pushed up where names would overlap."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    line = 0.062 * (high - low)
+    placed: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: point.y):
+        on_the_left = point.x > left + 0.6 * (right - left)
+        x, y = point.x + (-1 if on_the_left else 1) * 0.03 * (right - left), point.y
+        for other_x, other_y in sorted(placed, key=lambda place: place[1]):
+            if abs(other_x - x) < 0.4 * (right - left) and abs(other_y - y) < line:
+                y = other_y + line
+        placed.append((x, y))
+        if y - point.y > 0.4 * line:
+            axes.plot([point.x, x], [point.y, y], color=MUTED, linewidth=0.7, zorder=3)
+        side = "right" if on_the_left else "left"
+        axes.text(x, y, point.name, va="center", ha=side, gid=f"halo-{point.name}", zorder=5)
+
+
+def loss_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    growth: Sequence[Growth],
+    look: Look,
+    *,
+    key: str,
+    title: str,
+) -> str:
+    """One student's loss over its optimiser steps, training pale, dev strong, a line where it grew."""
+    train, dev = curves.get("train/loss", ()), curves.get("dev/loss", ())
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        axes.plot(*_xy(train), color=look.colour, linewidth=1.2, alpha=0.45)
+        axes.plot(*_xy(dev), color=look.colour, linewidth=2.2, marker=look.marker, markersize=4.5, gid="tip-dev")
+        for stage in growth if len(growth) > 1 else ():
+            if stage.step > 0:
+                axes.axvline(stage.step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+            axes.annotate(
+                f"{stage.layers} layers",
+                (stage.step, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, -3),
+                textcoords="offset points",
+                va="top",
+                fontsize=10,
+                color=MUTED,
+                gid=f"halo-{stage.step}",
+            )
+        values = [value for _, value in [*train, *dev]]
+        if values and min(values) > 0 and max(values) / min(values) > 20:
+            axes.set_yscale("log")
+        axes.set_xlabel("optimiser steps")
+        axes.set_ylabel("loss")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.margins(x=0.02, y=0.14)
+        tips = {"tip-dev": f"dev loss, {dev[0][1]:.3f} at first, {dev[-1][1]:.3f} at last" if dev else "dev loss"}
+        grown = ", ".join(f"{stage.layers} layers from step {stage.step}" for stage in growth)
+        described = f"{tips['tip-dev']}. {grown}." if grown else f"{tips['tip-dev']}."
+        return _inline(figure, key, title, described, tips)
+
+
+def learning_rates(
+    scores: Mapping[str, TaskScore], looks: Mapping[str, Look], *, key: str, title: str, y_label: str
+) -> str:
+    """One task's sweep: the dev metric of each learning rate, a line an upstream, the chosen rate filled."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        tips: dict[str, str] = {}
+        for number, (name, score) in enumerate(scores.items()):
+            look = looks[name]
+            rates, devs = [point.lr for point in score.grid], [point.dev for point in score.grid]
+            axes.plot(rates, devs, color=look.colour, linewidth=1.5, alpha=0.85)
+            axes.plot(
+                rates,
+                devs,
+                linestyle="none",
+                marker=look.marker,
+                markersize=4.5,
+                markerfacecolor=SURFACE,
+                markeredgecolor=look.colour,
+            )
+            axes.plot(
+                [score.chosen_lr],
+                [score.dev],
+                linestyle="none",
+                marker=look.marker,
+                markersize=8.5,
+                color=look.colour,
+                markeredgecolor=SURFACE,
+                gid=f"tip-{number}",
+                zorder=4,
+            )
+            tips[f"tip-{number}"] = f"{name}: dev {score.dev:.2f} at learning rate {score.chosen_lr:g}"
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(base=10, numticks=8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.06, y=0.1)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel(y_label)
+        return _inline(figure, key, title, "; ".join(tips.values()) + ".", tips)
+
+
+def _figure(height: int = HEIGHT) -> tuple[Figure, Axes]:
+    # 72 points an inch: one point of the drawing is one unit of the SVG's view box
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _inline(figure: Figure, key: str, title: str, description: str, tips: Mapping[str, str]) -> str:
+    """The figure as an `<svg>`: named for screen readers, tips as `<title>`, colours as CSS variables."""
+    buffer = io.BytesIO()
+    # the salt makes the ids of clip paths and markers unique on the page, and the same in every run
+    with matplotlib.rc_context({"svg.hashsalt": key}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for unwanted in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(unwanted)
+    for element in root.iter():
+        name = element.get("id", "")
+        if name in tips:
+            element.insert(0, _text("title", tips[name]))
+        if name.startswith("halo-"):
+            element.set("class", "halo")
+        if element.tag == f"{{{_SVG}}}g" and name:
+            del element.attrib["id"]
+    for attribute in ("width", "height", "version"):
+        root.attrib.pop(attribute, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{key}-title {key}-description")
+    root.insert(0, _text("title", title, id=f"{key}-title"))
+    root.insert(1, _text("desc", description, id=f"{key}-description"))
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    svg = ElementTree.tostring(root, encoding="unicode")
+    # the page's own type; size and alignment stay as drawn
+    svg = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", svg)
+    for sentinel, variable in CSS.items():
+        svg = svg.replace(sentinel, variable)
+    return svg
+
+
+def _text(tag: str, text: str, **attributes: str) -> ElementTree.Element:
+    element = ElementTree.Element(f"{{{_SVG}}}{tag}", attributes)
+    element.text = text
+    return element

@@ -1,0 +1,164 @@
+"""`python -m pipelines report --config params.yaml --out report`: the results, as a table and as one page.
+
+Reads what the stages left behind (results.py), measures speed (speed.py), and writes to the folder given:
+index.html (page.py), results.md and results.json, a flat DVC metric. Every import that costs seconds is late, since
+this module is loaded with every `python -m pipelines …`.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from extract.errors import RetortError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipelines.report.results import Results
+    from pipelines.report.speed import Speed, SpeedConfig
+    from pipelines.report.table import Column, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report needs of params.yaml: which students and tasks there are, and section `report`."""
+
+    students: tuple[str, ...]
+    tasks: tuple[str, ...]
+    speed: "SpeedConfig"
+    text: str  # params.yaml verbatim
+
+
+def read_config(path: Path) -> ReportConfig:
+    """Parse params.yaml. Raises RetortError for a missing or unknown key, or a value of the wrong type."""
+    from pipelines.report.speed import SpeedConfig
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        params = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise RetortError(f"{path} does not exist; give params.yaml with --config") from None
+    except yaml.YAMLError as error:
+        raise RetortError(f"{path} is not YAML: {error}") from None
+    if not isinstance(params, dict):
+        raise RetortError(f"{path} holds a {type(params).__name__}, expected sections such as `report`")
+    section = _section(params, "report", ("speed",), path)
+    fields = {"corpus": str, "split": str, "audio_seconds": (int, float), "threads": int, "rounds": int}
+    speed = _section(section, "speed", tuple(fields), path, prefix="report.")
+    for name, kind in fields.items():
+        value = speed[name]
+        if not isinstance(value, kind) or (kind is not str and value <= 0):  # type: ignore[arg-type]
+            expected = "a text" if kind is str else "a positive number"
+            raise RetortError(f"{path}: report.speed.{name} is {value!r}, expected {expected}")
+    return ReportConfig(
+        students=_names(params, "students", path),
+        tasks=_names(params, "tasks", path),
+        speed=SpeedConfig(**speed),
+        text=text,
+    )
+
+
+def _section(params: dict[str, Any], name: str, keys: tuple[str, ...], path: Path, prefix: str = "") -> dict[str, Any]:
+    section = params.get(name)
+    if not isinstance(section, dict):
+        raise RetortError(f"{path} has no section `{prefix}{name}`; it needs {', '.join(keys)}")
+    for key in sorted(section.keys() ^ set(keys)):
+        state = "unknown" if key in section else "missing"
+        raise RetortError(f"{path}: key `{prefix}{name}.{key}` is {state}; the keys are {', '.join(keys)}")
+    return section
+
+
+def _names(params: dict[str, Any], name: str, path: Path) -> tuple[str, ...]:
+    names = params.get(name)
+    if not isinstance(names, list) or not all(isinstance(value, str) for value in names):
+        raise RetortError(f"{path}: `{name}` is {names!r}, expected a list of names")
+    return tuple(names)
+
+
+@click.command("report")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=Path("params.yaml"),
+    show_default=True,
+    help="The settings: which students and tasks, and how to measure speed.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("report"),
+    show_default=True,
+    help="Folder for index.html, results.md and results.json.",
+)
+def report_command(config: Path, out: Path) -> None:
+    """Print the results table and write it as one self-contained HTML page.
+
+    Reads students/, runs/, scores/ and manifests/ below the current folder, and measures the speed of every
+    upstream on this machine.
+    """
+    make_report(Path(), read_config(config), out)
+
+
+def make_report(root: Path, config: ReportConfig, out: Path) -> None:
+    """Read, measure, print, write. Raises RetortError naming the stage that makes what is missing."""
+    from rich.console import Console
+
+    from pipelines.report import results as stages
+    from pipelines.report import words
+    from pipelines.report.speed import measure_speed
+    from pipelines.report.table import make_columns, make_rows, terminal_table
+
+    results = stages.read_results(root, config.students, config.tasks)
+    errors = Console(stderr=True)
+    with errors.status("measuring speed") as status:
+        speed = measure_speed(results.upstreams, config.speed, progress=status.update)
+    rows, columns = make_rows(results, speed), make_columns(results)
+    _write(out, results, rows, columns, speed, config)
+    table = terminal_table(rows, columns)
+    # a terminal narrower than the table wraps its lines, which is better than numbers cut off
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
+    sentences = [words.verdict(rows), words.by_task(results), results.teacher_note, words.speed_sentence(speed)]
+    for line in [*filter(None, sentences), f"The page: {out / 'index.html'}"]:
+        console.print("\n" + line, soft_wrap=True)
+
+
+def _write(
+    out: Path,
+    results: "Results",
+    rows: "Sequence[Row]",
+    columns: "Sequence[Column]",
+    speed: "Speed",
+    config: ReportConfig,
+) -> None:
+    from extract.files import write_json, written_aside
+    from pipelines.report.markdown import render_markdown
+    from pipelines.report.page import render_page
+
+    made_at = datetime.now(UTC).strftime("%Y-%m-%d, %H:%M UTC")
+    texts = {
+        "index.html": render_page(results, rows, columns, speed, params_text=config.text, made_at=made_at),
+        "results.md": render_markdown(results, rows, columns, speed),
+    }
+    for name, text in texts.items():
+        with written_aside(out / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    write_json(out / "results.json", {"upstreams": {row.name: _metric(row, results.tasks) for row in rows}})
+
+
+def _metric(row: "Row", tasks: tuple[str, ...]) -> dict[str, Any]:
+    """One upstream's flat numbers, as `dvc metrics show` prints them."""
+    scores = {task: round(row.upstream.scores[task].test, 4) for task in tasks}
+    relative = None if row.relative is None else round(row.relative, 1)
+    return {
+        "kind": row.upstream.kind,
+        "params": row.params,
+        "relative_score": relative,
+        "rtf": round(row.rtf, 6),
+        **scores,
+    }

@@ -1,0 +1,254 @@
+"""The page: one self-contained HTML file, charts inlined, no request to anywhere.
+
+What it says is put together here; how it looks stands in page.html and page.css.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipelines.report import charts, words
+from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
+from pipelines.report.results import Results, Upstream, merged_versions
+from pipelines.report.speed import Speed
+from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, metric_label, write_relative
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the headline table."""
+
+    text: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One layer weight: percent as text, and how strongly the cell is shaded (0 to 100)."""
+
+    text: str
+    shade: int
+    top: bool
+
+
+def render_page(
+    results: Results,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    speed: Speed,
+    *,
+    params_text: str,
+    made_at: str,
+) -> str:
+    """The whole page as HTML. `params_text` is params.yaml verbatim."""
+    looks = {upstream.name: look for upstream, look in zip(results.upstreams, _looks(results), strict=True)}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = _unbroken
+    return environment.get_template("page.html").render(
+        results=results,
+        looks=looks,
+        task_titles=TASK_TITLES,
+        task_names=TASK_NAMES,
+        verdict=words.verdict(rows),
+        names=[upstream.name for upstream in results.upstreams],
+        by_task=words.by_task(results),
+        caveats=words.caveats(results),
+        speed_sentence=words.speed_sentence(speed),
+        highlights=_highlights(rows),
+        columns=columns,
+        table=_table(rows, columns),
+        trade_offs=[_trade_off_params(rows, looks), _trade_off_speed(rows, looks)],
+        trainings=[_training(upstream, looks[upstream.name]) for upstream in results.by_kind("student")],
+        closeness=_closeness(results),
+        heat_maps=[_heat_map(upstream, results.tasks) for upstream in results.upstreams],
+        sweeps=[_sweep(results, task, looks) for task in results.tasks],
+        provenance=_provenance(results),
+        versions=merged_versions(results),
+        machine=speed.machine,
+        params_text=params_text,
+        made_at=made_at,
+    )
+
+
+def _unbroken(text: str, names: Sequence[str]) -> Markup:
+    """The text, escaped, in which no upstream's name breaks over two lines at its hyphen."""
+    either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    parts = re.split(rf"({either})", text)
+    return Markup("").join(
+        Markup('<span class="name">{}</span>').format(part) if part in names else part for part in parts
+    )
+
+
+def _looks(results: Results) -> list[Look]:
+    fixed = {"teacher": TEACHER_LOOK, "baseline": BASELINE_LOOK}
+    students = iter(range(len(results.upstreams)))
+    return [fixed.get(upstream.kind) or student_look(next(students)) for upstream in results.upstreams]
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column]) -> list[tuple[Row, list[Cell]]]:
+    best = [column.best(rows) for column in columns]
+    return [
+        (
+            row,
+            [Cell(column.text(row), row.name in names) for column, names in zip(columns, best, strict=True)],
+        )
+        for row in rows
+    ]
+
+
+def _highlights(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Three figures of the winning student: (number, what it is)."""
+    students = [row for row in rows if row.upstream.kind == "student" and row.relative is not None]
+    if not students:
+        return []
+    winner = max(students, key=lambda row: row.relative or 0.0)
+    teacher = next(row for row in rows if row.upstream.kind == "teacher")
+    return [
+        (write_relative(winner.relative or 0.0), f"relative score of {winner.name}, of its teacher’s 1000"),
+        (f"{teacher.params / winner.params:.1f}×", "smaller than its teacher, in parameters"),
+        (f"{teacher.rtf / winner.rtf:.1f}×", "as fast as its teacher, on this machine"),
+    ]
+
+
+def _tip(row: Row) -> str:
+    score = "no relative score" if row.relative is None else f"relative score {row.relative:.0f}"
+    return f"{row.name}: {score}, {row.params / 1e6:.3f} M parameters, {1 / row.rtf:,.0f} × real time"
+
+
+def _trade_off(
+    rows: Sequence[Row], looks: Mapping[str, Look], x: Mapping[str, float], *, key: str, title: str, x_label: str
+) -> Markup | None:
+    points = [
+        Point(row.name, x[row.name], row.relative, looks[row.name], _tip(row))
+        for row in rows
+        if row.relative is not None
+    ]
+    if not points:
+        return None
+    description = "; ".join(point.tip for point in points) + "."
+    svg = charts.scatter(
+        points,
+        key=key,
+        title=title,
+        description=description,
+        x_label=x_label,
+        larger_is_better=key == "by-speed",
+    )
+    return Markup(svg)
+
+
+def _trade_off_params(rows: Sequence[Row], looks: Mapping[str, Look]) -> dict[str, Any]:
+    title = "Relative score against parameters"
+    x = {row.name: row.params / 1e6 for row in rows}
+    svg = _trade_off(rows, looks, x, key="by-params", title=title, x_label="parameters, millions")
+    return {"title": title, "svg": svg, "caption": "Up and to the left is better."}
+
+
+def _trade_off_speed(rows: Sequence[Row], looks: Mapping[str, Look]) -> dict[str, Any]:
+    title = "Relative score against speed"
+    x = {row.name: 1 / row.rtf for row in rows if row.upstream.kind != "baseline"}
+    # fbank is so fast that it would push all the models to one edge: it stays in the table
+    models = [row for row in rows if row.upstream.kind != "baseline"]
+    svg = _trade_off(models, looks, x, key="by-speed", title=title, x_label="speed, × real time")
+    return {"title": title, "svg": svg, "caption": "Up and to the right is better. Without fbank, which runs no model."}
+
+
+def _training(upstream: Upstream, look: Look) -> dict[str, Any]:
+    training = upstream.training
+    assert training is not None
+    svg = charts.loss_curves(
+        training.curves, training.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
+    )
+    facts = [
+        ("family", training.family),
+        ("steps", f"{training.steps:,}"),
+        ("passes", f"{training.epochs:.1f}"),
+        ("time", _duration(training.seconds)),
+        ("speed", f"{training.audio_seconds_per_second:,.0f} s of audio a second"),
+        ("dev loss", "–" if training.dev_loss is None else f"{training.dev_loss:.3f}"),
+    ]
+    if training.exposure_bias is not None:
+        facts.append(("exposure bias", f"{training.exposure_bias:+.3f}".replace("-", "−")))
+    return {"upstream": upstream, "look": look, "facts": facts, "svg": Markup(svg)}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _closeness(results: Results) -> dict[str, Any]:
+    """How close each student comes to the teacher's hidden states on the held-out split, layer by layer."""
+    students = [(upstream, upstream.training) for upstream in results.by_kind("student") if upstream.training]
+    layers = sorted({layer for _, training in students for layer in training.dev_by_layer})
+    measures = [name for name in ("cosine", "l1", "mse")
+                if any(name in row for _, training in students for row in training.dev_by_layer.values())]  # fmt: skip
+    lines = []
+    for upstream, training in students:
+        cells = []
+        for measure in measures:
+            for layer in layers:
+                value = training.dev_by_layer.get(layer, {}).get(measure)
+                cells.append("–" if value is None else f"{value:.3f}")
+        lines.append((upstream, cells))
+    return {"layers": layers, "measures": measures, "lines": lines}
+
+
+def _heat_map(upstream: Upstream, tasks: Sequence[str]) -> dict[str, Any]:
+    """One upstream's layer weights: shaded by how far above or below an even share of the layers they lie."""
+    layers = next(iter(upstream.scores.values())).layers
+    lifts = [weight * len(layers) for score in upstream.scores.values() for weight in score.layer_weights]
+    strongest = max(2.0, *lifts)
+    lines = []
+    for task in tasks:
+        weights = upstream.scores[task].layer_weights
+        top = max(weights)
+        cells = [
+            Heat(f"{100 * weight:.0f}", round(100 * weight * len(layers) / strongest), weight == top)
+            for weight in weights
+        ]
+        lines.append((task, cells))
+    return {"upstream": upstream, "layers": layers, "lines": lines}
+
+
+def _sweep(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str, Any]:
+    scores = {upstream.name: upstream.scores[task] for upstream in results.upstreams}
+    first = results.scores_of(task)[0]
+    title = f"{TASK_TITLES.get(task, task)}, {TASK_NAMES.get(task, task)}"
+    rates = sorted({point.lr for score in scores.values() for point in score.grid})
+    lines = []
+    for name, score in scores.items():
+        devs = {point.lr: point.dev for point in score.grid}
+        cells = [Cell(f"{devs[rate]:.2f}" if rate in devs else "–", rate == score.chosen_lr) for rate in rates]
+        lines.append((name, cells))
+    svg = charts.learning_rates(
+        scores, looks, key=f"sweep-{task}", title=f"Learning rates of {title}", y_label=f"dev {metric_label(first)}"
+    )
+    return {
+        "title": title,
+        "svg": Markup(svg),
+        "rates": [f"{rate:g}" for rate in rates],
+        "lines": lines,
+        "metric": metric_label(first),
+    }
+
+
+def _provenance(results: Results) -> list[dict[str, Any]]:
+    """For every score: seed, chosen rate and the digests of what it was made from."""
+    return [
+        {"upstream": upstream, "score": score, "task": TASK_TITLES.get(task, task)}
+        for upstream in results.upstreams
+        for task, score in upstream.scores.items()
+    ]

@@ -1,0 +1,281 @@
+"""What the stages left behind, read into typed values: scores, trainings, the teacher's manifest.
+
+Everything is parsed here and trusted afterwards. A missing file is an error that names the stage which makes
+it; so is a file made from another teacher or corpus than its neighbours, for a table of such numbers lies.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evaluate.score import gather, summarise
+from extract.errors import RetortError
+from extract.files import read_json
+
+Kind = Literal["teacher", "student", "baseline"]
+TEACHER, BASELINE = "teacher", "fbank"
+MANIFEST = Path("manifests/distill/teacher.json")
+CURVES = ("train/loss", "dev/loss", "train/lr", "train/depth")
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One learning rate of a sweep and the dev metric that it reached."""
+
+    lr: float
+    dev: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """scores/UPSTREAM/TASK.json: one upstream on one task, learning rate chosen on dev, reported on test."""
+
+    task: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    test: float
+    dev: float
+    chosen_lr: float
+    grid: tuple[GridPoint, ...]
+    layers: tuple[int, ...]
+    layer_weights: tuple[float, ...]
+    num_test: int
+    seed: int
+    seconds: float
+    fingerprint: str
+    store_digest: str
+    corpus_digest: str
+    labels_digest: str
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """From optimiser step `step` on, the student had `layers` layers."""
+
+    step: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """runs/NAME/metrics.json and its DVCLive curves. `curves` maps a metric to its (step, value) points."""
+
+    family: str
+    params: int
+    steps: int
+    epochs: float
+    seconds: float
+    audio_seconds_per_second: float
+    train_loss: float
+    dev_loss: float | None  # None for a corpus without a dev split
+    dev_by_layer: dict[int, dict[str, float]]
+    growth: tuple[Growth, ...]
+    exposure_bias: float | None
+    teacher: str
+    seed: int
+    versions: dict[str, str]
+    curves: dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """One row of the table: its scores by task, and for a student how it was trained."""
+
+    name: str
+    kind: Kind
+    source: str  # folder or hub id, as `extract.upstream` finds it
+    revision: str | None
+    scores: dict[str, TaskScore]
+    training: Training | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of it. `upstreams` runs teacher, students, baseline; `tasks` keeps the order asked for."""
+
+    upstreams: tuple[Upstream, ...]
+    tasks: tuple[str, ...]
+    relative: dict[str, float | None]  # upstream -> relative score
+    score_notes: tuple[str, ...]  # on the relative score
+    teacher_id: str
+    teacher_note: str | None
+    teacher_fingerprint: str
+    manifest: dict[str, Any]
+
+    def by_kind(self, kind: Kind) -> tuple[Upstream, ...]:
+        """The upstreams of one kind, in table order."""
+        return tuple(upstream for upstream in self.upstreams if upstream.kind == kind)
+
+    def scores_of(self, task: str) -> tuple[TaskScore, ...]:
+        """One task's scores, in table order."""
+        return tuple(upstream.scores[task] for upstream in self.upstreams)
+
+
+class _Record:
+    """A JSON object whose fields are taken by name and type; errors name file, field and stage."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+        if not path.is_file():
+            raise RetortError(f"{path} is missing: stage `{stage}` makes it (`dvc repro {stage}`)")
+        self.values = read_json(path)
+
+    def get(self, name: str, *types: type) -> Any:
+        value = self.values.get(name)
+        if name not in self.values or not isinstance(value, types):
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise RetortError(
+                f"{self.path}: field `{name}` is {value!r}, expected {expected}; make the file again with "
+                f"`dvc repro -f -s {self.stage}`"
+            )
+        return value
+
+    def number(self, name: str) -> float:
+        return float(self.get(name, float, int))
+
+
+def read_results(root: Path, students: Iterable[str], tasks: Iterable[str]) -> Results:
+    """Read what `root` holds on fbank, the teacher and `students`, for `tasks`.
+
+    Raises RetortError when a file is missing or damaged, or when files do not belong together.
+    """
+    tasks = tuple(tasks)
+    record = _Record(root / MANIFEST, "teach")
+    card: dict[str, Any] = record.get("upstream", dict)
+    fingerprint: str = record.get("fingerprint", str)
+    source, revision = str(card.get("id", TEACHER)), card.get("revision")
+    upstreams = [
+        Upstream(TEACHER, "teacher", source, revision, _read_scores(root, TEACHER, tasks), None),
+    ]
+    for name in students:
+        folder = root / "students" / name
+        if not (folder / "config.json").is_file():
+            raise RetortError(f"{folder} is missing: stage `distil@{name}` makes it (`dvc repro distil@{name}`)")
+        training = _read_training(root, name)
+        if training.teacher != fingerprint:
+            raise RetortError(
+                f"student {name} was trained from teacher store {training.teacher[:12]}, {MANIFEST} names "
+                f"{fingerprint[:12]}: run `dvc repro distil@{name}`"
+            )
+        scores = _read_scores(root, name, tasks)
+        upstreams.append(Upstream(name, "student", str(folder), None, scores, training))
+    upstreams.append(Upstream(BASELINE, "baseline", BASELINE, None, _read_scores(root, BASELINE, tasks), None))
+    relative, score_notes = _relative(root, upstreams, tasks)
+    return Results(
+        upstreams=tuple(upstreams),
+        tasks=tasks,
+        relative=relative,
+        score_notes=score_notes,
+        teacher_id=source,
+        teacher_note=card.get("note"),
+        teacher_fingerprint=fingerprint,
+        manifest=record.values,
+    )
+
+
+def _relative(
+    root: Path, upstreams: Sequence[Upstream], tasks: Sequence[str]
+) -> tuple[dict[str, float | None], tuple[str, ...]]:
+    """Each upstream's relative score, and the notes on it.
+
+    Raises RetortError for scores of one task that differ in corpus, labels, recipe or seed.
+    """
+    table = gather([root / "scores" / upstream.name / f"{task}.json" for upstream in upstreams for task in tasks])
+    ends = [{task: table[name][task].values for task in tasks} for name in (BASELINE, TEACHER)]
+    if level := [task for task in tasks if ends[0][task] == ends[1][task]]:
+        # the tables and charts of everything else are still worth having
+        note = f"no relative score: fbank and the teacher score the same on {', '.join(level)}"
+        return {upstream.name: None for upstream in upstreams}, (note,)
+    summary = summarise(table, fbank=BASELINE, teacher=TEACHER)
+    return summary.one_score, summary.notes
+
+
+def _read_scores(root: Path, upstream: str, tasks: tuple[str, ...]) -> dict[str, TaskScore]:
+    return {task: _read_score(root / "scores" / upstream / f"{task}.json", upstream, task) for task in tasks}
+
+
+def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
+    record = _Record(path, f"score@{upstream}-{task}")
+    for field, expected in (("task", task), ("upstream", upstream)):
+        if record.get(field, str) != expected:
+            raise RetortError(f"{path}: `{field}` is {record.values[field]!r}, expected {expected!r}")
+    return TaskScore(
+        task=task,
+        metric=record.get("metric", str),
+        unit=record.get("unit", str),
+        higher_is_better=record.get("higher_is_better", bool),
+        test=record.number("test"),
+        dev=record.number("dev"),
+        chosen_lr=record.number("chosen_lr"),
+        grid=tuple(
+            GridPoint(float(point["lr"]), float(point["dev"]), int(point["steps"]))
+            for point in sorted(record.get("grid", list), key=lambda point: float(point["lr"]))
+        ),
+        layers=tuple(record.get("layers", list)),
+        layer_weights=tuple(record.get("layer_weights", list)),
+        num_test=record.get("num_test", int),
+        seed=record.get("seed", int),
+        seconds=record.number("seconds"),
+        fingerprint=record.get("fingerprint", str),
+        store_digest=record.get("store_digest", str),
+        corpus_digest=record.get("corpus_digest", str),
+        labels_digest=record.get("labels_digest", str),
+        notes=tuple(record.get("notes", list)),
+        versions=record.get("versions", dict),
+    )
+
+
+def _read_training(root: Path, name: str) -> Training:
+    record = _Record(root / "runs" / name / "metrics.json", f"distil@{name}")
+    loss = record.get("loss", dict)
+    plots = root / "runs" / name / "plots" / "metrics"
+    bias = record.values.get("exposure_bias")
+    return Training(
+        family=record.get("family", str),
+        params=record.get("params", int),
+        steps=record.get("steps", int),
+        epochs=record.number("epochs"),
+        seconds=record.number("seconds"),
+        audio_seconds_per_second=record.number("audio_seconds_per_second"),
+        train_loss=float(loss["train"]),
+        dev_loss=None if loss["dev"] is None else float(loss["dev"]),
+        dev_by_layer={int(layer): dict(row) for layer, row in record.get("dev_by_layer", dict).items()},
+        growth=tuple(Growth(int(stage["step"]), int(stage["layers"])) for stage in record.get("growth", list)),
+        exposure_bias=None if bias is None else float(bias),
+        teacher=record.get("teacher", str),
+        seed=record.get("seed", int),
+        versions=record.get("versions", dict),
+        curves={curve: read_curve(plots / f"{curve}.tsv") for curve in CURVES},
+    )
+
+
+def read_curve(path: Path) -> list[tuple[int, float]]:
+    """A DVCLive TSV as (step, value) points; an absent file is an empty curve, as for a metric never logged."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    name = path.stem
+    try:
+        return [(int(row["step"]), float(row[name])) for row in rows]
+    except (KeyError, ValueError) as error:
+        raise RetortError(f"{path} is no DVCLive curve with columns step and {name} ({error})") from None
+
+
+def merged_versions(results: Results) -> dict[str, str]:
+    """Library versions over all runs; where runs differ, all of them, so that a mixture shows."""
+    seen: dict[str, set[str]] = {}
+    sources: list[Mapping[str, str]] = [results.manifest.get("versions", {})]
+    for upstream in results.upstreams:
+        sources += [score.versions for score in upstream.scores.values()]
+        sources += [upstream.training.versions] if upstream.training else []
+    for versions in sources:
+        for library, version in versions.items():
+            seen.setdefault(library, set()).add(str(version))
+    return {library: ", ".join(sorted(versions)) for library, versions in sorted(seen.items())}

@@ -1,0 +1,139 @@
+"""How fast each upstream is on this machine, measured through the same path as stage one.
+
+All upstreams are loaded, warmed up, and then take turns on the same utterances, one at a time, in every round.
+So a machine that slows down slows them all, and the median over rounds drops a hiccup.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.upstream import find_upstream
+from pipelines.report.results import Upstream
+
+if TYPE_CHECKING:  # the module imports torch, which only a measurement needs
+    from extract.forward import Upstream as LoadedUpstream
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """Section `report.speed` of params.yaml."""
+
+    corpus: str
+    split: str
+    audio_seconds: float
+    threads: int
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What was measured. `rtf`: seconds of computing a second of audio, by upstream; smaller is faster."""
+
+    rtf: dict[str, float]
+    params: dict[str, int]
+    audio_seconds: float
+    num_utterances: int
+    corpus: str
+    threads: int
+    rounds: int
+    machine: dict[str, str]
+
+
+def measure_speed(upstreams: Sequence[Upstream], config: SpeedConfig, progress: Callable[[str], None]) -> Speed:
+    """Load every upstream and time its forward pass. Raises RetortError when one can't be loaded."""
+    import torch
+
+    corpus = Corpus.open(Path(config.corpus))
+    waveforms = choose_waveforms(corpus, config.split, config.audio_seconds)
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        loaded = {}
+        for upstream in upstreams:
+            progress(f"loading {upstream.name}")
+            loaded[upstream.name] = _load(upstream)
+        seconds = _take_turns(loaded, waveforms, config.rounds, progress)
+    finally:
+        torch.set_num_threads(before)
+    audio_seconds = sum(map(len, waveforms)) / SAMPLE_RATE_HZ
+    return Speed(
+        rtf={name: statistics.median(times) / audio_seconds for name, times in seconds.items()},
+        params={name: model.num_parameters for name, model in loaded.items()},
+        audio_seconds=audio_seconds,
+        num_utterances=len(waveforms),
+        corpus=corpus.name,
+        threads=config.threads,
+        rounds=config.rounds,
+        machine=describe_machine(),
+    )
+
+
+def choose_waveforms(corpus: Corpus, split: str, audio_seconds: float) -> list[NDArray[np.float32]]:
+    """The first utterances of `split`, float32 (samples,), until they last `audio_seconds`; at least one."""
+    chosen: list[NDArray[np.float32]] = []
+    samples = 0
+    for index in corpus.select(split):
+        if samples >= audio_seconds * SAMPLE_RATE_HZ:
+            break
+        chosen.append(corpus.waveform(int(index)))
+        samples += len(chosen[-1])
+    return chosen
+
+
+def _load(upstream: Upstream) -> "LoadedUpstream":
+    from extract.forward import load_upstream
+
+    card = find_upstream(upstream.source, revision=upstream.revision, name=upstream.name)
+    return load_upstream(card, trust_remote_code=upstream.kind == "student")
+
+
+def _take_turns(
+    loaded: Mapping[str, "LoadedUpstream"],
+    waveforms: Sequence[NDArray[np.float32]],
+    rounds: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in loaded}
+    for number in range(rounds + 1):
+        progress("warming up" if number == 0 else f"timing, round {number} of {rounds}")
+        for name, model in loaded.items():
+            last_layer = [model.num_layers - 1]
+            start = time.perf_counter()
+            for waveform in waveforms:
+                model.hidden_states([waveform], last_layer)
+            if number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, cores, memory and system: what a timing depends on, and nothing that names the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{memory:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,103 @@
+"""The sentences beside the table: who won, who lost, and what the numbers are worth."""
+
+import math
+from collections.abc import Sequence
+
+from pipelines.report.results import Results
+from pipelines.report.speed import Speed
+from pipelines.report.table import TASK_TITLES, Row, write_relative
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One sentence: the winning student by relative score, and every student that lost, with its score."""
+    students = [row for row in rows if row.upstream.kind == "student"]
+    if not students:
+        return "No student was asked for: only the teacher and the fbank baseline were scored."
+    known = sorted(
+        ((row.relative, row.name) for row in students if row.relative is not None), key=lambda pair: -pair[0]
+    )
+    if not known:
+        return "No student came first: on some task fbank and the teacher score the same, so there is no scale."
+    (score, winner), losers = known[0], known[1:]
+    first = f"{winner} came first with a relative score of {write_relative(score)} (fbank 0, teacher 1000)"
+    if not losers:
+        return f"{first}{_standing(score)}; it was the only student."
+    return f"{first}{_standing(score)}; {_listed([_loser(name, value) for value, name in losers])} lost to it."
+
+
+def _loser(name: str, score: float) -> str:
+    return f"{name} ({write_relative(score)}{_standing(score)})"
+
+
+def _standing(score: float) -> str:
+    if score < 0:
+        return ", worse than fbank"
+    return ", better than its teacher" if score > 1000 else ""
+
+
+def by_task(results: Results) -> str:
+    """One sentence: the best student of each task."""
+    parts = []
+    for task in results.tasks:
+        scores = [(upstream.scores[task].test, upstream.name) for upstream in results.by_kind("student")]
+        if not scores:
+            return ""
+        higher = results.scores_of(task)[0].higher_is_better
+        best = max(scores)[0] if higher else min(scores)[0]
+        names = [name for value, name in scores if f"{value:.2f}" == f"{best:.2f}"]
+        parts.append(f"{TASK_TITLES.get(task, task)} {' and '.join(names)}")
+    return f"Best student by task: {', '.join(parts)}."
+
+
+def caveats(results: Results) -> list[str]:
+    """What a reader must know before trusting a difference: one seed, the size of the test sets, the notes."""
+    seeds = sorted({score.seed for upstream in results.upstreams for score in upstream.scores.values()})
+    lines = [f"One run each, seed {', '.join(map(str, seeds))}: no spread over seeds is known."]
+    errors = []
+    for task in results.tasks:
+        score = results.scores_of(task)[0]
+        if score.unit == "percent" and score.higher_is_better and score.num_test > 0:
+            errors.append(
+                f"{standard_error(score.test, score.num_test):.1f} points on {TASK_TITLES.get(task, task)}"
+                f" ({score.num_test} test utterances)"
+            )
+    if errors:
+        lines.append(
+            f"The test sets alone leave a standard error of about {_listed(errors)}, at the teacher's accuracy."
+        )
+    return lines + [f"{note[0].upper()}{note[1:]}." for note in results.score_notes] + _task_notes(results)
+
+
+def _task_notes(results: Results) -> list[str]:
+    """Every note of a score file once, with the tasks and, where it is not all, the upstreams that it holds for."""
+    holders: dict[str, dict[str, list[str]]] = {}
+    for task in results.tasks:
+        for upstream in results.upstreams:
+            for note in upstream.scores[task].notes:
+                holders.setdefault(note.rstrip("."), {}).setdefault(task, []).append(upstream.name)
+    lines = []
+    for note, by_task in holders.items():
+        names = sorted({name for upstreams in by_task.values() for name in upstreams})
+        only = "" if len(names) == len(results.upstreams) else f" ({', '.join(names)})"
+        lines.append(f"{', '.join(TASK_TITLES.get(task, task) for task in by_task)}{only}: {note}.")
+    return lines
+
+
+def standard_error(percent: float, num_test: int) -> float:
+    """The binomial standard error of an accuracy, in percentage points."""
+    share = min(max(percent / 100, 0.0), 1.0)
+    return 100 * math.sqrt(share * (1 - share) / num_test)
+
+
+def speed_sentence(speed: Speed) -> str:
+    """How the speed column was measured."""
+    threads = "one thread" if speed.threads == 1 else f"{speed.threads} threads"
+    return (
+        f"Speed is a forward pass over {speed.audio_seconds:.1f} s of audio ({speed.num_utterances} utterances of "
+        f"{speed.corpus}, one at a time) with {threads}, the upstreams taking turns, median of {speed.rounds} rounds, "
+        f"on {speed.machine['processor']}."
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -1,0 +1,151 @@
+"""Tiny real corpora and stores for the tests of `evaluate`: written by the real writers, hidden states by hand.
+
+Shapes: U utterances, L layers, T frames of one utterance, D features.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.corpus import Corpus, Utterance, write_corpus
+from extract.plan import plan_packs
+from extract.store import FORMAT_VERSION, Manifest
+from extract.writer import StoreWriter
+
+HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400
+Hidden = Callable[[int, int], NDArray[np.float32]]  # corpus index, frames -> (L, T, D)
+
+
+class Quiet:
+    """Progress that shows nothing and counts the steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0.0
+
+    def advance(self, amount: float, *, detail: str = "") -> None:
+        self.steps += amount
+
+
+def make_corpus(
+    folder: Path,
+    *,
+    labels: dict[str, Sequence[str]],
+    splits: Sequence[str],
+    num_frames: Sequence[int],
+    speakers: Sequence[str] | None = None,
+    name: str = "tiny",
+) -> Path:
+    """A corpus of quiet noise; utterance u has `num_frames[u]` frames. Returns its card."""
+    generator = np.random.default_rng(len(splits))
+    utterances = [
+        Utterance(
+            f"utt{index:04d}",
+            generator.integers(-9, 9, RECEPTIVE_SAMPLES + HOP_SAMPLES * (frames - 1)).astype(np.int16),
+            split,
+            speakers[index] if speakers else f"s{index % 3}",
+            {label: values[index] for label, values in labels.items()},
+        )
+        for index, (split, frames) in enumerate(zip(splits, num_frames, strict=True))
+    ]
+    write_corpus(folder / f"{name}.h5", name=name, reader="folder", utterances=utterances)
+    return folder / f"{name}.json"
+
+
+def make_store(
+    folder: Path,
+    corpus_card: Path,
+    hidden: Hidden,
+    *,
+    keep: Sequence[str] = ("frames", "pooled"),
+    codec: str = "float16",
+    pack_frames: int = 128,
+    drop_long: bool = False,
+) -> Path:
+    """A finished store of `corpus_card` whose hidden states are what `hidden` gives. Returns its manifest."""
+    corpus = Corpus.open(corpus_card)
+    num_frames = (corpus.num_samples - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1
+    plan = plan_packs(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
+    num_layers, _, dim = hidden(0, int(num_frames[0])).shape
+    location = folder / "stores" / "hand" / corpus.name
+    writer = StoreWriter(location, plan, tuple(range(num_layers)), dim, codec, frozenset(keep))
+    writer.create()
+    for shard in range(plan.num_shards):
+        packs = []
+        for pack in plan.packs_of(shard):
+            rows_LFD = np.zeros((num_layers, pack_frames, dim), dtype=np.float32)
+            for index in plan.by_pack[pack]:
+                first, count = int(plan.first_frame[index]), int(num_frames[index])
+                rows_LFD[:, first : first + count] = hidden(int(index), count)
+            packs.append(writer.encode_pack(pack, rows_LFD))
+        writer.write_shard(shard, packs)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        complete=False,
+        fingerprint="f" * 64,
+        digest="",
+        upstream={"id": "hand"},
+        layers=tuple(range(num_layers)),
+        dim=dim,
+        convention="by hand",
+        hop_samples=HOP_SAMPLES,
+        receptive_samples=RECEPTIVE_SAMPLES,
+        keep=tuple(sorted(keep)),
+        codec=codec,
+        codec_error={},
+        dtype="fp32",
+        attention="none",
+        plan=plan.summary(),
+        corpus={"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
+        dropped=tuple(corpus.ids[index] for index in np.flatnonzero(plan.pack < 0)),
+        store={"root": (folder / "stores").as_posix(), "path": f"hand/{corpus.name}"},
+        objects={},
+        versions={},
+    )
+    writer.finish(manifest, ids=corpus.ids)
+    return location / "manifest.json"
+
+
+def class_corpus(folder: Path, *, num: int = 60, seed: int = 0, noise: float = 0.3) -> tuple[Path, Hidden]:
+    """Keywords in three classes; layer 1 of three tells the class in its time mean, the others are noise."""
+    words = [("yes", "no", "up")[index % 3] for index in range(num)]
+    splits = [("train", "train", "train", "dev", "test")[index // 3 % 5] for index in range(num)]
+    num_frames = [5 + index * 7 % 20 for index in range(num)]
+    card = make_corpus(folder, labels={"keyword": words}, splits=splits, num_frames=num_frames)
+    means = np.random.default_rng(seed).normal(size=(3, 8))
+
+    def hidden(index: int, frames: int) -> NDArray[np.float32]:
+        states = np.random.default_rng([seed, index]).normal(size=(3, frames, 8)) * noise
+        states[1] += means[index % 3]
+        return states.astype(np.float32)
+
+    return card, hidden
+
+
+def phone_corpus(folder: Path, *, num: int = 50, seed: int = 0) -> tuple[Path, Hidden]:
+    """Transcripts over four phones, and as text; layer 0 of two tells the phone of each frame."""
+    generator = np.random.default_rng(seed)
+    phones = ["AA1", "B", "K", "S"]
+    spoken = [generator.integers(0, 4, generator.integers(2, 5)) for _ in range(num)]
+    splits = [("train", "train", "train", "dev", "test")[index % 5] for index in range(num)]
+    transcripts = [" ".join(phones[symbol] for symbol in said) for said in spoken]
+    texts = [" ".join(["ab", "cd", "ef", "gh"][symbol] for symbol in said) for said in spoken]
+    card = make_corpus(
+        folder,
+        labels={"phones": transcripts, "text": texts},
+        splits=splits,
+        num_frames=[8 * len(said) + 3 for said in spoken],
+    )
+    means = np.random.default_rng(seed).normal(size=(5, 12)) * 2
+
+    def hidden(index: int, frames: int) -> NDArray[np.float32]:
+        states = np.random.default_rng([seed, index]).normal(size=(2, frames, 12)) * 0.3
+        # Five frames of the phone, three of silence; silence at the end.
+        per_frame = np.full(frames, 4)
+        for place, symbol in enumerate(spoken[index]):
+            per_frame[8 * place : 8 * place + 5] = symbol
+        states[0] += means[per_frame]
+        return states.astype(np.float32)
+
+    return card, hidden

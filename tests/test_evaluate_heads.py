@@ -1,0 +1,131 @@
+"""The heads against independent ones: torch's own modules, packed sequences, and the frames behind a time mean."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+from evaluate.heads import LinearHead, Ragged, RecurrentHead, sum_layers
+
+F64 = torch.float64
+
+
+class ReferencePooledHead(nn.Module):
+    """KS and SID as the reference runs them: weighted sum, Linear, mean over an utterance's frames, Linear."""
+
+    def __init__(self, head: LinearHead) -> None:
+        super().__init__()
+        self.layer_logits = nn.Parameter(head.layer_logits.detach().clone())
+        self.projection, self.output = nn.Linear(1, 1), nn.Linear(1, 1)
+        for mine, other in ((self.projection, head.projection), (self.output, head.output)):
+            mine.weight, mine.bias = (nn.Parameter(p.detach().clone()) for p in (other.weight, other.bias))
+
+    def forward(self, hidden: list[Tensor]) -> Tensor:
+        weights_L = self.layer_logits.softmax(0)
+        rows = []
+        for hidden_LTD in hidden:
+            mixed_TD = sum(weight * layer_TD for weight, layer_TD in zip(weights_L, hidden_LTD, strict=True))
+            rows.append(self.projection(mixed_TD).mean(0))
+        logits: Tensor = self.output(torch.stack(rows))
+        return logits
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 6), st.sampled_from([2, 40]))
+def test_time_means_give_the_logits_loss_and_gradients_of_all_frames(
+    seed: int, num_layers: int, batch: int, projection: int
+) -> None:
+    torch.manual_seed(seed)
+    head = LinearHead(num_layers=num_layers, dim=7, projection=projection, classes=5).to(F64)
+    nn.init.normal_(head.layer_logits)
+    reference = ReferencePooledHead(head)
+    hidden = [torch.randn(num_layers, int(torch.randint(1, 30, ())), 7, dtype=F64) for _ in range(batch)]
+    classes_B = torch.randint(0, 5, (batch,))
+
+    pooled_LBD = torch.stack([states.mean(1) for states in hidden], 1)
+    logits = head(sum_layers([head], pooled_LBD)[0])
+    expected = reference(hidden)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
+
+    loss, expected_loss = F.cross_entropy(logits, classes_B), F.cross_entropy(expected, classes_B)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=0)
+    loss.backward()
+    expected_loss.backward()
+    expected_grads = dict(reference.named_parameters())
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected_grads[name].grad, atol=1e-6, rtol=0)
+    assert head.projection.weight.grad is not None
+    assert head.projection.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("projection", "classes"), [(4, 50), (256, 3)])
+def test_linear_head_is_two_linear_layers_in_either_order_of_products(projection: int, classes: int) -> None:
+    torch.manual_seed(0)
+    head = LinearHead(num_layers=1, dim=10, projection=projection, classes=classes).to(F64)
+    x = torch.randn(6, 3, 10, dtype=F64)
+    torch.testing.assert_close(head(x), head.output(head.projection(x)))
+
+
+def test_layer_weights_start_equal_and_sum_to_one() -> None:
+    head = LinearHead(num_layers=4, dim=2, projection=2, classes=2)
+    assert head.layer_weights == [0.25] * 4
+
+
+def test_sum_layers_gives_each_head_its_own_sum() -> None:
+    torch.manual_seed(0)
+    heads = [LinearHead(num_layers=3, dim=2, projection=2, classes=2) for _ in range(2)]
+    for head in heads:
+        nn.init.normal_(head.layer_logits)
+    hidden_LFD = torch.randn(3, 5, 2)
+    mixed_RFD = sum_layers(heads, hidden_LFD)
+    for head, mixed_FD in zip(heads, mixed_RFD, strict=True):
+        expected = torch.einsum("l,lfd->fd", head.layer_logits.softmax(0), hidden_LFD)
+        torch.testing.assert_close(mixed_FD, expected)
+
+
+def reference_recurrent(head: RecurrentHead, utterances: list[Tensor], depth: int) -> list[Tensor]:
+    """The same head with torch's own packed bidirectional LSTMs, one utterance's frames (T, D) after another."""
+    x = [head.projection(frames_TD) for frames_TD in utterances]
+    s = head.stack
+    x = [y[: len(y) // s * s].reshape(len(y) // s, -1) for y in x]
+    lengths = torch.tensor([len(y) for y in x])
+    padded = pad_sequence(x, batch_first=True)
+    for layer in range(depth):
+        onward, backward = head.onwards[layer], head.backwards[layer]
+        both = nn.LSTM(onward.input_size, onward.hidden_size, batch_first=True, bidirectional=True).to(padded.dtype)
+        state = dict(onward.state_dict()) | {f"{k}_reverse": v for k, v in backward.state_dict().items()}
+        both.load_state_dict(state)
+        packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+        padded, _ = pad_packed_sequence(both(packed)[0], batch_first=True)
+    out = head.output(padded)
+    return [out[b, :n] for b, n in enumerate(lengths.tolist())]
+
+
+@pytest.mark.parametrize("stack", [1, 2, 3])
+def test_recurrent_head_equals_packed_bidirectional_lstms(stack: int) -> None:
+    torch.manual_seed(stack)
+    head = RecurrentHead(num_layers=1, dim=5, projection=6, hidden=4, depth=2, classes=3, stack=stack).to(F64)
+    utterances = [torch.randn(n, 5, dtype=F64) for n in (11, 7, 12, 3)]
+    counts_B = torch.tensor([len(u) for u in utterances])
+    logits_BTC = head(torch.cat(utterances), Ragged.of(counts_B))
+    assert logits_BTC.shape[1] == 12 // stack
+    for logits_TC, expected in zip(logits_BTC, reference_recurrent(head, utterances, 2), strict=True):
+        torch.testing.assert_close(logits_TC[: len(expected)], expected, atol=1e-10, rtol=0)
+
+
+def test_an_utterances_logits_do_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(0)
+    head = RecurrentHead(num_layers=1, dim=5, projection=6, hidden=4, depth=2, classes=3, stack=2)
+    long, short = torch.randn(20, 5), torch.randn(9, 5)
+    alone = head(short, Ragged.of(torch.tensor([9])))[0]
+    together = head(torch.cat([long, short]), Ragged.of(torch.tensor([20, 9])))[1, : 9 // 2]
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_ragged_rows() -> None:
+    ragged = Ragged.of(torch.tensor([3, 1]))
+    assert ragged.rows_BT.tolist() == [[0, 1, 2], [3, 3, 3]]
+    assert ragged.reversed_BT.tolist() == [[2, 1, 0], [0, 0, 0]]

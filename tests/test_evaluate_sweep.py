@@ -1,0 +1,206 @@
+"""The sweep on a problem small enough to redo by hand: one pass, chosen on dev, test once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from evaluate_stores import Quiet
+from torch import Tensor
+from torch.nn import functional as F
+
+from evaluate.heads import LinearHead, sum_layers
+from evaluate.sweep import Adam, SweepResult, sweep
+from evaluate.task import Recipe
+from extract.errors import RetortError
+
+RECIPE = Recipe(learning_rates=(1e-1, 1e-2, 1e-3), steps=30, batch_size=8, dev_evaluations=5, seed=3)
+
+
+@dataclass
+class Points:
+    """Regression on random points; `dev` and `test` are what is asked of it, and every call is counted."""
+
+    seed: int = 0
+    metric: str = "error"
+    higher_is_better: bool = False
+    num_test: int = 40
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        self.data = {split: torch.randn(2, 40, 3, generator=generator) for split in ("train", "dev", "test")}
+        self.measured: list[tuple[str, int]] = []
+        self.batches_given = 0
+
+    def new_head(self) -> LinearHead:
+        return LinearHead(num_layers=2, dim=3, projection=4, classes=1)
+
+    def batches(self, generator: torch.Generator) -> Iterator[Tensor]:
+        while True:
+            self.batches_given += 1
+            yield self.data["train"][:, torch.randint(0, 40, (8,), generator=generator)]
+
+    def target(self, points: Tensor) -> Tensor:
+        return (points[0] * 0.7 + points[1] * 0.3).sum(-1)
+
+    def losses(self, heads: Sequence[LinearHead], batch: Tensor) -> Tensor:
+        mixed = sum_layers(heads, batch)
+        return torch.stack([F.mse_loss(h(m)[:, 0], self.target(batch)) for h, m in zip(heads, mixed, strict=True)])
+
+    @torch.no_grad()
+    def measure(self, heads: Sequence[LinearHead], split: str) -> list[dict[str, float]]:
+        self.measured.append((split, len(heads)))
+        return [{self.metric: loss} for loss in self.losses(heads, self.data[split]).tolist()]
+
+
+def run(problem: Points, recipe: Recipe = RECIPE) -> SweepResult:
+    return sweep(problem, recipe, Quiet())
+
+
+def by_hand(lr: float, recipe: Recipe) -> list[float]:
+    """One head trained alone with torch's own optimiser; its dev error at every evaluation."""
+    problem = Points()
+    torch.manual_seed(recipe.seed)
+    head = problem.new_head()
+    optimiser = torch.optim.Adam(head.parameters(), lr=lr)
+    batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
+    dev = []
+    for step in range(1, recipe.steps + 1):
+        batch = next(batches)
+        logits = head(torch.einsum("l,lbd->bd", head.layer_logits.softmax(0), batch))
+        optimiser.zero_grad()
+        F.mse_loss(logits[:, 0], problem.target(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), recipe.clip_norm)
+        optimiser.step()
+        if step % (recipe.steps // recipe.dev_evaluations) == 0:
+            dev.append(problem.measure([head], "dev")[0]["error"])
+    return dev
+
+
+def test_a_grid_equals_heads_trained_one_by_one_by_torch() -> None:
+    result = run(Points())
+    for point in result.grid:
+        dev = by_hand(point.lr, RECIPE)
+        assert point.dev == pytest.approx(min(dev), rel=1e-5)
+        assert point.steps == 6 * (dev.index(min(dev)) + 1)
+    assert len({point.dev for point in result.grid}) == 3
+
+
+def test_a_grid_equals_grids_of_one() -> None:
+    together = {point.lr: point for point in run(Points()).grid}
+    for lr in RECIPE.learning_rates:
+        (alone,) = run(Points(), replace(RECIPE, learning_rates=(lr,))).grid
+        assert together[lr].steps == alone.steps
+        assert together[lr].dev == pytest.approx(alone.dev, rel=1e-6)
+
+
+def test_all_rates_are_trained_in_one_pass() -> None:
+    problem = Points()
+    run(problem)
+    assert problem.batches_given == RECIPE.steps
+
+
+def test_dev_is_seen_evenly_and_test_once_with_one_head() -> None:
+    problem = Points()
+    run(problem)
+    assert problem.measured == [("dev", 3)] * 5 + [("test", 1)]
+
+
+def test_same_seed_same_result_and_another_seed_another() -> None:
+    assert run(Points()) == run(Points())
+    assert run(Points()).dev != run(Points(), replace(RECIPE, seed=4)).dev
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    run(Points())
+    assert torch.rand(1) == expected
+
+
+class Scripted(Points):
+    """Dev and test as a script says: by learning rate (told by the order of heads, ascending) and evaluation."""
+
+    dev: tuple[tuple[float, ...], ...] = ((5, 5, 5, 5, 5), (4, 2, 3, 2, 6), (3, 3, 3, 3, 3))
+    test: tuple[float, ...] = (0.0, 9.0, 1.0)
+
+    def measure(self, heads: Sequence[LinearHead], split: str) -> list[dict[str, float]]:
+        turn = len(self.measured)
+        self.measured.append((split, len(heads)))
+        if split == "dev":
+            self.states = [*getattr(self, "states", []), [h.output.weight.detach().clone() for h in heads]]
+            return [{"error": row[turn]} for row in self.dev]
+        self.scored = heads[0].output.weight.detach().clone()
+        return [{"error": 7.0}]
+
+
+def test_dev_chooses_rate_and_checkpoint_whatever_test_would_prefer() -> None:
+    # On test the lowest rate would be perfect and the chosen one the worst of the three.
+    problem = Scripted()
+    result = run(problem)
+    assert (result.chosen_lr, result.dev, result.test["error"]) == (1e-2, 2, 7.0)
+    assert [point.steps for point in result.grid] == [6, 12, 6]  # the earliest of equal checkpoints
+    assert torch.equal(problem.scored, problem.states[1][1])
+    assert not torch.equal(problem.scored, problem.states[4][1])
+
+
+def test_higher_is_better_turns_every_choice() -> None:
+    problem = Scripted(higher_is_better=True)
+    result = run(problem)
+    assert (result.chosen_lr, result.dev) == (1e-2, 6)
+    assert torch.equal(problem.scored, problem.states[4][1])
+
+
+def test_of_equal_rates_the_lowest_wins_and_an_end_of_the_grid_is_noted() -> None:
+    problem = Scripted()
+    problem.dev = ((3, 3, 3, 3, 3), (3, 3, 3, 3, 3), (4, 4, 4, 4, 3))
+    result = run(problem)
+    assert result.chosen_lr == 1e-3
+    assert any("0.001 is the lowest of the grid" in note for note in result.notes)
+
+
+def test_the_middle_of_the_grid_and_a_grid_of_one_are_not_noted() -> None:
+    assert run(Scripted()).notes == ()
+    assert run(Points(), replace(RECIPE, learning_rates=(1e-2,))).notes == ()
+
+
+class Exploding(Points):
+    def losses(self, heads: Sequence[LinearHead], batch: Tensor) -> Tensor:
+        losses = super().losses(heads, batch)
+        # The head of the highest rate stops being finite at the fourth batch.
+        return torch.where(torch.arange(len(heads)) == 2, torch.nan, losses) if self.batches_given == 4 else losses
+
+
+def test_a_diverged_rate_is_named_and_the_others_go_on_unharmed() -> None:
+    result = run(Exploding())
+    calm = {point.lr: point.dev for point in run(Points()).grid}
+    assert {point.lr: point.dev for point in result.grid} == pytest.approx({lr: calm[lr] for lr in (1e-3, 1e-2)})
+    assert "learning rate 0.1 diverged at step 4" in result.notes
+
+
+def test_a_grid_that_diverges_whole_is_one_clear_line() -> None:
+    class All(Points):
+        def losses(self, heads: Sequence[LinearHead], batch: Tensor) -> Tensor:
+            return super().losses(heads, batch) * torch.nan
+
+    with pytest.raises(RetortError, match="every learning rate diverged"):
+        run(All())
+
+
+def test_adam_is_torchs_adam() -> None:
+    torch.manual_seed(0)
+    mine, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(mine.state_dict())
+    own, other = Adam(mine.parameters(), 1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for _ in range(20):
+        x = torch.randn(5, 3)
+        for model in (mine, theirs):
+            model(x).square().sum().backward()
+        own.step()
+        other.step()
+        other.zero_grad()
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.grad is None

@@ -1,0 +1,327 @@
+"""The four tasks on tiny real stores: that they learn, what they read, and what they say when something is missing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluate_stores import Hidden, Quiet, class_corpus, make_corpus, make_store, phone_corpus
+from torch.nn import functional as F
+
+from evaluate.ctc import END, UNKNOWN, Vocabulary, infeasible
+from evaluate.frames import FrameReader, bucket
+from evaluate.heads import LinearHead
+from evaluate.run import open_source, run_task
+from evaluate.task import parse_recipe
+from evaluate.tasks import TASKS, pr
+from evaluate.tasks.asr import AsrRecipe, characters, draw_noise, masked
+from extract.corpus import Corpus
+from extract.errors import RetortError
+from extract.store import StoreReader
+
+SHORT: dict[str, dict[str, Any]] = {
+    "ks": {"learning_rates": [1e-1, 1e-2, 1e-4], "steps": 40, "dev_evaluations": 4},
+    "sid": {"learning_rates": [1e-2], "steps": 40, "dev_evaluations": 2},
+    "pr": {"learning_rates": [1e-2, 1e-3], "steps": 80, "batch_size": 8, "dev_evaluations": 4},
+    "asr": {
+        "learning_rates": [3e-2],
+        "steps": 90,
+        "batch_size": 8,
+        "dev_evaluations": 2,
+        "projection": 16,
+        "hidden": 16,
+        "time_mask_frames": 2,
+        "feature_mask_width": 2,
+    },
+}
+
+
+def run(task: str, manifest: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
+    recipe = parse_recipe(TASKS[task], SHORT[task] | changes, where="test")
+    progress = Quiet()
+    score = run_task(TASKS[task], recipe, upstream="hand", manifest=manifest, corpus=corpus, progress=progress)
+    assert progress.steps == recipe.steps
+    return score
+
+
+def without_seconds(score: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in score.items() if key != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("classes")
+    card, hidden = class_corpus(folder)
+    return make_store(folder, card, hidden, keep=["pooled"]), card
+
+
+@pytest.fixture(scope="module")
+def phones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Hidden]:
+    folder = tmp_path_factory.mktemp("phones")
+    card, hidden = phone_corpus(folder)
+    return make_store(folder, card, hidden, codec="int8"), card, hidden
+
+
+def test_keywords_from_a_store_that_keeps_pooled_alone(classes: tuple[Path, Path]) -> None:
+    score = run("ks", *classes)
+    assert score["test"] == 100
+    assert np.argmax(score["layer_weights"]) == 1
+    assert sum(score["layer_weights"]) == pytest.approx(1)
+    assert [point["lr"] for point in score["grid"]] == [1e-4, 1e-2, 1e-1]
+    assert score["num_test"] == 12
+
+
+def test_a_score_says_what_it_was_made_from(classes: tuple[Path, Path]) -> None:
+    manifest, card = classes
+    score, corpus, reader = run("ks", manifest, card), Corpus.open(card), StoreReader.open(manifest)
+    assert score["corpus_digest"] == corpus.digest
+    assert score["labels_digest"] == corpus.labels_digest
+    assert (score["store_digest"], score["fingerprint"]) == (reader.digest, reader.fingerprint)
+    assert score["recipe"]["steps"] == 40
+    assert score["recipe"]["learning_rates"] == [1e-1, 1e-2, 1e-4]
+    assert {"python", "torch", "numpy"} == score["versions"].keys()
+    assert "steps 40 (reference 200000)" in score["notes"]
+    assert any("silence class" in note for note in score["notes"])
+
+
+@pytest.mark.parametrize("task", ["ks", "sid"])
+def test_pooled_tasks_are_deterministic_given_the_seed(classes: tuple[Path, Path], task: str) -> None:
+    assert without_seconds(run(task, *classes)) == without_seconds(run(task, *classes))
+    assert without_seconds(run(task, *classes, seed=1)) != without_seconds(run(task, *classes))
+
+
+def test_speakers_are_identified_from_the_corpuss_own_column(tmp_path: Path) -> None:
+    card = make_corpus(
+        tmp_path,
+        labels={},
+        speakers=["ann", "bob"] * 10,
+        splits=["train"] * 12 + ["dev"] * 4 + ["test"] * 4,
+        num_frames=[5] * 20,
+    )
+    manifest = make_store(tmp_path, card, lambda index, frames: np.full((1, frames, 2), index % 2, dtype=np.float32))
+    score = run("sid", manifest, card)
+    assert score["test"] == 100
+    assert any("whole utterances" in note for note in score["notes"])
+
+
+def test_a_class_that_training_never_had_counts_as_wrong_and_is_noted(tmp_path: Path) -> None:
+    splits = ["train"] * 12 + ["dev"] * 4 + ["test"] * 4
+    words = ["yes", "no"] * 9 + ["maybe", "maybe"]
+    card = make_corpus(tmp_path, labels={"keyword": words}, splits=splits, num_frames=[5] * 20)
+    manifest = make_store(tmp_path, card, lambda index, frames: np.full((1, frames, 2), index % 2, dtype=np.float32))
+    score = run("ks", manifest, card)
+    assert score["test"] == 50
+    assert "2 test utterances have a keyword that training never had, so they count as wrong" in score["notes"]
+
+
+def test_phones_are_recognised_and_the_telling_layer_is_weighed_up(phones: tuple[Path, Path, Hidden]) -> None:
+    manifest, card, _ = phones
+    score = run("pr", manifest, card)
+    assert score["test"] < 10
+    assert score["layer_weights"][0] > 0.5
+    assert without_seconds(score) == without_seconds(run("pr", manifest, card))
+
+
+def test_words_are_recognised_and_characters_reported_beside(phones: tuple[Path, Path, Hidden]) -> None:
+    manifest, card, _ = phones
+    score = run("asr", manifest, card)
+    assert score["test"] < 60
+    assert 0 <= score["also"]["cer"] < score["test"]
+    first, second = (without_seconds(run("asr", manifest, card, steps=8)) for _ in range(2))
+    assert first == second
+
+
+def test_stacked_frames_and_infeasible_utterances_are_handled_and_named(
+    phones: tuple[Path, Path, Hidden],
+) -> None:
+    manifest, card, _ = phones
+    # 8 frames a word of three characters, stacked by 4 of 320 samples: 2 frames for them.
+    score = run("asr", manifest, card, head_hop_samples=1280, steps=4)
+    assert np.isfinite(score["test"])
+    assert any("30 of 30 training utterances have fewer frames than their labels need" in n for n in score["notes"])
+    assert not any("fewer frames" in n for n in run("asr", manifest, card, steps=1)["notes"])
+
+
+def test_streaming_gives_what_memory_gives(phones: tuple[Path, Path, Hidden]) -> None:
+    manifest, card, _ = phones
+    inside, streamed = (run("pr", manifest, card, steps=6, memory_gb=gb) for gb in (1.0, 1e-9))
+    assert {**without_seconds(inside), "recipe": 0} == {**without_seconds(streamed), "recipe": 0}
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_frames_are_the_readers_own(tmp_path: Path, codec: str) -> None:
+    card, hidden = phone_corpus(tmp_path)
+    reader = StoreReader.open(make_store(tmp_path, card, hidden, codec=codec))
+    frames = FrameReader(reader, memory_gb=1)
+    rows = [7, 3, 40]
+    hidden_LFD = frames.read(rows).clone()
+    expected = np.concatenate([reader.hidden_at(row) for row in rows], axis=1)
+    assert np.array_equal(hidden_LFD.numpy(), expected)
+    original = np.concatenate([hidden(row, int(reader.num_frames[row])) for row in rows], axis=1)
+    assert np.abs(expected - original).max() < 0.06
+    assert frames.read([3]).shape[1] == reader.num_frames[3]
+
+
+def test_buckets_hold_similar_lengths_and_every_utterance_once() -> None:
+    num_frames = np.array([5, 9, 1, 9, 7, 3])
+    batches = bucket(np.array([0, 1, 3, 4, 5]), num_frames, 2)
+    assert [batch.tolist() for batch in batches] == [[1, 3], [4, 0], [5]]
+
+
+def test_ctc_loss_is_the_reference_toolkits(phones: tuple[Path, Path, Hidden]) -> None:
+    """Of several heads at once, end to end, against nn.CTCLoss on each head's padded logits."""
+    manifest, card, _ = phones
+    source = open_source(TASKS["pr"], manifest=manifest, corpus=card)
+    problem = pr.problem(source, pr.PrRecipe(batch_size=8))
+    heads = [LinearHead(num_layers=2, dim=12, projection=8, classes=7) for _ in range(2)]
+    batch = next(problem.batches(torch.Generator().manual_seed(0)))
+    counts = batch.frames.num_frames_B.tolist()
+    for head, loss in zip(heads, problem.losses(heads, batch), strict=True):
+        utterances = batch.hidden_LFD.split(counts, dim=1)
+        mixed = [torch.einsum("l,ltd->td", head.layer_logits.softmax(0), hidden) for hidden in utterances]
+        padded = torch.nn.utils.rnn.pad_sequence([head(x).log_softmax(-1) for x in mixed])
+        expected = torch.nn.CTCLoss(blank=0, zero_infinity=True)(
+            padded, batch.labels_BS, torch.tensor(counts), batch.num_labels_B
+        )
+        torch.testing.assert_close(loss, expected)
+
+
+def test_vocabulary_is_pad_eos_unk_and_then_training_symbols() -> None:
+    vocabulary = Vocabulary.of([["B", "AA1"], ["B"]])
+    assert vocabulary.symbols == ("<pad>", "<eos>", "<unk>", "AA1", "B")
+    assert vocabulary.encode(["B", "ZH", "AA1"]) == [4, UNKNOWN, 3, END]
+
+
+def test_decoding_collapses_repeats_then_drops_blank_and_eos_and_keeps_unk() -> None:
+    vocabulary = Vocabulary.of([["A", "B"]])
+    best = torch.tensor([0, 3, 3, 0, 3, 4, 4, 2, 2, 0, 1])
+    assert vocabulary.decode(best) == ["A", "A", "B", "<unk>"]
+    assert vocabulary.decode(best[:0]) == []
+
+
+def test_infeasible_counts_a_blank_between_equal_labels() -> None:
+    for labels in ([3, 4, 1], [3, 3, 1], [3, 3, 3]):
+        for num_frames in range(1, 7):
+            loss = F.ctc_loss(
+                torch.zeros(num_frames, 1, 5).log_softmax(-1),
+                torch.tensor([labels]),
+                torch.tensor([num_frames]),
+                torch.tensor([len(labels)]),
+                reduction="sum",
+            )
+            assert infeasible(labels, num_frames) == (not torch.isfinite(loss))
+
+
+def test_characters_are_upper_case_with_single_spaces() -> None:
+    assert characters("  go  on ") == ["G", "O", " ", "O", "N"]
+
+
+def test_masks_stay_inside_and_have_the_asked_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([50, 3, 20])
+    for _ in range(50):
+        mask_BT = masked(lengths, 50, masks=2, width=6, generator=generator)
+        assert not mask_BT[1, 3:].any()
+        assert not mask_BT[2, 20:].any()
+        assert mask_BT.sum(1).max() <= 2 * 5
+    assert not masked(lengths, 50, masks=0, width=6, generator=generator).any()
+    assert sum(int(masked(lengths, 50, masks=1, width=6, generator=generator).sum()) for _ in range(50)) > 0
+
+
+def test_noise_masks_each_utterances_own_frames_and_scales_dropout() -> None:
+    recipe = AsrRecipe(hidden=64, depth=1, time_masks=1, time_mask_frames=9, feature_masks=0)
+    noise = draw_noise(torch.tensor([40, 10]), torch.Generator().manual_seed(1), recipe=recipe, dim=6, stack=2)
+    assert noise.features_FD is not None
+    assert noise.features_FD.shape == (50, 6)
+    for own_FD in noise.features_FD.split([40, 10]):
+        masked_frames = (own_FD == 0).all(1)
+        assert 0 < masked_frames.sum() < 9
+        assert (own_FD[~masked_frames] == 1).all()
+    (kept,) = noise.kept_BTH
+    assert kept.shape == (2, 20, 128)
+    assert kept.unique().tolist() == pytest.approx([0, 1.25])
+    assert kept.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_dropped_utterances_are_left_out_and_noted(tmp_path: Path) -> None:
+    card, hidden = class_corpus(tmp_path)
+    manifest = make_store(tmp_path, card, hidden, keep=["pooled"], pack_frames=22, drop_long=True)
+    score = run("ks", manifest, card)
+    assert score["num_test"] < 12
+    assert any("utterances are not in the store" in note for note in score["notes"])
+
+
+def test_a_missing_label_names_those_there_are(phones: tuple[Path, Path, Hidden]) -> None:
+    manifest, card, _ = phones
+    with pytest.raises(RetortError, match=r"no label 'keyword'; it has phones, text"):
+        run("ks", manifest, card)
+
+
+def test_a_store_without_frames_says_what_to_keep(classes: tuple[Path, Path], tmp_path: Path) -> None:
+    card, hidden = phone_corpus(tmp_path)
+    manifest = make_store(tmp_path, card, hidden, keep=["pooled"])
+    with pytest.raises(RetortError, match=r"keeps pooled, task pr reads frames: .*--keep frames,pooled"):
+        run("pr", manifest, card)
+
+
+def test_a_store_of_another_corpus_is_refused(classes: tuple[Path, Path], tmp_path: Path) -> None:
+    card, _ = class_corpus(tmp_path, num=30)
+    with pytest.raises(RetortError, match="not of tiny"):
+        run("ks", classes[0], card)
+
+
+def test_a_missing_split_names_those_there_are(tmp_path: Path) -> None:
+    card = make_corpus(tmp_path, labels={"keyword": ["a", "b"]}, splits=["train", "dev"], num_frames=[5, 5])
+    manifest = make_store(tmp_path, card, lambda _, frames: np.zeros((1, frames, 2), dtype=np.float32))
+    with pytest.raises(RetortError, match="no split 'test'; it has dev, train"):
+        run("ks", manifest, card)
+
+
+def test_empty_transcripts_are_an_error(tmp_path: Path) -> None:
+    splits = ["train", "dev", "test"]
+    card = make_corpus(tmp_path, labels={"phones": ["B", "", "B"]}, splits=splits, num_frames=[9, 9, 9])
+    manifest = make_store(tmp_path, card, lambda _, frames: np.zeros((1, frames, 2), dtype=np.float32))
+    with pytest.raises(RetortError, match="label 'phones' is empty for the whole split 'dev'"):
+        run("pr", manifest, card)
+
+
+def test_corpus_without_speakers_cannot_identify_them(tmp_path: Path) -> None:
+    splits = ["train", "dev", "test"]
+    card = make_corpus(tmp_path, labels={}, speakers=["a", "", "a"], splits=splits, num_frames=[9, 9, 9])
+    manifest = make_store(tmp_path, card, lambda _, frames: np.zeros((1, frames, 2), dtype=np.float32))
+    with pytest.raises(RetortError, match="names no speaker"):
+        run("sid", manifest, card)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"stepz": 1}, r"unknown key in p\.ks 'stepz': expected one of balanced, batch_size,.* steps"),
+        ({"steps": "many"}, r"p\.ks\.steps is 'many', expected int"),
+        ({"steps": 1.5}, r"p\.ks\.steps is 1\.5, expected int"),
+        ({"steps": True}, r"p\.ks\.steps is True, expected int"),
+        ({"balanced": 1}, r"p\.ks\.balanced is 1, expected bool"),
+        ({"clip_norm": "x"}, r"p\.ks\.clip_norm is 'x', expected float"),
+        ({"learning_rates": 0.1}, r"p\.ks\.learning_rates is 0\.1, expected a list"),
+        ({"learning_rates": []}, r"p\.ks: learning_rates must be a list of one or more numbers above 0"),
+        ({"learning_rates": [0.1, 0.1]}, r"p\.ks: learning_rates names a rate twice"),
+        ({"steps": 0}, r"p\.ks: steps is 0, expected more than 0"),
+        ([1], r"p\.ks is \[1\], expected a mapping"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(section: Any, message: str) -> None:
+    with pytest.raises(RetortError, match=message):
+        parse_recipe(TASKS["ks"], section, where="p.ks")
+
+
+def test_settings_keep_the_references_values_and_take_yamls_numbers() -> None:
+    recipe = parse_recipe(TASKS["asr"], {"learning_rates": ["1e-3", 1], "dropout": 0}, where="p")
+    assert recipe.learning_rates == (1e-3, 1.0)
+    assert (recipe.projection, recipe.hidden, recipe.depth, recipe.steps) == (1024, 1024, 2, 200_000)
+    assert parse_recipe(TASKS["pr"], None, where="p") == TASKS["pr"].recipe()
+
+
+def test_every_task_is_named_once_and_as_its_key() -> None:
+    assert all(name == task.name for name, task in TASKS.items())
+    assert set(TASKS) == {"pr", "asr", "ks", "sid"}

@@ -1,0 +1,178 @@
+"""Readers open the published layouts, decode what is there, and name what can't be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+from extract.corpus import Corpus
+from extract.errors import RetortError
+from pipelines.readers import ReaderOptions, read_corpus
+
+
+def tone(seconds: float = 0.5, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    audio = 0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
+    return np.repeat(audio[:, None], channels, axis=1).astype(np.float32)
+
+
+def write_audio(path: Path, audio: np.ndarray, rate: int = 16_000, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, rate, **options)
+
+
+def folder_of(root: Path, files: dict[str, np.ndarray], rate: int = 16_000) -> Path:
+    for name, audio in files.items():
+        write_audio(root / name, audio, rate, subtype="FLOAT" if name.endswith(".wav") else None)
+    (root / "metadata.csv").write_text("file,split,speaker,digit\n" + "".join(f"{n},train,s1,7\n" for n in files))
+    return root
+
+
+def test_librispeech(tmp_path: Path) -> None:
+    base = tmp_path / "LibriSpeech"
+    for part, speaker in (("train-clean-100", 19), ("dev-clean", 84), ("test-clean", 61), ("test-other", 99)):
+        folder = base / part / str(speaker) / "198"
+        write_audio(folder / f"{speaker}-198-0001.flac", tone())
+        (folder / f"{speaker}-198.trans.txt").write_text(f"{speaker}-198-0001 NORTH WIND\n")
+    (tmp_path / "librispeech-lexicon.txt").write_text("NORTH\tN AO1 R TH\nWIND\tW IH1 N D\nWIND\tW AY1 N D\n")
+    read_corpus("librispeech", tmp_path, tmp_path / "c.h5")
+    corpus = Corpus.open(tmp_path / "c.json")
+    assert sorted(zip(corpus.ids, corpus.splits, corpus.speakers, strict=True)) == [
+        ("19-198-0001", "train", "19"),
+        ("61-198-0001", "test", "61"),
+        ("84-198-0001", "dev", "84"),
+    ]
+    assert set(corpus.label("text")) == {"NORTH WIND"}
+    assert set(corpus.label("phones")) == {"N AO1 R TH W IH1 N D"}  # the first pronunciation
+    read_corpus("librispeech", tmp_path, tmp_path / "o.h5", options=ReaderOptions(parts=("test-other",)))
+    assert Corpus.open(tmp_path / "o.h5").ids == ["99-198-0001"]
+    (tmp_path / "librispeech-lexicon.txt").write_text("NORTH\tN AO1 R TH\n")
+    with pytest.raises(RetortError, match="'WIND' is not in the lexicon"):
+        read_corpus("librispeech", tmp_path, tmp_path / "c.h5")
+
+
+def test_librispeech_agrees_with_torchaudio(tmp_path: Path) -> None:
+    folder = tmp_path / "LibriSpeech" / "dev-clean" / "84" / "121123"
+    for number in range(3):
+        write_audio(folder / f"84-121123-{number:04d}.flac", tone(0.3 + number / 10))
+    (folder / "84-121123.trans.txt").write_text("".join(f"84-121123-{n:04d} LINE {'ABC'[n]}\n" for n in range(3)))
+    read_corpus("librispeech", tmp_path, tmp_path / "c.h5")
+    ours = Corpus.open(tmp_path / "c.h5")
+    theirs = torchaudio.datasets.LIBRISPEECH(tmp_path, url="dev-clean")
+    for index in range(len(theirs)):
+        path, _rate, text, speaker, _chapter, _number = theirs.get_metadata(index)
+        assert (Path(path).stem, text, str(speaker)) == (
+            ours.ids[index],
+            ours.label("text")[index],
+            ours.speakers[index],
+        )
+        np.testing.assert_array_equal(
+            ours.samples(index), soundfile.read(tmp_path / "LibriSpeech" / path, dtype="int16")[0]
+        )
+
+
+def test_speech_commands(tmp_path: Path) -> None:
+    base, test = tmp_path / "speech_commands_v0.01", tmp_path / "speech_commands_test_set_v0.01"
+    for name in ("yes/aa_nohash_0", "yes/bb_nohash_0", "yes/cc_nohash_0", "bed/aa_nohash_0"):
+        write_audio(base / f"{name}.wav", tone(1.0))
+    write_audio(base / "_background_noise_" / "hum.wav", tone(12.5))
+    (base / "validation_list.txt").write_text("yes/bb_nohash_0.wav\n")
+    (base / "testing_list.txt").write_text("yes/cc_nohash_0.wav\n")
+    for name in ("yes", "_silence_", "_unknown_"):
+        write_audio(test / name / "dd_nohash_0.wav", tone(1.0))
+    read_corpus("speech-commands", tmp_path, tmp_path / "c.h5")
+    corpus = Corpus.open(tmp_path / "c.h5")
+    found = set(zip(corpus.ids, corpus.splits, corpus.label("keyword"), strict=True))
+    assert {
+        ("train/yes/aa_nohash_0", "train", "yes"),
+        ("dev/yes/bb_nohash_0", "dev", "yes"),
+        ("train/bed/aa_nohash_0", "train", "_unknown_"),
+        ("test/_silence_/dd_nohash_0", "test", "_silence_"),
+        ("dev/_silence_/hum-0011", "dev", "_silence_"),
+    } <= found
+    assert not any("cc_nohash" in name for name, _, _ in found)  # its own testing list is not scored
+    assert sum(label == "_silence_" for _, _, label in found) == 12 + 1
+    # SUPERB's keyword spotting hears everything 3 dB lower.
+    original = soundfile.read(base / "yes/aa_nohash_0.wav")[0]
+    heard = corpus.waveform(corpus.ids.index("train/yes/aa_nohash_0"))
+    np.testing.assert_allclose(heard, original * 10 ** (-3 / 20), atol=1e-4)
+
+
+def test_voxceleb1(tmp_path: Path) -> None:
+    for part, name in (
+        ("dev", "id10001/abc/00001.wav"),
+        ("dev", "id10001/xyz/00001.wav"),
+        ("test", "id10270/q/00002.wav"),
+    ):
+        write_audio(tmp_path / part / "wav" / name, tone())
+    (tmp_path / "iden_split.txt").write_text(
+        "1 id10001/abc/00001.wav\n3 id10001/xyz/00001.wav\n2 id10270/q/00002.wav\n"
+    )
+    read_corpus("voxceleb1", tmp_path, tmp_path / "c.h5")
+    corpus = Corpus.open(tmp_path / "c.h5")
+    assert corpus.splits == ["train", "test", "dev"]
+    assert corpus.label("speaker") == corpus.speakers == ["id10001", "id10001", "id10270"]
+
+
+def test_folder_renames_columns(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"a/one.wav": tone(), "b/one.flac": tone()})
+    read_corpus("folder", tmp_path, tmp_path / "c.h5", options=ReaderOptions(rename={"digit": "keyword"}))
+    corpus = Corpus.open(tmp_path / "c.h5")
+    assert corpus.ids == ["a/one", "b/one"]
+    assert corpus.label("keyword") == ["7", "7"]
+    with pytest.raises(RetortError, match="no such column; it has file, split, speaker, digit"):
+        read_corpus("folder", tmp_path, tmp_path / "c.h5", options=ReaderOptions(rename={"number": "keyword"}))
+
+
+def test_other_rates_and_channels_are_converted_and_recorded(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"stereo.wav": tone(1.0, 8_000, channels=2)}, rate=8_000)
+    card = read_corpus("folder", tmp_path, tmp_path / "c.h5")
+    assert card["record"]["changed"] == {"averaged 2 channels": 1, "resampled 8000 Hz": 1}
+    expected = torchaudio.functional.resample(torch.from_numpy(tone(1.0, 8_000)[:, 0]), 8_000, 16_000).numpy()
+    np.testing.assert_allclose(Corpus.open(tmp_path / "c.h5").waveform(0), expected, atol=1 / 32_768)
+
+
+def test_every_bad_file_is_named_once_or_dropped_and_recorded(tmp_path: Path) -> None:
+    with_nan = tone()
+    with_nan[100] = np.nan
+    folder_of(tmp_path, {"good.wav": tone(), "nan.wav": with_nan, "empty.wav": tone(0.0), "short.wav": tone(0.02)})
+    (tmp_path / "broken.wav").write_bytes(b"RIFF but no more")
+    with (tmp_path / "metadata.csv").open("a") as table:
+        table.write("broken.wav,train,s1,7\nmissing.wav,train,s1,7\n")
+    with pytest.raises(RetortError) as caught:
+        read_corpus("folder", tmp_path, tmp_path / "c.h5")
+    message = str(caught.value)
+    assert message.startswith("5 of 6 files can't be used")
+    for name, why in (
+        ("nan.wav", "NaN"),
+        ("empty.wav", "empty"),
+        ("short.wav", "320 samples at 16 kHz, one frame needs 400"),
+        ("broken.wav", "unreadable"),
+        ("missing.wav", "does not exist"),
+    ):
+        assert f"{tmp_path / name} (" in message
+        assert why in message
+    assert "--skip-bad" in message
+    assert not (tmp_path / "c.h5").exists()
+    assert not (tmp_path / "c.json").exists()
+    card = read_corpus("folder", tmp_path, tmp_path / "c.h5", skip_bad=True)
+    assert len(card["record"]["dropped"]) == 5
+    assert Corpus.open(tmp_path / "c.json").ids == ["good"]
+    assert json.loads((tmp_path / "c.json").read_text()) == card
+
+
+@pytest.mark.parametrize("reader", ["librispeech", "speech-commands", "voxceleb1", "folder"])
+def test_a_folder_of_another_layout_shows_the_expected_tree(reader: str, tmp_path: Path) -> None:
+    with pytest.raises(RetortError, match=r"is not laid out as .* is missing; expected "):
+        read_corpus(reader, tmp_path, tmp_path / "c.h5")
+
+
+def test_wrong_names_are_told_with_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(RetortError, match="unknown reader 'musan': expected one of folder, librispeech"):
+        read_corpus("musan", tmp_path, tmp_path / "c.h5")
+    with pytest.raises(RetortError, match="does not exist; give the folder that holds the folder tree"):
+        read_corpus("folder", tmp_path / "nowhere", tmp_path / "c.h5")

@@ -1,0 +1,157 @@
+"""Real speech through all of it: FSDD for KS and SID, AN4 for ASR and PR. Corpus, features, a student, scores.
+
+Short by design: it shows that real recordings go through and that what comes out beats chance, not how good it gets.
+"""
+
+import csv
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluate.run import run_task
+from evaluate.task import parse_recipe
+from evaluate.tasks import TASKS
+from extract.corpus import Corpus
+from extract.progress import ProgressBar
+from extract.run import Settings, extract
+from pipelines.readers import ReaderOptions, read_corpus
+from train.config import StudentConfig, parse
+from train.loop import train
+from train.run import Job, find_device
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("RETORT_REAL_DATA", ROOT.parent / "shared" / "data"))
+TEACHER = ROOT / "pipelines" / "demo" / "teacher"
+
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.skipif(not (DATA / "fsdd").is_dir(), reason=f"no real speech in {DATA}"),
+]
+
+
+def write_metadata(folder: Path, rows: list[dict[str, str]]) -> None:
+    folder.mkdir(parents=True)
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FSDD with its official test indices 0-4, 5-9 for dev and every third of the others for training."""
+    folder = tmp_path_factory.mktemp("fsdd")
+    rows = []
+    with (DATA / "fsdd" / "metadata.csv").open() as table:
+        for row in csv.DictReader(table):
+            index = int(row["index"])
+            split = "test" if index < 5 else "dev" if index < 10 else "train"
+            if split != "train" or index % 3 == 0:
+                rows.append(
+                    {"file": str(DATA / "fsdd" / row["file"]), "id": Path(row["file"]).stem, "split": split}
+                    | {key: row[key] for key in ("speaker", "digit")}
+                )
+    write_metadata(folder / "data", rows)
+    options = ReaderOptions(rename={"digit": "keyword"})
+    read_corpus("folder", folder / "data", folder / "fsdd.h5", options=options)
+    return folder / "fsdd.json"
+
+
+@pytest.fixture(scope="module")
+def census(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AN4: its test speakers for test, every eighth training speaker for dev, every other one of the rest for training."""
+    folder = tmp_path_factory.mktemp("an4")
+    lexicon: dict[str, str] = {}
+    for line in (DATA / "an4" / "an4.dic").read_text().splitlines():
+        word, *phones = line.split()
+        lexicon.setdefault(word, " ".join(phones))
+    rows = []
+    with (DATA / "an4" / "transcripts.tsv").open() as table:
+        lines = list(csv.DictReader(table, delimiter="\t"))
+    place = {speaker: rank for rank, speaker in enumerate(sorted({row["speaker"] for row in lines}))}
+    for row in lines:
+        rank = place[row["speaker"]]
+        split = "test" if row["split"] == "test" else "dev" if rank % 8 == 0 else "train"
+        words = row["text"].split()
+        if (split == "train" and rank % 2) or not words or any(word not in lexicon for word in words):
+            continue
+        phones = " ".join(lexicon[word] for word in words)
+        file = str(DATA / "an4" / row["file"])
+        rows.append(
+            {"file": file, "id": row["utt_id"], "split": split, "speaker": row["speaker"], "text": row["text"]}
+            | {"phones": phones}
+        )
+    write_metadata(folder / "data", rows)
+    read_corpus("folder", folder / "data", folder / "an4.h5")
+    return folder / "an4.json"
+
+
+def features(upstream: Path | str, corpus: Path, folder: Path, **changes: Any) -> Path:
+    settings = Settings(
+        upstream=str(upstream),
+        corpus=corpus,
+        manifest=folder / f"{Path(upstream).name}-{corpus.stem}.json",
+        store=folder / "stores",
+        pack_frames=2048,
+        trust_remote_code=True,
+    )
+    extract(replace(settings, **changes))
+    return settings.manifest
+
+
+def score(task: str, manifest: Path, corpus: Path, **recipe: Any) -> dict[str, Any]:
+    parsed = parse_recipe(TASKS[task], recipe, where=f"evaluate.{task}")
+    with ProgressBar(task, total=parsed.steps, unit="steps") as progress:
+        return run_task(TASKS[task], parsed, upstream="x", manifest=manifest, corpus=corpus, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def student(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DistilHuBERT student after a few steps on the digits, from the demo teacher's store and seed."""
+    folder = tmp_path_factory.mktemp("student")
+    manifest = features(TEACHER, digits, folder, layers=(4, 8, 12), seed_blocks=2)
+    config = parse(
+        StudentConfig,
+        {
+            "family": "distilhubert",
+            "steps": 12,
+            "dev_every": 6,
+            "targets": [4, 8, 12],
+            "shape": {"layers": 2, "dim": 160, "ffn": 640, "heads": 4, "stem_channels": 64},
+            "optimiser": {"lr": 1e-3, "stem_grad_scale": 0.0},
+        },
+        where="train.distilhubert",
+    )
+    job = Job(
+        student="distilhubert",
+        config=config,
+        manifest=manifest,
+        corpus=digits,
+        out=folder / "distilhubert",
+        run=folder / "run",
+        device=find_device("cpu"),
+    )
+    metrics = train(job)
+    assert metrics["loss"]["dev"] < 2.0
+    return job.out
+
+
+def test_digits_and_speakers_from_pooled_alone(digits: Path, student: Path, tmp_path: Path) -> None:
+    assert Corpus.open(digits).metadata == {}
+    for upstream in (TEACHER, student):
+        manifest = features(upstream, digits, tmp_path, keep=frozenset({"pooled"}))
+        recipe = {"learning_rates": [1e-2, 1e-3], "steps": 300, "dev_evaluations": 3}
+        assert score("ks", manifest, digits, **recipe)["test"] > 40  # ten digits: chance is 10
+        assert score("sid", manifest, digits, **recipe)["test"] > 60  # six speakers: chance is 17
+
+
+def test_words_and_phones_from_frames(census: Path, student: Path, tmp_path: Path) -> None:
+    manifest = features(student, census, tmp_path)
+    phones = score("pr", manifest, census, learning_rates=[1e-2], steps=250, batch_size=16, dev_evaluations=2)
+    assert phones["test"] < 85  # a head that says nothing is at 100
+    small = {"projection": 64, "hidden": 64, "depth": 1, "head_hop_samples": 640}
+    words = score("asr", manifest, census, learning_rates=[5e-3], steps=150, batch_size=16, dev_evaluations=2, **small)
+    assert words["also"]["cer"] < 90

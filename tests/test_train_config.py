@@ -1,0 +1,88 @@
+"""params.yaml -> typed settings: what is wrong is said with its place and the valid names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extract.errors import RetortError
+from extract.params import parse
+from train.config import OptimiserConfig, StudentConfig, read_student
+
+SHAPE = {"layers": 2, "dim": 16, "ffn": 32, "heads": 2}
+
+
+def section(**changes: Any) -> dict[str, Any]:
+    return {"family": "distilhubert", "steps": 10, "shape": SHAPE} | changes
+
+
+def test_reads_a_section(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text(
+        "train:\n  one:\n    family: interleaved\n    steps: 10\n    targets: [4, 8, 12]\n"
+        "    shape: {layers: 12, dim: 32, ffn: 64, heads: 4}\n    optimiser: {lr: 5e-4, betas: [0.9, 0.999]}\n"
+        "    growth: {schedule: proportional, exponent: 2}\n    dev_split: null\n"
+    )
+    config = read_student(params, "one")
+    assert (config.family, config.targets, config.dev_split) == ("interleaved", (4, 8, 12), None)
+    assert config.optimiser == OptimiserConfig(lr=5e-4, betas=(0.9, 0.999))
+    assert config.growth.exponent == 2.0 and config.growth.first == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"family": "distillhubert"}, ["here.family", "'distillhubert'", "distilhubert", "gendistiller"]),
+        ({"stepz": 3}, ["key in here", "'stepz'", "steps"]),
+        ({"optimiser": {"lrr": 1}}, ["key in here.optimiser", "'lrr'", "weight_decay"]),
+        ({"optimiser": {"lr": "fast"}}, ["here.optimiser.lr", "'fast'", "float"]),
+        ({"optimiser": {"lr": float("nan")}}, ["here.optimiser.lr", "float"]),
+        ({"steps": 1.5}, ["here.steps", "1.5", "int"]),
+        ({"steps": True}, ["here.steps", "True", "int"]),
+        ({"steps": 0}, ["here.steps", "at least 1"]),
+        ({"shape": SHAPE | {"heads": 3}}, ["shape.dim", "16", "multiple of shape.heads (3)"]),
+        ({"shape": {"layers": 2}}, ["here.shape", "`dim` is missing"]),
+        ({"shape": 12}, ["here.shape", "12", "a section"]),
+        ({"targets": "4,8"}, ["here.targets", "a list"]),
+        ({"targets": [8, 4]}, ["here.targets", "ascending"]),
+        ({"dev_split": "train"}, ["here.dev_split", "never train"]),
+        ({"growth": {"optimiser": "keep"}}, ["here.growth.optimiser", "copy-reset-step"]),
+        ({"init": "random", "optimiser": {"stem_grad_scale": 0}}, ["stem_grad_scale", "freezes"]),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], messages: list[str]) -> None:
+    with pytest.raises(RetortError) as caught:
+        parse(StudentConfig, section(**changes), where="here")
+    for message in messages:
+        assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_student_and_missing_section(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    with pytest.raises(RetortError, match="does not exist"):
+        read_student(params, "one")
+    params.write_text("train: {one: {}, two: {}}\n")
+    with pytest.raises(RetortError, match=r"unknown student .*'three': expected one of one, two"):
+        read_student(params, "three")
+    with pytest.raises(RetortError, match=r"train.one: `family` is missing"):
+        read_student(params, "one")
+    params.write_text("evaluate: {}\n")
+    with pytest.raises(RetortError, match="no section `train`"):
+        read_student(params, "one")
+    params.write_text("a: [\n")
+    with pytest.raises(RetortError, match="not YAML"):
+        read_student(params, "one")
+
+
+def test_students_that_the_repository_ships_parse() -> None:
+    import yaml
+
+    params = Path(__file__).parents[1] / "params.yaml"
+    students = yaml.safe_load(params.read_text())["train"]
+    assert {read_student(params, name).family for name in students} >= {
+        "distilhubert",
+        "layerwise",
+        "interleaved",
+        "gendistiller",
+    }

@@ -1,0 +1,114 @@
+"""Batches: own frames beside own waveforms, no dev utterance among them, the order a function of position."""
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from transformers import Wav2Vec2FeatureExtractor
+
+from extract.corpus import Corpus
+from extract.errors import RetortError
+from extract.store import StoreReader
+from tests.train_world import TARGETS, World, make_world
+from train.data import DistillationData, PackSampler, read_ahead
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), do_normalize=True)
+
+
+def data_of(world: World, **changes: object) -> DistillationData:
+    corpus = Corpus.open(world.corpus)
+    settings = {"layers": TARGETS, "train_splits": ("train",), "dev_split": "dev", "seed": 0}
+    return DistillationData(corpus, StoreReader.open(world.manifest, corpus), **settings | changes)
+
+
+def test_batches_hold_an_utterance_and_its_own_features(world: World) -> None:
+    data = data_of(world, layers=(6, 2))
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(world.teacher)
+    batches = [data.training_batch(int(pack)) for pack in data.sampler.packs] + list(data.dev_batches())
+    for batch in batches:
+        targets, first = batch.targets(), 0
+        width = (batch.waveforms_BS.shape[1] - 400) // 320 + 1
+        for row, index in enumerate(batch.utterances):
+            length = int(batch.num_samples_B[row])
+            expected = extractor(data.corpus.waveform(index), sampling_rate=16_000).input_values[0]
+            np.testing.assert_allclose(batch.waveforms_BS[row, :length], expected, atol=1e-5)
+            assert not batch.waveforms_BS[row, length:].any()
+            hidden = data.store.hidden(data.corpus.ids[index], (6, 2))
+            mine = slice(first, first + hidden.shape[1])
+            np.testing.assert_allclose(targets[:, mine], hidden, atol=1e-6)
+            assert batch.rows_F[mine].tolist() == [row * width + frame for frame in range(hidden.shape[1])]
+            first += hidden.shape[1]
+        assert first == targets.shape[1] == len(batch.rows_F)
+
+
+def test_codes_stay_int8_until_they_are_asked_for(world: World) -> None:
+    batch = data_of(world).training_batch(0)
+    assert batch.codes_LFD.dtype == torch.int8 and batch.targets().dtype == torch.float32
+
+
+def test_dev_utterances_are_in_no_training_batch(world: World) -> None:
+    data = data_of(world)
+    dev = set(data.corpus.select("dev").tolist())
+    mixed = [set(data.store.utterances_of(pack).tolist()) for pack in range(data.store.num_packs)]
+    assert any(dev & pack and pack - dev for pack in mixed), "the world must mix splits in a pack"
+    batches = islice(data.training_batches(0), 3 * len(data.sampler))
+    seen = [index for batch in batches for index in batch.utterances]
+    assert not dev & set(seen)
+    assert sorted(seen) == sorted(data.corpus.select("train").tolist() * 3)
+    assert {index for batch in data.dev_batches() for index in batch.utterances} == dev
+
+
+def test_dev_batches_hold_at_most_a_pack(world: World) -> None:
+    data = data_of(world)
+    for batch in data.dev_batches():
+        frames = (batch.waveforms_BS.shape[1] - 400) // 320 + 1
+        assert len(batch.utterances) * frames <= data.store.pack_frames
+
+
+def test_unknown_splits_and_no_training_utterances(world: World) -> None:
+    with pytest.raises(RetortError, match="no split 'test'; it has dev, train"):
+        data_of(world, dev_split="test")
+    assert len(data_of(world, dev_split=None).dev) == 0
+
+
+def test_any_position_goes_on_as_if_uninterrupted() -> None:
+    sampler = PackSampler(range(7), seed=3)
+    whole = list(islice(sampler.from_position(0), 40))
+    for position in range(30):
+        assert list(islice(sampler.from_position(position), 10)) == whole[position : position + 10]
+    epochs = [whole[start : start + 7] for start in range(0, 35, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({*map(tuple, epochs)}) > 1
+    assert list(islice(PackSampler(range(7), seed=4).from_position(0), 40)) != whole
+
+
+def test_read_ahead_keeps_order_ends_and_leaves_no_thread() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    ahead = read_ahead(items())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    ahead.close()
+    assert len(made) <= 3 + 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert list(read_ahead(iter(range(5)))) == list(range(5))
+
+
+def test_read_ahead_raises_where_the_item_is_asked_for() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("the disk is gone")
+
+    ahead = read_ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)

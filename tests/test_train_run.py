@@ -1,0 +1,317 @@
+"""Whole runs on a tiny world: resumed equals uninterrupted, what a student starts from, errors, the command."""
+
+import filecmp
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from extract.errors import RetortError
+from tests.train_world import SHAPE, World, job, make_world, student
+from train import checkpoint
+from train.__main__ import main
+from train.config import StudentConfig
+from train.display import Display
+from train.loop import draws_forcing, train
+from train.run import begin
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world whose teacher is gone."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    shutil.rmtree(world.teacher)
+    return world
+
+
+@pytest.fixture
+def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same with a folder of its own for what a test writes."""
+    monkeypatch.chdir(tmp_path)
+    return World(tmp_path, made.corpus, made.manifest, made.teacher)
+
+
+def weights(world: World, name: str) -> dict[str, torch.Tensor]:
+    return load_file(world.folder / "students" / name / "model.safetensors")
+
+
+def curves(world: World, name: str) -> dict[str, str]:
+    root = world.folder / "runs" / name / "plots" / "metrics"
+    return {file.relative_to(root).as_posix(): file.read_text() for file in root.rglob("*.tsv")}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Make a run stop dead once `steps` steps are done."""
+    show: Callable[..., None] = Display.show
+
+    def shown(self: Display, done: int, **values: Any) -> None:
+        show(self, done, **values)
+        if done == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "show", shown)
+
+
+# Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n goes on from the checkpoint before: with one
+# at every step from n - 1, which is once just before a growth and once just after it.
+@pytest.mark.parametrize(
+    ("family", "every", "stops"),
+    [
+        ("interleaved", 1, [3, 4]),
+        ("interleaved", 3, [2, 8]),
+        ("gendistiller", 3, [4, 7]),
+        ("distilhubert", 1, [5]),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    world: World, monkeypatch: pytest.MonkeyPatch, family: str, every: int, stops: list[int]
+) -> None:
+    config = student(family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2})
+    whole = train(job(world, config, "whole"))
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(job(world, config, "parts"))
+        assert not (world.folder / "students" / "parts").exists()
+    parts = train(job(world, config, "parts"))
+    expected, found = weights(world, "whole"), weights(world, "parts")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert curves(world, "whole") == curves(world, "parts")
+    assert {key: whole[key] for key in ("loss", "dev_by_layer", "growth", "epochs", "exposure_bias")} == {
+        key: parts[key] for key in ("loss", "dev_by_layer", "growth", "epochs", "exposure_bias")
+    }
+    assert not list((world.folder / "checkpoints").iterdir())
+
+
+def test_a_resumed_run_really_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    config = student("distilhubert", 6, checkpoint_every_steps=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(job(world, config))
+    run = begin(job(world, config))
+    assert run.progress.step == 4 and run.progress.packs == 4
+    # Other settings have nothing to do with that checkpoint.
+    assert begin(job(world, student("distilhubert", 6, seed=1, checkpoint_every_steps=2))).progress.step == 0
+    train(job(world, config))
+    assert "going on from step 4" in capsys.readouterr().err
+
+
+def test_seeds_differ_and_runs_repeat(world: World) -> None:
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        train(job(world, student("distilhubert", 3, seed=seed), name))
+    one, again, other = (weights(world, name) for name in ("one", "again", "other"))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["feature_projection.projection.weight"], other["feature_projection.projection.weight"])
+
+
+def test_dev_utterances_change_nothing(world: World) -> None:
+    """With the dev split measured and unmeasured the student is the same, bit for bit."""
+    scored = train(job(world, student("distilhubert", 4), "scored"))
+    unscored = train(job(world, student("distilhubert", 4, dev_split=None), "unscored"))
+    one, other = weights(world, "scored"), weights(world, "unscored")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert scored["loss"]["dev"] > 0 and unscored["loss"]["dev"] is None and unscored["dev_by_layer"] == {}
+
+
+def test_learning_lowers_the_loss(world: World) -> None:
+    config = student("distilhubert", 40, optimiser={"lr": 3e-3}, dev_every=1000, log_every=60)
+    first = train(job(world, student("distilhubert", 1), "first"))
+    last = train(job(world, config, "last"))
+    assert last["loss"]["dev"] < 0.9 * first["loss"]["dev"]
+    assert last["dev_by_layer"]["6"]["cosine"] > first["dev_by_layer"]["6"]["cosine"]
+
+
+def test_metrics_and_what_it_was_made_from(world: World) -> None:
+    metrics = train(job(world, student("interleaved", 8)))
+    written = json.loads((world.folder / "runs" / "tiny" / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(metrics))
+    assert written["growth"] == [{"step": step, "layers": layers} for step, layers in ((0, 3), (2, 6), (4, 9), (6, 12))]
+    assert written["params"] == sum(value.numel() for value in weights(world, "tiny").values())
+    assert set(written["dev_by_layer"]) == {"2", "4", "6"}
+    assert written["exposure_bias"] is None and written["epochs"] == pytest.approx(8 / 5)
+    folder = world.folder / "students" / "tiny"
+    made_from = json.loads((folder / "train_config.json").read_text())
+    manifest = json.loads(world.manifest.read_text())
+    assert (made_from["teacher"], made_from["store_digest"]) == (manifest["fingerprint"], manifest["digest"])
+    assert made_from["from_teacher"] == ["stem"]
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 12
+    depths = curves(world, "tiny")["train/depth.tsv"].split()
+    assert depths == ["step", "depth", "2", "3.0", "4", "6.0", "6", "9.0", "8", "12.0"]
+    assert {"train/loss.tsv", "train/lr.tsv", "dev/loss.tsv"} < set(curves(world, "tiny"))
+
+
+def test_a_gendistiller_reports_its_exposure_bias(world: World) -> None:
+    metrics = train(job(world, student("gendistiller", 4)))
+    lines = {name: text.split()[-1] for name, text in curves(world, "tiny").items()}
+    difference = float(lines["dev/loss.tsv"]) - float(lines["dev/loss_forced.tsv"])
+    assert metrics["exposure_bias"] == pytest.approx(difference) and difference != 0
+
+
+def test_share_of_teacher_forcing() -> None:
+    config = student("gendistiller", 1000, generation={"forcing_first": 1.0, "forcing_last": 0.0})
+    draws = [draws_forcing(config, step) for step in range(1000)]
+    assert 430 < sum(draws) < 570 and sum(draws[:200]) > 160 and sum(draws[-200:]) < 40
+    always = student("gendistiller", 50, generation={"forcing_last": 1.0})
+    assert all(draws_forcing(always, step) for step in range(50))
+    assert not draws_forcing(student("distilhubert", 50), 0)
+
+
+def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
+    seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
+    first = begin(job(world, student("distilhubert")))
+    state = first.distiller.student.state_dict()
+    assert all(torch.equal(state[name], seed[name]) for name in state)
+    generator = begin(job(world, student("gendistiller")))
+    assert generator.from_teacher == ["stem", "projection", "position", "layer 1"]
+    stacked = begin(job(world, student("interleaved")))
+    assert stacked.from_teacher == ["stem"]
+    random = begin(job(world, student("distilhubert", init="random")))
+    assert random.from_teacher == []
+    name = "feature_extractor.conv_layers.0.conv.weight"
+    assert torch.equal(stacked.distiller.student.state_dict()[name], seed[name])
+    assert not torch.equal(random.distiller.student.state_dict()[name], seed[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("distilhubert", {"targets": [4, 5]}, "no layer 5; it keeps 2, 4, 6"),
+        ("gendistiller", {"shape": SHAPE | {"dim": 8}}, "dim is the teacher's 16, got 8"),
+        ("distilhubert", {"shape": SHAPE | {"stem_channels": 4}}, "stem does not fit.* 8 channels, the student"),
+        ("distilhubert", {"shape": SHAPE | {"stem_norm": "layer"}}, "stem does not fit.*group norm"),
+        ("layerwise", {"shape": SHAPE | {"layers": 4}}, "no counterpart in a student of 4 layers"),
+        ("distilhubert", {"train_splits": ["training"]}, "no split 'training'; it has dev, train"),
+    ],
+)
+def test_settings_that_do_not_fit(world: World, family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RetortError, match=message):
+        begin(job(world, student(family, **changes)))
+
+
+def test_a_missing_seed_names_the_option(world: World) -> None:
+    manifest = world.folder / "lonely.json"
+    shutil.copy(world.manifest, manifest)
+    lonely = World(world.folder, world.corpus, manifest, world.teacher)
+    with pytest.raises(RetortError, match=r"lonely.seed.safetensors does not exist.*--seed-blocks"):
+        begin(job(lonely, student("distilhubert")))
+    begin(job(lonely, student("distilhubert", init="random")))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world: World) -> None:
+    config = student("distilhubert", 9, optimiser={"lr": 1e20, "clip": 1e30}, checkpoint_every_steps=1)
+    with pytest.raises(RetortError) as caught:
+        train(job(world, config))
+    message = str(caught.value)
+    assert "at step 1" in message and "utterance-" in message and "checkpoint.pt" in message and "\n" not in message
+    assert not (world.folder / "students" / "tiny").exists()
+
+
+def test_a_damaged_checkpoint_is_named(world: World) -> None:
+    config: StudentConfig = student("distilhubert")
+    path = begin(job(world, config)).checkpoint
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(RetortError, match=r"checkpoint.pt cannot be read; delete it"):
+        begin(job(world, config))
+
+
+def test_half_a_checkpoint_is_never_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = student("distilhubert", 6, checkpoint_every_steps=2)
+    written: list[Path] = []
+    save = checkpoint.save
+
+    def full(path: Path, value: checkpoint.Checkpoint) -> None:
+        if written:
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "write_bytes", _no_space)
+                save(path, value)
+        save(path, value)
+        written.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            train(job(world, config))
+    assert [file.name for file in written[0].parent.iterdir()] == ["checkpoint.pt"]
+    assert begin(job(world, config)).progress.step == 2
+
+
+def _no_space(path: Path, data: bytes) -> int:
+    with path.open("wb") as file:
+        file.write(data[:100])
+    raise OSError(28, "No space left on device", str(path))
+
+
+def arguments(world: World, params: Path, name: str) -> list[str]:
+    return [
+        "run",
+        f"--student={name}",
+        f"--config={params}",
+        f"--manifest={world.manifest}",
+        f"--corpus={world.corpus}",
+        f"--out={world.folder / 'students' / name}",
+        f"--run={world.folder / 'runs' / name}",
+        "--device=cpu",
+    ]
+
+
+def test_the_command_says_what_is_wrong_in_one_line(world: World) -> None:
+    params = world.folder / "params.yaml"
+    params.write_text(yaml.safe_dump({"train": {"one": {"family": "distilhubert", "steps": 2, "shape": SHAPE}}}))
+    for changed, message in (
+        (arguments(world, params, "two"), "unknown student"),
+        ([*arguments(world, params, "one")[:-1], "--device=gpu"], "expected cpu, cuda"),
+        ([*arguments(world, params, "one")[:-1], "--device=cuda:99"], "CUDA devices"),
+        (arguments(world, params, "one")[:-4], "Missing option"),
+        ([*arguments(world, params, "one"), f"--manifest={world.folder / 'none.json'}"], "does not exist"),
+    ):
+        result = CliRunner().invoke(main, changed)
+        assert result.exit_code == 1 and message in result.stderr
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_killed_and_run_again(world: World) -> None:
+    """The real command, kill -9 once a checkpoint is there, run again: the same student as in one go."""
+    section = {
+        "family": "distilhubert",
+        "steps": 20,
+        "shape": SHAPE,
+        "checkpoint_every_steps": 1,
+        "dev_every": 1000,
+    }
+    params = world.folder / "params.yaml"
+    params.write_text(yaml.safe_dump({"train": {"killed": section}}))
+    command = [sys.executable, "-m", "train", *arguments(world, params, "killed")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=world.folder, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((world.folder / "checkpoints").glob("killed-*/checkpoint.pt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (world.folder / "students").exists()
+    again = subprocess.run(command, cwd=world.folder, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stderr and "M parameters" in again.stdout
+    from train.config import parse
+
+    whole = job(world, parse(StudentConfig, section, where="test"), "whole")
+    train(whole)
+    folders = [world.folder / "students" / name for name in ("killed", "whole")]
+    assert filecmp.cmp(*(folder / "model.safetensors" for folder in folders), shallow=False)

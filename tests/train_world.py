@@ -1,0 +1,123 @@
+"""A tiny world for the tests of stage two: a real teacher with random weights, its real store and seed, a corpus."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+from extract.corpus import Utterance, write_corpus
+from extract.run import Settings, extract
+from train.config import StudentConfig, parse
+from train.run import Job
+
+TARGETS = (2, 4, 6)
+SHAPE = {
+    "layers": 2,
+    "dim": 16,
+    "ffn": 32,
+    "heads": 2,
+    "stem_channels": 8,
+    "position_kernel": 16,
+    "position_groups": 4,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Where everything lies. `teacher` may be deleted: training must not need it."""
+
+    folder: Path
+    corpus: Path
+    manifest: Path
+    teacher: Path
+
+
+def teacher_config(**changes: object) -> HubertConfig:
+    """Six layers of 16, in HuBERT's form; no dropout and no masking of its own."""
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "conv_dim": (8,) * 7,
+        "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
+        "conv_stride": (5, 2, 2, 2, 2, 2, 2),
+        "num_feat_extract_layers": 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "hidden_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+        "mask_time_prob": 0.0,
+    }
+    return HubertConfig(**settings | changes)
+
+
+def make_world(folder: Path, *, do_normalize: bool = False) -> World:
+    """Ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both."""
+    generator = np.random.default_rng(0)
+    lengths = np.linspace(0.3, 0.9, 14) * 16_000
+    utterances = [
+        Utterance(
+            id=f"utterance-{index:02d}",
+            samples=(generator.standard_normal(int(length)) * 3000).astype(np.int16),
+            split="dev" if index % 4 == 1 else "train",
+            speaker=f"speaker-{index % 3}",
+        )
+        for index, length in enumerate(lengths)
+    ]
+    corpus = folder / "corpora" / "tiny.h5"
+    write_corpus(corpus, name="tiny", reader="test", utterances=utterances)
+    teacher = folder / "teacher"
+    torch.manual_seed(1)
+    HubertModel(teacher_config()).save_pretrained(teacher)
+    Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True).save_pretrained(teacher)
+    manifest = folder / "manifests" / "teacher.json"
+    with contextlib.redirect_stderr(io.StringIO()):
+        extract(
+            Settings(
+                upstream=str(teacher),
+                corpus=corpus,
+                manifest=manifest,
+                store=folder / "stores",
+                layers=TARGETS,
+                codec="int8",
+                pack_frames=96,
+                seed_blocks=2,
+            )
+        )
+    return World(folder, corpus, manifest, teacher)
+
+
+def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
+    """A tiny student of a family, parsed as from params.yaml."""
+    shape = SHAPE | ({"layers": 1} if family == "gendistiller" else {})
+    if family not in ("distilhubert", "gendistiller"):
+        shape = SHAPE | {"layers": 12, "dim": 8, "ffn": 16}
+    section = {
+        "family": family,
+        "steps": steps,
+        "shape": shape,
+        "optimiser": {"lr": 1e-3},
+        "log_every": 2,
+        "dev_every": 3,
+    }
+    return parse(StudentConfig, section | changes, where="test")
+
+
+def job(world: World, config: StudentConfig, name: str = "tiny") -> Job:
+    """The job of a config, with its outputs below the world's folder."""
+    return Job(
+        student=name,
+        config=config,
+        manifest=world.manifest,
+        corpus=world.corpus,
+        out=world.folder / "students" / name,
+        run=world.folder / "runs" / name,
+        device=torch.device("cpu"),
+    )

@@ -1,0 +1,66 @@
+"""`python -m train run`: a feature store and a corpus become a student.
+
+    python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
+
+Writes DIR (a folder for AutoModel.from_pretrained) and RUNDIR/metrics.json with RUNDIR/plots. Interrupted, the same
+command goes on from its last checkpoint.
+"""
+
+from pathlib import Path
+
+import click
+
+from extract.errors import CommandGroup
+
+
+@click.group(cls=CommandGroup)
+def main() -> None:
+    """Stage two: students from a feature store."""
+
+
+@main.command()
+@click.option("--student", required=True, help="Name of a section of `train` in the params file.")
+@click.option("--config", "params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
+@click.option(
+    "--manifest",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The teacher's features; its seed lies beside it.",
+)
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="NAME.json or NAME.h5 that the features were made from.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the student.")
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder for metrics.json and the curves.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
+def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path, device: str) -> None:
+    """Train one student."""
+    from train.config import read_student
+
+    config = read_student(params, student)  # a typo is told before torch is imported
+    from train.loop import train
+    from train.run import Job, find_device
+
+    job = Job(
+        student=student,
+        config=config,
+        manifest=manifest,
+        corpus=corpus,
+        out=out,
+        run=run,
+        device=find_device(device),
+    )
+    metrics = train(job)
+    loss = metrics["loss"]
+    dev = "none" if loss["dev"] is None else f"{loss['dev']:.4f}"
+    click.echo(
+        f"{student}: {metrics['params'] / 1e6:.3f} M parameters, {metrics['seconds']:.0f} s, "
+        f"{metrics['audio_seconds_per_second']:.0f} s of audio a second, loss {loss['train']:.4f} (dev {dev}) -> {out}"
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m train")

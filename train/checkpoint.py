@@ -1,0 +1,106 @@
+"""Checkpoints: all that a run is, in one file, written aside and renamed.
+
+    checkpoints/<student>-<key>/checkpoint.pt        below the main working tree, removed after success
+
+The key is a digest of what decides the result: config, seed, store and corpus. A changed setting starts anew; the same
+command after a kill goes on, and its result is bit-identical to an uninterrupted one on a CPU.
+"""
+
+import errno
+import io
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from extract.errors import RetortError
+from extract.files import in_main_tree, sha256_json, written_aside
+from train.config import StudentConfig
+from train.optimiser import OptimiserState
+
+FORMAT_VERSION = 1
+FOLDER = Path("checkpoints")
+
+
+@dataclass
+class Progress:
+    """What a run has done so far. Plain values: they go into the checkpoint as they are."""
+
+    step: int = 0  # optimiser steps done
+    packs: int = 0  # the sampler's position
+    seconds: float = 0.0
+    audio_s: float = 0.0
+    recent: list[float] = field(default_factory=list)  # losses since the last logged point
+    curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # what DVCLive is given
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run between two steps."""
+
+    progress: Progress
+    depth: int
+    model: dict[str, Tensor]  # student and heads
+    optimiser: OptimiserState
+    rng: dict[str, Tensor]
+
+
+def run_key(config: StudentConfig, *, store_digest: str, corpus_digest: str) -> str:
+    """The digest that names a run's checkpoints."""
+    return sha256_json([FORMAT_VERSION, asdict(config), store_digest, corpus_digest])
+
+
+def checkpoint_path(student: str, key: str) -> Path:
+    """Where a run's checkpoint lies."""
+    return in_main_tree(FOLDER / f"{student}-{key[:16]}") / "checkpoint.pt"
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; the one before stays until this one is whole."""
+    value = {"format_version": FORMAT_VERSION, **vars(checkpoint), "progress": asdict(checkpoint.progress)}
+    buffer = io.BytesIO()
+    torch.save(value, buffer)  # torch hides a full disk in a RuntimeError; Python's own write does not
+    with written_aside(path) as aside:
+        aside.write_bytes(buffer.getbuffer())
+
+
+def load(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`, on the CPU, or None. Raises RetortError for an unreadable one."""
+    if not path.is_file():
+        return None
+    try:
+        value: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise RetortError(f"checkpoint {path} cannot be read; delete it to start anew") from None
+    if value.pop("format_version") != FORMAT_VERSION:
+        raise RetortError(f"checkpoint {path} is of another format; delete it to start anew")
+    return Checkpoint(**value | {"progress": Progress(**value["progress"])})
+
+
+def remove(path: Path) -> None:
+    """Remove a finished run's checkpoint and its folder."""
+    shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put the generators back where a checkpoint was taken."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def full_disk(path: Path) -> OSError:
+    """What libraries that hide a full disk should have raised."""
+    return OSError(errno.ENOSPC, "no space left on device", str(path))

@@ -1,0 +1,135 @@
+"""What a student is made of: one section of params.yaml, parsed into frozen values.
+
+    train:
+      distilhubert:            # the name that `python -m train run --student` takes
+        family: distilhubert
+        steps: 200
+        shape: {layers: 2, dim: 160, ffn: 640, heads: 4, stem_channels: 64}
+
+Everything has a default but the family, the number of steps and the shape's layers, dim, ffn and heads. An unknown key
+or value is an error that lists the valid ones.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from extract.errors import RetortError, unknown
+from extract.params import parse, read_section
+
+Family = Literal[
+    "distilhubert", "layerwise", "interleaved", "gradual", "midas", "progressive", "one-shot", "gendistiller"
+]
+GROWN: tuple[Family, ...] = ("interleaved", "gradual", "midas", "progressive", "one-shot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeConfig:
+    """The student's shape. Defaults are wav2vec 2.0's stem and positional convolution."""
+
+    layers: int  # Transformer blocks; a gendistiller's are shared by all generated layers
+    dim: int
+    ffn: int
+    heads: int
+    stem_channels: int = 512
+    stem_norm: Literal["group", "layer"] = "group"
+    stem_bias: bool = False
+    position_kernel: int = 128
+    position_groups: int = 16
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """AdamW, warm-up and linear decay to zero. Defaults are DistilHuBERT's."""
+
+    lr: float = 2e-4
+    warmup: float = 0.07  # share of the steps
+    betas: tuple[float, ...] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 1e-6
+    clip: float = 5.0  # largest gradient norm
+    accumulate: int = 1  # packs a step
+    stem_grad_scale: float = 0.1  # gradients of the convolution stem; 0 freezes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """How a grown family gets from `first` layers to the shape's depth (METHODS.md, section 1)."""
+
+    first: int = 3
+    schedule: Literal["equal", "proportional", "late"] = "equal"
+    exponent: float = 1.0  # of `proportional`: stage i takes i^exponent parts
+    late_share: float = 0.8  # of `late`: what the first stage takes
+    optimiser: Literal["copy", "copy-reset-step", "fresh"] = "copy"
+    fresh_warmup_steps: int = 20
+    learning_rate: Literal["continue", "restart"] = "continue"
+    intermediate: Literal["block-end", "original"] = "block-end"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What only a gendistiller has (METHODS.md, section 2)."""
+
+    skip: Literal["start", "previous", "none"] = "start"
+    layer_embedding: bool = False
+    forcing_first: float = 1.0  # share of steps with the teacher's layers as history, at the first step
+    forcing_last: float = 0.0  # and at the last
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """One student: a section of `train` in params.yaml."""
+
+    family: Family
+    steps: int
+    shape: ShapeConfig
+    targets: tuple[int, ...] | None = None  # teacher layers to predict; None: all in the store but layer 0
+    init: Literal["teacher", "random"] = "teacher"
+    intermediate_weight: float = 0.5  # of the layer-to-layer loss beside the output loss
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    train_splits: tuple[str, ...] = ("train",)
+    dev_split: str | None = "dev"
+    log_every: int = 10
+    dev_every: int = 1000
+    checkpoint_every_steps: int = 1000
+    checkpoint_every_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        for name, value in (("steps", self.steps), ("log_every", self.log_every), ("dev_every", self.dev_every)):
+            if value < 1:
+                raise RetortError(f"{name}: got {value}, expected at least 1")
+        for name, divisor in (("heads", shape.heads), ("position_groups", shape.position_groups)):
+            if divisor < 1 or shape.dim % divisor:
+                raise RetortError(f"shape.dim: got {shape.dim}, expected a multiple of shape.{name} ({divisor})")
+        if self.targets is not None and (
+            not self.targets or list(self.targets) != sorted(set(self.targets)) or self.targets[0] < 1
+        ):
+            raise RetortError(f"targets: got {list(self.targets)}, expected ascending layers from 1 up")
+        if self.optimiser.accumulate < 1 or len(self.optimiser.betas) != 2:
+            raise RetortError("optimiser: expected accumulate of at least 1 and two betas")
+        if self.init == "random" and self.optimiser.stem_grad_scale == 0:
+            raise RetortError(
+                "optimiser.stem_grad_scale: 0 freezes a stem that `init: random` leaves untrained; raise it"
+            )
+        if self.dev_split in self.train_splits:
+            raise RetortError(f"dev_split: {self.dev_split!r} is among train_splits; dev utterances never train")
+
+    @property
+    def seed_layers(self) -> int:
+        """How many Transformer blocks may start as the teacher's first ones."""
+        return {"distilhubert": 2, "gendistiller": 1}.get(self.family, 0)
+
+
+def read_student(params: Path, name: str) -> StudentConfig:
+    """The section `train.NAME` of a params file. Raises RetortError for unknown names, keys and values."""
+    students = read_section(params, "train")
+    if name not in students:
+        raise unknown(f"student (section `train` of {params})", name, students)
+    return parse(StudentConfig, students[name], where=f"{params}: train.{name}")

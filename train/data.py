@@ -1,0 +1,174 @@
+"""Packs of audio and teacher features, in a seeded shuffled order.
+
+One pack is one micro-batch: its training utterances' waveforms, padded to the longest, and their rows of the teacher's
+layers as stored. int8 codes stay int8 until they are on the training device. A pack may hold dev utterances too; they
+are left out of training batches and gathered into batches of their own.
+
+Shapes: B batch, S samples, T frames of the padded batch, F valid frames of all utterances in a row, L layers, D dim.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.errors import RetortError
+from extract.store import StoreReader
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some utterances and what the teacher made of them. Tensors are on one device."""
+
+    waveforms_BS: Tensor  # float32, zero past each utterance's end
+    num_samples_B: Tensor  # int64
+    codes_LFD: Tensor  # int8, float16 or float32, valid frames only, utterance after utterance
+    scale_LD: Tensor | None  # float32, for int8
+    rows_F: Tensor  # int64: where each valid frame lies in the flattened (B, T) grid
+    utterances: tuple[int, ...]  # corpus indices
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def targets(self) -> Tensor:
+        """The teacher's layers, float32 (L, F, D), dequantised where the batch is."""
+        hidden_LFD = self.codes_LFD.float()
+        return hidden_LFD if self.scale_LD is None else hidden_LFD * self.scale_LD[:, None]
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio, padding aside."""
+        return float(self.num_samples_B.sum()) / SAMPLE_RATE_HZ
+
+
+class PackSampler:
+    """Which pack comes when: every epoch is a permutation drawn from (seed, epoch), so a position is a whole state."""
+
+    def __init__(self, packs: Iterable[int], *, seed: int) -> None:
+        self.packs = np.array(list(packs), dtype=np.int64)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def from_position(self, position: int) -> Iterator[int]:
+        """Pack numbers without end, from the `position`-th draw on."""
+        while True:
+            epoch, offset = divmod(position, len(self.packs))
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.packs)
+            for pack in order[offset:]:
+                yield int(pack)
+            position += len(order) - offset
+
+
+class DistillationData:
+    """A corpus and a store, as batches for `layers` of the teacher.
+
+    Arguments:
+        layers: teacher layers, in the order of the batches' first axis.
+        train_splits, dev_split: names of the corpus's splits; utterances of others are used for neither.
+    Raises RetortError for unknown splits and when no pack holds a training utterance.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        store: StoreReader,
+        *,
+        layers: tuple[int, ...],
+        train_splits: tuple[str, ...],
+        dev_split: str | None,
+        seed: int,
+    ) -> None:
+        self.corpus, self.store, self.layers = corpus, store, layers
+        self.normalise = bool(store.manifest.upstream["normalise"])
+        kept = store.pack_of >= 0
+        self.is_train = np.zeros(len(corpus), dtype=bool)
+        for split in train_splits:
+            self.is_train[corpus.select(split)] = True
+        self.is_train &= kept
+        dev = np.zeros(0, dtype=np.int64) if dev_split is None else corpus.select(dev_split)
+        self.dev = dev[kept[dev]]
+        packs = sorted(set(store.pack_of[self.is_train].tolist()))
+        if not packs:
+            raise RetortError(
+                f"{store.source}: no utterance of splits {', '.join(train_splits)} is in the store; change train_splits"
+            )
+        self.sampler = PackSampler(packs, seed=seed)
+
+    def training_batches(self, position: int) -> Generator[Batch]:
+        """Batches without end, read ahead in a thread, from the `position`-th pack on."""
+        return read_ahead(self.training_batch(pack) for pack in self.sampler.from_position(position))
+
+    def training_batch(self, pack: int) -> Batch:
+        """The training utterances of one pack."""
+        stored = self.store.pack(pack, self.layers)
+        chosen = np.flatnonzero(self.is_train[stored.utterances])
+        rows = [np.arange(stored.num_frames[one]) + stored.first_frame[one] for one in chosen]
+        codes_LFD = stored.codes_LFD[:, np.concatenate(rows)]
+        return self._batch(stored.utterances[chosen], codes_LFD, stored.scale_LD)
+
+    def dev_batches(self) -> Iterator[Batch]:
+        """The dev utterances, longest first, in batches of at most a pack of frames with padding."""
+        order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
+        start = 0
+        while start < len(order):
+            size = max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
+            chosen = order[start : start + size]
+            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
+            yield self._batch(chosen, np.concatenate(hidden, axis=1), None)
+            start += size
+
+    def _batch(
+        self, utterances: NDArray[np.int64], codes_LFD: NDArray[Any], scale_LD: NDArray[np.float32] | None
+    ) -> Batch:
+        num_samples = self.corpus.num_samples[utterances]
+        num_frames = self.store.num_frames[utterances]
+        waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
+        for row, index in enumerate(utterances):
+            waveform = self.corpus.waveform(int(index))
+            waveforms_BS[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
+        width = int(num_frames.max())
+        rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]
+        return Batch(
+            torch.from_numpy(waveforms_BS),
+            torch.from_numpy(num_samples),
+            torch.from_numpy(np.ascontiguousarray(codes_LFD)),
+            None if scale_LD is None else torch.from_numpy(scale_LD),
+            torch.from_numpy(np.concatenate(rows)),
+            tuple(utterances.tolist()),
+        )
+
+
+def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Zero mean, unit variance, as transformers' Wav2Vec2FeatureExtractor does it."""
+    scaled: NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
+    return scaled
+
+
+def read_ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
+    """The same items, up to `depth` of them made in a background thread before they are asked for.
+
+    Closing the iterator ends the thread; an error in the thread is raised where its item is asked for.
+    """
+    end = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        pending = [pool.submit(next, items, end) for _ in range(depth)]
+        while True:
+            item = pending.pop(0).result()
+            if item is end:
+                return
+            pending.append(pool.submit(next, items, end))
+            yield item  # type: ignore[misc]

@@ -1,0 +1,233 @@
+"""The training loop, from top to bottom: packs in, a student out.
+
+    python -m train run --student NAME --config params.yaml --manifest M.json --corpus C --out DIR --run RUNDIR
+
+The teacher is not needed: its features come from the store, its first weights from the seed beside the manifest.
+"""
+
+import math
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.errors import RetortError
+from extract.files import write_json
+from train import checkpoint
+from train.config import StudentConfig
+from train.data import Batch
+from train.display import Display
+from train.losses import GenerationDistiller, LayerError, layer_errors
+from train.optimiser import learning_rate
+from train.run import Job, Run, begin, grow, snapshot, stage_at
+from train.student_folder import save_student, versions
+
+_RECENT = 50  # steps that the reported training loss is a mean of
+_NAMED = 8  # utterances that an error names
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train a student, write its folder and its metrics, and return the metrics.
+
+    Goes on from the newest checkpoint of the same settings; on a CPU the result is bit-identical to an uninterrupted
+    run. Raises RetortError for settings that do not fit the store and for a loss that is not finite.
+    """
+    run = begin(job)
+    config, progress = job.config, run.progress
+    with (
+        Display(job.student, first=progress.step, total=config.steps, run=job.run, curve=progress.curve) as display,
+        closing(run.data.training_batches(progress.packs)) as batches,
+    ):
+        display.say(_headline(run))
+        started_audio_s, clock = progress.audio_s, time.monotonic()
+        saved = clock
+        for step in range(progress.step, config.steps):
+            stage = stage_at(run.stages, step)
+            if step == stage.first_step and stage.sources is not None:
+                grow(run, stage)
+                display.say(f"{job.student}: grown to {stage.depth} layers at step {step}")
+
+            rate = learning_rate(config, stage, step)
+            for group in run.optimiser.param_groups:
+                group["lr"] = rate
+            loss = _gradients(run, batches, forced=draws_forcing(config, step))
+            run.optimiser.step()
+            run.optimiser.zero_grad(set_to_none=True)
+
+            progress.step, progress.packs = step + 1, progress.packs + config.optimiser.accumulate
+            progress.seconds, clock = progress.seconds + time.monotonic() - clock, time.monotonic()
+            progress.recent = [*progress.recent, loss][-max(_RECENT, config.log_every) :]
+            display.show(loss=loss, depth=run.depth, audio_s=progress.audio_s - started_audio_s)
+            done = progress.step == config.steps
+            if done or progress.step % config.log_every == 0:
+                mean = float(np.mean(progress.recent[-config.log_every :]))
+                values = {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)}
+                _log(run, display, values)
+            if not done and progress.step % config.dev_every == 0:
+                _log(run, display, _dev_curve(*_dev(run)))
+            due = clock - saved > config.checkpoint_every_s
+            if done or due or progress.step % config.checkpoint_every_steps == 0:
+                checkpoint.save(run.checkpoint, snapshot(run))
+                saved = time.monotonic()
+        free, forced = _dev(run)
+        _log(run, display, _dev_curve(free, forced))
+    return _finish(run, free, forced)
+
+
+def _gradients(run: Run, batches: Generator[Batch], *, forced: bool) -> float:
+    """Clipped gradients of one step, over `accumulate` packs; returns the loss, a mean over packs.
+
+    Raises RetortError when the loss or its gradient is not finite: weights and checkpoint are still good then.
+    """
+    config, device = run.job.config.optimiser, run.job.device
+    losses: list[float] = []
+    utterances: list[int] = []
+    for _ in range(config.accumulate):
+        batch = next(batches)
+        run.progress.audio_s += batch.duration_s
+        utterances += batch.utterances
+        batch = batch.to(device)
+        with _precision(run):
+            targets_LFD = batch.targets()
+            loss = run.distiller.loss(run.distiller(batch, targets_LFD, forced), targets_LFD)
+        (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+    norm = torch.nn.utils.clip_grad_norm_(run.distiller.parameters(), config.clip).item()
+    mean = float(np.mean(losses))
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        raise _not_finite(run, mean, norm, utterances)
+    return mean
+
+
+def draws_forcing(config: StudentConfig, step: int) -> bool:
+    """Whether a gendistiller's step takes its history from the teacher.
+
+    The share of such steps goes linearly from `forcing_first` to `forcing_last`. Each step draws by itself, from
+    (seed, step), so that nothing has to be kept for resumption.
+    """
+    if config.family != "gendistiller":
+        return False
+    first, last = config.generation.forcing_first, config.generation.forcing_last
+    share = first + (last - first) * step / max(1, config.steps - 1)
+    return bool(np.random.default_rng([config.seed, step, 1]).random() < share)
+
+
+def _precision(run: Run) -> torch.autocast:
+    return torch.autocast(run.job.device.type, dtype=torch.bfloat16, enabled=run.job.config.precision == "bf16")
+
+
+# ------------------------------------------------------------------------------------------------------ the dev split
+
+
+@dataclass(frozen=True)
+class DevScore:
+    """Loss and errors by teacher layer over the dev split: means over its frames."""
+
+    loss: float
+    by_layer: dict[int, LayerError]
+
+
+def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
+    """Dev scores of free running and, for a gendistiller, of teacher forcing; None where there is none."""
+    if not len(run.data.dev):
+        return None, None
+    generates = isinstance(run.distiller, GenerationDistiller)
+    return score_dev(run), score_dev(run, forced=True) if generates else None
+
+
+@torch.no_grad()
+def score_dev(run: Run, *, forced: bool = False) -> DevScore:
+    """Score the dev split as it is trained (without dropout). Leaves the run as it was."""
+    run.distiller.eval()
+    rows: list[list[float]] = []
+    weights: list[int] = []
+    for batch in run.data.dev_batches():
+        batch = batch.to(run.job.device)
+        with _precision(run):
+            targets_LFD = batch.targets()
+            predicted = run.distiller(batch, targets_LFD, forced)
+            loss = run.distiller.loss(predicted, targets_LFD).item()
+        errors = layer_errors(predicted, targets_LFD)
+        rows.append([loss, *(value for error in errors for value in (error.l1, error.cosine, error.mse))])
+        weights.append(targets_LFD.shape[1])
+    run.distiller.train()
+    loss, *values = np.average(rows, axis=0, weights=weights).tolist()
+    by_layer = {layer: LayerError(*values[3 * index : 3 * index + 3]) for index, layer in enumerate(run.data.layers)}
+    return DevScore(loss, by_layer)
+
+
+def _dev_curve(free: DevScore | None, forced: DevScore | None) -> dict[str, float]:
+    curve = {"dev/loss": free, "dev/loss_forced": forced}
+    return {name: score.loss for name, score in curve.items() if score is not None}
+
+
+# ------------------------------------------------------------------------------------------------ what is said and kept
+
+
+def _headline(run: Run) -> str:
+    config, progress = run.job.config, run.progress
+    again = f", going on from step {progress.step}" if progress.step else ""
+    return (
+        f"{run.job.student}: {config.family}, {config.steps} steps over {len(run.data.sampler)} packs{again}; "
+        f"from the teacher: {', '.join(run.from_teacher) or 'nothing'}"
+    )
+
+
+def _log(run: Run, display: Display, values: dict[str, float]) -> None:
+    if values:
+        run.progress.curve.append((run.progress.step, values))
+        display.log(run.progress.step, values)
+
+
+def _not_finite(run: Run, loss: float, norm: float, utterances: list[int]) -> RetortError:
+    names = [run.corpus.ids[index] for index in utterances]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    good = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
+    return RetortError(
+        f"{run.job.student}: loss {loss:g} with gradient norm {norm:g} at step {run.progress.step}, on utterances "
+        f"{', '.join(names[:_NAMED])}{more}; {good}; lower optimiser.lr, or look at these utterances"
+    )
+
+
+def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[str, Any]:
+    """Write the student's folder, then its metrics; only then is the checkpoint removed."""
+    job, progress, student = run.job, run.progress, run.distiller.student
+    common = {
+        "student": job.student,
+        "teacher": run.store.fingerprint,
+        "seed": job.config.seed,
+        "config": asdict(job.config),
+        "versions": versions(),
+    }
+    made_from = common | {
+        "teacher_id": run.store.manifest.upstream["id"],
+        "store_digest": run.store.digest,
+        "corpus_digest": run.corpus.digest,
+        "from_teacher": run.from_teacher,
+        "key": run.key,
+    }
+    metrics = common | {
+        "format_version": 1,
+        "family": job.config.family,
+        "params": sum(parameter.numel() for parameter in student.parameters()),
+        "training_params": sum(parameter.numel() for parameter in run.distiller.parameters()),
+        "steps": progress.step,
+        "epochs": round(progress.packs / len(run.data.sampler), 3),
+        "seconds": round(progress.seconds, 2),
+        "audio_seconds_per_second": round(progress.audio_s / progress.seconds, 2),
+        "loss": {
+            "train": float(np.mean(progress.recent[-_RECENT:])),
+            "dev": None if free is None else free.loss,
+        },
+        "dev_by_layer": {} if free is None else {str(layer): asdict(error) for layer, error in free.by_layer.items()},
+        "growth": [{"step": stage.first_step, "layers": stage.depth} for stage in run.stages],
+        "exposure_bias": None if free is None or forced is None else free.loss - forced.loss,
+    }
+    save_student(job.out, student, made_from)
+    write_json(job.run / "metrics.json", metrics)
+    checkpoint.remove(run.checkpoint)
+    return metrics

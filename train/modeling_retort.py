@@ -1,0 +1,441 @@
+"""The students, in one self-contained file that travels with their weights.
+
+A saved student is a folder with this file in it, and `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens
+it anywhere: it imports torch, transformers and the standard library only. Two models share every part:
+
+    RetortStackedStudent   a conv stem and N post-LN Transformer blocks (DistilHuBERT, full-depth and grown students)
+    RetortGenStudent       a conv stem and one shared stack that generates the teacher's layers one after another
+
+Modules carry the names of transformers' HuBERT, so a teacher's first tensors fit as they are. One difference: the
+positional convolution has a plain weight, its weight norm folded in, because nothing is gained from it after training.
+
+Both are exact under padding: each utterance of a padded batch gets the features that it gets alone. Group norm
+takes its statistics over the utterance's own frames, padded frames are zero before the positional convolution and no
+query attends to them.
+
+Shapes: B batch, S samples, T frames, C stem channels, D hidden size, H heads, L generated layers.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+# transformers is typed in part only.
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class RetortStudentConfig(PretrainedConfig):
+    """The shape of a student. Fields that HuBERT has too carry HuBERT's names.
+
+    Arguments:
+        family: the student family of METHODS.md, e.g. "distilhubert" or "gendistiller".
+        num_hidden_layers: how many hidden states follow layer 0: blocks, or generated layers.
+        feat_extract_norm: "group" (the first convolution only, as Base models) or "layer" (each one, as Large).
+        do_normalize: the waveform comes with zero mean and unit variance, as the teacher's did.
+        target_layers: the teacher's layers that this student was taught; the layers a gendistiller generates.
+        stack_depth, skip, layer_embedding: gendistiller only; see `RetortGenStudent`.
+    """
+
+    model_type = "retort-student"
+
+    def __init__(
+        self,
+        *,
+        family: str = "distilhubert",
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_attention_heads: int = 12,
+        num_hidden_layers: int = 2,
+        conv_dim: tuple[int, ...] = (512,) * 7,
+        conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2),
+        conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2),
+        conv_bias: bool = False,
+        feat_extract_norm: str = "group",
+        num_conv_pos_embeddings: int = 128,
+        num_conv_pos_embedding_groups: int = 16,
+        layer_norm_eps: float = 1e-5,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        initializer_range: float = 0.02,
+        do_normalize: bool = False,
+        target_layers: tuple[int, ...] = (4, 8, 12),
+        stack_depth: int = 1,
+        skip: str = "start",
+        layer_embedding: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.family = family
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.num_hidden_layers = num_hidden_layers
+        self.conv_dim = list(conv_dim)
+        self.conv_kernel = list(conv_kernel)
+        self.conv_stride = list(conv_stride)
+        self.conv_bias = conv_bias
+        self.feat_extract_norm = feat_extract_norm
+        self.num_conv_pos_embeddings = num_conv_pos_embeddings
+        self.num_conv_pos_embedding_groups = num_conv_pos_embedding_groups
+        self.layer_norm_eps = layer_norm_eps
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.do_normalize = do_normalize
+        self.target_layers = list(target_layers)
+        self.stack_depth = stack_depth
+        self.skip = skip
+        self.layer_embedding = layer_embedding
+
+
+# ---------------------------------------------------------------------------------------------- the convolution stem
+
+
+class ConvLayer(nn.Module):
+    """One convolution of the stem, its norm (if it has one) and GELU."""
+
+    def __init__(self, config: RetortStudentConfig, index: int) -> None:
+        super().__init__()
+        channels = config.conv_dim[index]
+        self.conv = nn.Conv1d(
+            config.conv_dim[index - 1] if index else 1,
+            channels,
+            kernel_size=config.conv_kernel[index],
+            stride=config.conv_stride[index],
+            bias=config.conv_bias,
+        )
+        self.layer_norm: nn.Module | None = None
+        if config.feat_extract_norm == "layer":
+            self.layer_norm = nn.LayerNorm(channels)
+        elif index == 0:
+            self.layer_norm = nn.GroupNorm(channels, channels)
+
+    def forward(self, hidden_BCT: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """`valid_BT` (bool) marks each utterance's own output frames; None: all are."""
+        hidden_BCT = self.conv(hidden_BCT)
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            hidden_BCT = self.layer_norm(hidden_BCT.transpose(1, 2)).transpose(1, 2)
+        elif isinstance(self.layer_norm, nn.GroupNorm):
+            hidden_BCT = _group_norm(hidden_BCT, valid_BT, self.layer_norm)
+        return functional.gelu(hidden_BCT)
+
+
+def _group_norm(hidden_BCT: Tensor, valid_BT: Tensor | None, norm: nn.GroupNorm) -> Tensor:
+    """Group norm with a group a channel, its statistics over the utterance's own frames, in float32."""
+    if valid_BT is None:
+        return norm(hidden_BCT)  # type: ignore[no-any-return, unused-ignore]
+    valid_B1T = valid_BT[:, None].to(torch.float32)
+    num_frames_B11 = valid_B1T.sum(-1, keepdim=True)
+    full_BCT = hidden_BCT.float()
+    mean_BC1 = (full_BCT * valid_B1T).sum(-1, keepdim=True) / num_frames_B11
+    centred_BCT = (full_BCT - mean_BC1) * valid_B1T
+    variance_BC1 = torch.linalg.vector_norm(centred_BCT, dim=-1, keepdim=True).square() / num_frames_B11
+    scale_BC1 = norm.weight[:, None] * torch.rsqrt(variance_BC1 + norm.eps)
+    return torch.addcmul(norm.bias[:, None], centred_BCT, scale_BC1).to(hidden_BCT.dtype)
+
+
+class ConvStem(nn.Module):
+    """Waveform to features: 320 samples a frame, each frame over 400 samples (with the usual seven convolutions)."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        self.kernels, self.strides = config.conv_kernel, config.conv_stride
+        self.conv_layers = nn.ModuleList(ConvLayer(config, index) for index in range(len(config.conv_dim)))
+
+    def forward(self, input_values_BS: Tensor, num_samples_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features (B, T, C) and which of their frames are the utterance's own, bool (B, T); None: all are."""
+        hidden_BCT = input_values_BS[:, None]
+        valid_BT, num_frames_B = None, num_samples_B
+        num_frames = input_values_BS.shape[1]
+        for layer, kernel, stride in zip(self.conv_layers, self.kernels, self.strides, strict=True):
+            num_frames = (num_frames - kernel) // stride + 1
+            if num_frames_B is not None:
+                num_frames_B = (num_frames_B - kernel) // stride + 1
+                valid_BT = torch.arange(num_frames, device=num_frames_B.device) < num_frames_B[:, None]
+            hidden_BCT = layer(hidden_BCT, valid_BT)
+        return hidden_BCT.transpose(1, 2), valid_BT
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm over the stem's channels and a linear map to the hidden size."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+
+    def forward(self, stem_BTC: Tensor) -> Tensor:
+        return self.projection(self.layer_norm(stem_BTC))  # type: ignore[no-any-return, unused-ignore]
+
+
+# ------------------------------------------------------------------------------------------------- the Transformer
+
+
+class PositionalConv(nn.Module):
+    """A wide grouped convolution over time whose output is added as the position (wav2vec 2.0)."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        kernel = config.num_conv_pos_embeddings
+        self.conv = nn.Conv1d(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=kernel,
+            padding=kernel // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        # An even kernel yields one frame too many at the end.
+        position_BDT = self.conv(hidden_BTD.transpose(1, 2))[:, :, : hidden_BTD.shape[1]]
+        return functional.gelu(position_BDT).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over time."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
+        query_BHTK, key_BHTK, value_BHTK = (
+            projection(hidden_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        context_BHTK = functional.scaled_dot_product_attention(
+            query_BHTK,
+            key_BHTK,
+            value_BHTK,
+            attn_mask=mask_B11T,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(context_BHTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return, unused-ignore]
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with GELU between them."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        inner_BTF = self.dropout(functional.gelu(self.intermediate_dense(hidden_BTD)))
+        return self.dropout(self.output_dense(inner_BTF))  # type: ignore[no-any-return, unused-ignore]
+
+
+class TransformerLayer(nn.Module):
+    """One post-LN block, as in HuBERT Base."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
+        hidden_BTD = self.layer_norm(hidden_BTD + self.dropout(self.attention(hidden_BTD, mask_B11T)))
+        return self.final_layer_norm(hidden_BTD + self.feed_forward(hidden_BTD))  # type: ignore[no-any-return, unused-ignore]
+
+
+class Encoder(nn.Module):
+    """The positional convolution and the blocks. The models below decide how the blocks are used."""
+
+    def __init__(self, config: RetortStudentConfig, num_layers: int) -> None:
+        super().__init__()
+        self.pos_conv_embed = PositionalConv(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(num_layers))
+
+    def start(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """Layer 0: projected features plus position, normalised."""
+        if valid_BT is not None:
+            hidden_BTD = hidden_BTD * valid_BT[..., None]
+        return self.dropout(self.layer_norm(hidden_BTD + self.pos_conv_embed(hidden_BTD)))  # type: ignore[no-any-return, unused-ignore]
+
+
+# ------------------------------------------------------------------------------------------------------- the models
+
+
+class RetortStudent(PreTrainedModel):
+    """What both students share: from the waveform to layer 0, and the initial weights."""
+
+    config_class = RetortStudentConfig
+    base_model_prefix = "student"
+    main_input_name = "input_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: RetortStudentConfig, num_layers: int) -> None:
+        super().__init__(config)
+        self.feature_extractor = ConvStem(config)
+        self.feature_projection = FeatureProjection(config)
+        self.encoder = Encoder(config, num_layers)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Linear and embedding N(0, .02²), stem Kaiming-normal, position N(0, 4/(kernel D)), norms 1 and 0.
+
+        These are HuBERT's and fairseq's; biases are 0. Transformers calls this for modules that own a parameter.
+        """
+        config = self.config
+        if isinstance(module, nn.Conv1d):
+            if any(module.padding):  # the positional convolution: those of the stem have none
+                spread = math.sqrt(4 / (config.num_conv_pos_embeddings * config.hidden_size))
+                nn.init.normal_(module.weight, std=spread)
+            else:
+                nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def start(
+        self,
+        input_values_BS: Tensor | None,
+        attention_mask_BS: Tensor | None,
+        stem_BTC: Tensor | None,
+        valid_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Layer 0 (B, T, D) and the mask over keys, bool (B, 1, 1, T); from waveforms or the stem's output."""
+        if stem_BTC is None:
+            if input_values_BS is None:
+                raise ValueError("a student takes `input_values` or `stem_features`, got neither")
+            num_samples_B = None if attention_mask_BS is None else attention_mask_BS.sum(-1)
+            stem_BTC, valid_BT = self.feature_extractor(input_values_BS, num_samples_B)
+        start_BTD = self.encoder.start(self.feature_projection(stem_BTC), valid_BT)
+        return start_BTD, None if valid_BT is None else valid_BT[:, None, None]
+
+
+class RetortStackedStudent(RetortStudent):
+    """A conv stem and `num_hidden_layers` post-LN blocks."""
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__(config, config.num_hidden_layers)
+        self.post_init()
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        stem_features: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutput:
+        """Hidden states of every block.
+
+        Arguments:
+            input_values: float (B, S), 16 kHz, padded at the end; scaled as `do_normalize` says.
+            attention_mask: (B, S), 1 on samples and 0 on padding; None: nothing is padded.
+            output_hidden_states: also return layer 0 and each block's output.
+            stem_features, frame_mask: the stem's output (B, T, C) and its own frames, bool (B, T), not waveforms.
+
+        Returns: last_hidden_state (B, T, D), and hidden_states: (layer 0, block 1, ..., block N), each (B, T, D).
+        """
+        hidden_BTD, mask_B11T = self.start(input_values, attention_mask, stem_features, frame_mask)
+        states = [hidden_BTD]
+        for layer in self.encoder.layers:
+            hidden_BTD = layer(hidden_BTD, mask_B11T)
+            states.append(hidden_BTD)
+        wanted = _wants_states(self.config, output_hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_BTD, hidden_states=tuple(states) if wanted else None)
+
+
+class RetortGenStudent(RetortStudent):
+    """A student that generates the teacher's layers one after another (GenDistiller, arXiv 2406.09444).
+
+        g_i = OutProj(f(g_{i-1} + e_i) + skip_i)        h_0 = g_0 = layer 0
+
+    f is one stack of `stack_depth` blocks, the same for every i; `skip` is "start" (h_0), "previous" (g_{i-1}) or
+    "none"; e_i is a learned layer embedding, or nothing. The history g_{i-1} is a layer of the teacher's, so the hidden
+    size is the teacher's. `forward` always feeds on its own output; `teacher_forced` takes the teacher's as history.
+    """
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__(config, config.stack_depth)
+        self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_embedding = (
+            nn.Embedding(config.num_hidden_layers, config.hidden_size) if config.layer_embedding else None
+        )
+        self.post_init()
+
+    def step(self, previous_BTD: Tensor, start_BTD: Tensor, index_B: Tensor, mask_B11T: Tensor | None) -> Tensor:
+        """g_i from g_{i-1} and h_0; `index_B` holds i - 1 of each row, so that rows may be at different layers."""
+        hidden_BTD = previous_BTD
+        if self.layer_embedding is not None:
+            hidden_BTD = hidden_BTD + self.layer_embedding(index_B)[:, None]
+        for layer in self.encoder.layers:
+            hidden_BTD = layer(hidden_BTD, mask_B11T)
+        if self.config.skip == "start":
+            hidden_BTD = hidden_BTD + start_BTD
+        elif self.config.skip == "previous":
+            hidden_BTD = hidden_BTD + previous_BTD
+        return self.output_projection(hidden_BTD)  # type: ignore[no-any-return, unused-ignore]
+
+    def free_run(self, start_BTD: Tensor, mask_B11T: Tensor | None) -> list[Tensor]:
+        """[g_1, ..., g_L], each from the one before it."""
+        generated: list[Tensor] = []
+        previous_BTD = start_BTD
+        for index in range(self.config.num_hidden_layers):
+            index_B = torch.full((len(start_BTD),), index, device=start_BTD.device)
+            previous_BTD = self.step(previous_BTD, start_BTD, index_B, mask_B11T)
+            generated.append(previous_BTD)
+        return generated
+
+    def teacher_forced(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
+        """[g_1, ..., g_L] in one batched pass, g_i from `history[i - 2]`, the given layer before it (g_1 from h_0)."""
+        num_layers, num_rows = self.config.num_hidden_layers, len(start_BTD)
+        previous = torch.cat([start_BTD, *(layer.to(start_BTD.dtype) for layer in history)])
+        index = torch.arange(num_layers, device=start_BTD.device).repeat_interleave(num_rows)
+        mask = None if mask_B11T is None else mask_B11T.repeat(num_layers, 1, 1, 1)
+        generated = self.step(previous, start_BTD.repeat(num_layers, 1, 1), index, mask)
+        return list(generated.split(num_rows))
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        stem_features: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutput:
+        """Hidden states h_0, g_1, ..., g_L, generated freely. Arguments as `RetortStackedStudent.forward`."""
+        start_BTD, mask_B11T = self.start(input_values, attention_mask, stem_features, frame_mask)
+        generated = self.free_run(start_BTD, mask_B11T)
+        states = (start_BTD, *generated)
+        wanted = _wants_states(self.config, output_hidden_states)
+        return BaseModelOutput(last_hidden_state=generated[-1], hidden_states=states if wanted else None)
+
+
+def _wants_states(config: PretrainedConfig, asked: bool | None) -> bool:
+    return bool(config.output_hidden_states if asked is None else asked)
+
+
+RetortStudentConfig.register_for_auto_class()
+RetortStackedStudent.register_for_auto_class("AutoModel")
+RetortGenStudent.register_for_auto_class("AutoModel")

@@ -1,0 +1,181 @@
+"""One training run: everything that it holds, how it begins, how it goes on after a kill, and how it grows.
+
+The loop that drives it stands in train/loop.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from extract.corpus import Corpus
+from extract.errors import RetortError
+from extract.store import StoreReader
+from train import checkpoint
+from train.checkpoint import Checkpoint, Progress
+from train.config import StudentConfig
+from train.data import DistillationData
+from train.growth import Stage, grow_layers, plan_stages
+from train.losses import Distiller, LayerDistiller, build_distiller
+from train.optimiser import grown_state, make_optimiser, read_state, write_state
+from train.seed import plant, read_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One student to train, and where everything lies."""
+
+    student: str
+    config: StudentConfig
+    manifest: Path
+    corpus: Path
+    out: Path
+    run: Path
+    device: torch.device
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU, or the CPU. Raises RetortError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RetortError(f"--device {name!r}: expected cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RetortError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A job under way. `progress` and `optimiser` change with every step, the depth of `distiller` with growth."""
+
+    job: Job
+    corpus: Corpus
+    store: StoreReader
+    data: DistillationData
+    stages: tuple[Stage, ...]
+    distiller: Distiller
+    optimiser: torch.optim.AdamW
+    progress: Progress
+    from_teacher: list[str]  # parts that began as the teacher's
+    key: str
+    checkpoint: Path
+
+    @property
+    def depth(self) -> int:
+        """Transformer blocks that the student has now."""
+        return len(self.distiller.student.encoder.layers)
+
+
+def begin(job: Job) -> Run:
+    """Open everything and start the run, or take it up at its newest checkpoint.
+
+    Raises RetortError for settings that do not fit the store, and for a missing seed.
+    """
+    config = job.config
+    torch.manual_seed(config.seed)  # initial weights, then dropout; a checkpoint carries its state
+    corpus = Corpus.open(job.corpus)
+    store = StoreReader.open(job.manifest, corpus)
+    targets = choose_targets(config, store)
+    data = DistillationData(
+        corpus,
+        store,
+        layers=targets,
+        train_splits=config.train_splits,
+        dev_split=config.dev_split,
+        seed=config.seed,
+    )
+    stages = plan_stages(config)
+    distiller = build_distiller(
+        config,
+        targets=targets,
+        teacher_dim=store.dim,
+        normalise=data.normalise,
+        note=store.manifest.upstream.get("note"),
+        depth=stages[0].depth,
+    )
+    from_teacher: list[str] = []
+    if config.init == "teacher":
+        from_teacher = plant(distiller.student, read_seed(job.manifest), num_layers=config.seed_layers)
+    distiller.to(job.device)
+    key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest)
+    run = Run(
+        job=job,
+        corpus=corpus,
+        store=store,
+        data=data,
+        stages=stages,
+        distiller=distiller.train(),
+        optimiser=make_optimiser(config, distiller),
+        progress=Progress(),
+        from_teacher=from_teacher,
+        key=key,
+        checkpoint=checkpoint.checkpoint_path(job.student, key),
+    )
+    if (found := checkpoint.load(run.checkpoint)) is not None:
+        _take_up(run, found)
+    return run
+
+
+def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]:
+    """The teacher's layers to predict. Raises RetortError for layers that the store has not."""
+    targets = config.targets or tuple(layer for layer in store.layers if layer > 0)
+    if missing := [layer for layer in targets if layer not in store.layers]:
+        raise RetortError(
+            f"targets: {store.source} has no layer {missing[0]}; it keeps {', '.join(map(str, store.layers))}"
+        )
+    if config.family == "gendistiller" and config.shape.dim != store.dim:
+        raise RetortError(
+            f"shape.dim: a gendistiller feeds on the teacher's layers, so its dim is the teacher's {store.dim}, "
+            f"got {config.shape.dim}"
+        )
+    return targets
+
+
+def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage that a step belongs to."""
+    return next(stage for stage in reversed(stages) if stage.first_step <= step)
+
+
+def deepen(distiller: Distiller, stage: Stage) -> None:
+    """Make the student as deep as `stage`, from the stage before it."""
+    assert stage.sources is not None and isinstance(distiller, LayerDistiller)
+    student = distiller.student
+    student.encoder.layers = grow_layers(student.encoder.layers, stage.sources)
+    student.config.num_hidden_layers = stage.depth
+    distiller.match(stage)
+
+
+def grow(run: Run, stage: Stage) -> None:
+    """Grow the student, and carry the optimiser's moments over as `growth.optimiser` says."""
+    config = run.job.config
+    state = read_state(run.optimiser, run.distiller)
+    deepen(run.distiller, stage)
+    run.optimiser = make_optimiser(config, run.distiller)
+    write_state(run.optimiser, run.distiller, grown_state(state, stage, config.growth.optimiser))
+
+
+def snapshot(run: Run) -> Checkpoint:
+    """The run as it stands between two steps."""
+    return Checkpoint(
+        progress=run.progress,
+        depth=run.depth,
+        model=run.distiller.state_dict(),
+        optimiser=read_state(run.optimiser, run.distiller),
+        rng=checkpoint.rng_state(run.job.device),
+    )
+
+
+def _take_up(run: Run, found: Checkpoint) -> None:
+    for stage in run.stages[1:]:
+        if run.depth < found.depth:
+            deepen(run.distiller, stage)
+    run.distiller.load_state_dict(found.model)
+    run.optimiser = make_optimiser(run.job.config, run.distiller)
+    write_state(run.optimiser, run.distiller, found.optimiser)
+    checkpoint.set_rng_state(found.rng, run.job.device)
+    run.progress = found.progress
