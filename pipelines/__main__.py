@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from extract.errors import CommandGroup, RetortError
+from pipelines.demo.corpora import demo_command
+from pipelines.report import report_command
 
 
 @click.group(cls=CommandGroup, help="Data set readers, the embedded demo, and the report.")
@@ -49,6 +51,10 @@ def corpus(
     splits = ", ".join(f"{count} {split}" for split, count in card["splits"].items())
     dropped = f", {len(card['record']['dropped'])} files dropped" if card["record"]["dropped"] else ""
     click.echo(f"{out}: {card['num_utterances']} utterances ({splits}), {card['hours']:.2f} h{dropped}")
+
+
+main.add_command(demo_command, "demo")
+main.add_command(report_command)
 
 
 if __name__ == "__main__":

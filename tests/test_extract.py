@@ -1,4 +1,4 @@
-"""Stage one from end to end: stores are right, whole, found again, resumed bit for bit, and refused when they are not."""
+"""Stage one end to end: stores are right, whole, found again, resumed bit for bit, and refused when they are not."""
 
 import json
 import signal

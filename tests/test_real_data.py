@@ -62,7 +62,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def census(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AN4: its test speakers for test, every eighth training speaker for dev, every other one of the rest for training."""
+    """AN4: its own test speakers; of the others every eighth for dev, every other one of the rest for training."""
     folder = tmp_path_factory.mktemp("an4")
     lexicon: dict[str, str] = {}
     for line in (DATA / "an4" / "an4.dic").read_text().splitlines():

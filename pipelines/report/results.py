@@ -1,6 +1,6 @@
 """What the stages left behind, read into typed values: scores, trainings, the teacher's manifest.
 
-Everything is parsed here and trusted afterwards. A missing file is an error that names the stage which makes
+Everything is parsed here and trusted afterwards. A missing file is an error that says what makes
 it; so is a file made from another teacher or corpus than its neighbours, for a table of such numbers lies.
 """
 
@@ -118,12 +118,12 @@ class Results:
 
 
 class _Record:
-    """A JSON object whose fields are taken by name and type; errors name file, field and stage."""
+    """A JSON object whose fields are taken by name and type; errors name file and field."""
 
-    def __init__(self, path: Path, stage: str) -> None:
-        self.path, self.stage = path, stage
+    def __init__(self, path: Path) -> None:
+        self.path = path
         if not path.is_file():
-            raise RetortError(f"{path} is missing: stage `{stage}` makes it (`dvc repro {stage}`)")
+            raise RetortError(f"{path} is missing; `dvc repro {path}` makes it")
         self.values = read_json(path)
 
     def get(self, name: str, *types: type) -> Any:
@@ -132,7 +132,7 @@ class _Record:
             expected = " or ".join(kind.__name__ for kind in types)
             raise RetortError(
                 f"{self.path}: field `{name}` is {value!r}, expected {expected}; make the file again with "
-                f"`dvc repro -f -s {self.stage}`"
+                f"`dvc repro -f -s {self.path}`"
             )
         return value
 
@@ -146,7 +146,7 @@ def read_results(root: Path, students: Iterable[str], tasks: Iterable[str]) -> R
     Raises RetortError when a file is missing or damaged, or when files do not belong together.
     """
     tasks = tuple(tasks)
-    record = _Record(root / MANIFEST, "teach")
+    record = _Record(root / MANIFEST)
     card: dict[str, Any] = record.get("upstream", dict)
     fingerprint: str = record.get("fingerprint", str)
     source, revision = str(card.get("id", TEACHER)), card.get("revision")
@@ -156,7 +156,7 @@ def read_results(root: Path, students: Iterable[str], tasks: Iterable[str]) -> R
     for name in students:
         folder = root / "students" / name
         if not (folder / "config.json").is_file():
-            raise RetortError(f"{folder} is missing: stage `distil@{name}` makes it (`dvc repro distil@{name}`)")
+            raise RetortError(f"{folder} is missing; `dvc repro {folder}` makes it")
         training = _read_training(root, name)
         if training.teacher != fingerprint:
             raise RetortError(
@@ -201,7 +201,7 @@ def _read_scores(root: Path, upstream: str, tasks: tuple[str, ...]) -> dict[str,
 
 
 def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
-    record = _Record(path, f"score@{upstream}-{task}")
+    record = _Record(path)
     for field, expected in (("task", task), ("upstream", upstream)):
         if record.get(field, str) != expected:
             raise RetortError(f"{path}: `{field}` is {record.values[field]!r}, expected {expected!r}")
@@ -232,7 +232,7 @@ def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
 
 
 def _read_training(root: Path, name: str) -> Training:
-    record = _Record(root / "runs" / name / "metrics.json", f"distil@{name}")
+    record = _Record(root / "runs" / name / "metrics.json")
     loss = record.get("loss", dict)
     plots = root / "runs" / name / "plots" / "metrics"
     bias = record.values.get("exposure_bias")
