@@ -1,13 +1,13 @@
 """The command: `python -m evaluate run` scores one task of one upstream, `python -m evaluate score` makes one table."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from extract.errors import CommandGroup, RetortError, unknown
+from extract.errors import CommandGroup, unknown
 from extract.files import write_json
+from extract.params import read_section
 
 if TYPE_CHECKING:
     from evaluate.score import Summary
@@ -27,7 +27,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Score file to write.")
 def run(name: str, config: Path | None, upstream: str | None, manifest: Path, corpus: Path, out: Path) -> None:
     """Train a task's heads over a grid of learning rates; choose on dev, report test once."""
-    settings = read_settings(config)
+    settings = read_section(config, "evaluate") if config else {}
     # Here, not at the top: torch takes seconds to import, and --help and a mistyped path need none of it.
     import torch
 
@@ -52,24 +52,6 @@ def run(name: str, config: Path | None, upstream: str | None, manifest: Path, co
         f"{upstream}: {task.title} {score['metric']} {score['test']:.2f}% on {score['num_test']} test utterances "
         f"(dev {score['dev']:.2f}%, learning rate {score['chosen_lr']:g}, {score['seconds']:.0f} s) -> {out}"
     )
-
-
-def read_settings(config: Path | None) -> Mapping[str, Any]:
-    """Section `evaluate` of a YAML file; empty without a file. Raises RetortError for what is no such file."""
-    if config is None:
-        return {}
-    import yaml
-
-    try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RetortError(f"{config} does not exist; give the params file with --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RetortError(f"{config} is not YAML: {error}") from None
-    section = content.get("evaluate") if isinstance(content, Mapping) else None
-    if not isinstance(section, Mapping):
-        raise RetortError(f"{config} has no section `evaluate` with a mapping of tasks")
-    return section
 
 
 @main.command()

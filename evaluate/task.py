@@ -5,9 +5,7 @@ defaults are the reference's values; `evaluate:` in params.yaml overrides them, 
 the score.
 """
 
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
@@ -15,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.corpus import Corpus
-from extract.errors import RetortError, unknown
+from extract.errors import RetortError
+from extract.params import parse
 from extract.store import StoreReader
 
 if TYPE_CHECKING:  # the sweep needs torch, whose import takes seconds; --help and error lines do not
@@ -39,15 +38,14 @@ class Recipe:
     clip_norm: float = 1.0
     seed: int = 0
 
-    def check(self) -> None:
-        """Raises ValueError with the field that can't be, and why."""
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+                raise RetortError(f"{name} is {getattr(self, name)}, expected more than 0")
         if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError("learning_rates must be a list of one or more numbers above 0")
+            raise RetortError("learning_rates must be a list of one or more numbers above 0")
         if len(set(self.learning_rates)) != len(self.learning_rates):
-            raise ValueError("learning_rates names a rate twice")
+            raise RetortError("learning_rates names a rate twice")
 
 
 R = TypeVar("R", bound=Recipe)
@@ -96,46 +94,12 @@ class Task(Generic[R]):
     deviations: tuple[str, ...] = ()  # from the reference, whatever the recipe
 
 
-def parse_recipe(task: Task[R], section: Mapping[str, Any] | None, *, where: str) -> R:
-    """One task's section of params.yaml -> its recipe; missing keys keep the reference's values.
+def parse_recipe(task: Task[R], section: object, *, where: str) -> R:
+    """One task's section of params.yaml -> its recipe; None and missing keys keep the reference's values.
 
     Raises RetortError that names the key, what it is, what was expected and the valid keys.
     """
-    if not isinstance(section, Mapping) and section is not None:
-        raise RetortError(f"{where} is {section!r}, expected a mapping of settings")
-    hints = typing.get_type_hints(task.recipe)
-    values: dict[str, Any] = {}
-    for key, value in (section or {}).items():
-        if key not in hints:
-            raise unknown(f"key in {where}", str(key), hints)
-        values[key] = _parse(value, hints[key], where=f"{where}.{key}")
-    recipe = task.recipe(**values)
-    try:
-        recipe.check()
-    except ValueError as error:
-        raise RetortError(f"{where}: {error}") from None
-    return recipe
-
-
-def _parse(value: object, kind: Any, *, where: str) -> Any:
-    """One YAML value as the declared type. YAML 1.1 reads 1e-3 as a string, so numbers in strings are taken."""
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise RetortError(f"{where} is {value!r}, expected a list")
-        return tuple(_parse(item, typing.get_args(kind)[0], where=where) for item in value)
-    if kind is bool or isinstance(value, bool):
-        fits = kind is bool and isinstance(value, bool)
-    elif kind is int:
-        fits = isinstance(value, int)
-    else:
-        fits = isinstance(value, int | float | str)
-    if fits:
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    name = kind.__name__ if isinstance(kind, type | types.GenericAlias) else str(kind)
-    raise RetortError(f"{where} is {value!r}, expected {name}")
+    return parse(task.recipe, {} if section is None else section, where=where)
 
 
 def differences(recipe: Recipe) -> list[str]:

@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_and_status_1(ready: list[str | Path], change: dic
         ("evaluate: {ks: {stepz: 3}}", "unknown key in evaluate.ks of"),
         ("evaluate: {kws: {steps: 3}}", "unknown key in evaluate of"),
         ("train: {}", "has no section `evaluate`"),
-        ("[1, 2]", "has no section `evaluate`"),
+        ("[1, 2]", "holds a list, expected sections"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -332,9 +332,9 @@ def test_a_damaged_score_is_named_with_its_field(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("report", "speed", "threads"), 0, "report.speed.threads is 0, expected a positive number"),
-        (("report", "speed", "split"), 3, "report.speed.split is 3, expected a text"),
-        (("report", "speed", "runds"), 3, "key `report.speed.runds` is unknown; the keys are corpus, split"),
+        (("report", "speed", "threads"), 0, "report.speed.threads: got 0, expected more than 0"),
+        (("report", "speed", "split"), 3, "report.speed.split: got 3, expected str"),
+        (("report", "speed", "runds"), 3, "report.speed 'runds': expected one of audio_seconds, corpus"),
         (("students",), "all", "`students` is 'all', expected a list of names"),
         (("report",), None, "has no section `report`"),
     ],

@@ -18,6 +18,7 @@ from evaluate.heads import Ragged, RecurrentHead
 from evaluate.metrics import character_error_rate, word_error_rate
 from evaluate.sweep import SweepResult, sweep
 from evaluate.task import Progress, Recipe, Source, Task
+from extract.errors import RetortError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,10 @@ class AsrRecipe(Recipe):
     feature_mask_width: int = 50
     memory_gb: float = 2.0
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+            raise RetortError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
 
 
 def characters(text: str) -> list[str]:

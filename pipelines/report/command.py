@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
 from extract.errors import RetortError
+from extract.params import parse, read_params, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,39 +37,12 @@ def read_config(path: Path) -> ReportConfig:
     """Parse params.yaml. Raises RetortError for a missing or unknown key, or a value of the wrong type."""
     from pipelines.report.speed import SpeedConfig
 
-    try:
-        text = path.read_text(encoding="utf-8")
-        params = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise RetortError(f"{path} does not exist; give params.yaml with --config") from None
-    except yaml.YAMLError as error:
-        raise RetortError(f"{path} is not YAML: {error}") from None
-    if not isinstance(params, dict):
-        raise RetortError(f"{path} holds a {type(params).__name__}, expected sections such as `report`")
-    section = _section(params, "report", ("speed",), path)
-    fields = {"corpus": str, "split": str, "audio_seconds": (int, float), "threads": int, "rounds": int}
-    speed = _section(section, "speed", tuple(fields), path, prefix="report.")
-    for name, kind in fields.items():
-        value = speed[name]
-        if not isinstance(value, kind) or (kind is not str and value <= 0):  # type: ignore[arg-type]
-            expected = "a text" if kind is str else "a positive number"
-            raise RetortError(f"{path}: report.speed.{name} is {value!r}, expected {expected}")
-    return ReportConfig(
-        students=_names(params, "students", path),
-        tasks=_names(params, "tasks", path),
-        speed=SpeedConfig(**speed),
-        text=text,
-    )
-
-
-def _section(params: dict[str, Any], name: str, keys: tuple[str, ...], path: Path, prefix: str = "") -> dict[str, Any]:
-    section = params.get(name)
-    if not isinstance(section, dict):
-        raise RetortError(f"{path} has no section `{prefix}{name}`; it needs {', '.join(keys)}")
-    for key in sorted(section.keys() ^ set(keys)):
-        state = "unknown" if key in section else "missing"
-        raise RetortError(f"{path}: key `{prefix}{name}.{key}` is {state}; the keys are {', '.join(keys)}")
-    return section
+    section = read_section(path, "report")
+    if section.keys() != {"speed"}:
+        raise RetortError(f"{path}: section `report` has keys {', '.join(section) or '(none)'}, expected `speed` alone")
+    names = {name: _names(read_params(path), name, path) for name in ("students", "tasks")}
+    speed = parse(SpeedConfig, section["speed"], where=f"{path}: report.speed")
+    return ReportConfig(**names, speed=speed, text=path.read_text(encoding="utf-8"))
 
 
 def _names(params: dict[str, Any], name: str, path: Path) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.errors import RetortError
 from extract.upstream import find_upstream
 from pipelines.report.results import Upstream
 
@@ -34,6 +35,11 @@ class SpeedConfig:
     audio_seconds: float
     threads: int
     rounds: int
+
+    def __post_init__(self) -> None:
+        for name in ("audio_seconds", "threads", "rounds"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"{name}: got {getattr(self, name)}, expected more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,221 @@
+"""The demo's corpora at a tiny scale: published layouts, one seed one tree, nothing done twice."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torchaudio
+from click.testing import CliRunner
+
+from extract.errors import RetortError
+from extract.files import read_json
+from pipelines.demo.corpora import (
+    DISTILL,
+    DemoConfig,
+    _plan,
+    code_digest,
+    demo_command,
+    read_config,
+    speak_corpora,
+    standing_manifest,
+    tree_digests,
+)
+from pipelines.demo.speech_commands import KEYWORDS, TEST_FOLDER, TRAIN_FOLDER, which_set
+from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS, Voice
+
+TINY = DemoConfig(scale=0.001, reading_s=10, utterances_a_video=1)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("spoken") / "demo"
+    speak_corpora(TINY, out)
+    return out
+
+
+def test_one_seed_gives_the_same_bytes_whatever_the_number_of_workers(tree: Path, tmp_path: Path) -> None:
+    manifest = speak_corpora(replace(TINY, workers=1), tmp_path / "again")
+    assert manifest == read_json(tree / "demo.json")
+    assert tree_digests(tmp_path / "again") == tree_digests(tree)
+
+
+def test_librispeech_has_the_published_layout(tree: Path) -> None:
+    """torchaudio's reader of the real data set opens it and finds the transcript of every file."""
+    words = {line.split("\t")[0] for line in (tree / "librispeech/librispeech-lexicon.txt").read_text().splitlines()}
+    transcripts: dict[str, set[str]] = {}
+    for subset in ("train-clean-100", "dev-clean", "test-clean"):
+        corpus = torchaudio.datasets.LIBRISPEECH(tree / "librispeech", url=subset)
+        assert len(corpus) >= 4
+        for index in range(len(corpus)):
+            path, rate, text, speaker, chapter, _ = corpus.get_metadata(index)
+            samples, written_rate = soundfile.read(tree / "librispeech" / "LibriSpeech" / path)
+            assert rate == written_rate == 16_000
+            assert len(samples) > 8_000
+            assert set(text.split()) <= words
+            assert str(chapter).startswith(str(speaker))
+            transcripts.setdefault(subset, set()).add(text)
+    assert not transcripts["train-clean-100"] & transcripts["test-clean"]
+    assert not transcripts["train-clean-100"] & transcripts["dev-clean"]
+
+
+def test_the_distillation_corpus_has_the_same_layout_and_other_speakers_and_sentences(tree: Path) -> None:
+    found = {}
+    for name, subset in (("distill", "train-clean-100"), ("librispeech", "train-clean-100")):
+        corpus = torchaudio.datasets.LIBRISPEECH(tree / name, url=subset)
+        rows = [corpus.get_metadata(index) for index in range(len(corpus))]
+        found[name] = {row[2] for row in rows}, {row[3] for row in rows}
+    assert not found["distill"][0] & found["librispeech"][0]
+    assert not found["distill"][1] & found["librispeech"][1]
+
+
+@pytest.mark.parametrize("name", ["distill", "librispeech"])
+def test_every_speaker_and_chapter_stands_in_the_tables(tree: Path, name: str) -> None:
+    folder = tree / name / "LibriSpeech"
+    for depth, table in ((2, "SPEAKERS.TXT"), (3, "CHAPTERS.TXT")):
+        lines = (folder / table).read_text().splitlines()
+        listed = {line.split("|")[0].strip(): line for line in lines if not line.startswith(";")}
+        on_disk = {path.name: path for path in folder.glob("/".join("*" * depth)) if path.is_dir()}
+        assert set(listed) == set(on_disk)
+        for number, path in on_disk.items():
+            assert path.relative_to(folder).parts[0] in listed[number]
+
+
+def test_speech_commands_has_the_published_layout(tree: Path) -> None:
+    folder = tree / "speech_commands" / TRAIN_FOLDER
+    lists = {s: (folder / f"{s}_list.txt").read_text().split() for s in ("validation", "testing")}
+    clips = sorted(path.relative_to(folder).as_posix() for path in folder.glob("[a-z]*/*.wav"))
+    for split, names in lists.items():
+        assert names == [clip for clip in clips if which_set(clip) == split]
+        assert {name.split("/")[0] for name in names} >= set(KEYWORDS)
+    assert any(which_set(clip) == "train" for clip in clips)
+    assert {soundfile.info(folder / clip).frames for clip in clips} == {16_000}
+    assert {path.name for path in (folder / "_background_noise_").iterdir()} >= {"white_noise.wav", "pink_noise.wav"}
+
+
+def test_the_test_archive_of_speech_commands_has_twelve_classes(tree: Path) -> None:
+    folder = tree / "speech_commands" / TEST_FOLDER
+    assert {path.name for path in folder.iterdir()} == {*KEYWORDS, "_silence_", "_unknown_"}
+    assert all(any(path.glob("*.wav")) for path in folder.iterdir())
+    main = {path.name.split("_")[0] for path in (folder.parent / TRAIN_FOLDER).glob("[a-z]*/*.wav")}
+    assert not main & {path.name.split("_")[0] for path in folder.glob("*/*.wav")}
+
+
+def test_which_set_is_the_published_rule() -> None:
+    """TensorFlow's own test: all takes of one speaker lie in one split, and the shares are about 80, 10 and 10."""
+    assert which_set("yes/abcd1234_nohash_0.wav") == which_set("/other/no/abcd1234_nohash_7.wav")
+    splits = [which_set(f"{number:08x}_nohash_0.wav") for number in range(2_000)]
+    assert splits.count("train") / 2_000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_voxceleb1_has_the_published_layout(tree: Path) -> None:
+    folder = tree / "voxceleb1"
+    lines = [line.split(" ") for line in (folder / "iden_split.txt").read_text().splitlines()]
+    on_disk = {path.relative_to(path.parents[2]).as_posix(): path for path in folder.glob("*/wav/*/*/*.wav")}
+    assert {path for _, path in lines} == set(on_disk)
+    assert {path.relative_to(folder).parts[0] for path in on_disk.values()} == {"dev", "test"}
+    videos = {}
+    for split, path in lines:
+        assert split in "123"
+        videos.setdefault(str(Path(path).parent), set()).add(split)
+        assert 2.0 < soundfile.info(on_disk[path]).duration <= 6.0
+    assert all(len(splits) == 1 for splits in videos.values())
+    for speaker in {path.split("/")[0] for _, path in lines}:
+        assert {split for split, path in lines if path.startswith(speaker)} == {"1", "2", "3"}
+
+
+def test_nothing_is_clipped_or_silent(tree: Path) -> None:
+    for path in [*tree.rglob("*.flac"), *tree.rglob("*.wav")]:
+        samples, _ = soundfile.read(path, dtype="int16")
+        assert np.sqrt(np.mean(samples.astype(np.float64) ** 2)) > 20, path
+        assert np.mean(np.abs(samples.astype(np.int32)) >= 32_760) < 1e-3, path
+
+
+def test_a_tree_that_stands_is_left_alone(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    shutil.copytree(tree, out)
+    before = {path: path.stat().st_ino for path in out.rglob("*")}
+    assert speak_corpora(replace(TINY, workers=1), out) == read_json(tree / "demo.json")
+    assert before == {path: path.stat().st_ino for path in out.rglob("*")}
+
+
+@pytest.mark.parametrize("damage", ["none", "bytes", "missing", "extra", "config", "code"])
+def test_a_tree_that_is_damaged_or_of_another_making_does_not_count(tree: Path, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "demo"
+    shutil.copytree(tree, out)
+    clip = next(iter(sorted(out.rglob("*.flac"))))
+    config, code = TINY, code_digest()
+    if damage == "bytes":
+        clip.write_bytes(clip.read_bytes()[:-1] + b"x")
+    elif damage == "missing":
+        clip.unlink()
+    elif damage == "extra":
+        clip.with_name("extra.flac").touch()
+    elif damage == "config":
+        config = replace(TINY, seed=2)
+    elif damage == "code":
+        code = "another"
+    assert (standing_manifest(out, config, code) is None) == (damage != "none")
+
+
+def test_another_seed_speaks_another_tree_in_its_place(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    shutil.copytree(tree, out)
+    manifest = speak_corpora(replace(TINY, seed=2), out)
+    assert manifest["config"]["seed"] == 2
+    assert not set(tree_digests(out).values()) & set(tree_digests(tree).values())
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_failure_leaves_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.demo.corpora._record", fail)
+    with pytest.raises(KeyboardInterrupt):
+        speak_corpora(TINY, tmp_path / "demo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_manifest_beside_the_tree(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path / "demo")
+    (tmp_path / "params.yaml").write_text("demo: {scale: 0.001, reading_s: 10, utterances_a_video: 1}\n")
+    arguments = ["--out", str(tmp_path / "demo"), "--config", str(tmp_path / "params.yaml")]
+    result = CliRunner().invoke(demo_command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    manifest = read_json(tmp_path / "demo.json")
+    assert manifest["code"] == code_digest()
+    assert set(manifest["corpora"]) == {"distill", "librispeech", "speech_commands", "voxceleb1"}
+    seconds = sum(soundfile.info(path).duration for path in (tree / "distill").rglob("*.flac"))
+    assert manifest["corpora"]["distill"]["seconds"] == pytest.approx(seconds, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("demo: {sede: 1}", "sede.*seed"),
+        ("demo: {seed: one}", "demo.seed.*int"),
+        ("demo: {scale: true}", "demo.scale"),
+        ("demo: {scale: 0}", "demo.scale.*more than 0"),
+        ("demo: {celebrities: 4.5}", "demo.celebrities.*int"),
+        ("train: {}", "demo"),
+    ],
+)
+def test_a_wrong_section_is_named(tmp_path: Path, section: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(section)
+    with pytest.raises(RetortError, match=message):
+        read_config(tmp_path / "params.yaml")
+
+
+def test_at_full_scale_there_are_at_least_forty_voices_and_the_teacher_knows_none(tmp_path: Path) -> None:
+    planned = _plan(DemoConfig(), tmp_path)
+    voices: dict[str, list[Voice]] = {
+        name: [job.voice for job in jobs if hasattr(job, "voice")] for name, jobs in planned.items()
+    }
+    assert len(set(voices["voxceleb1"])) >= 40
+    assert sum(job.planned_s for job in planned[DISTILL]) >= 3_600
+    for name, some in voices.items():
+        allowed = TAUGHT_VARIANTS if name == DISTILL else SCORED_VARIANTS
+        assert {voice.variant for voice in some} <= set(allowed)
