@@ -35,7 +35,7 @@ Features = Callable[[np.ndarray], np.ndarray]  # float32 (n,) -> float32 (L, T, 
 
 def teacher_features(folder: Path) -> Features:
     """Hidden states of the teacher's layers 0 to 12."""
-    model = HubertModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = HubertModel.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
 
     def features(waveform: np.ndarray) -> np.ndarray:
         with torch.no_grad():

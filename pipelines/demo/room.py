@@ -59,7 +59,7 @@ def heard_in(samples: np.ndarray, place: Place, generator: np.random.Generator) 
     noise = coloured_noise(len(samples), place.colour, generator) * speech_rms * 10 ** (-place.snr_db / 20)
     mixed = reverberant + noise
     mixed *= 10 ** (place.level_db / 20) / max(_rms(mixed), 1e-9)
-    return (mixed * min(1.0, MAX_PEAK / max(float(np.abs(mixed).max()), 1e-9))).astype(np.float32)
+    return np.asarray(mixed * min(1.0, MAX_PEAK / max(float(np.abs(mixed).max()), 1e-9)), dtype=np.float32)
 
 
 def draw_microphone(generator: np.random.Generator) -> np.ndarray:

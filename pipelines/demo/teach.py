@@ -310,7 +310,7 @@ def step(
     }  # fmt: skip
     loss = torch.stack([weight * figures[name] for name, weight in weights.items() if name in figures]).sum()
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(pupil.parameters(), config.clip)
     optimizer.step()
     return {name: figure.item() for name, figure in figures.items()}
@@ -359,7 +359,7 @@ def export(hubert: HubertModel, out: Path) -> None:
     """The folder that `AutoModel.from_pretrained` opens: float16 weights, computed with in float32."""
     with written_aside(out / "model.safetensors") as aside:
         folder = aside.with_suffix(".folder")
-        deepcopy(hubert).half().save_pretrained(folder)
+        deepcopy(hubert).half().save_pretrained(folder)  # type: ignore[no-untyped-call]
         (folder / "model.safetensors").rename(aside)
         aside.chmod(0o644)
         config = json.loads((folder / "config.json").read_text())
