@@ -34,8 +34,10 @@ def run(name: str, config: Path | None, upstream: str | None, manifest: Path, co
     from evaluate.run import run_task
     from evaluate.task import parse_recipe
     from evaluate.tasks import TASKS
+    from extract.memory import keep_freed_blocks
     from extract.progress import ProgressBar
 
+    keep_freed_blocks()
     for key in (name, *settings):
         if key not in TASKS:
             raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)

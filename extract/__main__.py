@@ -59,8 +59,10 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 @click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings.")
 def run(layers: str | None, keep: str, **options: Any) -> None:
     """Run an upstream over a corpus; leave a store and its manifest."""
+    from extract.memory import keep_freed_blocks
     from extract.run import Settings, extract
 
+    keep_freed_blocks()
     kept = frozenset(part for part in keep.split(",") if part)
     manifest, worked = extract(Settings(layers=_layers(layers), keep=kept, **options))
     plan = manifest.plan

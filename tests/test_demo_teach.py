@@ -66,7 +66,7 @@ def test_a_frame_has_the_phone_at_its_middle() -> None:
 
 
 def test_frames_are_those_of_the_model() -> None:
-    model = HubertModel(teacher_config(1))
+    model = HubertModel(teacher_config(1)).eval()
     for count in (400, 719, 720, 16_000):
         assert model(torch.zeros(1, count)).last_hidden_state.shape[1] == count_frames(count)
 

@@ -41,9 +41,11 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
     from train.config import read_student
 
     config = read_student(params, student)  # a typo is told before torch is imported
+    from extract.memory import keep_freed_blocks
     from train.loop import train
     from train.run import Job, find_device
 
+    keep_freed_blocks()
     job = Job(
         student=student,
         config=config,
