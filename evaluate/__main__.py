@@ -43,8 +43,10 @@ def run(name: str, config: Path | None, upstream: str | None, manifest: Path, co
             raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)
     task = TASKS[name]
     recipe = parse_recipe(task, settings.get(name), where=f"evaluate.{name}" + (f" of {config}" if config else ""))
+    # Heads have a thread each (evaluate.sweep); more of torch's own below them only wait for one another.
+    torch.set_num_threads(1)
     # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
-    # fbank). Before the first parallel operation, so that worker threads inherit it.
+    # fbank). Threads inherit it.
     torch.set_flush_denormal(True)
     upstream = upstream or out.resolve().parent.name
     with ProgressBar(f"{upstream} {name}", total=recipe.steps, unit="steps") as progress:

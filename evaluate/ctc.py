@@ -3,14 +3,14 @@
 Blank = pad = 0, end of sequence = 1, unknown = 2, then the symbols. Labels end in the end-of-sequence symbol, which is
 dropped from hypotheses, as in the reference toolkit.
 
-Shapes: R heads, B utterances, T frames of the longest, F frames end to end, D features, C symbols, S labels of the
+Shapes: B utterances, T frames of the longest, F frames end to end, D features, C symbols, S labels of the
 longest, H units.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.frames import FrameReader, bucket
-from evaluate.heads import Head, Ragged, sum_layers
+from evaluate.heads import Head, Ragged
+from evaluate.sweep import Team
 from evaluate.task import Source
 from extract.errors import RetortError
 
@@ -128,42 +129,40 @@ class Transcription(Generic[H]):
                     noise,
                 )
 
-    def losses(self, heads: Sequence[H], batch: CtcBatch) -> Tensor:
+    def loss(self, head: H, batch: CtcBatch) -> Tensor:
         """CTC as the reference has it: by label, then the mean over the batch; an infeasible utterance counts 0."""
-        mixed_RFD = sum_layers(heads, batch.hidden_LFD)
+        mixed_FD = head.sum_layers(batch.hidden_LFD)
         if batch.noise.features_FD is not None:
-            mixed_RFD = mixed_RFD * batch.noise.features_FD
-        logits_RBTC = torch.stack(
-            [self.logits(h, m, batch.frames, batch.noise) for h, m in zip(heads, mixed_RFD, strict=True)]
-        )
-        num_heads, num_utterances = logits_RBTC.shape[:2]
-        # One call for all heads: the loss runs its utterances in parallel.
-        losses = F.ctc_loss(
-            logits_RBTC.log_softmax(-1).flatten(0, 1).transpose(0, 1),
-            batch.labels_BS.repeat(num_heads, 1),
-            (batch.frames.num_frames_B // self.stack).repeat(num_heads),
-            batch.num_labels_B.repeat(num_heads),
+            mixed_FD = mixed_FD * batch.noise.features_FD
+        return F.ctc_loss(
+            self.logits(head, mixed_FD, batch.frames, batch.noise).log_softmax(-1).transpose(0, 1),
+            batch.labels_BS,
+            batch.frames.num_frames_B // self.stack,
+            batch.num_labels_B,
             blank=BLANK,
-            reduction="none",
             zero_infinity=True,
         )
-        return (losses.view(num_heads, num_utterances) / batch.num_labels_B).mean(1)
 
-    @torch.no_grad()
-    def measure(self, heads: Sequence[H], split: str) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[H], split: str, team: Team) -> list[dict[str, float]]:
         data = self.splits[split]
         hypotheses: list[list[Sequence[str]]] = [[] for _ in heads]
         references: list[Sequence[str]] = []
         for rows_B in data.batches:
             num_frames_B = torch.from_numpy(self.reader.reader.num_frames[rows_B])
             frames = Ragged.of(num_frames_B)
-            mixed_RFD = sum_layers(heads, self.reader.read(rows_B.tolist()))
+            hidden_LFD = self.reader.read(rows_B.tolist())
             references += [data.references[row] for row in rows_B.tolist()]
-            for said, head, mixed_FD in zip(hypotheses, heads, mixed_RFD, strict=True):
-                best_BT = self.logits(head, mixed_FD, frames, Noise()).argmax(-1)
-                counts = (num_frames_B // self.stack).tolist()
-                said += [self.vocabulary.decode(best_T[:n]) for best_T, n in zip(best_BT, counts, strict=True)]
+            decode = partial(self._decode, hidden_LFD=hidden_LFD, frames=frames)
+            for all_said, said in zip(hypotheses, team.each(decode, heads), strict=True):
+                all_said += said
         return [self.rates(said, references) for said in hypotheses]
+
+    @torch.no_grad()
+    def _decode(self, head: H, *, hidden_LFD: Tensor, frames: Ragged) -> list[list[str]]:
+        """What the head hears in each utterance."""
+        best_BT = self.logits(head, head.sum_layers(hidden_LFD), frames, Noise()).argmax(-1)
+        counts = (frames.num_frames_B // self.stack).tolist()
+        return [self.vocabulary.decode(best_T[:count]) for best_T, count in zip(best_BT, counts, strict=True)]
 
 
 def infeasible(labels: Sequence[int], num_frames: int) -> bool:

@@ -1,6 +1,6 @@
 """The heads, as the reference has them, and the softmax-weighted layer sum in front of each.
 
-Shapes: R heads, L layers, B utterances, T frames of the longest, F frames end to end, D features, C classes.
+Shapes: L layers, B utterances, T frames of the longest, F frames end to end, D features, C classes.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,9 @@ class Head(nn.Module):
         weights: list[float] = self.layer_logits.detach().softmax(0).tolist()
         return weights
 
-
-def sum_layers(heads: Sequence[Head], hidden_LX: Tensor) -> Tensor:
-    """Every head's weighted layer sum in one product: hidden (L, ...) -> (R, ...).
-
-    The features are by far the largest operand, and this reads them once whatever the number of heads.
-    """
-    weights_RL = torch.stack([head.layer_logits for head in heads]).softmax(-1)
-    return (weights_RL @ hidden_LX.flatten(1)).view(len(heads), *hidden_LX.shape[1:])
+    def sum_layers(self, hidden_LX: Tensor) -> Tensor:
+        """The weighted sum over layers: (L, ...) -> (...)."""
+        return (self.layer_logits.softmax(0) @ hidden_LX.flatten(1)).view(hidden_LX.shape[1:])
 
 
 class LinearHead(Head):

@@ -3,7 +3,7 @@
 The layer sum, both linear layers and the mean over time commute, so the mean of each layer, (layers, dim) numbers an
 utterance, gives the same logits, loss and gradients as all of its frames. Read with `StoreReader.pooled`.
 
-Shapes: N utterances, B of them in a batch, R heads, L layers, D features.
+Shapes: N utterances, B of them in a batch, L layers, D features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.heads import LinearHead, sum_layers
+from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
-from evaluate.sweep import SweepResult, sweep
+from evaluate.sweep import SweepResult, Team, sweep
 from evaluate.task import Progress, Recipe, Source
 
 
@@ -72,21 +72,19 @@ class PooledClassification:
             for rows_B in torch.split(order_N, self.recipe.batch_size):
                 yield PooledBatch(train.hidden_NLD[rows_B].transpose(0, 1), train.classes_N[rows_B])
 
-    def losses(self, heads: Sequence[LinearHead], batch: PooledBatch) -> Tensor:
-        mixed_RBD = sum_layers(heads, batch.hidden_LBD)
-        return torch.stack(
-            [F.cross_entropy(head(mixed_BD), batch.classes_B) for head, mixed_BD in zip(heads, mixed_RBD, strict=True)]
-        )
+    def loss(self, head: LinearHead, batch: PooledBatch) -> Tensor:
+        return F.cross_entropy(head(head.sum_layers(batch.hidden_LBD)), batch.classes_B)
 
-    @torch.no_grad()
-    def measure(self, heads: Sequence[LinearHead], split: str) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
         data = self.splits[split]
-        mixed_RND = sum_layers(heads, data.hidden_NLD.transpose(0, 1))
+        hidden_LND = data.hidden_NLD.transpose(0, 1)
         actual = data.classes_N.tolist()
-        return [
-            {"acc": accuracy(head(mixed_ND).argmax(-1).tolist(), actual)}
-            for head, mixed_ND in zip(heads, mixed_RND, strict=True)
-        ]
+
+        @torch.no_grad()
+        def one(head: LinearHead) -> dict[str, float]:
+            return {"acc": accuracy(head(head.sum_layers(hidden_LND)).argmax(-1).tolist(), actual)}
+
+        return team.each(one, heads)
 
 
 def classify(source: Source, label: str, recipe: PooledRecipe, progress: Progress) -> SweepResult:

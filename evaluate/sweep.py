@@ -2,16 +2,19 @@
 
 Every rate has a head of its own; all start from the same numbers and see the same batches, masks and dropout, so a
 head of a grid equals the same head trained alone. Dev chooses the checkpoint of each head and then the rate; test is
-measured once, with the chosen head. Deterministic on a CPU, given the seed and the number of threads.
+measured once, with the chosen head.
 
-Shapes: R heads, one a learning rate.
+Heads are trained side by side, each in one thread: heads have small operations, which torch's own threads speed up
+little on an idle machine and slow down tenfold on a busy one. So the result does not depend on the number of cores.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from extract.errors import RetortError
 
 H = TypeVar("H", bound=Head)
 Batch = TypeVar("Batch")
+Out = TypeVar("Out")
 
 
 class Problem(Protocol[H, Batch]):
@@ -41,13 +45,30 @@ class Problem(Protocol[H, Batch]):
         """Training batches without end, whatever is drawn at random drawn from `generator`."""
         ...
 
-    def losses(self, heads: Sequence[H], batch: Batch) -> Tensor:
-        """Each head's loss on the batch, (R,)."""
+    def loss(self, head: H, batch: Batch) -> Tensor:
+        """The head's loss on the batch, a scalar. Called for several heads at once, from as many threads."""
         ...
 
-    def measure(self, heads: Sequence[H], split: str) -> list[dict[str, float]]:
-        """Each head's metrics on "dev" or "test", `metric` among them."""
+    def measure(self, heads: Sequence[H], split: str, team: "Team") -> list[dict[str, float]]:
+        """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once."""
         ...
+
+
+class Team:
+    """Works on heads side by side, in threads that torch does not multiply. Results come in the heads' order."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def each(self, work: Callable[..., Out], *columns: Iterable[Any]) -> list[Out]:
+        """`work` on every row of the columns, as map does; raises what it raises."""
+        return list(self._pool.map(work, *columns))
 
 
 @dataclass(frozen=True)
@@ -121,11 +142,13 @@ class _Runner(Generic[H]):
     best: dict[str, Tensor] | None = None
     diverged: int | None = None  # the step whose loss was not finite
 
-    def step(self, loss: float, step: int, clip_norm: float) -> None:
-        """Take one optimiser step from the gradients that are there; stop for good at a loss that is not finite."""
-        if not math.isfinite(loss):
+    def step(self, problem: Problem[H, Any], batch: Any, step: int, clip_norm: float) -> None:
+        """Train on one batch; stop for good at a loss that is not finite."""
+        loss = problem.loss(self.head, batch)
+        if not loss.isfinite():
             self.diverged = step
             return
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.head.parameters(), clip_norm)
         self.optimiser.step()
 
@@ -143,18 +166,17 @@ def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> Swe
     """
     runners = [_runner(problem, lr, recipe.seed) for lr in sorted(recipe.learning_rates)]
     batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
-    for step in range(1, recipe.steps + 1):
-        active = [runner for runner in runners if runner.diverged is None]
-        if not active:
-            break
-        losses_R = problem.losses([runner.head for runner in active], next(batches))
-        losses_R.sum().backward()  # type: ignore[no-untyped-call]
-        for runner, loss in zip(active, losses_R.tolist(), strict=True):
-            runner.step(loss, step, recipe.clip_norm)
-        if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
-            _evaluate(problem, runners, step)
-        progress.advance(1, detail=_status(problem, runners))
-    return _conclude(problem, runners)
+    with Team(min(len(runners), os.cpu_count() or 1)) as team:
+        for step in range(1, recipe.steps + 1):
+            active = [runner for runner in runners if runner.diverged is None]
+            if not active:
+                break
+            batch = next(batches)
+            team.each(lambda runner, at=step, on=batch: runner.step(problem, on, at, recipe.clip_norm), active)
+            if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
+                _evaluate(problem, runners, step, team)
+            progress.advance(1, detail=_status(problem, runners))
+        return _conclude(problem, runners, team)
 
 
 def _runner(problem: Problem[H, Batch], lr: float, seed: int) -> _Runner[H]:
@@ -165,15 +187,15 @@ def _runner(problem: Problem[H, Batch], lr: float, seed: int) -> _Runner[H]:
     return _Runner(lr, head, Adam(head.parameters(), lr), dev=-math.inf if problem.higher_is_better else math.inf)
 
 
-def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: int) -> None:
+def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: int, team: Team) -> None:
     active = [runner for runner in runners if runner.diverged is None]
     if not active:
         return
-    for runner, measured in zip(active, problem.measure([r.head for r in active], "dev"), strict=True):
+    for runner, measured in zip(active, problem.measure([r.head for r in active], "dev", team), strict=True):
         runner.consider(measured[problem.metric], step, higher_is_better=problem.higher_is_better)
 
 
-def _conclude(problem: Problem[H, Batch], runners: Sequence[_Runner[H]]) -> SweepResult:
+def _conclude(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], team: Team) -> SweepResult:
     """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with that head."""
     finished = [runner for runner in runners if runner.best is not None]
     if not finished:
@@ -187,7 +209,7 @@ def _conclude(problem: Problem[H, Batch], runners: Sequence[_Runner[H]]) -> Swee
             chosen = runner
     assert chosen.best is not None
     chosen.head.load_state_dict(chosen.best)
-    (test,) = problem.measure([chosen.head], "test")
+    (test,) = problem.measure([chosen.head], "test", team)
     grid = tuple(GridPoint(runner.lr, runner.dev, runner.steps) for runner in finished)
     own = [f"learning rate {r.lr:g} diverged at step {r.diverged}" for r in runners if r.diverged is not None]
     if len(runners) > 1 and chosen in (runners[0], runners[-1]):

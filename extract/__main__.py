@@ -1,11 +1,14 @@
 """Stage one's commands: `python -m extract run | verify | info`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from extract.errors import CommandGroup, RetortError
+
+if TYPE_CHECKING:
+    from extract.store import Manifest
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
@@ -26,8 +29,17 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
 @main.command()
 @click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id.")
-@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="corpora/NAME.json or NAME.h5.")
-@click.option("--manifest", type=click.Path(path_type=Path), required=True, help="The manifest to write, a JSON file.")
+@click.option(
+    "--corpus",
+    "corpora",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="corpora/NAME.json or .h5.",
+)
+@click.option(
+    "--manifest", "manifests", type=click.Path(path_type=Path), multiple=True, required=True, help="The JSON to write."
+)
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -39,7 +51,14 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 @click.option("--revision", help="Revision of a hub id.")
 @click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all].")
 @click.option("--codec", default="int8", show_default=True, help="float16 or int8.")
-@click.option("--keep", default="frames,pooled", show_default=True, help="What to store: frames,pooled or pooled.")
+@click.option(
+    "--keep",
+    "keeps",
+    multiple=True,
+    default=("frames,pooled",),
+    show_default=True,
+    help="What to store: frames,pooled or pooled; once for all corpora, or once for each.",
+)
 @click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch).")
 @click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work).")
 @click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them.")
@@ -57,17 +76,39 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     help="Also write the stem and this many first blocks for students.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings.")
-def run(layers: str | None, keep: str, **options: Any) -> None:
-    """Run an upstream over a corpus; leave a store and its manifest."""
+def run(
+    layers: str | None,
+    corpora: tuple[Path, ...],
+    manifests: tuple[Path, ...],
+    keeps: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Run an upstream over a corpus; leave a store and its manifest.
+
+    Several corpora in one go: give --corpus and --manifest once for each, in the same order.
+    """
+    if len(manifests) != len(corpora) or len(keeps) not in (1, len(corpora)):
+        raise RetortError(
+            f"got {len(corpora)} --corpus, {len(manifests)} --manifest and {len(keeps)} --keep; "
+            "give one --manifest for each --corpus, and one --keep for all or for each"
+        )
     from extract.memory import keep_freed_blocks
     from extract.run import Settings, extract
 
     keep_freed_blocks()
-    kept = frozenset(part for part in keep.split(",") if part)
-    manifest, worked = extract(Settings(layers=_layers(layers), keep=kept, **options))
+    kept = [frozenset(filter(None, keep.split(","))) for keep in keeps]
+    common = {"layers": _layers(layers), **options}
+    for settings in [
+        Settings(corpus=corpus, manifest=manifest, keep=keep, **common)
+        for corpus, manifest, keep in zip(corpora, manifests, kept * (len(corpora) // len(kept)), strict=True)
+    ]:
+        _say(settings.manifest, *extract(settings))
+
+
+def _say(path: Path, manifest: "Manifest", worked: bool) -> None:
     plan = manifest.plan
     click.echo(
-        f"{options['manifest']}: {manifest.upstream['name']} on {manifest.corpus['name']}, "
+        f"{path}: {manifest.upstream['name']} on {manifest.corpus['name']}, "
         f"{manifest.corpus['num_utterances']} utterances, {plan['num_frames']} frames, {len(manifest.layers)} layers "
         f"x {manifest.dim}, {_megabytes(manifest.objects):.1f} MB "
         + ("written" if worked else "were there already: nothing to do")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from evaluate.heads import LinearHead, Ragged, RecurrentHead, sum_layers
+from evaluate.heads import LinearHead, Ragged, RecurrentHead
 
 F64 = torch.float64
 
@@ -46,7 +46,7 @@ def test_time_means_give_the_logits_loss_and_gradients_of_all_frames(
     classes_B = torch.randint(0, 5, (batch,))
 
     pooled_LBD = torch.stack([states.mean(1) for states in hidden], 1)
-    logits = head(sum_layers([head], pooled_LBD)[0])
+    logits = head(head.sum_layers(pooled_LBD))
     expected = reference(hidden)
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
 
@@ -74,16 +74,14 @@ def test_layer_weights_start_equal_and_sum_to_one() -> None:
     assert head.layer_weights == [0.25] * 4
 
 
-def test_sum_layers_gives_each_head_its_own_sum() -> None:
+def test_the_layer_sum_is_weighted_by_a_softmax_of_the_logits() -> None:
     torch.manual_seed(0)
-    heads = [LinearHead(num_layers=3, dim=2, projection=2, classes=2) for _ in range(2)]
-    for head in heads:
-        nn.init.normal_(head.layer_logits)
+    head = LinearHead(num_layers=3, dim=2, projection=2, classes=2)
+    nn.init.normal_(head.layer_logits)
     hidden_LFD = torch.randn(3, 5, 2)
-    mixed_RFD = sum_layers(heads, hidden_LFD)
-    for head, mixed_FD in zip(heads, mixed_RFD, strict=True):
-        expected = torch.einsum("l,lfd->fd", head.layer_logits.softmax(0), hidden_LFD)
-        torch.testing.assert_close(mixed_FD, expected)
+    expected = torch.einsum("l,lfd->fd", head.layer_logits.exp() / head.layer_logits.exp().sum(), hidden_LFD)
+    torch.testing.assert_close(head.sum_layers(hidden_LFD), expected)
+    assert head.layer_weights == pytest.approx((head.layer_logits.exp() / head.layer_logits.exp().sum()).tolist())
 
 
 def reference_recurrent(head: RecurrentHead, utterances: list[Tensor], depth: int) -> list[Tensor]:

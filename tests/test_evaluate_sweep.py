@@ -9,8 +9,8 @@ from evaluate_stores import Quiet
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.heads import LinearHead, sum_layers
-from evaluate.sweep import Adam, SweepResult, sweep
+from evaluate.heads import LinearHead
+from evaluate.sweep import Adam, SweepResult, Team, sweep
 from evaluate.task import Recipe
 from extract.errors import RetortError
 
@@ -44,14 +44,12 @@ class Points:
     def target(self, points: Tensor) -> Tensor:
         return (points[0] * 0.7 + points[1] * 0.3).sum(-1)
 
-    def losses(self, heads: Sequence[LinearHead], batch: Tensor) -> Tensor:
-        mixed = sum_layers(heads, batch)
-        return torch.stack([F.mse_loss(h(m)[:, 0], self.target(batch)) for h, m in zip(heads, mixed, strict=True)])
+    def loss(self, head: LinearHead, batch: Tensor) -> Tensor:
+        return F.mse_loss(head(head.sum_layers(batch))[:, 0], self.target(batch))
 
-    @torch.no_grad()
-    def measure(self, heads: Sequence[LinearHead], split: str) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
         self.measured.append((split, len(heads)))
-        return [{self.metric: loss} for loss in self.losses(heads, self.data[split]).tolist()]
+        return team.each(lambda head: {self.metric: self.loss(head, self.data[split]).item()}, heads)
 
 
 def run(problem: Points, recipe: Recipe = RECIPE) -> SweepResult:
@@ -74,7 +72,7 @@ def by_hand(lr: float, recipe: Recipe) -> list[float]:
         torch.nn.utils.clip_grad_norm_(head.parameters(), recipe.clip_norm)
         optimiser.step()
         if step % (recipe.steps // recipe.dev_evaluations) == 0:
-            dev.append(problem.measure([head], "dev")[0]["error"])
+            dev.append(problem.loss(head, problem.data["dev"]).item())
     return dev
 
 
@@ -126,7 +124,7 @@ class Scripted(Points):
     dev: tuple[tuple[float, ...], ...] = ((5, 5, 5, 5, 5), (4, 2, 3, 2, 6), (3, 3, 3, 3, 3))
     test: tuple[float, ...] = (0.0, 9.0, 1.0)
 
-    def measure(self, heads: Sequence[LinearHead], split: str) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
         turn = len(self.measured)
         self.measured.append((split, len(heads)))
         if split == "dev":
@@ -167,10 +165,17 @@ def test_the_middle_of_the_grid_and_a_grid_of_one_are_not_noted() -> None:
 
 
 class Exploding(Points):
-    def losses(self, heads: Sequence[LinearHead], batch: Tensor) -> Tensor:
-        losses = super().losses(heads, batch)
-        # The head of the highest rate stops being finite at the fourth batch.
-        return torch.where(torch.arange(len(heads)) == 2, torch.nan, losses) if self.batches_given == 4 else losses
+    """The head of the highest rate, made last, stops being finite at the fourth batch."""
+
+    made: tuple[LinearHead, ...] = ()
+
+    def new_head(self) -> LinearHead:
+        self.made = (*self.made, super().new_head())
+        return self.made[-1]
+
+    def loss(self, head: LinearHead, batch: Tensor) -> Tensor:
+        explodes = self.batches_given == 4 and head is self.made[2]
+        return super().loss(head, batch) * (torch.nan if explodes else 1)
 
 
 def test_a_diverged_rate_is_named_and_the_others_go_on_unharmed() -> None:
@@ -182,8 +187,8 @@ def test_a_diverged_rate_is_named_and_the_others_go_on_unharmed() -> None:
 
 def test_a_grid_that_diverges_whole_is_one_clear_line() -> None:
     class All(Points):
-        def losses(self, heads: Sequence[LinearHead], batch: Tensor) -> Tensor:
-            return super().losses(heads, batch) * torch.nan
+        def loss(self, head: LinearHead, batch: Tensor) -> Tensor:
+            return super().loss(head, batch) * torch.nan
 
     with pytest.raises(RetortError, match="every learning rate diverged"):
         run(All())
