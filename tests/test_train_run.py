@@ -56,9 +56,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Make a run stop dead once `steps` steps are done."""
     show: Callable[..., None] = Display.show
 
-    def shown(self: Display, done: int, **values: Any) -> None:
-        show(self, done, **values)
-        if done == steps:
+    def shown(self: Display, **values: Any) -> None:
+        show(self, **values)
+        if self.bar.done == steps:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "show", shown)
