@@ -1,6 +1,6 @@
 """What the demo teacher is taught from: speech with the phone of every frame and the voice that said it.
 
-    python -m pipelines.demo.lessons --out data/lessons          about 80 s on 2 cores for 3 h of speech
+    python -m pipelines.demo.lessons --out data/lessons          about 2 minutes on 2 cores for 7 h of speech
 
 Two sets: `teach` (taught variants, sentences of the part `teacher`) and `probe` (scored variants, which the teacher
 never hears, sentences of the part `distill`, which it never reads). Each is one .npz, int16 samples end to end.
@@ -148,7 +148,7 @@ def write_lessons(path: Path, lessons: list[Lesson], workers: int) -> None:
 def main(out: Path, workers: int, seed: int) -> None:
     """Speak what the demo teacher is taught and probed with."""
     out.mkdir(parents=True, exist_ok=True)
-    write_lessons(out / "teach.npz", plan_lessons("teach", 240, 18, seed), workers)
+    write_lessons(out / "teach.npz", plan_lessons("teach", 480, 18, seed), workers)
     write_lessons(out / "probe.npz", plan_lessons("probe", 40, 18, seed + 1), workers)
 
 

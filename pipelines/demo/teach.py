@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from transformers import HubertConfig, HubertModel
 
 from extract.files import write_json, written_aside
+from extract.memory import keep_freed_blocks
 from pipelines.demo.lessons import HOP_SAMPLES, RECEPTIVE_SAMPLES, Lessons, count_frames
 from pipelines.demo.room import draw_microphone, through_microphone
 
@@ -75,7 +76,14 @@ class TeachConfig:
 
 
 SECOND_SITTING = TeachConfig(
-    sitting=2, depths=(12,), grow_at=(0.0,), peak_rates=(8e-4,), batches_s=(16.0,), mel_weight=0.1
+    sitting=2,
+    depths=(12,),
+    grow_at=(0.0,),
+    peak_rates=(8e-4,),
+    batches_s=(16.0,),
+    mel_weight=0.1,
+    speaker_weight=0.5,
+    mask_share=0.2,
 )
 
 
@@ -270,7 +278,7 @@ def teach(lessons: Lessons, out: Path, checkpoint: Path, config: TeachConfig) ->
     torch.manual_seed(config.seed)
     torch.set_flush_denormal(True)  # Adam's second moments reach denormals, which cost a tenth of a step
     pupil = Pupil(config, len(lessons.phone_names), int(lessons.speaker.max()) + 1)
-    optimizer, progress = restore(checkpoint, pupil)
+    optimizer, progress = restore(checkpoint, pupil, out)
     generator = np.random.default_rng([config.seed, progress.step])
     log, before_s, batch_s = Log(), time.monotonic(), 0.0
     while (share := progress.elapsed_s / (config.minutes * 60)) < 1:
@@ -340,10 +348,15 @@ def save(checkpoint: Path, pupil: Pupil, optimizer: torch.optim.Optimizer, progr
         export(pupil.hubert, out)
 
 
-def restore(checkpoint: Path, pupil: Pupil) -> tuple[torch.optim.Optimizer, Progress]:
-    """Load a checkpoint into the model, or start at step 0 where there is none; returns its optimiser and progress."""
+def restore(checkpoint: Path, pupil: Pupil, out: Path) -> tuple[torch.optim.Optimizer, Progress]:
+    """Load a checkpoint into the model; returns its optimiser and progress.
+
+    Where there is none, a first sitting starts from nothing and a later one from the teacher in `out`, with new heads.
+    """
     if not checkpoint.exists():
-        return new_optimizer(pupil), Progress()
+        if pupil.config.sitting > 1:
+            pupil.hubert.load_state_dict(HubertModel.from_pretrained(out).state_dict())
+        return new_optimizer(pupil), Progress(sitting=pupil.config.sitting)
     state = torch.load(checkpoint, weights_only=True)
     if state["depth"] != pupil.depth:
         pupil.grow(state["depth"])
@@ -390,6 +403,7 @@ def export(hubert: HubertModel, out: Path) -> None:
 )
 def main(lessons: Path, out: Path, checkpoint: Path, minutes: float, second_sitting: bool) -> None:
     """Teach the demo teacher."""
+    keep_freed_blocks()
     config = replace(SECOND_SITTING if second_sitting else TeachConfig(), minutes=minutes)
     teach(Lessons.open(lessons, "teach"), out, checkpoint, config)
 
