@@ -69,6 +69,11 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 )
 @click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--threads", default=0, show_default=True, help="torch threads a process; 0: torch's own choice.")
+@click.option("--workers", default=0, show_default=True, help="Start a Dask cluster of this many processes here.")
+@click.option(
+    "--scheduler", help="Use the Dask cluster whose scheduler is at this address, such as tcp://10.0.0.1:8786."
+)
 @click.option(
     "--seed-blocks",
     default=0,
@@ -166,17 +171,13 @@ def info(manifest: Path) -> None:
             table.add_row(name, value)
     console = Console()
     console.print(table)
-    if it.codec_error:
-        errors = Table(
-            "layer",
-            "signal to noise (dB)",
-            "max abs error",
-            title=f"what {it.codec} lost",
-            title_justify="left",
-        )
-        for layer, lost in it.codec_error.items():
-            errors.add_row(layer, str(lost["snr_db"]), str(lost["max_abs_error"]))
-        console.print(errors)
+    for lost, by_layer in ((it.codec, it.codec_error), (it.dtype, it.dtype_error)):
+        if by_layer:
+            columns = ("layer", "signal to noise (dB)", "max abs error")
+            errors = Table(*columns, title=f"what {lost} lost", title_justify="left")
+            for layer, figures in by_layer.items():
+                errors.add_row(layer, str(figures["snr_db"]), str(figures["max_abs_error"]))
+            console.print(errors)
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:

@@ -73,8 +73,12 @@ class CodecError:
 
     @classmethod
     def of(cls, hidden_LFD: NDArray[np.float32], codes: Codes, scale: NDArray[np.float32] | None) -> "CodecError":
-        lost_LFD = decode(codes, scale)
-        lost_LFD -= hidden_LFD
+        return cls.between(hidden_LFD, decode(codes, scale))
+
+    @classmethod
+    def between(cls, hidden_LFD: NDArray[np.float32], other_LFD: NDArray[np.float32]) -> "CodecError":
+        """What `other` lost of `hidden`; other precisions of a forward pass are measured so, too."""
+        lost_LFD = other_LFD - hidden_LFD
         return cls(_energy(lost_LFD), _energy(hidden_LFD), np.abs(lost_LFD).max((1, 2), initial=0.0).astype(np.float64))
 
     def __add__(self, other: "CodecError") -> "CodecError":

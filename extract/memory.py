@@ -3,7 +3,7 @@
 import ctypes
 import platform
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt(3)
 _KEEP_BYTES = 2**31 - 1
 
 
@@ -17,3 +17,4 @@ def keep_freed_blocks() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
         libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_ARENA_MAX, 1)  # the arenas of other threads would give back all the same

@@ -1,32 +1,29 @@
 """Stage one: run an upstream once over a corpus and leave a store and its manifest.
 
-Reading ahead, the forward pass, and encoding with writing overlap; memory holds a few packs whatever the corpus.
+This file decides what there is to do; `extract.job` does it in this process, `extract.cluster` on many.
 Asking again for what is there does no work; a killed run goes on from its last finished shard.
 """
 
 import importlib.metadata
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from extract.codec import CODECS
-from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.corpus import Corpus
 from extract.errors import RetortError, unknown
 from extract.files import in_main_tree, sha256_json, write_json
-from extract.plan import Plan, count_frames, plan_packs
+from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_of
 from extract.progress import ProgressBar
 from extract.seed import seed_path, write_seed
 from extract.store import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreReader
-from extract.upstream import UpstreamCard, find_upstream
-from extract.writer import EncodedPack, StoreWriter
+from extract.upstream import FBANK, UpstreamCard, find_upstream
+from extract.writer import StoreWriter
 
 if TYPE_CHECKING:
-    from extract.forward import Upstream
+    from extract.cluster import OnCluster
 
 KEEP = frozenset({"frames", "pooled"})
 DTYPES = ("fp32", "bf16", "fp16")
@@ -53,6 +50,9 @@ class Settings:
     device: str = "cpu"
     seed_blocks: int = 0
     trust_remote_code: bool = False
+    threads: int = 0  # torch's; 0 is its own choice
+    workers: int = 0  # processes of a Dask cluster on this machine; 0 is this process alone
+    scheduler: str | None = None  # the address of a Dask cluster that is running
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -63,6 +63,10 @@ class Settings:
             raise RetortError(f"--keep {','.join(sorted(self.keep))}: `pooled` costs little and is always kept; add it")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        if self.workers < 0 or self.threads < 0:
+            raise RetortError(f"--workers {self.workers} and --threads {self.threads}: neither may be negative")
+        if self.workers and self.scheduler:
+            raise RetortError("--workers starts a cluster of its own, --scheduler uses one that runs: give one of them")
 
 
 def extract(settings: Settings) -> tuple[Manifest, bool]:
@@ -99,6 +103,26 @@ def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
     return sha256_json(recipe)
 
 
+def _request(settings: Settings, corpus: Corpus, card: UpstreamCard, location: Path) -> Request:
+    folder = None if card.folder is None else card.folder.resolve()
+    same = ("layers", "codec", "keep", "pack_frames", "shard_packs", "drop_long", "dtype", "device", "threads")
+    return Request(
+        card=replace(card, folder=folder),
+        corpus=corpus.path.resolve(),
+        location=location,
+        trust_remote_code=settings.trust_remote_code,
+        **{key: getattr(settings, key) for key in same},
+    )
+
+
+def _hands(settings: Settings, request: Request) -> "InProcess | OnCluster":
+    if not settings.workers and settings.scheduler is None:
+        return InProcess(request)
+    from extract.cluster import OnCluster  # late: dask takes a second to import
+
+    return OnCluster(request, workers=settings.workers, address=settings.scheduler)
+
+
 def _finished(location: Path, place: dict[str, str]) -> Manifest | None:
     """The finished, undamaged (in size) store at `location`, if there is one."""
     if not (location / MANIFEST_NAME).is_file():
@@ -113,146 +137,58 @@ def _finished(location: Path, place: dict[str, str]) -> Manifest | None:
 def _extract(
     settings: Settings, corpus: Corpus, card: UpstreamCard, fingerprint: str, place: dict[str, str]
 ) -> Manifest:
-    # Late: torch takes seconds to import, and a finished store needs none of it.
-    from extract.forward import Transformer, load_upstream
-
-    upstream = load_upstream(
-        card, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-    )
-    layers = _check_layers(settings.layers, upstream.num_layers, card.id)
-    num_frames = count_frames(
-        corpus.num_samples, hop_samples=upstream.hop_samples, receptive_samples=upstream.receptive_samples
-    )
-    plan = plan_packs(
-        num_frames,
-        ids=corpus.ids,
-        pack_frames=settings.pack_frames,
-        shard_packs=settings.shard_packs,
-        drop_long=settings.drop_long,
-    )
-    writer = StoreWriter(
-        location=in_main_tree(place["root"]) / place["path"],
-        plan=plan,
-        layers=layers,
-        dim=upstream.dim,
-        codec_name=settings.codec,
-        keep=settings.keep,
-    )
-    writer.create()
-    if settings.seed_blocks:
-        if not isinstance(upstream, Transformer):
-            raise RetortError(f"--seed-blocks: upstream {card.id} has no blocks to seed a student from")
-        write_seed(upstream.model, seed_path(settings.manifest), num_blocks=settings.seed_blocks)
-    _write_shards(writer, upstream, corpus, title=f"{card.name} on {corpus.name}")
-    manifest = _describe(settings, corpus, card, upstream, plan, layers) | {
-        "fingerprint": fingerprint,
-        "store": place,
-    }
+    if settings.seed_blocks and card.family == FBANK:
+        raise RetortError(f"--seed-blocks: upstream {card.id} has no blocks to seed a student from")
+    request = _request(settings, corpus, card, in_main_tree(place["root"]) / place["path"])
+    with _hands(settings, request) as hands:
+        facts = hands.facts()
+        writer = open_writer(request, corpus, facts)
+        writer.create()
+        if settings.seed_blocks:
+            _write_seed(settings, card)
+        shards = [shard for shard in range(writer.plan.num_shards) if not writer.finished(shard)]
+        total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
+        with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
+            hands.write(shards, bar.advance)
+    manifest = _describe(settings, corpus, card, facts, writer) | {"fingerprint": fingerprint, "store": place}
     finished = writer.finish(Manifest(**manifest), ids=corpus.ids)
     write_json(settings.manifest, finished.to_dict())
     return finished
 
 
-def _check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(num_layers))
-    if odd := [layer for layer in wanted if not 0 <= layer < num_layers]:
-        raise RetortError(f"--layers: upstream {upstream} has no layer {odd[0]}; it has 0 to {num_layers - 1}")
-    if list(wanted) != sorted(set(wanted)):
-        raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
-    return wanted
+def _write_seed(settings: Settings, card: UpstreamCard) -> None:
+    from extract.forward import Transformer, load_upstream
 
-
-def _write_shards(writer: StoreWriter, upstream: "Upstream", corpus: Corpus, *, title: str) -> None:
-    """Read ahead, run, and encode and write behind, one thread each; the order of packs is the plan's."""
-    plan = writer.plan
-    shards = [shard for shard in range(plan.num_shards) if not writer.finished(shard)]
-    seconds = [corpus.num_samples[members].sum() / SAMPLE_RATE_HZ for members in plan.by_pack]
-    total = float(sum(seconds[pack] for shard in shards for pack in plan.packs_of(shard)))
-    with (
-        ProgressBar(f"extract {title}", total=total, unit="s of audio") as bar,
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as behind,
-    ):
-        packs = [pack for shard in shards for pack in plan.packs_of(shard)]
-        waveforms = _read_ahead(reader, corpus, plan, packs)
-        pending: Future[None] | None = None
-        for shard in shards:
-            encoding: list[Future[EncodedPack]] = []
-            for pack in plan.packs_of(shard):
-                hidden_LFD = _run_pack(upstream, next(waveforms), writer, pack)
-                encoding.append(behind.submit(writer.encode_pack, pack, hidden_LFD))
-                if len(encoding) > 2:
-                    encoding[-3].result()  # bounds memory: at most two packs wait to be encoded
-                bar.advance(float(seconds[pack]))
-            if pending:
-                pending.result()
-            pending = behind.submit(_write, writer, shard, encoding)
-        if pending:
-            pending.result()
-
-
-def _write(writer: StoreWriter, shard: int, encoding: "list[Future[EncodedPack]]") -> None:
-    writer.write_shard(shard, [future.result() for future in encoding])
-
-
-def _read_ahead(
-    reader: ThreadPoolExecutor, corpus: Corpus, plan: Plan, packs: list[int]
-) -> Iterator[list[NDArray[np.float32]]]:
-    def read(pack: int) -> list[NDArray[np.float32]]:
-        return [corpus.waveform(int(index)) for index in plan.by_pack[pack]]
-
-    ahead = reader.submit(read, packs[0]) if packs else None
-    for following in [*packs[1:], None]:
-        assert ahead is not None
-        current = ahead.result()
-        ahead = reader.submit(read, following) if following is not None else None
-        yield current
-
-
-def _run_pack(
-    upstream: "Upstream", waveforms: list[NDArray[np.float32]], writer: StoreWriter, pack: int
-) -> NDArray[np.float32]:
-    """Run one pack; return float32 (layers, pack_frames, dim), rows past its last utterance 0."""
-    plan = writer.plan
-    states_LTD = upstream.hidden_states(waveforms, writer.layers)
-    hidden_LFD = np.zeros((len(writer.layers), plan.pack_frames, writer.dim), dtype=np.float32)
-    for index, state_LTD in zip(plan.by_pack[pack], states_LTD, strict=True):
-        first = plan.first_frame[index]
-        assert state_LTD.shape[1] == plan.num_frames[index]
-        hidden_LFD[:, first : first + plan.num_frames[index]] = state_LTD
-    if not np.isfinite(hidden_LFD).all():
-        raise RetortError(f"the upstream gave numbers that are not finite in pack {pack}; try --dtype fp32")
-    return hidden_LFD
+    # Loaded here, on the CPU: the workers' models may lie on other machines.
+    upstream = load_upstream(card, trust_remote_code=settings.trust_remote_code)
+    assert isinstance(upstream, Transformer)
+    write_seed(upstream.model, seed_path(settings.manifest), num_blocks=settings.seed_blocks)
 
 
 def _describe(
-    settings: Settings,
-    corpus: Corpus,
-    card: UpstreamCard,
-    upstream: "Upstream",
-    plan: Plan,
-    layers: tuple[int, ...],
+    settings: Settings, corpus: Corpus, card: UpstreamCard, facts: UpstreamFacts, writer: StoreWriter
 ) -> dict[str, Any]:
     libraries = ("torch", "torchaudio", "transformers", "zarr", "numpy")
     return {
         "format_version": FORMAT_VERSION,
         "complete": False,
         "digest": "",
-        "upstream": card.to_dict() | {"num_parameters": upstream.num_parameters},
-        "layers": layers,
-        "dim": upstream.dim,
-        "convention": upstream.convention,
-        "hop_samples": upstream.hop_samples,
-        "receptive_samples": upstream.receptive_samples,
+        "upstream": card.to_dict() | {"num_parameters": facts.num_parameters},
+        "layers": writer.layers,
+        "dim": facts.dim,
+        "convention": facts.convention,
+        "hop_samples": facts.hop_samples,
+        "receptive_samples": facts.receptive_samples,
         "keep": tuple(sorted(settings.keep)),
         "codec": settings.codec,
         "codec_error": {},
         "dtype": settings.dtype,
-        "attention": upstream.attention,
-        "plan": plan.summary(),
+        "dtype_error": facts.dtype_error,
+        "threads": facts.threads,
+        "attention": facts.attention,
+        "plan": writer.plan.summary(),
         "corpus": {"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
-        "dropped": tuple(corpus.ids[index] for index in np.flatnonzero(plan.pack < 0)),
+        "dropped": tuple(corpus.ids[index] for index in np.flatnonzero(writer.plan.pack < 0)),
         "objects": {},
         "versions": {library: importlib.metadata.version(library) for library in libraries},
     }

@@ -28,7 +28,7 @@ from extract.errors import RetortError
 from extract.files import in_main_tree, read_json, sha256_file
 from extract.plan import group_by_pack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -50,6 +50,8 @@ class Manifest:
     codec: str
     codec_error: dict[str, dict[str, Any]]
     dtype: str
+    dtype_error: dict[str, dict[str, Any]]  # by layer against fp32; empty for fp32
+    threads: int  # torch's, in every worker: another number of them changes the last bits
     attention: str
     plan: dict[str, Any]
     corpus: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What ties the stages together: `python -m pipelines corpus | demo | report`."""
+"""What ties the stages together: `python -m pipelines corpus | demo | profile | report`."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import click
 
 from extract.errors import CommandGroup, RetortError
 from pipelines.demo.corpora import demo_command
+from pipelines.profiles import profile_command
 from pipelines.report import report_command
 
 
@@ -54,6 +55,7 @@ def corpus(
 
 
 main.add_command(demo_command, "demo")
+main.add_command(profile_command)
 main.add_command(report_command)
 
 

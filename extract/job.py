@@ -1,0 +1,247 @@
+"""What one process does for stage one: it opens an upstream once and writes shards, one job each.
+
+Reading ahead, the forward pass, encoding and writing overlap: two shards are in hand at a time, of which one has its
+turn at the model while the other is encoded and written. Memory holds those two, whatever the corpus.
+
+The same jobs run in one process or on many workers (`extract.cluster`): a shard's bytes depend on the request alone.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.codec import CodecError
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.errors import RetortError
+from extract.plan import Plan, count_frames, plan_packs
+from extract.upstream import UpstreamCard
+from extract.writer import EncodedPack, StoreWriter
+
+if TYPE_CHECKING:
+    from extract.forward import Upstream
+
+SHARDS_IN_HAND = 2  # one at the model, one being encoded and written
+_PROBED_S = 30.0  # audio on which the error of a precision is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """All that a process must know to write shards. Paths are absolute: any machine that sees them will do.
+
+    `threads` are torch's, 0 for its own choice. Sums over another number of them differ in the last bits.
+    """
+
+    card: UpstreamCard
+    corpus: Path
+    location: Path
+    layers: tuple[int, ...] | None
+    codec: str
+    keep: frozenset[str]
+    pack_frames: int
+    shard_packs: int
+    drop_long: bool
+    dtype: str
+    device: str
+    threads: int
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class UpstreamFacts:
+    """What is known of an upstream once it is loaded; `dtype_error` is by layer, empty for fp32."""
+
+    num_layers: int
+    dim: int
+    hop_samples: int
+    receptive_samples: int
+    convention: str
+    attention: str
+    num_parameters: int
+    threads: int
+    dtype_error: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Job:
+    """An opened request: one loaded upstream. `turn` is the model's: one forward pass at a time."""
+
+    request: Request
+    upstream: "Upstream"
+    corpus: Corpus
+    facts: UpstreamFacts
+    writer: StoreWriter
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def open(cls, request: Request) -> "Job":
+        """Load the upstream. Raises RetortError for an upstream, layers or corpus that can't be used."""
+        # Late: torch takes seconds to import, and a finished store needs none of it.
+        import torch
+
+        from extract.forward import load_upstream
+
+        if request.threads:
+            torch.set_num_threads(request.threads)
+        corpus = Corpus.open(request.corpus)
+        upstream = load_upstream(
+            request.card, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+        )
+        facts = UpstreamFacts(
+            num_layers=upstream.num_layers,
+            dim=upstream.dim,
+            hop_samples=upstream.hop_samples,
+            receptive_samples=upstream.receptive_samples,
+            convention=upstream.convention,
+            attention=upstream.attention,
+            num_parameters=upstream.num_parameters,
+            threads=torch.get_num_threads(),
+            dtype_error={},
+        )
+        writer = open_writer(request, corpus, facts)
+        if request.dtype != "fp32":
+            facts = replace(facts, dtype_error=_dtype_error(request, upstream, corpus, writer))
+        return cls(request, upstream, corpus, facts, writer)
+
+    def write_shard(self, shard: int, advance: Callable[[float], None] = lambda seconds: None) -> None:
+        """Run, encode and write one shard; `advance` hears the seconds of audio of every pack that was run."""
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "encode") as encoder:
+            waveforms = self._read_ahead(reader, shard)
+            encoding: list[Future[EncodedPack]] = []
+            with self.turn:
+                for pack, waveforms_of_pack in zip(self.writer.plan.packs_of(shard), waveforms, strict=True):
+                    if self.stopped.is_set():
+                        return
+                    hidden_LFD = self._run_pack(pack, waveforms_of_pack)
+                    encoding.append(encoder.submit(self.writer.encode_pack, pack, hidden_LFD))
+                    if len(encoding) > 2:
+                        encoding[-3].result()  # bounds memory: at most two packs wait to be encoded
+                    advance(seconds_of(self.corpus, self.writer.plan, pack))
+            self.writer.write_shard(shard, [future.result() for future in encoding])
+
+    def _read_ahead(self, reader: ThreadPoolExecutor, shard: int) -> Iterator[list[NDArray[np.float32]]]:
+        """The waveforms of a shard's packs, each read while the one before it is run."""
+        plan, corpus = self.writer.plan, self.corpus
+
+        def read(pack: int) -> list[NDArray[np.float32]]:
+            return [corpus.waveform(int(index)) for index in plan.by_pack[pack]]
+
+        packs = plan.packs_of(shard)
+        ahead = reader.submit(read, packs[0])
+        for following in [*packs[1:], None]:
+            current = ahead.result()
+            if following is not None:
+                ahead = reader.submit(read, following)
+            yield current
+
+    def _run_pack(self, pack: int, waveforms: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """float32 (layers, pack_frames, dim), rows past the last utterance 0."""
+        plan, writer = self.writer.plan, self.writer
+        states_LTD = self.upstream.hidden_states(waveforms, writer.layers)
+        hidden_LFD = np.zeros((len(writer.layers), plan.pack_frames, writer.dim), dtype=np.float32)
+        for index, state_LTD in zip(plan.by_pack[pack], states_LTD, strict=True):
+            first = plan.first_frame[index]
+            assert state_LTD.shape[1] == plan.num_frames[index]
+            hidden_LFD[:, first : first + plan.num_frames[index]] = state_LTD
+        if not np.isfinite(hidden_LFD).all():
+            raise RetortError(f"the upstream gave numbers that are not finite in pack {pack}; try --dtype fp32")
+        return hidden_LFD
+
+
+class InProcess:
+    """Writes shards in this process."""
+
+    def __init__(self, request: Request) -> None:
+        self.job = Job.open(request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.job.stopped.set()
+
+    def facts(self) -> UpstreamFacts:
+        return self.job.facts
+
+    def write(self, shards: list[int], advance: Callable[[float], None]) -> None:
+        """Write `shards`. An error, or Ctrl-C, stops the others at their next pack and is raised."""
+        pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
+        waiting = iter(shards)
+        running: set[Future[None]] = set()
+        try:
+            while True:
+                while len(running) < SHARDS_IN_HAND and (shard := next(waiting, None)) is not None:
+                    running.add(pool.submit(self.job.write_shard, shard, advance))
+                if not running:
+                    return
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+        finally:
+            self.job.stopped.set()
+            pool.shutdown()
+
+
+def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> StoreWriter:
+    """The plan and the writer of a request: the same in every process."""
+    num_frames = count_frames(
+        corpus.num_samples, hop_samples=facts.hop_samples, receptive_samples=facts.receptive_samples
+    )
+    plan = plan_packs(
+        num_frames,
+        ids=corpus.ids,
+        pack_frames=request.pack_frames,
+        shard_packs=request.shard_packs,
+        drop_long=request.drop_long,
+    )
+    return StoreWriter(
+        location=request.location,
+        plan=plan,
+        layers=_check_layers(request.layers, facts.num_layers, request.card.id),
+        dim=facts.dim,
+        codec_name=request.codec,
+        keep=request.keep,
+    )
+
+
+def _check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
+    if wanted is None:
+        return tuple(range(num_layers))
+    if odd := [layer for layer in wanted if not 0 <= layer < num_layers]:
+        raise RetortError(f"--layers: upstream {upstream} has no layer {odd[0]}; it has 0 to {num_layers - 1}")
+    if list(wanted) != sorted(set(wanted)):
+        raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
+    return wanted
+
+
+def seconds_of(corpus: Corpus, plan: Plan, pack: int) -> float:
+    """Seconds of audio in a pack."""
+    return float(corpus.num_samples[plan.by_pack[pack]].sum()) / SAMPLE_RATE_HZ
+
+
+def _dtype_error(
+    request: Request, upstream: "Upstream", corpus: Corpus, writer: StoreWriter
+) -> dict[str, dict[str, Any]]:
+    """What the precision of the request costs against fp32, by layer: utterances of all lengths, 30 s of audio."""
+    from extract.forward import load_upstream
+
+    exact = load_upstream(request.card, device=request.device, trust_remote_code=request.trust_remote_code)
+    by_length = np.concatenate(writer.plan.by_pack)
+    error, probed_s = CodecError.none(len(writer.layers)), 0.0
+    for index in by_length[np.unique(np.linspace(0, len(by_length) - 1, 64).astype(int))][::-1]:
+        waveform = [corpus.waveform(int(index))]
+        expected_LTD = exact.hidden_states(waveform, writer.layers)[0]
+        error += CodecError.between(expected_LTD, upstream.hidden_states(waveform, writer.layers)[0])
+        probed_s += len(waveform[0]) / SAMPLE_RATE_HZ
+        if probed_s > _PROBED_S:
+            break
+    return error.by_layer(writer.layers)
