@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
+from extract.__main__ import main
 from extract.codec import CODECS
 from extract.corpus import Corpus, write_corpus
 from extract.errors import RetortError
@@ -82,6 +84,21 @@ def test_packs_are_what_the_utterances_are(settings: Settings, corpus: Corpus, c
         assert not decoded[:, ~used][:, 32 if codec == "int4" else 0 :].any()
         seen += pack.utterances.tolist()
     assert sorted(seen) == list(range(len(corpus)))
+
+
+@pytest.mark.parametrize(("codec", "promised"), [("float16", "2.000"), ("int8", "1.031"), ("int4", "0.625")])
+def test_info_says_what_a_value_costs_and_what_it_lost(settings: Settings, codec: str, promised: str) -> None:
+    manifest, _ = extract(replace(settings, codec=codec))
+    said = CliRunner().invoke(main, ["info", str(settings.manifest)])
+    assert said.exit_code == 0
+    arrays = [path for name in ("hidden", "scale") for path in (manifest.location / name).glob("c/**/*")]
+    stored = sum(path.stat().st_size for path in arrays if path.is_file())
+    values = manifest.plan["num_frames"] * 5 * 32
+    assert f"{stored / values:.3f} on the disk, {promised} in a full pack" in said.output
+    rows = [line.strip("│ \n").split() for line in said.output.split(f"what {codec} lost")[1].splitlines()]
+    figures = {row[0]: float(row[2]) for row in rows if len(row) == 5 and row[0].isdigit()}
+    assert figures == {layer: lost["snr_db"] for layer, lost in manifest.codec_error.items()}
+    assert list(figures) == ["0", "1", "2", "3", "4"]
 
 
 def test_plain_zarr_opens_a_store(settings: Settings) -> None:
