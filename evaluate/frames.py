@@ -1,7 +1,7 @@
 """Frames of many utterances as training batches, read from the store pack by pack.
 
 Packs hold utterances of similar length, and so do batches: a batch touches a pack or two. What was read stays in
-memory as stored (int8 or float16) up to a limit, so that a small corpus is read once and a large one is streamed.
+memory as stored (in the codec's codes) up to a limit, so that a small corpus is read once and a large one is streamed.
 
 Shapes: L layers, F frames end to end, D features.
 """
@@ -42,10 +42,13 @@ class FrameReader:
         for index, count in zip(indices, counts, strict=True):
             pack = self._pack(int(self.reader.pack_of[index]))
             first = int(self.reader.first_frame[index])
-            own_LFD = hidden_LFD[:, start : start + count]
-            own_LFD.copy_(torch.from_numpy(pack.codes_LFD[:, first : first + count]))
-            if pack.scale_LD is not None:
-                own_LFD.mul_(torch.from_numpy(pack.scale_LD)[:, None])
+            scale, row = self.reader.codec.span(pack.scale, first, count)
+            self.reader.codec.decode_into(
+                hidden_LFD[:, start : start + count],
+                torch.from_numpy(pack.codes_LFW[:, first : first + count]),
+                None if scale is None else torch.from_numpy(scale),
+                torch.arange(row, row + count),
+            )
             start += count
         return hidden_LFD
 
@@ -55,7 +58,8 @@ class FrameReader:
             self._packs.move_to_end(index)
             return self._packs[index]
         pack = self.reader.pack(index)
-        room = max(1, int(self.memory_gb * 1e9 // max(pack.codes_LFD.nbytes, 1)))
+        size = self.reader.codec.nbytes(len(self.reader.layers), self.reader.pack_frames, self.reader.dim)
+        room = max(1, int(self.memory_gb * 1e9 // size))
         while len(self._packs) >= room:
             self._packs.popitem(last=False)
         self._packs[index] = pack

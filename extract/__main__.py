@@ -50,7 +50,7 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 @click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
 @click.option("--revision", help="Revision of a hub id.")
 @click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all].")
-@click.option("--codec", default="int8", show_default=True, help="float16 or int8.")
+@click.option("--codec", default="int8", show_default=True, help="float16, int8 or int4: bytes a value 2, 1 or 0.625.")
 @click.option(
     "--keep",
     "keeps",
@@ -162,6 +162,7 @@ def info(manifest: Path) -> None:
         "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
         "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
+        "bytes a value": _bytes_a_value(it),
         "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
@@ -175,9 +176,23 @@ def info(manifest: Path) -> None:
         if by_layer:
             columns = ("layer", "signal to noise (dB)", "max abs error")
             errors = Table(*columns, title=f"what {lost} lost", title_justify="left")
-            for layer, figures in by_layer.items():
-                errors.add_row(layer, str(figures["snr_db"]), str(figures["max_abs_error"]))
+            for layer in it.layers:  # JSON has them in the order of their names
+                figures = by_layer[str(layer)]
+                errors.add_row(str(layer), str(figures["snr_db"]), str(figures["max_abs_error"]))
             console.print(errors)
+
+
+def _bytes_a_value(manifest: "Manifest") -> str:
+    """What a frame's feature costs on the disk, beside what the codec promises for a full pack."""
+    from extract.codec import CODECS
+
+    values = manifest.plan["num_frames"] * len(manifest.layers) * manifest.dim
+    if "frames" not in manifest.keep or not values:
+        return ""
+    stored = sum(size for name, (size, _) in manifest.objects.items() if name.startswith(("hidden/c/", "scale/c/")))
+    frames = manifest.plan["pack_frames"]
+    promised = CODECS[manifest.codec].nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
+    return f"{stored / values:.3f} on the disk, {promised:.3f} in a full pack"
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:

@@ -1,8 +1,9 @@
 """The feature store, read: numpy and zarr alone, no torch.
 
     ROOT/<upstream>-<fingerprint>/<corpus>-<digest>/        a Zarr v3 group
-        hidden   (packs, layers, frames, dim)   float16 | int8, chunk (1, 1, frames, dim)
-        scale    (packs, layers, dim)           float32, only for int8
+        hidden   (packs, layers, frames, width) the codec's codes, chunk (1, 1, frames, width)
+                                                float16 | int8 with width dim; int4 as int8 with width dim / 2
+        scale    (packs, layers, ...)           what int8 (dim,) and int4 (groups, 2, dim) need beside their codes
         pooled   (utterances, layers, dim)      float32, mean over the utterance's own frames
         index/pack, first_frame, num_frames     int32 (utterances,), corpus order; pack -1 = dropped
         index/ids                               uint8, the ids in UTF-8 joined by newlines
@@ -22,9 +23,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from extract.codec import Codes, decode
+from extract.codec import CODECS, Codes, Scale
 from extract.corpus import Corpus
-from extract.errors import RetortError
+from extract.errors import RetortError, unknown
 from extract.files import in_main_tree, read_json, sha256_file
 from extract.plan import group_by_pack
 
@@ -77,6 +78,8 @@ class Manifest:
             raise RetortError(
                 f"{path} is no manifest: field {odd[0]!r} is {'missing' if odd[0] in names else 'unknown'}"
             )
+        if value["codec"] not in CODECS:
+            raise unknown(f"codec in {path}:", value["codec"], CODECS)
         tuples = {key: tuple(value[key]) for key in ("layers", "keep", "dropped")}
         return cls(**value | tuples)
 
@@ -92,10 +95,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Pack:
-    """One pack as stored. Rows [first_frame, first_frame + num_frames) of utterance j are its frames; others are 0."""
+    """One pack as stored. Rows [first_frame, first_frame + num_frames) of utterance j are its frames.
 
-    codes_LFD: Codes  # int8 or float16 (layers, pack_frames, dim)
-    scale_LD: NDArray[np.float32] | None  # (layers, dim) for int8: hidden = codes * scale
+    Rows past the last utterance are 0; those of int4 that share a group with it decode to about 0.
+    """
+
+    codes_LFW: Codes  # (layers, pack_frames, the codec's width)
+    scale: Scale | None  # (layers, ...) in the codec's shape
     utterances: NDArray[np.int64]  # corpus indices, in order of first frame
     first_frame: NDArray[np.int64]
     num_frames: NDArray[np.int64]
@@ -113,7 +119,7 @@ class StoreReader:
         self.dim = manifest.dim
         self.hop_samples = manifest.hop_samples
         self.receptive_samples = manifest.receptive_samples
-        self.codec = manifest.codec
+        self.codec = CODECS[manifest.codec]
         self.keep = frozenset(manifest.keep)
         self.num_packs: int = manifest.plan["num_packs"]
         self.pack_frames: int = manifest.plan["pack_frames"]
@@ -181,7 +187,7 @@ class StoreReader:
 
     @cached_property
     def _scale(self) -> "zarr.Array[Any] | None":
-        return self._array("scale") if self.codec == "int8" else None
+        return None if self.codec.scale_dtype is None else self._array("scale")
 
     @cached_property
     def _pooled(self) -> zarr.Array[Any]:
@@ -245,9 +251,9 @@ class StoreReader:
         )
 
     def _layers_of(
-        self, array: zarr.Array[Any], pack: int, layers: Sequence[int] | None, frames: slice = slice(None)
+        self, array: zarr.Array[Any], pack: int, layers: Sequence[int] | None, frames: slice | None = None
     ) -> Any:
-        tail = (frames,) if array.ndim == 4 else ()
+        tail = () if frames is None else (frames,)
         rows = self._rows(layers)
         if isinstance(rows, slice):
             return np.asarray(array[(pack, rows, *tail)])
@@ -266,7 +272,8 @@ class StoreReader:
             raise RetortError(f"utterance {self.ids[index]!r} was dropped from {self.source} (longer than a pack)")
         first, count = int(self.first_frame[index]), int(self.num_frames[index])
         codes = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
-        return decode(codes, None if self._scale is None else self._layers_of(self._scale, pack, layers))
+        scale = None if self._scale is None else self._layers_of(self._scale, pack, layers)
+        return self.codec.decode(codes, scale, first_frame=first)
 
     def pooled(
         self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
-from extract.codec import CODECS, Codec, CodecError, Codes
+from extract.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.files import read_json, sha256_file, sha256_json, write_json, written_aside
 from extract.plan import Plan
 from extract.store import MANIFEST_NAME, Manifest
@@ -30,7 +30,7 @@ class EncodedPack:
     """One pack as it will be stored, with the time means of its utterances in order of first frame."""
 
     codes: Codes | None
-    scale: NDArray[np.float32] | None
+    scale: Scale | None
     means: NDArray[np.float32]  # (utterances of the pack, layers, dim)
     error: CodecError
 
@@ -53,7 +53,8 @@ class StoreWriter:
     def create(self) -> None:
         """Make the empty arrays; a no-op where they are (their shapes follow from the fingerprint)."""
         packs, layers = self.plan.num_packs, len(self.layers)
-        frames, dim, shard = self.plan.pack_frames, self.dim, self.plan.shard_packs
+        frames, shard = self.plan.pack_frames, self.plan.shard_packs
+        width = self.codec.width(self.dim) if "frames" in self.keep else 0
         self.location.mkdir(parents=True, exist_ok=True)
         try:
             group = zarr.create_group(self.location, zarr_format=3)
@@ -63,14 +64,16 @@ class StoreWriter:
             self._array(
                 group,
                 "hidden",
-                shape=(packs, layers, frames, dim),
-                chunks=(1, 1, frames, dim),
-                shards=(shard, layers, frames, dim),
+                shape=(packs, layers, frames, width),
+                chunks=(1, 1, frames, width),
+                shards=(shard, layers, frames, width),
                 dtype=self.codec.dtype,
             )
-            if self.codec.scaled:
-                shape = (packs, layers, dim)
-                self._array(group, "scale", shape=shape, chunks=(shard, layers, dim), dtype="float32")
+            if (scale := self.codec.scale_shape(frames, self.dim)) is not None:
+                whole = (shard, layers, *scale)
+                # A row a layer is some kB: one chunk. Rows by frames are read with their codes, layer by layer.
+                layout = {"chunks": whole} if len(scale) == 1 else {"chunks": (1, 1, *scale), "shards": whole}
+                self._array(group, "scale", shape=(packs, layers, *scale), dtype=self.codec.scale_dtype, **layout)
 
     @staticmethod
     def _array(group: zarr.Group, name: str, **kwargs: Any) -> None:
@@ -99,20 +102,17 @@ class StoreWriter:
         if "frames" not in self.keep:
             return EncodedPack(None, None, np.stack(means), CodecError.none(len(self.layers)))
         codes, scale = self.codec.encode(hidden_LFD)
-        return EncodedPack(codes, scale, np.stack(means), CodecError.of(hidden_LFD, codes, scale))
+        return EncodedPack(codes, scale, np.stack(means), CodecError.of(self.codec, hidden_LFD, codes, scale))
 
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
         """Write one shard from all of its packs, in order."""
-        where = self.plan.packs_of(shard)
-        assert len(packs) == len(where)
+        assert len(packs) == len(self.plan.packs_of(shard))
         names = [f"rows/{shard:05d}.npy"]
         if "frames" in self.keep:
             group = zarr.open_group(self.location, mode="r+")
-            self._put(group, "hidden", where, [pack.codes for pack in packs])
-            names.append(f"hidden/c/{shard}/0/0/0")
-            if self.codec.scaled:
-                self._put(group, "scale", where, [pack.scale for pack in packs])
-                names.append(f"scale/c/{shard}/0/0")
+            names.append(self._put(group, "hidden", shard, [pack.codes for pack in packs]))
+            if self.codec.scale_dtype is not None:
+                names.append(self._put(group, "scale", shard, [pack.scale for pack in packs]))
         with written_aside(self._rows(shard)) as aside, aside.open("wb") as file:
             np.save(file, np.concatenate([pack.means for pack in packs]))
         # A shard of zeros has no object: its absence reads as zeros, and leaves nothing to check.
@@ -120,11 +120,12 @@ class StoreWriter:
         error = sum((pack.error for pack in packs), CodecError.none(len(self.layers)))
         write_json(self._card(shard), {"objects": objects, "codec_error": error.to_dict()})
 
-    @staticmethod
-    def _put(group: zarr.Group, name: str, where: range, blocks: list[Any]) -> None:
-        array = group[name]
+    def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
+        """Write one shard of an array; return the name of its object."""
+        array, where = group[name], self.plan.packs_of(shard)
         assert isinstance(array, zarr.Array)
         array[where.start : where.stop] = np.stack(blocks)
+        return f"{name}/c/{shard}" + "/0" * (array.ndim - 1)
 
     def finish(self, manifest: Manifest, *, ids: list[str]) -> Manifest:
         """Gather the pooled rows, write the index, then the manifest; return it with digests and codec error.

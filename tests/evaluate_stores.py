@@ -95,6 +95,8 @@ def make_store(
         codec=codec,
         codec_error={},
         dtype="fp32",
+        dtype_error={},
+        threads=1,
         attention="none",
         plan=plan.summary(),
         corpus={"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},

@@ -145,7 +145,7 @@ def test_a_cluster_that_dies_costs_unfinished_shards_alone(
     process = start(shared)
     wait_for_shards(shared, 3, process)
     cluster.stop()
-    output, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("error: the Dask cluster")
     assert "Traceback" not in errors

@@ -1,51 +1,257 @@
-"""Codecs: one contract for all, and each one's own promise."""
+"""Codecs: one contract for all, and each one's own promise.
+
+Shapes: L layers, F frames, D features, W codes a frame.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
-from extract.codec import CODECS, CodecError, decode
+from extract.codec import CODECS, Codec, CodecError
 from extract.errors import RetortError
+from extract.plan import plan_packs
+from extract.store import StoreReader
+from extract.writer import StoreWriter
+from tests.evaluate_stores import make_corpus, make_store
+
+Hidden = NDArray[np.float32]
+GROUP = 32  # frames of an int4 group
 
 
-def hidden_states(seed: int = 0) -> np.ndarray:
+def normal(num_frames: int = 50, *, dim: int = 16, seed: int = 0) -> Hidden:
     generator = np.random.default_rng(seed)
-    spread = np.exp(generator.normal(size=(3, 1, 16)))  # features differ in size, as real ones do
-    return (generator.normal(size=(3, 50, 16)) * spread).astype(np.float32)
+    spread = np.exp(generator.normal(size=(3, 1, dim)))  # features differ in size, as real ones do
+    return (generator.normal(size=(3, num_frames, dim)) * spread).astype(np.float32)
+
+
+def spike() -> Hidden:
+    hidden = normal()
+    hidden[1, 7, 3] = -6e4
+    return hidden
+
+
+CASES: dict[str, Callable[[], Hidden]] = {
+    "normal": normal,
+    "off zero": lambda: normal() + np.float32(100),
+    "zeros": lambda: np.zeros((2, 40, 4), np.float32),
+    "constant": lambda: np.broadcast_to(normal(1), (3, 50, 16)).copy(),
+    "one spike": spike,
+    "all of float16's range": lambda: np.linspace(-65504, 65504, 2 * 70 * 4, dtype=np.float32).reshape(2, 70, 4),
+    "below float16's smallest": lambda: normal() * np.float32(1e-9),
+    "one frame": lambda: normal(1),
+    "a frame over a group": lambda: normal(GROUP + 1),
+    "whole groups": lambda: normal(2 * GROUP),
+}
+
+
+def _float16_bound(hidden_LFD: Hidden) -> Hidden:
+    return np.abs(hidden_LFD) * 2.0**-11 + 2.0**-25
+
+
+def _int8_bound(hidden_LFD: Hidden) -> Hidden:
+    """Half a step of the feature's own 127 a side."""
+    return np.broadcast_to(np.abs(hidden_LFD).max(axis=1, keepdims=True) / 254, hidden_LFD.shape)
+
+
+def _int4_bound(hidden_LFD: Hidden) -> Hidden:
+    """Half of a fifteenth of the way from the group's lowest to its highest, and what rounding to float16 adds."""
+    bound_LFD = np.empty_like(hidden_LFD)
+    for start in range(0, hidden_LFD.shape[1], GROUP):
+        group_LTD = hidden_LFD[:, start : start + GROUP]
+        low_L1D, high_L1D = group_LTD.min(axis=1, keepdims=True), group_LTD.max(axis=1, keepdims=True)
+        rounding = np.abs(group_LTD).max(axis=1, keepdims=True) * 2.0**-11
+        bound_LFD[:, start : start + GROUP] = ((high_L1D - low_L1D) / 15 + rounding / 7) / 2 * (1 + 2.0**-9) + 2.0**-24
+    return bound_LFD
+
+
+# What a codec may be off by, from the hidden states alone; a codec without a bound here fails the suite.
+BOUNDS = {"float16": _float16_bound, "int8": _int8_bound, "int4": _int4_bound}
+
+
+@pytest.fixture(params=CODECS)
+def codec(request: pytest.FixtureRequest) -> Codec:
+    return CODECS[request.param]
+
+
+def check_contract(codec: Codec, hidden_LFD: Hidden) -> None:
+    """Shapes and types as announced, the size as announced, every value within the codec's bound."""
+    num_layers, num_frames, dim = hidden_LFD.shape
+    before = hidden_LFD.copy()
+    codes, scale = codec.encode(hidden_LFD)
+    np.testing.assert_array_equal(hidden_LFD, before)
+    assert codes.shape == (num_layers, num_frames, codec.width(dim)) and codes.dtype == codec.dtype
+    announced = codec.scale_shape(num_frames, dim)
+    assert (scale is None) == (announced is None) == (codec.scale_dtype is None)
+    if scale is not None and announced is not None:
+        assert scale.shape == (num_layers, *announced) and scale.dtype == codec.scale_dtype
+    assert codec.nbytes(num_layers, num_frames, dim) == codes.nbytes + (0 if scale is None else scale.nbytes)
+    decoded = codec.decode(codes, scale)
+    assert decoded.dtype == np.float32 and decoded.shape == hidden_LFD.shape
+    off = np.abs(decoded.astype(np.float64) - hidden_LFD)
+    # float32 itself rounds the last sum or product.
+    assert (off <= BOUNDS[codec.name](hidden_LFD) + np.abs(hidden_LFD).max() * 2.0**-22).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_stays_within_the_bound(codec: Codec, case: str) -> None:
+    check_contract(codec, CASES[case]())
+
+
+def test_any_number_of_frames(codec: Codec) -> None:
+    for num_frames in range(1, 2 * GROUP + 2):
+        check_contract(codec, normal(num_frames, dim=4))
+
+
+any_hidden = arrays(
+    np.float32,
+    st.tuples(st.integers(1, 2), st.integers(1, 2 * GROUP + 3), st.integers(1, 3).map(lambda half: 2 * half)),
+    elements=st.floats(-65504, 65504, width=32, allow_subnormal=False),
+)
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_contract(name: str) -> None:
-    codec, hidden = CODECS[name], hidden_states()
+@settings(deadline=None, max_examples=60)
+@given(hidden_LFD=any_hidden)
+def test_round_trip_property(name: str, hidden_LFD: Hidden) -> None:
+    check_contract(CODECS[name], hidden_LFD)
+
+
+def test_zeros_stay_exactly_zero(codec: Codec) -> None:
+    hidden = normal(5 * GROUP)
+    hidden[:, 2 * GROUP :] = 0  # as past a pack's last utterance
+    hidden[:, :, 3] = 0
     codes, scale = codec.encode(hidden)
-    assert codes.shape == hidden.shape
-    assert codes.dtype == codec.dtype
-    assert (scale is not None) == codec.scaled
-    decoded = decode(codes, scale)
-    assert decoded.dtype == np.float32
-    lost = CodecError.of(hidden, codes, scale)
-    np.testing.assert_allclose(lost.max_abs, np.abs(decoded - hidden).max((1, 2)), rtol=1e-6)
-    assert all(float(layer["snr_db"]) > 35 for layer in lost.by_layer((4, 8, 12)).values())
-    # Padding is zero and stays zero.
-    zeros, zero_scale = codec.encode(np.zeros_like(hidden))
-    assert not zeros.any()
-    assert not decode(zeros, zero_scale).any()
+    decoded = codec.decode(codes, scale)
+    assert not codes[:, 2 * GROUP :].any() and not decoded[:, 2 * GROUP :].any() and not decoded[:, :, 3].any()
+    nothing, none = codec.encode(np.zeros_like(hidden))
+    assert not nothing.any() and (none is None or not none.any()), "a shard of zeros needs no object"
 
 
-def test_int8_is_within_half_a_step_of_its_own_feature() -> None:
-    hidden = hidden_states()
-    codes, scale = CODECS["int8"].encode(hidden)
-    assert scale is not None
-    step = np.abs(hidden).max(axis=1, keepdims=True) / 127
-    assert (np.abs(decode(codes, scale) - hidden) <= step / 2 * 1.001).all()
+def test_a_range_of_frames_decodes_to_its_slice_of_the_whole(codec: Codec) -> None:
+    codes, scale = codec.encode(normal(3 * GROUP + 5))
+    whole = codec.decode(codes, scale)
+    for first in range(0, whole.shape[1], 7):
+        for last in range(first + 1, whole.shape[1] + 1, 5):
+            part = codec.decode(codes[:, first:last], scale, first_frame=first)
+            np.testing.assert_array_equal(part, whole[:, first:last])
 
 
-def test_float16_refuses_what_it_cannot_hold() -> None:
-    with pytest.raises(RetortError, match="use --codec int8"):
-        CODECS["float16"].encode(np.full((1, 2, 3), 1e5, dtype=np.float32))
+@pytest.mark.parametrize("case", CASES)
+def test_torch_decodes_the_same_bits_in_any_order_of_frames(codec: Codec, case: str) -> None:
+    codes, scale = codec.encode(CASES[case]())
+    whole = codec.decode(codes, scale)
+    order = np.random.default_rng(0).permutation(whole.shape[1])[:23]
+    for rows in (np.arange(whole.shape[1]), order):
+        out = torch.full((len(whole), len(rows), whole.shape[2]), torch.nan)
+        codec.decode_into(
+            out,
+            torch.from_numpy(codes[:, rows]),
+            None if scale is None else torch.from_numpy(scale),
+            torch.from_numpy(rows),
+        )
+        assert out.numpy().tobytes() == whole[:, rows].tobytes()
 
 
-def test_errors_of_shards_add_up() -> None:
-    parts = [CodecError.of(hidden, *CODECS["int8"].encode(hidden)) for hidden in (hidden_states(1), hidden_states(2))]
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_decodes_the_same_bits(codec: Codec) -> None:
+    codes, scale = codec.encode(normal(100))
+    out = torch.empty(3, 100, 16, device="cuda")
+    on_device = None if scale is None else torch.from_numpy(scale).cuda()
+    codec.decode_into(out, torch.from_numpy(codes).cuda(), on_device, torch.arange(100, device="cuda"))
+    assert out.cpu().numpy().tobytes() == codec.decode(codes, scale).tobytes()
+
+
+def test_the_error_is_measured_on_what_comes_back(codec: Codec) -> None:
+    hidden = normal()
+    codes, scale = codec.encode(hidden)
+    lost = CodecError.of(codec, hidden, codes, scale)
+    off = codec.decode(codes, scale).astype(np.float64) - hidden
+    np.testing.assert_allclose(lost.max_abs, np.abs(off).max((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(lost.error, (off**2).sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(lost.signal, (hidden.astype(np.float64) ** 2).sum((1, 2)), rtol=1e-5)
+
+
+def test_errors_of_shards_add_up(codec: Codec) -> None:
+    parts = [CodecError.of(codec, hidden, *codec.encode(hidden)) for hidden in (normal(seed=1), normal(seed=2))]
     both = CodecError.from_dict((parts[0] + parts[1]).to_dict())
     np.testing.assert_allclose(both.error, parts[0].error + parts[1].error)
     np.testing.assert_allclose(both.max_abs, np.maximum(parts[0].max_abs, parts[1].max_abs))
+
+
+def test_a_store_gives_back_every_utterance_and_its_measured_error(codec: Codec, tmp_path: Path) -> None:
+    """Utterances begin anywhere in a pack of 100 frames, which is no whole number of groups."""
+    num_frames = [5 + index * 11 % 60 for index in range(30)]
+    card = make_corpus(tmp_path, labels={}, splits=["train"] * 30, num_frames=num_frames)
+
+    def hidden(index: int, frames: int) -> Hidden:
+        return normal(frames, dim=6, seed=index)
+
+    reader = StoreReader.open(make_store(tmp_path, card, hidden, codec=codec.name, pack_frames=100))
+    error, signal, peak = np.zeros(3), np.zeros(3), np.zeros(3)
+    for number in range(reader.num_packs):
+        pack = reader.pack(number)
+        states = np.zeros((3, 100, 6), np.float32)
+        for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
+            states[:, first : first + count] = hidden(int(index), int(count))
+        decoded = codec.decode(pack.codes_LFW, pack.scale)
+        assert (np.abs(decoded - states) <= BOUNDS[codec.name](states) * (1 + 1e-5)).all()
+        for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
+            own = decoded[:, first : first + count]
+            np.testing.assert_array_equal(reader.hidden_at(int(index)), own)
+            np.testing.assert_array_equal(reader.hidden(reader.ids[index], layers=(2, 0)), own[[2, 0]])
+        off = decoded.astype(np.float64) - states
+        error += (off**2).sum((1, 2))
+        signal += (states.astype(np.float64) ** 2).sum((1, 2))
+        peak = np.maximum(peak, np.abs(off).max((1, 2)))
+    for layer, measured in enumerate(reader.manifest.codec_error.values()):
+        assert measured["snr_db"] == pytest.approx(10 * np.log10(signal[layer] / error[layer]), abs=0.006)
+        assert measured["max_abs_error"] == pytest.approx(peak[layer], rel=1e-3)
+
+
+def test_int4_bytes_read_by_hand() -> None:
+    """Feature d in the low half of a byte, d + D/2 in the high one; a step and a base every 32 frames."""
+    hidden = normal(70, dim=4)
+    codes, scale = CODECS["int4"].encode(hidden)
+    assert scale is not None
+    decoded = CODECS["int4"].decode(codes, scale)
+    for layer, frame, feature in np.ndindex(*hidden.shape):
+        byte = int(codes[layer, frame, feature % 2]) & 0xFF
+        nibble = byte & 0xF if feature < 2 else byte >> 4
+        signed = nibble - 16 if nibble > 7 else nibble
+        step, base = (float(scale[layer, frame // 32, which, feature]) for which in (0, 1))
+        assert decoded[layer, frame, feature] == np.float32(np.float32(signed * step) + np.float32(base))
+
+
+def test_int4_takes_five_eighths_of_a_byte() -> None:
+    assert CODECS["int4"].nbytes(12, 8192, 768) / (12 * 8192 * 768) == 0.625
+
+
+def test_int4_uses_all_of_its_levels() -> None:
+    """A ramp of sixteen even steps comes back exactly, which a coarser or a clipping quantiser could not do."""
+    ramp = (np.arange(GROUP, dtype=np.float32) % 16 - 5).reshape(1, GROUP, 1).repeat(2, axis=2)
+    np.testing.assert_array_equal(CODECS["int4"].decode(*CODECS["int4"].encode(ramp)), ramp)
+
+
+@pytest.mark.parametrize("name", ["float16", "int4"])
+def test_what_float16_cannot_hold_is_refused(name: str) -> None:
+    for peak in (1e5, -1e5):
+        with pytest.raises(RetortError, match=r"reach 1e\+05, float16 ends at 65504; use --codec int8"):
+            CODECS[name].encode(np.full((1, 2, 4), peak, dtype=np.float32))
+
+
+def test_int4_refuses_an_odd_dim_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(RetortError, match=r"codec int4 .* needs a dim that divides by 2, got 5; use --codec int8"):
+        CODECS["int4"].encode(normal(dim=5))
+    plan = plan_packs(np.array([40, 30]), ids=["a", "b"], pack_frames=64, shard_packs=1)
+    writer = StoreWriter(tmp_path / "store", plan, (0,), 5, "int4", frozenset({"frames", "pooled"}))
+    with pytest.raises(RetortError, match="got 5"):
+        writer.create()
+    assert not writer.location.exists()

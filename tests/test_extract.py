@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
+from extract.__main__ import main
+from extract.codec import CODECS
 from extract.corpus import Corpus, write_corpus
 from extract.errors import RetortError
 from extract.run import Settings, extract
@@ -44,7 +47,7 @@ def contents(store: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 4e-3), ("int8", 4e-2)])
+@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 4e-3), ("int8", 4e-2), ("int4", 4e-1)])
 def test_a_store_holds_what_the_model_says(settings: Settings, corpus: Corpus, codec: str, tolerance: float) -> None:
     settings = replace(settings, codec=codec, layers=(1, 4))
     extract(settings)
@@ -63,22 +66,39 @@ def test_a_store_holds_what_the_model_says(settings: Settings, corpus: Corpus, c
         np.testing.assert_allclose(reader.pooled(np.array([index]))[0], expected.mean(1), atol=1e-5)
 
 
-def test_packs_are_what_the_utterances_are(settings: Settings, corpus: Corpus) -> None:
-    extract(replace(settings, codec="int8"))
+@pytest.mark.parametrize("codec", CODECS)
+def test_packs_are_what_the_utterances_are(settings: Settings, corpus: Corpus, codec: str) -> None:
+    extract(replace(settings, codec=codec))
     reader = StoreReader.open(settings.manifest, corpus)
     seen: list[int] = []
     for number in range(reader.num_packs):
         pack = reader.pack(number, layers=[0, 3])
-        assert pack.codes_LFD.dtype == np.int8
-        assert pack.scale_LD is not None
+        assert pack.codes_LFW.dtype == reader.codec.dtype
+        decoded = reader.codec.decode(pack.codes_LFW, pack.scale)
         used = np.zeros(reader.pack_frames, dtype=bool)
         for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
-            rows = pack.codes_LFD[:, first : first + count].astype(np.float32) * pack.scale_LD[:, None]
-            np.testing.assert_array_equal(rows, reader.hidden_at(int(index), layers=[0, 3]))
+            rows = slice(first, first + count)
+            np.testing.assert_array_equal(decoded[:, rows], reader.hidden_at(int(index), layers=[0, 3]))
             used[first : first + count] = True
-        assert not pack.codes_LFD[:, ~used].any()
+        # Padding is 0, but for what shares a group with the last utterance.
+        assert not decoded[:, ~used][:, 32 if codec == "int4" else 0 :].any()
         seen += pack.utterances.tolist()
     assert sorted(seen) == list(range(len(corpus)))
+
+
+@pytest.mark.parametrize(("codec", "promised"), [("float16", "2.000"), ("int8", "1.031"), ("int4", "0.625")])
+def test_info_says_what_a_value_costs_and_what_it_lost(settings: Settings, codec: str, promised: str) -> None:
+    manifest, _ = extract(replace(settings, codec=codec))
+    said = CliRunner().invoke(main, ["info", str(settings.manifest)])
+    assert said.exit_code == 0
+    arrays = [path for name in ("hidden", "scale") for path in (manifest.location / name).glob("c/**/*")]
+    stored = sum(path.stat().st_size for path in arrays if path.is_file())
+    values = manifest.plan["num_frames"] * 5 * 32
+    assert f"{stored / values:.3f} on the disk, {promised} in a full pack" in said.output
+    rows = [line.strip("│ \n").split() for line in said.output.split(f"what {codec} lost")[1].splitlines()]
+    figures = {row[0]: float(row[2]) for row in rows if len(row) == 5 and row[0].isdigit()}
+    assert figures == {layer: lost["snr_db"] for layer, lost in manifest.codec_error.items()}
+    assert list(figures) == ["0", "1", "2", "3", "4"]
 
 
 def test_plain_zarr_opens_a_store(settings: Settings) -> None:
@@ -211,6 +231,9 @@ def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path
     settings.manifest.write_text(json.dumps(value | {"colour": "red"}))
     with pytest.raises(RetortError, match="field 'colour' is unknown"):
         StoreReader.open(settings.manifest)
+    settings.manifest.write_text(json.dumps(value | {"codec": "mp3"}))
+    with pytest.raises(RetortError, match=r"unknown codec in .*m.json: 'mp3': expected one of float16, int4, int8"):
+        StoreReader.open(settings.manifest)
     settings.manifest.write_text(json.dumps(value))
     manifest.location.rename(tmp_path / "moved")
     with pytest.raises(RetortError, match="is gone"):
@@ -271,7 +294,7 @@ def test_a_wrong_request_is_one_line_and_leaves_no_manifest(settings: Settings, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codec": "mp3"}, "unknown codec 'mp3': expected one of float16, int8"),
+        ({"codec": "mp3"}, "unknown codec 'mp3': expected one of float16, int4, int8"),
         ({"keep": frozenset({"frames", "audio"})}, "unknown --keep 'audio'"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
     ],

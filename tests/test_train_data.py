@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
+from extract.codec import CODECS
 from extract.corpus import Corpus
 from extract.errors import RetortError
 from extract.store import StoreReader
@@ -16,9 +17,9 @@ from tests.train_world import TARGETS, World, make_world
 from train.data import DistillationData, PackSampler, read_ahead
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), do_normalize=True)
+@pytest.fixture(scope="module", params=CODECS)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), do_normalize=True, codec=request.param)
 
 
 def data_of(world: World, **changes: object) -> DistillationData:
@@ -41,15 +42,18 @@ def test_batches_hold_an_utterance_and_its_own_features(world: World) -> None:
             assert not batch.waveforms_BS[row, length:].any()
             hidden = data.store.hidden(data.corpus.ids[index], (6, 2))
             mine = slice(first, first + hidden.shape[1])
-            np.testing.assert_allclose(targets[:, mine], hidden, atol=1e-6)
+            np.testing.assert_array_equal(targets[:, mine], hidden)
             assert batch.rows_F[mine].tolist() == [row * width + frame for frame in range(hidden.shape[1])]
             first += hidden.shape[1]
         assert first == targets.shape[1] == len(batch.rows_F)
 
 
-def test_codes_stay_int8_until_they_are_asked_for(world: World) -> None:
-    batch = data_of(world).training_batch(0)
-    assert batch.codes_LFD.dtype == torch.int8 and batch.targets().dtype == torch.float32
+def test_codes_stay_as_stored_until_they_are_asked_for(world: World) -> None:
+    data = data_of(world)
+    batch, codec = data.training_batch(0), data.store.codec
+    assert batch.codes_LFW.numpy().dtype == codec.dtype
+    assert batch.codes_LFW.shape == (3, len(batch.rows_F), codec.width(16))
+    assert batch.targets().dtype == torch.float32 and batch.targets().shape == (3, len(batch.rows_F), 16)
 
 
 def test_dev_utterances_are_in_no_training_batch(world: World) -> None:

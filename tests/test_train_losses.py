@@ -71,8 +71,10 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
             one = Batch(
                 batch.waveforms_BS[row : row + 1, :length],
                 batch.num_samples_B[row : row + 1],
-                batch.codes_LFD[:, first : first + frames],
-                batch.scale_LD,
+                batch.codes_LFW[:, first : first + frames],
+                batch.scale,
+                batch.codec,
+                batch.pack_rows_F[first : first + frames],
                 torch.arange(frames),
                 batch.utterances[row : row + 1],
             )

@@ -58,7 +58,7 @@ def teacher_config(**changes: object) -> HubertConfig:
     return HubertConfig(**settings | changes)
 
 
-def make_world(folder: Path, *, do_normalize: bool = False) -> World:
+def make_world(folder: Path, *, do_normalize: bool = False, codec: str = "int8") -> World:
     """Ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both."""
     generator = np.random.default_rng(0)
     lengths = np.linspace(0.3, 0.9, 14) * 16_000
@@ -86,7 +86,7 @@ def make_world(folder: Path, *, do_normalize: bool = False) -> World:
                 manifest=manifest,
                 store=folder / "stores",
                 layers=TARGETS,
-                codec="int8",
+                codec=codec,
                 pack_frames=96,
                 seed_blocks=2,
             )

@@ -1,10 +1,11 @@
 """Packs of audio and teacher features, in a seeded shuffled order.
 
 One pack is one micro-batch: its training utterances' waveforms, padded to the longest, and their rows of the teacher's
-layers as stored. int8 codes stay int8 until they are on the training device. A pack may hold dev utterances too; they
-are left out of training batches and gathered into batches of their own.
+layers as stored: codes stay codes until they are on the training device. A pack may hold dev utterances too; they are
+left out of training batches and gathered into batches of their own.
 
-Shapes: B batch, S samples, T frames of the padded batch, F valid frames of all utterances in a row, L layers, D dim.
+Shapes: B batch, S samples, T frames of the padded batch, F valid frames of all utterances in a row, L layers, D dim,
+W codes a frame.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from extract.codec import Codec, Scale
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError
 from extract.store import StoreReader
@@ -30,8 +32,10 @@ class Batch:
 
     waveforms_BS: Tensor  # float32, zero past each utterance's end
     num_samples_B: Tensor  # int64
-    codes_LFD: Tensor  # int8, float16 or float32, valid frames only, utterance after utterance
-    scale_LD: Tensor | None  # float32, for int8
+    codes_LFW: Tensor  # as stored, valid frames only, utterance after utterance
+    scale: Tensor | None  # of the frames' pack, as stored
+    codec: Codec | None  # None: the codes are the values, float32
+    pack_rows_F: Tensor  # int64: the row of each valid frame in its pack
     rows_F: Tensor  # int64: where each valid frame lies in the flattened (B, T) grid
     utterances: tuple[int, ...]  # corpus indices
 
@@ -44,8 +48,14 @@ class Batch:
 
     def targets(self) -> Tensor:
         """The teacher's layers, float32 (L, F, D), dequantised where the batch is."""
-        hidden_LFD = self.codes_LFD.float()
-        return hidden_LFD if self.scale_LD is None else hidden_LFD * self.scale_LD[:, None]
+        if self.codec is None:
+            return self.codes_LFW
+        num_layers, num_frames, width = self.codes_LFW.shape
+        hidden_LFD = torch.empty(
+            (num_layers, num_frames, width * self.codec.values_per_code), device=self.codes_LFW.device
+        )
+        self.codec.decode_into(hidden_LFD, self.codes_LFW, self.scale, self.pack_rows_F)
+        return hidden_LFD
 
     @property
     def duration_s(self) -> float:
@@ -115,10 +125,8 @@ class DistillationData:
     def training_batch(self, pack: int) -> Batch:
         """The training utterances of one pack."""
         stored = self.store.pack(pack, self.layers)
-        chosen = np.flatnonzero(self.is_train[stored.utterances])
-        rows = [np.arange(stored.num_frames[one]) + stored.first_frame[one] for one in chosen]
-        codes_LFD = stored.codes_LFD[:, np.concatenate(rows)]
-        return self._batch(stored.utterances[chosen], codes_LFD, stored.scale_LD)
+        chosen = stored.utterances[self.is_train[stored.utterances]]
+        return self._batch(chosen, stored.codes_LFW[:, self._pack_rows(chosen)], stored.scale, self.store.codec)
 
     def dev_batches(self) -> Iterator[Batch]:
         """The dev utterances, longest first, in batches of at most a pack of frames with padding."""
@@ -128,11 +136,16 @@ class DistillationData:
             size = max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
             chosen = order[start : start + size]
             hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
-            yield self._batch(chosen, np.concatenate(hidden, axis=1), None)
+            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None)
             start += size
 
+    def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the utterances' frames in their packs, utterance after utterance."""
+        rows = [np.arange(self.store.num_frames[one]) + self.store.first_frame[one] for one in utterances]
+        return np.concatenate(rows)
+
     def _batch(
-        self, utterances: NDArray[np.int64], codes_LFD: NDArray[Any], scale_LD: NDArray[np.float32] | None
+        self, utterances: NDArray[np.int64], codes_LFW: NDArray[Any], scale: Scale | None, codec: Codec | None
     ) -> Batch:
         num_samples = self.corpus.num_samples[utterances]
         num_frames = self.store.num_frames[utterances]
@@ -145,8 +158,10 @@ class DistillationData:
         return Batch(
             torch.from_numpy(waveforms_BS),
             torch.from_numpy(num_samples),
-            torch.from_numpy(np.ascontiguousarray(codes_LFD)),
-            None if scale_LD is None else torch.from_numpy(scale_LD),
+            torch.from_numpy(np.ascontiguousarray(codes_LFW)),
+            None if scale is None else torch.from_numpy(scale),
+            codec,
+            torch.from_numpy(self._pack_rows(utterances)),
             torch.from_numpy(np.concatenate(rows)),
             tuple(utterances.tolist()),
         )

@@ -44,7 +44,7 @@ def _lay_over(base: Any, profile: Any, *, where: str) -> None:
     "--out", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="File to write."
 )
 def profile_command(name: str, out: Path) -> None:
-    """Write a ready params.yaml for a real teacher on LibriSpeech 960 h; the one that is there is kept as NAME.before."""
+    """Write a ready params.yaml for a real teacher on LibriSpeech 960 h; the old one is kept as NAME.before."""
     profile = read_profile(name)
     if out.is_dir():
         raise RetortError(f"--out {out} is a folder; give a file such as params.yaml")
