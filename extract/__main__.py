@@ -1,14 +1,18 @@
-"""Stage one's commands: `python -m extract run | verify | info`."""
+"""Stage one's commands: `python -m extract plan | run | verify | info`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from extract.codec import CODECS
 from extract.errors import CommandGroup, RetortError
 
 if TYPE_CHECKING:
     from extract.store import Manifest
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
@@ -16,19 +20,81 @@ def main() -> None:
     pass
 
 
-def _layers(text: str | None) -> tuple[int, ...] | None:
+def _layers(text: str | None, option: str = "--layers") -> tuple[int, ...] | None:
     if text is None or text == "all":
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RetortError(
-            f"--layers {text!r}: expected `all` or numbers with commas between them, such as 4,8,12"
+            f"{option} {text!r}: expected `all` or numbers with commas between them, such as 4,8,12"
         ) from None
 
 
+def _parts(keep: str) -> frozenset[str]:
+    return frozenset(filter(None, keep.split(",")))
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator: what to extract is said alike to `plan` and to `run`."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_what_to_extract = _options(
+    click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id."),
+    click.option("--revision", help="Revision of a hub id."),
+    click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all]."),
+    click.option("--codec", default="int8", show_default=True, help=f"{' or '.join(CODECS)}."),
+    click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch)."),
+    click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work)."),
+    click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them."),
+    click.option(
+        "--normalise/--no-normalise",
+        default=None,
+        help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
+    ),
+    click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
+    click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings."),
+)
+
+
 @main.command()
-@click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id.")
+@_what_to_extract
+@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="corpora/NAME.json or .h5.")
+@click.option("--store", default="stores", show_default=True, help="ROOT of all stores: is there room?")
+@click.option("--keep", default="frames,pooled", show_default=True, help="What to store: frames,pooled or pooled.")
+@click.option(
+    "--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: not at all."
+)
+@click.option("--rate", type=float, help="Seconds of audio a second, measured elsewhere; nothing is timed then.")
+@click.option("--read-mb-s", default=500.0, show_default=True, help="MB/s that training reads the store at.")
+@click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s that extraction writes the store at.")
+@click.option("--student-layers", help="Layers that a student reads every epoch [default: all kept].")
+@click.option("--student-epochs", default=0, show_default=True, help="Also compare the hours of so many epochs.")
+def plan(layers: str | None, keep: str, student_layers: str | None, **options: Any) -> None:
+    """Say what an extraction would cost: bytes by codec, hours, and when the cache has paid for itself.
+
+    The two MB/s are assumptions, the slow end of one process with uncompressed chunks on a local disk; give your own.
+    """
+    from rich.console import Console
+
+    from extract.cost import Request, plan_cost
+
+    request = Request(
+        layers=_layers(layers), keep=_parts(keep), student_layers=_layers(student_layers, "--student-layers"), **options
+    )
+    plan_cost(request, Console())
+
+
+@main.command()
+@_what_to_extract
 @click.option(
     "--corpus",
     "corpora",
@@ -48,9 +114,6 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     help="ROOT of all stores.",
 )
 @click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
-@click.option("--revision", help="Revision of a hub id.")
-@click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all].")
-@click.option("--codec", default="int8", show_default=True, help="float16 or int8.")
 @click.option(
     "--keep",
     "keeps",
@@ -59,23 +122,12 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     show_default=True,
     help="What to store: frames,pooled or pooled; once for all corpora, or once for each.",
 )
-@click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch).")
-@click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work).")
-@click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them.")
-@click.option(
-    "--normalise/--no-normalise",
-    default=None,
-    help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
-)
-@click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
     "--seed-blocks",
     default=0,
     show_default=True,
     help="Also write the stem and this many first blocks for students.",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings.")
 def run(
     layers: str | None,
     corpora: tuple[Path, ...],
@@ -96,7 +148,7 @@ def run(
     from extract.run import Settings, extract
 
     keep_freed_blocks()
-    kept = [frozenset(filter(None, keep.split(","))) for keep in keeps]
+    kept = [_parts(keep) for keep in keeps]
     common = {"layers": _layers(layers), **options}
     for settings in [
         Settings(corpus=corpus, manifest=manifest, keep=keep, **common)

@@ -22,6 +22,10 @@ class Codec(Protocol):
 
     def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, NDArray[np.float32] | None]: ...
 
+    def nbytes(self, num_layers: int, num_frames: int, dim: int) -> int:
+        """Bytes of the codes and the scale of one pack."""
+        ...
+
 
 class Float16:
     """Two bytes a value, relative error <= 2^-11 within float16's range."""
@@ -34,6 +38,9 @@ class Float16:
         if (peak := float(np.abs(hidden_LFD).max(initial=0.0))) > float(np.finfo(np.float16).max):
             raise RetortError(f"hidden states reach {peak:.3g}, float16 ends at 65504; use --codec int8")
         return hidden_LFD.astype(np.float16), None
+
+    def nbytes(self, num_layers: int, num_frames: int, dim: int) -> int:
+        return 2 * num_layers * num_frames * dim
 
 
 class Int8:
@@ -48,6 +55,9 @@ class Int8:
         divisor_LD = np.where(scale_LD > 0, scale_LD, np.float32(1))
         codes_LFD = np.rint(hidden_LFD / divisor_LD[:, None]).astype(np.int8)
         return codes_LFD, scale_LD.astype(np.float32)
+
+    def nbytes(self, num_layers: int, num_frames: int, dim: int) -> int:
+        return num_layers * (num_frames + 4) * dim
 
 
 CODECS: dict[str, Codec] = {"float16": Float16(), "int8": Int8()}

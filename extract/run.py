@@ -21,14 +21,13 @@ from extract.files import in_main_tree, sha256_json, write_json
 from extract.plan import Plan, count_frames, plan_packs
 from extract.progress import ProgressBar
 from extract.seed import seed_path, write_seed
-from extract.store import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreReader
-from extract.upstream import UpstreamCard, find_upstream
+from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, StoreReader, check_keep
+from extract.upstream import UpstreamCard, check_layers, find_upstream
 from extract.writer import EncodedPack, StoreWriter
 
 if TYPE_CHECKING:
     from extract.forward import Upstream
 
-KEEP = frozenset({"frames", "pooled"})
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -57,10 +56,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise unknown("codec", self.codec, CODECS)
-        if odd := self.keep - KEEP:
-            raise unknown("--keep", min(odd), KEEP)
-        if "pooled" not in self.keep:
-            raise RetortError(f"--keep {','.join(sorted(self.keep))}: `pooled` costs little and is always kept; add it")
+        check_keep(self.keep)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
 
@@ -119,7 +115,7 @@ def _extract(
     upstream = load_upstream(
         card, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )
-    layers = _check_layers(settings.layers, upstream.num_layers, card.id)
+    layers = check_layers(settings.layers, upstream.num_layers, card.id)
     num_frames = count_frames(
         corpus.num_samples, hop_samples=upstream.hop_samples, receptive_samples=upstream.receptive_samples
     )
@@ -151,16 +147,6 @@ def _extract(
     finished = writer.finish(Manifest(**manifest), ids=corpus.ids)
     write_json(settings.manifest, finished.to_dict())
     return finished
-
-
-def _check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(num_layers))
-    if odd := [layer for layer in wanted if not 0 <= layer < num_layers]:
-        raise RetortError(f"--layers: upstream {upstream} has no layer {odd[0]}; it has 0 to {num_layers - 1}")
-    if list(wanted) != sorted(set(wanted)):
-        raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
-    return wanted
 
 
 def _write_shards(writer: StoreWriter, upstream: "Upstream", corpus: Corpus, *, title: str) -> None:

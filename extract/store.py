@@ -24,12 +24,21 @@ from numpy.typing import NDArray
 
 from extract.codec import Codes, decode
 from extract.corpus import Corpus
-from extract.errors import RetortError
+from extract.errors import RetortError, unknown
 from extract.files import in_main_tree, read_json, sha256_file
 from extract.plan import group_by_pack
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+KEEP = frozenset({"frames", "pooled"})  # what a store may hold of an utterance
+
+
+def check_keep(keep: frozenset[str]) -> None:
+    """Raises RetortError for a `--keep` that no store has."""
+    if odd := keep - KEEP:
+        raise unknown("--keep", min(odd), KEEP)
+    if "pooled" not in keep:
+        raise RetortError(f"--keep {','.join(sorted(keep))}: `pooled` costs little and is always kept; add it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +274,13 @@ class StoreReader:
         first, count = int(self.first_frame[index]), int(self.num_frames[index])
         codes = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
         return decode(codes, None if self._scale is None else self._layers_of(self._scale, pack, layers))
+
+    def own_frames(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """One pack decoded, without its padding, its utterances end to end: float32 (layers, frames, dim)."""
+        pack = self.pack(index, layers)
+        own = [slice(first, first + count) for first, count in zip(pack.first_frame, pack.num_frames, strict=True)]
+        hidden = decode(pack.codes_LFD, pack.scale_LD)
+        return np.concatenate([hidden[:, rows] for rows in own], axis=1)
 
     def pooled(
         self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None
