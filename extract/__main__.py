@@ -1,4 +1,4 @@
-"""Stage one's commands: `python -m extract plan | run | verify | info`."""
+"""Stage one's commands: `python -m extract plan | run | verify | info | stats`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +229,26 @@ def info(manifest: Path) -> None:
         for layer, lost in it.codec_error.items():
             errors.add_row(layer, str(lost["snr_db"]), str(lost["max_abs_error"]))
         console.print(errors)
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="OUT.json, OUT-layers and OUT-cka .png, .svg [default: stats/NAME]."
+)
+@click.option("--max-packs", type=int, help="Read only so many packs, spread over the lengths [default: all].")
+def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
+    """Norms, spread and likeness (linear CKA) of a store's layers, out of core: a table, a JSON and two figures."""
+    from rich.console import Console
+
+    from extract.stats import measure, table_of, write_stats
+    from extract.store import StoreReader
+
+    reader = StoreReader.open(manifest)
+    found = measure(reader, max_packs=max_packs)
+    Console().print(table_of(found))
+    for path in write_stats(found, reader, out or Path("stats") / manifest.stem):
+        click.echo(path)
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:
