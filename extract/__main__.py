@@ -1,7 +1,8 @@
-"""Stage one's commands: `python -m extract run | verify | info`."""
+"""Stage one's commands: `python -m extract plan | run | verify | info | stats`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -10,25 +11,91 @@ from extract.errors import CommandGroup, RetortError
 if TYPE_CHECKING:
     from extract.store import Manifest
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
 def main() -> None:
     pass
 
 
-def _layers(text: str | None) -> tuple[int, ...] | None:
+def _layers(text: str | None, option: str = "--layers") -> tuple[int, ...] | None:
     if text is None or text == "all":
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RetortError(
-            f"--layers {text!r}: expected `all` or numbers with commas between them, such as 4,8,12"
+            f"{option} {text!r}: expected `all` or numbers with commas between them, such as 4,8,12"
         ) from None
 
 
+def _parts(keep: str) -> frozenset[str]:
+    return frozenset(filter(None, keep.split(",")))
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator: what to extract is said alike to `plan` and to `run`."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_what_to_extract = _options(
+    click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id."),
+    click.option("--revision", help="Revision of a hub id."),
+    click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all]."),
+    click.option(
+        "--codec", default="int8", show_default=True, help="float16, int8 or int4: 2, 1 or 0.625 bytes a value."
+    ),
+    click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch)."),
+    click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work)."),
+    click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them."),
+    click.option(
+        "--normalise/--no-normalise",
+        default=None,
+        help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
+    ),
+    click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
+    click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings."),
+)
+
+
 @main.command()
-@click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id.")
+@_what_to_extract
+@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="corpora/NAME.json or .h5.")
+@click.option("--store", default="stores", show_default=True, help="ROOT of all stores: is there room?")
+@click.option("--keep", default="frames,pooled", show_default=True, help="What to store: frames,pooled or pooled.")
+@click.option(
+    "--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: not at all."
+)
+@click.option("--rate", type=float, help="Seconds of audio a second, measured elsewhere; nothing is timed then.")
+@click.option("--read-mb-s", default=500.0, show_default=True, help="MB/s that training reads the store at.")
+@click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s that extraction writes the store at.")
+@click.option("--student-layers", help="Layers that a student reads every epoch [default: all kept].")
+@click.option("--student-epochs", default=0, show_default=True, help="Also compare the hours of so many epochs.")
+def plan(layers: str | None, keep: str, student_layers: str | None, **options: Any) -> None:
+    """Say what an extraction would cost: bytes by codec, hours, and when the cache has paid for itself.
+
+    The two MB/s are assumptions, the slow end of one process with uncompressed chunks on a local disk; give your own.
+    """
+    from rich.console import Console
+
+    from extract.cost import Request, plan_cost
+
+    request = Request(
+        layers=_layers(layers), keep=_parts(keep), student_layers=_layers(student_layers, "--student-layers"), **options
+    )
+    plan_cost(request, Console())
+
+
+@main.command()
+@_what_to_extract
 @click.option(
     "--corpus",
     "corpora",
@@ -48,9 +115,6 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     help="ROOT of all stores.",
 )
 @click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
-@click.option("--revision", help="Revision of a hub id.")
-@click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all].")
-@click.option("--codec", default="int8", show_default=True, help="float16, int8 or int4: bytes a value 2, 1 or 0.625.")
 @click.option(
     "--keep",
     "keeps",
@@ -59,16 +123,6 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     show_default=True,
     help="What to store: frames,pooled or pooled; once for all corpora, or once for each.",
 )
-@click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch).")
-@click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work).")
-@click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them.")
-@click.option(
-    "--normalise/--no-normalise",
-    default=None,
-    help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
-)
-@click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--threads", default=0, show_default=True, help="torch threads a process; 0: torch's own choice.")
 @click.option("--workers", default=0, show_default=True, help="Start a Dask cluster of this many processes here.")
 @click.option(
@@ -80,7 +134,6 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     show_default=True,
     help="Also write the stem and this many first blocks for students.",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings.")
 def run(
     layers: str | None,
     corpora: tuple[Path, ...],
@@ -101,7 +154,7 @@ def run(
     from extract.run import Settings, extract
 
     keep_freed_blocks()
-    kept = [frozenset(filter(None, keep.split(","))) for keep in keeps]
+    kept = [_parts(keep) for keep in keeps]
     common = {"layers": _layers(layers), **options}
     for settings in [
         Settings(corpus=corpus, manifest=manifest, keep=keep, **common)
@@ -193,6 +246,26 @@ def _bytes_a_value(manifest: "Manifest") -> str:
     frames = manifest.plan["pack_frames"]
     promised = CODECS[manifest.codec].nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
     return f"{stored / values:.3f} on the disk, {promised:.3f} in a full pack"
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="OUT.json, OUT-layers and OUT-cka .png, .svg [default: stats/NAME]."
+)
+@click.option("--max-packs", type=int, help="Read only so many packs, spread over the lengths [default: all].")
+def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
+    """Norms, spread and likeness (linear CKA) of a store's layers, out of core: a table, a JSON and two figures."""
+    from rich.console import Console
+
+    from extract.stats import measure, table_of, write_stats
+    from extract.store import StoreReader
+
+    reader = StoreReader.open(manifest)
+    found = measure(reader, max_packs=max_packs)
+    Console().print(table_of(found))
+    for path in write_stats(found, reader, out or Path("stats") / manifest.stem):
+        click.echo(path)
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:

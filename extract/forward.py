@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.errors import RetortError
 from extract.plan import count_frames
-from extract.upstream import FBANK, UpstreamCard
+from extract.upstream import FBANK, FBANK_SHAPE, UpstreamCard, receptive_field
 
 CONVENTION = (
     "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
@@ -62,10 +62,10 @@ class Fbank:
     read. Both forms are therefore given as two layers, and the head's layer weights choose.
     """
 
-    num_layers = 2
-    dim = 240
-    hop_samples = 160
-    receptive_samples = 400
+    num_layers = FBANK_SHAPE.num_layers
+    dim = FBANK_SHAPE.dim
+    hop_samples = FBANK_SHAPE.hop_samples
+    receptive_samples = FBANK_SHAPE.receptive_samples
     convention = FBANK_CONVENTION
     attention = "none"
     num_parameters = 0
@@ -111,7 +111,7 @@ class Transformer:
         self.device = device
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         self.hop_samples = int(np.prod(self.model.config.conv_stride))
-        self.receptive_samples = _receptive_field(self.model.config.conv_kernel, self.model.config.conv_stride)
+        self.receptive_samples = receptive_field(self.model.config.conv_kernel, self.model.config.conv_stride)
         self.convention = CONVENTION
         self.attention = str(getattr(self.model.config, "_attn_implementation", None))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -204,14 +204,6 @@ def _mend_positional_stack(model: Any) -> None:
     stack = model.encoder.pos_conv_embed
     if isinstance(getattr(stack, "layers", None), nn.ModuleList):
         stack.layers = nn.ModuleList(_OwnFrames(layer) for layer in stack.layers)
-
-
-def _receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    field, hop = 1, 1
-    for kernel, stride in zip(kernels, strides, strict=True):
-        field += (kernel - 1) * hop
-        hop *= stride
-    return field
 
 
 def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:

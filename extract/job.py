@@ -21,7 +21,7 @@ from extract.codec import CodecError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError
 from extract.plan import Plan, count_frames, plan_packs
-from extract.upstream import UpstreamCard
+from extract.upstream import UpstreamCard, check_layers
 from extract.writer import EncodedPack, StoreWriter
 
 if TYPE_CHECKING:
@@ -206,21 +206,11 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
     return StoreWriter(
         location=request.location,
         plan=plan,
-        layers=_check_layers(request.layers, facts.num_layers, request.card.id),
+        layers=check_layers(request.layers, facts.num_layers, request.card.id),
         dim=facts.dim,
         codec_name=request.codec,
         keep=request.keep,
     )
-
-
-def _check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(num_layers))
-    if odd := [layer for layer in wanted if not 0 <= layer < num_layers]:
-        raise RetortError(f"--layers: upstream {upstream} has no layer {odd[0]}; it has 0 to {num_layers - 1}")
-    if list(wanted) != sorted(set(wanted)):
-        raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
-    return wanted
 
 
 def seconds_of(corpus: Corpus, plan: Plan, pack: int) -> float:

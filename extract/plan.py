@@ -61,6 +61,15 @@ def group_by_pack(pack: NDArray[np.int64], first_frame: NDArray[np.int64], num_p
     return np.split(order, np.searchsorted(pack[order], np.arange(1, num_packs)))
 
 
+def spread_packs(num_packs: int, count: int) -> NDArray[np.int64]:
+    """`count` packs (or all, if there are fewer), one from the middle of each equal part of the plan, in order.
+
+    Packs go from the longest utterances to the shortest, so these stand for all lengths alike.
+    """
+    count = min(count, num_packs)
+    return (np.arange(count, dtype=np.int64) * 2 + 1) * num_packs // max(1, 2 * count)
+
+
 def count_frames(num_samples: NDArray[np.int64], *, hop_samples: int, receptive_samples: int) -> NDArray[np.int64]:
     """Frames of utterances, int64: frame t covers samples [hop t, hop t + receptive)."""
     return np.maximum((num_samples - receptive_samples) // hop_samples + 1, 0)
@@ -92,15 +101,16 @@ def plan_packs(
             f"utterance {ids[worst]!r} has {num_frames[worst]} frames, a pack holds {pack_frames} ({len(long)} such); "
             f"use --pack-frames {num_frames[worst]} or drop them with --drop-long"
         )
+    order = np.argsort(-num_frames, kind="stable")
+    order = order[num_frames[order] <= pack_frames]
+    ends = np.cumsum(num_frames[order], dtype=np.int64)  # as if all utterances lay end to end
+    starts = [0]  # every pack's first utterance in `order`
+    while starts[-1] < len(order):
+        filled = ends[starts[-1] - 1] if starts[-1] else 0
+        starts.append(int(np.searchsorted(ends, filled + pack_frames, side="right")))
     pack = np.full(len(num_frames), -1, dtype=np.int64)
+    pack[order] = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    before = ends - num_frames[order]
     first_frame = np.zeros(len(num_frames), dtype=np.int64)
-    current, filled = 0, 0
-    for index in np.argsort(-num_frames, kind="stable"):
-        length = int(num_frames[index])
-        if length > pack_frames:
-            continue
-        if filled + length > pack_frames:
-            current, filled = current + 1, 0
-        pack[index], first_frame[index] = current, filled
-        filled += length
+    first_frame[order] = before - before[starts[:-1]][pack[order]]
     return Plan(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))

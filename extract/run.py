@@ -18,14 +18,13 @@ from extract.files import in_main_tree, sha256_json, write_json
 from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_of
 from extract.progress import ProgressBar
 from extract.seed import seed_path, write_seed
-from extract.store import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreReader
+from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, StoreReader, check_keep
 from extract.upstream import FBANK, UpstreamCard, find_upstream
 from extract.writer import StoreWriter
 
 if TYPE_CHECKING:
     from extract.cluster import OnCluster
 
-KEEP = frozenset({"frames", "pooled"})
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -57,10 +56,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise unknown("codec", self.codec, CODECS)
-        if odd := self.keep - KEEP:
-            raise unknown("--keep", min(odd), KEEP)
-        if "pooled" not in self.keep:
-            raise RetortError(f"--keep {','.join(sorted(self.keep))}: `pooled` costs little and is always kept; add it")
+        check_keep(self.keep)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.workers < 0 or self.threads < 0:

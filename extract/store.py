@@ -31,6 +31,15 @@ from extract.plan import group_by_pack
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+KEEP = frozenset({"frames", "pooled"})  # what a store may hold of an utterance
+
+
+def check_keep(keep: frozenset[str]) -> None:
+    """Raises RetortError for a `--keep` that no store has."""
+    if odd := keep - KEEP:
+        raise unknown("--keep", min(odd), KEEP)
+    if "pooled" not in keep:
+        raise RetortError(f"--keep {','.join(sorted(keep))}: `pooled` costs little and is always kept; add it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +283,13 @@ class StoreReader:
         codes = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
         scale = None if self._scale is None else self._layers_of(self._scale, pack, layers)
         return self.codec.decode(codes, scale, first_frame=first)
+
+    def own_frames(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """One pack decoded, without its padding, its utterances end to end: float32 (layers, frames, dim)."""
+        pack = self.pack(index, layers)
+        own = [slice(first, first + count) for first, count in zip(pack.first_frame, pack.num_frames, strict=True)]
+        hidden = self.codec.decode(pack.codes_LFW, pack.scale)
+        return np.concatenate([hidden[:, rows] for rows in own], axis=1)
 
     def pooled(
         self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None

@@ -6,6 +6,8 @@ what the manifest records; `extract.forward` runs it.
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from extract.files import read_json, sha256_file
 
 FBANK = "fbank"
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "retort-student")
+_CONFIG = ("*.json", "*.py")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -41,6 +44,59 @@ class UpstreamCard:
         return {key: getattr(self, key) for key in ("family", "weights_sha256", "config_sha256", "normalise")}
 
 
+@dataclass(frozen=True)
+class UpstreamShape:
+    """What an upstream gives, as its config says: no weights are needed to know it."""
+
+    num_layers: int  # how many hidden states, layer 0 included
+    dim: int
+    hop_samples: int
+    receptive_samples: int
+
+
+FBANK_SHAPE = UpstreamShape(num_layers=2, dim=240, hop_samples=160, receptive_samples=400)
+
+
+def read_shape(upstream: str, *, revision: str | None = None) -> UpstreamShape:
+    """The shape of an upstream from its config.json alone; of a hub id nothing else is fetched.
+
+    Raises RetortError when it can't be found, is of no supported family, or its config lacks a field.
+    """
+    if upstream == FBANK:
+        return FBANK_SHAPE
+    folder = _folder_of(upstream, revision, weights=False)
+    config = _read_config(upstream, folder)
+    needed = ("num_hidden_layers", "hidden_size", "conv_kernel", "conv_stride")
+    if missing := [key for key in needed if key not in config]:
+        raise RetortError(f"{folder / 'config.json'} has no {missing[0]!r}; expected {', '.join(needed)}")
+    return UpstreamShape(
+        num_layers=config["num_hidden_layers"] + 1,
+        dim=config["hidden_size"],
+        hop_samples=math.prod(config["conv_stride"]),
+        receptive_samples=receptive_field(config["conv_kernel"], config["conv_stride"]),
+    )
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """Samples that one frame of a stack of convolutions sees."""
+    field, hop = 1, 1
+    for kernel, stride in zip(kernels, strides, strict=True):
+        field += (kernel - 1) * hop
+        hop *= stride
+    return field
+
+
+def check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
+    """The layers to keep: all of them for None. Raises RetortError for one that is not there, or out of order."""
+    if wanted is None:
+        return tuple(range(num_layers))
+    if odd := [layer for layer in wanted if not 0 <= layer < num_layers]:
+        raise RetortError(f"--layers: upstream {upstream} has no layer {odd[0]}; it has 0 to {num_layers - 1}")
+    if list(wanted) != sorted(set(wanted)):
+        raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
+    return wanted
+
+
 def find_upstream(
     upstream: str, *, revision: str | None = None, normalise: bool | None = None, name: str | None = None
 ) -> UpstreamCard:
@@ -51,18 +107,13 @@ def find_upstream(
     """
     if upstream == FBANK:
         return UpstreamCard(name or FBANK, FBANK, None, FBANK, "", _sha256_text(_FBANK_RECIPE), False, None, None)
-    folder = Path(upstream) if Path(upstream).is_dir() else _from_hub(upstream, revision)
-    config = read_json(folder / "config.json")
-    family = config.get("model_type", "(none)")
-    if family not in FAMILIES:
-        raise RetortError(
-            f"upstream {upstream} has model_type {family!r}; expected one of {', '.join(FAMILIES)}, or `fbank`"
-        )
+    folder = _folder_of(upstream, revision, weights=True)
+    config = _read_config(upstream, folder)
     return UpstreamCard(
         name=name or Path(upstream).name,
         id=upstream,
         revision=revision,
-        family=family,
+        family=config["model_type"],
         weights_sha256=_weights_digest(folder),
         config_sha256=_config_digest(folder, config),
         normalise=_own_normalisation(folder) if normalise is None else normalise,
@@ -74,24 +125,39 @@ def find_upstream(
 _FBANK_RECIPE = "kaldi 80 mel 25/10 ms, deltas 2 x window 5; layer 0 raw, layer 1 CMVN per utterance"
 
 
-def _from_hub(upstream: str, revision: str | None) -> Path:
+def _read_config(upstream: str, folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    family = config.get("model_type", "(none)")
+    if family not in FAMILIES:
+        raise RetortError(
+            f"upstream {upstream} has model_type {family!r}; expected one of {', '.join(FAMILIES)}, or `fbank`"
+        )
+    return config
+
+
+def _folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
+    if Path(upstream).is_dir():
+        return Path(upstream)
+    if not weights:
+        return _from_hub(upstream, revision, *_CONFIG)
+    folder = _from_hub(upstream, revision, *_CONFIG, "*.safetensors")
+    if not list(folder.glob("*.safetensors")):
+        folder = _from_hub(upstream, revision, *_CONFIG, "pytorch_model.bin")
+    return folder
+
+
+def _from_hub(upstream: str, revision: str | None, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.py"]
     try:
-        folder = Path(snapshot_download(upstream, revision=revision, allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(upstream, revision=revision, allow_patterns=[*patterns, "pytorch_model.bin"])
-            )
+        return Path(snapshot_download(upstream, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RetortError(
             f"upstream {upstream!r} is no folder here and could not be had from the hub ({reason}); "
             "place its config.json, model.safetensors and preprocessor_config.json in a folder and give that folder"
         ) from None
-    return folder
 
 
 def _weights_digest(folder: Path) -> str:

@@ -85,7 +85,7 @@ def make_store(
         complete=False,
         fingerprint="f" * 64,
         digest="",
-        upstream={"id": "hand"},
+        upstream={"id": "hand", "name": "hand"},
         layers=tuple(range(num_layers)),
         dim=dim,
         convention="by hand",

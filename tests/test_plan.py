@@ -27,6 +27,22 @@ def test_packs_hold_every_utterance_once_and_whole(lengths: list[int], pack_fram
     assert packs == list(range(plan.num_packs))
 
 
+@given(lengths=st.lists(st.integers(1, 600), max_size=80), pack_frames=st.integers(1, 700))
+def test_packs_are_filled_one_utterance_after_the_other(lengths: list[int], pack_frames: int) -> None:
+    """The layout that every store on disk has: longest first, a new pack where the next one does not fit."""
+    ids = [str(i) for i in range(len(lengths))]
+    plan = plan_packs(np.array(lengths, dtype=int), ids=ids, pack_frames=pack_frames, shard_packs=1, drop_long=True)
+    pack, filled = 0, 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if lengths[index] > pack_frames:
+            assert plan.pack[index] == -1
+            continue
+        if filled + lengths[index] > pack_frames:
+            pack, filled = pack + 1, 0
+        assert (plan.pack[index], plan.first_frame[index]) == (pack, filled)
+        filled += lengths[index]
+
+
 def test_a_pack_is_nearly_padding_free() -> None:
     lengths = np.random.default_rng(0).integers(50, 800, size=2_000)
     plan = plan_packs(lengths, ids=[str(i) for i in range(2_000)], pack_frames=8192, shard_packs=4)

@@ -1,0 +1,295 @@
+"""What `extract plan` says beforehand is what the store then takes, from lengths and a config alone, at any scale."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import (
+    Data2VecAudioConfig,
+    Data2VecAudioModel,
+    HubertConfig,
+    HubertModel,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+)
+
+from extract.__main__ import main
+from extract.codec import CODECS
+from extract.corpus import FORMAT_VERSION, Corpus
+from extract.cost import Request, Size, Times, as_bytes, as_time, free_bytes, sample_batches
+from extract.errors import RetortError
+from extract.forward import load_upstream
+from extract.plan import spread_packs
+from extract.run import Settings, extract
+from extract.upstream import find_upstream, read_shape
+from tests.conftest import TINY, save_teacher
+from train.modeling_retort import RetortGenStudent, RetortStackedStudent, RetortStudent, RetortStudentConfig
+from train.student_folder import save_student
+
+ROOT = Path(__file__).parent.parent
+LIBRISPEECH_UTTERANCES, LIBRISPEECH_S = 281_241, 960 * 3600
+
+
+def librispeech_lengths(seed: int = 0) -> NDArray[np.int64]:
+    """Samples of 281,241 simulated utterances: a truncated mixture after LibriSpeech's histogram, 960 h in all.
+
+    68% normal about 14.6 s (std 1.0), 29% uniform from 1.4 to 13.5 s, 3% uniform from 16 to 24.5 s; scaled to 960 h
+    (a mean of 12.3 s) and cut to 1.4 to 24.5 s.
+    """
+    generator = np.random.default_rng(seed)
+    kind = generator.choice(3, size=LIBRISPEECH_UTTERANCES, p=[0.68, 0.29, 0.03])
+    parts = [generator.normal(14.6, 1.0, len(kind)), generator.uniform(1.4, 13.5, len(kind))]
+    seconds = np.choose(kind, [*parts, generator.uniform(16, 24.5, len(kind))])
+    for _ in range(5):  # cutting changes the total a little
+        seconds = np.clip(seconds * (LIBRISPEECH_S / seconds.sum()), 1.4, 24.5)
+    return (seconds * 16_000).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def librispeech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus.h5 of LibriSpeech's size whose samples are declared and never written: HDF5 allocates none of them."""
+    path = tmp_path_factory.mktemp("large") / "librispeech-960.h5"
+    lengths, text = librispeech_lengths(), h5py.string_dtype("utf-8")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("samples", (int(lengths.sum()),), dtype="<i2")
+        table = file.create_group("utterances")
+        names = [f"{index // 113}-{index // 20}-{index:06d}" for index in range(len(lengths))]
+        table.create_dataset("id", data=names, dtype=text)
+        table.create_dataset("split", data=["train"] * len(names), dtype=text)
+        table.create_dataset("speaker", data=[name.split("-")[0] for name in names], dtype=text)
+        table.create_dataset("start", data=np.cumsum(lengths) - lengths)
+        table.create_dataset("num_samples", data=lengths)
+        words = [("SAID THE OTHER AND SO IT WAS " * 7)[: length // 1_100] for length in lengths]
+        table.create_group("labels").create_dataset("text", data=words, dtype=text)
+        file.attrs.update(format_version=FORMAT_VERSION, name="librispeech-960", reader="librispeech")
+        file.attrs.update(digest="0" * 64, labels_digest="0" * 64, metadata="{}")
+    assert path.stat().st_size < 200e6  # of 110 GB
+    return path
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HuBERT Base as its config.json alone: 12 blocks of 768. No weights are there to load."""
+    folder = tmp_path_factory.mktemp("base")
+    HubertConfig().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(librispeech: Path, base_folder: Path) -> tuple[Corpus, Size]:
+    corpus = Corpus.open(librispeech)
+    return corpus, Size.of(Request(upstream=str(base_folder), corpus=librispeech), corpus)
+
+
+def plan(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["plan", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_librispeech_is_planned_within_ten_seconds_and_without_torch(librispeech: Path, base_folder: Path) -> None:
+    code = (
+        "import sys; from extract.__main__ import main\n"
+        f"sys.argv = ['x', 'plan', '--upstream', {str(base_folder)!r}, '--corpus', {str(librispeech)!r}, "
+        "'--sample-s', '0', '--layers', '4,8,12']\n"
+        "main()\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # The process's own time: nothing here waits, and a busy machine must not decide.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    assert "281,241" in done.stdout
+    assert "960.00 h" in done.stdout
+    assert "3 of 13: 4, 8, 12" in done.stdout
+
+
+def test_librispeechs_bytes_are_the_designs(large: tuple[Corpus, Size]) -> None:
+    """960 h at 50 frames a second: 13 Base layers take 3.45 TB in float16, not counting padding."""
+    _, size = large
+    assert size.audio_s == pytest.approx(LIBRISPEECH_S, rel=1e-4)
+    assert size.num_frames == pytest.approx(172.8e6, rel=0.01)
+    assert size.fill > 0.95
+    assert 13 * size.layer_bytes("float16") * size.fill == pytest.approx(3.45e12, rel=0.01)
+    assert size.layer_bytes("int8") == pytest.approx(size.layer_bytes("float16") / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_codec_says_what_it_needs(codec: str) -> None:
+    hidden_LFD = np.random.default_rng(0).normal(size=(3, 70, 12)).astype(np.float32)
+    codes, scale = CODECS[codec].encode(hidden_LFD)
+    assert CODECS[codec].nbytes(*hidden_LFD.shape) == codes.nbytes + (0 if scale is None else scale.nbytes)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("keep", [{"frames", "pooled"}, {"pooled"}])
+def test_the_store_takes_what_the_plan_said(
+    teacher: Path, corpus: Corpus, tmp_path: Path, codec: str, keep: set[str]
+) -> None:
+    common = {"upstream": str(teacher), "corpus": corpus.path, "codec": codec, "keep": frozenset(keep)}
+    common |= {"pack_frames": 256, "shard_packs": 1, "layers": (1, 3, 4)}
+    manifest, _ = extract(Settings(**common, store=tmp_path / "stores", manifest=tmp_path / "m.json"))
+    size = Size.of(Request(**common), corpus)
+    assert size.plan.summary() == manifest.plan
+    on_disk = {name: length for name, (length, _) in manifest.objects.items() if "/c/" in name or "rows/" in name}
+    said = size.disk_bytes(codec)
+    # Beside the numbers a shard has an index of 16 bytes a chunk and a checksum, a row file its header of 128 bytes.
+    spare = size.plan.num_shards * (2 * (3 * 16 + 4) + 128)
+    taken = sum(length for name, length in on_disk.items() if not name.startswith("index/"))
+    assert said <= taken <= said + spare
+
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {
+    "hubert": HubertModel,
+    "wav2vec2": Wav2Vec2Model,
+    "wavlm": WavLMModel,
+    "data2vec": Data2VecAudioModel,
+}
+CONFIGS = {
+    "hubert": HubertConfig(**TINY),
+    "wav2vec2": Wav2Vec2Config(**TINY, do_stable_layer_norm=True, feat_extract_norm="layer"),
+    "wavlm": WavLMConfig(**TINY),
+    "data2vec": Data2VecAudioConfig(**TINY),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")  # WavLM's own masks
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_says_what_the_loaded_model_gives(family: str, tmp_path: Path) -> None:
+    save_teacher(FAMILIES[family](CONFIGS[family]), tmp_path)
+    shape, loaded = read_shape(str(tmp_path)), load_upstream(find_upstream(str(tmp_path)))
+    assert vars(shape) == {field: getattr(loaded, field) for field in vars(shape)}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("distilhubert", RetortStackedStudent), ("gendistiller", RetortGenStudent)]
+)
+def test_a_students_config_says_what_the_student_gives(family: str, kind: type[RetortStudent], tmp_path: Path) -> None:
+    sizes = {key: TINY[key] for key in TINY if key != "num_hidden_layers"}
+    config = RetortStudentConfig(family=family, num_hidden_layers=3, stack_depth=1, **sizes)
+    save_student(tmp_path / "student", kind(config), made_from={})
+    shape = read_shape(str(tmp_path / "student"))
+    loaded = load_upstream(find_upstream(str(tmp_path / "student")), trust_remote_code=True)
+    assert vars(shape) == {field: getattr(loaded, field) for field in vars(shape)}
+    assert shape.num_layers == 4
+
+
+def test_filter_banks_have_a_shape_without_a_folder() -> None:
+    loaded = load_upstream(find_upstream("fbank"))
+    assert vars(read_shape("fbank")) == {field: getattr(loaded, field) for field in vars(read_shape("fbank"))}
+
+
+def test_the_break_even_is_where_the_two_costs_cross() -> None:
+    times = Times.of(audio_s=3.6e6, rate=100, disk_bytes=400e9, read_bytes=200e9, read_mb_s=500, write_mb_s=200)
+    assert times == Times(teacher_s=36_000, extraction_s=36_000, reading_s=400)
+    epochs = times.break_even_epochs
+    assert epochs == pytest.approx(36_000 / (36_000 - 400))
+    online_s, cached_s = times.after(20)
+    assert (online_s, cached_s) == (720_000, 36_000 + 20 * 400)
+    # A fast teacher: writing takes longer than its forward pass, and in the end reading does too.
+    fast = Times.of(audio_s=3.6e6, rate=5_000, disk_bytes=400e9, read_bytes=200e9, read_mb_s=500, write_mb_s=200)
+    assert (fast.teacher_s, fast.extraction_s) == (720, 2_000)
+    assert fast.break_even_epochs == pytest.approx(2_000 / 320)
+    faster = Times.of(audio_s=3.6e6, rate=9_000, disk_bytes=400e9, read_bytes=200e9, read_mb_s=500, write_mb_s=200)
+    assert faster.break_even_epochs is None
+
+
+@given(num_packs=st.integers(0, 500), count=st.integers(1, 60))
+def test_packs_of_a_sample_are_spread(num_packs: int, count: int) -> None:
+    packs = spread_packs(num_packs, count)
+    assert len(packs) == min(count, num_packs)
+    assert (np.diff(packs) > 0).all()
+    for part, pack in enumerate(packs):  # each lies in its own part of the plan
+        assert part * num_packs // len(packs) <= pack < (part + 1) * num_packs / len(packs)
+
+
+def test_a_sample_holds_the_seconds_asked_for_from_all_lengths(large: tuple[Corpus, Size]) -> None:
+    corpus, size = large
+    for sample_s in (60, 600, 3_600):
+        batches = sample_batches(size, corpus.num_samples, sample_s)
+        seconds = [corpus.num_samples[batch] / 16_000 for batch in batches]
+        assert len(batches) >= 4
+        assert sum(part.sum() for part in seconds) == pytest.approx(sample_s, rel=0.3 if sample_s == 60 else 0.1)
+        means = [float(part.mean()) for part in seconds]
+        assert means == sorted(means, reverse=True)
+        assert means[0] > 14 > 12 > means[-1]
+
+
+def test_the_command_times_a_real_upstream(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
+    said = plan("--upstream", teacher, "--corpus", corpus.path, "--pack-frames", 128, "--sample-s", 5)
+    assert said.exit_code == 0
+    assert "s of audio a second (timed on " in said.output
+    assert "break-even = extraction / (online epoch - reading)" in said.output
+    assert "?" not in said.output
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_given_rate_is_not_timed_and_loads_no_weights(base_folder: Path, corpus: Corpus) -> None:
+    command = ["--upstream", base_folder, "--corpus", corpus.path, "--rate", 2, "--student-layers", 4]
+    said = plan(*command, "--layers", "4,8", "--student-epochs", 20)
+    assert "2.0 s of audio a second (given by --rate)" in said.output
+    assert "reading the student's 1 layers" in said.output
+    audio_s = corpus.num_samples.sum() / 16_000
+    assert f"20 student epochs: {as_time(20 * audio_s / 2)} of an online teacher" in said.output
+    slow = plan(*command, "--layers", "4,8", "--read-mb-s", 0.01)
+    assert "never" in slow.output
+    assert "layer 4 is not among the kept ones, 8" in plan(*command, "--layers", "8").stderr
+
+
+def test_room_is_looked_for_where_the_store_will_lie(base_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    free = free_bytes(str(tmp_path / "not" / "yet" / "there"))
+    assert free is not None
+    assert free > 0
+    assert free_bytes("s3://bucket/stores") is None
+    arguments = ["--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, "--store", tmp_path / "stores"]
+    # One pack of two hundred thousand million frames, nearly all of them padding, to outgrow any disk.
+    huge = plan(*arguments, "--pack-frames", 200_000_000_000)
+    assert "warning: " in huge.output
+    assert "do not fit in" in huge.output
+    assert "warning" not in plan(*arguments, "--keep", "pooled", "--layers", "12").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--codec", "mp3"], "unknown codec 'mp3'"),
+        (["--keep", "pooled,audio"], "unknown --keep 'audio'"),
+        (["--keep", "frames"], "`pooled` costs little"),
+        (["--rate", "0"], "--rate 0.0: expected a number above 0"),
+        (["--sample-s", "-1"], "expected 0 or more"),
+        (["--layers", "13"], "no layer 13; it has 0 to 12"),
+        (["--pack-frames", "20"], "--pack-frames"),
+        (["--student-layers", "one"], "--student-layers 'one': expected"),
+    ],
+)
+def test_a_wrong_request_is_one_line(base_folder: Path, corpus: Corpus, arguments: list[str], message: str) -> None:
+    said = plan("--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, *arguments)
+    assert said.exit_code == 1
+    assert said.stderr.startswith("error: ") and message in said.stderr
+    assert said.stderr.count("\n") == 1
+
+
+def test_a_config_that_lacks_a_field_is_named(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "hubert", "hidden_size": 768}')
+    with pytest.raises(RetortError, match=r"config.json has no 'num_hidden_layers'"):
+        read_shape(str(tmp_path))
+
+
+def test_figures_are_told_in_readable_units() -> None:
+    assert [as_bytes(count) for count in (0, 999, 1_000, 1_734_000, 3.45e12)] == [
+        *("0 B", "999 B", "1 kB", "1.73 MB", "3.45 TB"),
+    ]
+    assert [as_time(seconds) for seconds in (0.04, 119, 121, 7_200, 360_000)] == [
+        *("0.0 s", "119.0 s", "2.0 min", "2.0 h", "100.0 h"),
+    ]
