@@ -1,0 +1,119 @@
+"""Profiles for real teachers: students of the published sizes, recipes that parse, and DVC stages on tiny folders."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from click.testing import CliRunner
+from dvc.repo import Repo
+
+from evaluate.tasks import TASKS
+from extract.errors import RetortError
+from extract.params import parse
+from pipelines.__main__ import main
+from pipelines.profiles import read_profile
+from train.config import read_student
+from train.losses import build_distiller
+
+ROOT = Path(__file__).parent.parent
+BASE = {"distilhubert": 23.49, "layerwise": 26.87, "interleaved": 26.87, "gendistiller": 16.99}  # M, METHODS.md 4
+# A layer-norm stem has a norm in each of 7 convolutions, 7 x 2 x 512 numbers where the group norm's had 2 x 512.
+LARGE = {"distilhubert": 23.50, "layerwise": 26.88, "interleaved": 26.88}
+PROFILES = {"hubert-base-ls960": BASE, "wavlm-base-plus": BASE, "wavlm-large": LARGE}
+
+
+@pytest.fixture
+def params(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    done = CliRunner().invoke(main, ["profile", request.param, "--out", str(path)])
+    assert done.exit_code == 0, done.output
+    return path
+
+
+@pytest.mark.parametrize("params", PROFILES, indirect=True)
+def test_every_student_has_its_published_size(params: Path, request: pytest.FixtureRequest) -> None:
+    profile = yaml.safe_load(params.read_text())
+    layers = tuple(int(layer) for layer in profile["teacher"]["layers"].split(","))
+    teacher_dim = 1024 if layers[-1] == 24 else 768
+    sizes = {}
+    for name in profile["students"]:
+        config = read_student(params, name)
+        assert config.targets == layers
+        with torch.device("meta"):
+            distiller = build_distiller(config, targets=layers, teacher_dim=teacher_dim, normalise=False)
+        sizes[name] = sum(parameter.numel() for parameter in distiller.student.parameters()) / 1e6
+    expected = PROFILES[request.node.callspec.params["params"]]
+    assert {name: sizes[name] for name in expected} == pytest.approx(expected, abs=0.1)
+    for task in profile["tasks"]:  # the reference's own recipes
+        recipe = TASKS[task].recipe
+        assert parse(recipe, profile["evaluate"][task], where=task) == recipe()
+
+
+def test_a_profile_says_only_what_differs(tmp_path: Path) -> None:
+    base, other = read_profile("hubert-base-ls960"), read_profile("wavlm-base-plus")
+    assert other["teacher"].pop("upstream") == "microsoft/wavlm-base-plus"
+    assert base["teacher"].pop("upstream") == "facebook/hubert-base-ls960"
+    assert other == base
+    with pytest.raises(RetortError, match="expected one of hubert-base-ls960, wavlm-base-plus, wavlm-large"):
+        read_profile("whisper")
+
+
+def test_the_old_params_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("mine: 1\n")
+    done = CliRunner().invoke(main, ["profile", "wavlm-large", "--out", str(path)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "params.yaml.before").read_text() == "mine: 1\n"
+    assert yaml.safe_load(path.read_text())["teacher"]["upstream"] == "microsoft/wavlm-large"
+
+
+def speak(place: Path, parts: list[str]) -> None:
+    """A LibriSpeech of one utterance of noise a part, in the published layout."""
+    generator = np.random.default_rng(0)
+    for number, part in enumerate(parts):
+        chapter = place / part / f"{number}" / "1"
+        chapter.mkdir(parents=True)
+        soundfile.write(chapter / f"{number}-1-0000.flac", generator.normal(size=48_000) * 0.1, 16_000)
+        (chapter / f"{number}-1.trans.txt").write_text(f"{number}-1-0000 A WORD\n")
+    (place / "SPEAKERS.TXT").write_text(";ID |SEX| SUBSET |MINUTES| NAME\n")
+
+
+@pytest.mark.parametrize("params", ["wavlm-large"], indirect=True)
+def test_dvc_plans_the_job_and_reads_a_folder_of_the_layout(params: Path, tmp_path: Path) -> None:
+    place = tmp_path / "clone"
+    place.mkdir()
+    for room in ("extract", "train", "evaluate", "pipelines"):
+        shutil.copytree(ROOT / room, place / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (ROOT / "dvc.yaml", ROOT / ".dvcignore", params):
+        shutil.copy(file, place)
+    parts = ["train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean", "test-other"]
+    speak(place / "data/librispeech/LibriSpeech", parts)
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("dvc", "init", "--no-scm", "--quiet")
+    planned = run("dvc", "dag", "report", "--full")
+    assert "teach" in planned and "distil@interleaved" in planned
+    with Repo(str(place)) as repo:
+        commands = {stage.name: stage.cmd for stage in repo.index.stages}
+    assert "--upstream microsoft/wavlm-large --name teacher" in commands["teach"]
+    assert "--layers 8,16,24" in commands["teach"] and "--device cuda" in commands["teach"]
+    assert commands["distil@gendistiller"].startswith("python -m train run --device cuda --student gendistiller")
+    assert sum(name.startswith("score-") for name in commands) == 6 * 4
+    # Deps of `report`: the demo's speech is none of them.
+    run("dvc", "repro", "corpus@distill")
+    card = json.loads((place / "corpora/distill.json").read_text())
+    assert card["splits"] == {"dev": 1, "train": 3}
+    assert not (place / "data/demo.json").exists()
