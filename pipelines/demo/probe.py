@@ -143,12 +143,13 @@ begins, so layer 8 learned to name the phone of every frame, the top to name the
 the mean over time of layer 4 to name the voice. Real masked-unit pre-training is too slow on two CPU cores. Its scores
 say nothing about speech foundation models.
 
-- Taught on 3.3 h of espeak-ng speech: 240 voices of 34 variants, sentences of a closed grammar, rooms, noise and levels
+- Taught on 6.5 h of espeak-ng speech: 480 voices of 34 variants, sentences of a closed grammar, rooms, noise and levels
   drawn by seed. Voices and sentences are disjoint from those of every scored corpus; the vocabulary is the same.
-- {steps} steps in two sittings of 20 minutes on two CPU cores that were shared with other heavy work; it was still
-  improving. The first grew the stack (stem, then 3, 6 and 12 blocks), the second went on at full depth.
+- 6,690 steps in three sittings: two of 20 minutes on two cores that were shared with other heavy work and on half of the
+  voices, one of 65 minutes on one core. The first grew the stack (stem, then 3, 6 and 12 blocks), the others went on at
+  full depth. `taught.json` has the settings of the last.
 - Waveforms are not normalised (`do_normalize: false`).
-- Made by `python -m pipelines.demo.lessons`, then `python -m pipelines.demo.teach` and the same with
+- Made by `python -m pipelines.demo.lessons`, then `python -m pipelines.demo.teach` and the same twice with
   `--second-sitting`, then `python -m pipelines.demo.probe`, which wrote this page. The learning rate follows the wall
   clock, so a second run gives other weights of the same kind. Three things came only on the way, and the script now has
   them from the start: a microphone for every utterance (from step 1,500 on), stretches of at most 2 s and the voice
