@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from extract.codec import CodecError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError
 from extract.plan import Plan, count_frames, plan_packs
 from extract.upstream import UpstreamCard, check_layers
 from extract.writer import EncodedPack, StoreWriter
