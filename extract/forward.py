@@ -119,13 +119,13 @@ class Transformer:
             _mend_stem(self.model)
             _mend_positional_stack(self.model)
         # A student's config need not say how many states it gives: a generator gives more than it has blocks.
-        probe = self._forward([np.zeros(self.receptive_samples + self.hop_samples, dtype=np.float32)])
+        probe = self.forward([np.zeros(self.receptive_samples + self.hop_samples, dtype=np.float32)])
         self.num_layers, self.dim = len(probe), probe[0].shape[-1]
 
     def hidden_states(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        states_BTD = self._forward(waveforms)
+        states_BTD = self.forward(waveforms)
         kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
         num_frames = self._num_frames(waveforms)
         return [np.stack([state_BTD[row, :count] for state_BTD in kept_LBTD]) for row, count in enumerate(num_frames)]
@@ -136,7 +136,7 @@ class Transformer:
         return [int(count) for count in frames]
 
     @torch.inference_mode()
-    def _forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
+    def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
         """All hidden states of a padded batch, each (B, T, D)."""
         num_samples = [len(waveform) for waveform in waveforms]
         batch = np.zeros((len(waveforms), max(num_samples)), dtype=np.float32)

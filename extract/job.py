@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from extract.codec import CodecError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError
 from extract.plan import Plan, count_frames, plan_packs
 from extract.upstream import UpstreamCard, check_layers
 from extract.writer import EncodedPack, StoreWriter
@@ -150,8 +149,6 @@ class Job:
             first = plan.first_frame[index]
             assert state_LTD.shape[1] == plan.num_frames[index]
             hidden_LFD[:, first : first + plan.num_frames[index]] = state_LTD
-        if not np.isfinite(hidden_LFD).all():
-            raise RetortError(f"the upstream gave numbers that are not finite in pack {pack}; try --dtype fp32")
         return hidden_LFD
 
 
@@ -159,6 +156,7 @@ class InProcess:
     """Writes shards in this process."""
 
     def __init__(self, request: Request) -> None:
+        self.request = request
         self.job = Job.open(request)
 
     def __enter__(self) -> Self:

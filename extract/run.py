@@ -74,17 +74,14 @@ def extract(settings: Settings) -> tuple[Manifest, bool]:
     card = find_upstream(
         settings.upstream, revision=settings.revision, normalise=settings.normalise, name=settings.name
     )
-    fingerprint = _fingerprint(card, settings)
-    place = {
-        "root": Path(settings.store).as_posix(),
-        "path": f"{card.name}-{fingerprint[:12]}/{corpus.name}-{corpus.digest[:12]}",
-    }
-    location = in_main_tree(place["root"]) / place["path"]
     seeded = not settings.seed_blocks or seed_path(settings.manifest).is_file()
-    if seeded and (found := _finished(location, place)):
+    if seeded and (found := _finished(_place(settings, corpus, card))):
         write_json(settings.manifest, found.to_dict())
         return found, False
-    return _extract(settings, corpus, card, fingerprint, place), True
+    if settings.seed_blocks and card.family == FBANK:
+        raise RetortError(f"--seed-blocks: upstream {card.id} has no blocks to seed a student from")
+    with _hands(settings, request_of(settings, corpus, card)) as hands:
+        return make_store(settings, corpus, card, hands), True
 
 
 def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
@@ -99,13 +96,26 @@ def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
     return sha256_json(recipe)
 
 
-def _request(settings: Settings, corpus: Corpus, card: UpstreamCard, location: Path) -> Request:
+def _place(settings: Settings, corpus: Corpus, card: UpstreamCard) -> dict[str, str]:
+    """Where the store lies: the root as given, and the path below it."""
+    return {
+        "root": Path(settings.store).as_posix(),
+        "path": f"{card.name}-{_fingerprint(card, settings)[:12]}/{corpus.name}-{corpus.digest[:12]}",
+    }
+
+
+def _location(place: dict[str, str]) -> Path:
+    return in_main_tree(place["root"]) / place["path"]
+
+
+def request_of(settings: Settings, corpus: Corpus, card: UpstreamCard) -> Request:
+    """What a process must know to write shards of the store of `settings`."""
     folder = None if card.folder is None else card.folder.resolve()
     same = ("layers", "codec", "keep", "pack_frames", "shard_packs", "drop_long", "dtype", "device", "threads")
     return Request(
         card=replace(card, folder=folder),
         corpus=corpus.path.resolve(),
-        location=location,
+        location=_location(_place(settings, corpus, card)),
         trust_remote_code=settings.trust_remote_code,
         **{key: getattr(settings, key) for key in same},
     )
@@ -119,8 +129,9 @@ def _hands(settings: Settings, request: Request) -> "InProcess | OnCluster":
     return OnCluster(request, workers=settings.workers, address=settings.scheduler)
 
 
-def _finished(location: Path, place: dict[str, str]) -> Manifest | None:
-    """The finished, undamaged (in size) store at `location`, if there is one."""
+def _finished(place: dict[str, str]) -> Manifest | None:
+    """The finished, undamaged (in size) store at a place, if there is one."""
+    location = _location(place)
     if not (location / MANIFEST_NAME).is_file():
         return None
     try:
@@ -130,23 +141,21 @@ def _finished(location: Path, place: dict[str, str]) -> Manifest | None:
     return Manifest(**manifest.__dict__ | {"store": place})
 
 
-def _extract(
-    settings: Settings, corpus: Corpus, card: UpstreamCard, fingerprint: str, place: dict[str, str]
-) -> Manifest:
-    if settings.seed_blocks and card.family == FBANK:
-        raise RetortError(f"--seed-blocks: upstream {card.id} has no blocks to seed a student from")
-    request = _request(settings, corpus, card, in_main_tree(place["root"]) / place["path"])
-    with _hands(settings, request) as hands:
-        facts = hands.facts()
-        writer = open_writer(request, corpus, facts)
-        writer.create()
-        if settings.seed_blocks:
-            _write_seed(settings, card)
-        shards = [shard for shard in range(writer.plan.num_shards) if not writer.finished(shard)]
-        total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
-        with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
-            hands.write(shards, bar.advance)
-    manifest = _describe(settings, corpus, card, facts, writer) | {"fingerprint": fingerprint, "store": place}
+def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "InProcess | OnCluster") -> Manifest:
+    """Make the store and the manifest of `settings` with hands that have their upstream; finished shards are kept."""
+    facts = hands.facts()
+    writer = open_writer(hands.request, corpus, facts)
+    writer.create()
+    if settings.seed_blocks:
+        _write_seed(settings, card)
+    shards = [shard for shard in range(writer.plan.num_shards) if not writer.finished(shard)]
+    total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
+    with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
+        hands.write(shards, bar.advance)
+    manifest = _describe(settings, corpus, card, facts, writer) | {
+        "fingerprint": _fingerprint(card, settings),
+        "store": _place(settings, corpus, card),
+    }
     finished = writer.finish(Manifest(**manifest), ids=corpus.ids)
     write_json(settings.manifest, finished.to_dict())
     return finished

@@ -8,9 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from extract.errors import RetortError
 from extract.files import written_aside
 
@@ -29,6 +26,10 @@ def write_seed(model: Any, path: Path, *, num_blocks: int) -> None:
     The positional convolution's weight norm is folded: its weight is what the convolution really uses.
     Raises RetortError when the model has fewer blocks.
     """
+    # Late: a finished store asks for its seed's place alone, and torch takes seconds to import.
+    import torch
+    from safetensors.torch import save_file
+
     blocks = model.encoder.layers
     if num_blocks > len(blocks):
         raise RetortError(f"--seed-blocks {num_blocks}: the upstream has {len(blocks)} blocks")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from extract.codec import CODECS, Codec, CodecError, Codes, Scale
+from extract.errors import RetortError
 from extract.files import read_json, sha256_file, sha256_json, write_json, written_aside
 from extract.plan import Plan
 from extract.store import MANIFEST_NAME, Manifest
@@ -93,12 +94,19 @@ class StoreWriter:
         )
 
     def encode_pack(self, pack: int, hidden_LFD: NDArray[np.float32]) -> EncodedPack:
-        """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0."""
+        """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0.
+
+        Raises RetortError where a value is not finite.
+        """
         means = []
         for index in self.plan.by_pack[pack]:
             first = self.plan.first_frame[index]
             own_LTD = hidden_LFD[:, first : first + self.plan.num_frames[index]]
-            means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
+            with np.errstate(invalid="ignore"):  # infinities of both signs, refused below
+                means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
+        # One value that is not finite makes a mean that is not, and float64 sums of float32 do not overflow.
+        if not all(np.isfinite(mean).all() for mean in means):
+            raise RetortError(f"the upstream gave numbers that are not finite in pack {pack}; try --dtype fp32")
         if "frames" not in self.keep:
             return EncodedPack(None, None, np.stack(means), CodecError.none(len(self.layers)))
         codes, scale = self.codec.encode(hidden_LFD)

@@ -1,16 +1,17 @@
-"""What ties the stages together: `python -m pipelines corpus | demo | profile | report`."""
+"""What ties the stages together: `python -m pipelines corpus | demo | profile | report | bench`."""
 
 from pathlib import Path
 
 import click
 
 from extract.errors import CommandGroup, RetortError
+from pipelines.bench import bench_command
 from pipelines.demo.corpora import demo_command
 from pipelines.profiles import profile_command
 from pipelines.report import report_command
 
 
-@click.group(cls=CommandGroup, help="Data set readers, the embedded demo, and the report.")
+@click.group(cls=CommandGroup, help="Data set readers, the embedded demo, the report, and benchmarks.")
 def main() -> None:
     pass
 
@@ -57,6 +58,7 @@ def corpus(
 main.add_command(demo_command, "demo")
 main.add_command(profile_command)
 main.add_command(report_command)
+main.add_command(bench_command)
 
 
 if __name__ == "__main__":

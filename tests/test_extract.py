@@ -20,6 +20,7 @@ from extract.__main__ import main
 from extract.codec import CODECS
 from extract.corpus import Corpus, write_corpus
 from extract.errors import RetortError
+from extract.plan import plan_packs
 from extract.run import Settings, extract
 from extract.store import StoreReader
 from extract.writer import StoreWriter
@@ -249,6 +250,19 @@ def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
     with pytest.raises(RetortError, match="no frames; extract with --keep frames,pooled"):
         reader.hidden("u000")
     assert not (reader.manifest.location / "hidden").exists()
+
+
+@pytest.mark.parametrize("wrong", [(np.nan,), (np.inf,), (-np.inf, np.inf)])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...]) -> None:
+    plan = plan_packs(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
+    keep = frozenset({"pooled"})
+    writer = StoreWriter(location=tmp_path, plan=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
+    hidden_LFD = np.full((2, 100, 4), np.finfo(np.float32).max)
+    hidden_LFD[:, 70:] = 0
+    assert np.isfinite(writer.encode_pack(0, hidden_LFD).means).all()  # as large as they come
+    hidden_LFD[1, 50 : 50 + len(wrong), 2] = wrong
+    with pytest.raises(RetortError, match="not finite in pack 0; try --dtype fp32"):
+        writer.encode_pack(0, hidden_LFD)
 
 
 def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:

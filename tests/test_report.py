@@ -20,11 +20,12 @@ from click.testing import CliRunner
 from extract.corpus import Corpus, Utterance, write_corpus
 from extract.errors import RetortError
 from extract.files import write_json
+from pipelines.machine import describe_machine
 from pipelines.report import report_command, speed, words
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Point, frontier, scatter, student_look
 from pipelines.report.command import read_config
 from pipelines.report.results import Upstream, read_curve, read_results
-from pipelines.report.speed import Speed, SpeedConfig, choose_waveforms, describe_machine, measure_speed
+from pipelines.report.speed import Speed, SpeedConfig, choose_waveforms, measure_speed
 
 TASKS = {
     "pr": ("per", False, {"teacher": 14.2, "demo-layerwise": 21.9, "demo-interleaved": 20.4, "demo-distilhubert": 30.1,

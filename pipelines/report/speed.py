@@ -4,13 +4,10 @@ All upstreams are loaded, warmed up, and then take turns on the same utterances,
 So a machine that slows down slows them all, and the median over rounds drops a hiccup.
 """
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError
 from extract.upstream import find_upstream
+from pipelines.machine import describe_machine
 from pipelines.report.results import Upstream
 
 if TYPE_CHECKING:  # the module imports torch, which only a measurement needs
@@ -121,25 +119,3 @@ def _take_turns(
             if number > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory and system: what a timing depends on, and nothing that names the machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "memory": f"{memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,88 @@
+"""`python -m pipelines bench NAME --out bench/NAME.json`: each benchmark as a command.
+
+Every import that costs time is late, since this module is loaded with every `python -m pipelines …`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.bench.measure import Progress
+
+
+@click.group("bench")
+def bench_command() -> None:
+    """Ours, its limit and its alternative, side by side in one run."""
+
+
+@bench_command.command("extract")
+@click.option("--upstream", help="A model's folder or hub id [default: the demo teacher].")
+@click.option(
+    "--shape",
+    metavar="NAME",
+    help="Not --upstream but random weights shaped as hubert-base, wavlm-base-plus, wavlm-large or hubert-demo.",
+)
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Utterances of this corpus [default: noise, once short (1 to 3 s) and once long (10 to 16 s)].",
+)
+@click.option("--seconds", default=600.0, show_default=True, help="Seconds of audio of a set.")
+@click.option("--rounds", default=3, show_default=True, help="How often each contender runs.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch and numpy [default: theirs].")
+@click.option("--codec", default="int8", show_default=True, help="As of `extract run`.")
+@click.option("--pack-frames", default=8192, show_default=True, help="As of `extract run`.")
+@click.option("--shard-packs", default=4, show_default=True, help="As of `extract run`.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("bench/extract.json"),
+    show_default=True,
+    help="Where the figures go, raw ones too.",
+)
+def extract_command(out: Path, **options: Any) -> None:
+    """`extract run` against the bare forward pass and against a script that dumps one utterance at a time.
+
+    Stores, dumps and made teachers go to a temporary folder (TMPDIR says where) and are removed.
+    """
+    from extract.files import write_json
+    from pipelines.bench.extract import ExtractBench, run_bench, tables, verdict
+
+    with _progress() as progress:
+        result = run_bench(ExtractBench(**options), progress)
+    write_json(out, result)
+    console = _console()
+    for table in tables(result):
+        console.print(table)
+    for line in [*verdict(result), f"All figures: {out}"]:
+        console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """What is running, on stderr: one live line in a terminal, plain lines elsewhere."""
+    from rich.console import Console
+
+    errors = Console(stderr=True, highlight=False, markup=False)
+    if not errors.is_terminal:
+        yield lambda text: errors.print(text, soft_wrap=True)
+        return
+    with errors.status("") as status:
+        yield status.update
+
+
+def _console() -> "Console":
+    """For tables: never narrower than they are, since a figure cut off is a wrong figure."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 120)
+    return console

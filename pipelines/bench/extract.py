@@ -1,0 +1,342 @@
+"""`python -m pipelines bench extract`: `extract run`, its limit and its alternative, on the same utterances.
+
+    bare      the limit: the forward pass alone, over the plan's batches, waveforms in memory, nothing kept
+    extract   `extract run`, from the loaded upstream to the manifest
+    dump      what people do today: one utterance at a time, all hidden states, stacked, to .npy in float16
+    matmul    large matrix products in the same precision: what the machine's arithmetic gives
+
+They take turns in every round (measure.py). Each has loaded its model and run it once before the clock starts.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.errors import RetortError, unknown
+from extract.files import sha256_json
+from extract.job import InProcess, Job
+from extract.memory import keep_freed_blocks
+from extract.run import Settings, make_store, request_of
+from extract.store import StoreReader
+from extract.upstream import find_upstream
+from pipelines.bench import material
+from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.machine import describe_machine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+_MATRIX_PRODUCTS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractBench:
+    """What `bench extract` was asked for. A `shape` (material.SHAPES) takes the place of an upstream."""
+
+    upstream: str | None
+    shape: str | None
+    corpus: Path | None
+    seconds: float
+    rounds: int
+    device: str
+    dtype: str
+    threads: int | None
+    codec: str
+    pack_frames: int
+    shard_packs: int
+
+    def __post_init__(self) -> None:
+        if self.upstream and self.shape:
+            raise RetortError(f"--upstream {self.upstream} and --shape {self.shape} exclude each other; give one")
+        if self.shape and self.shape not in material.SHAPES:
+            raise unknown("shape", self.shape, material.SHAPES)
+        for name in ("seconds", "rounds"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"--{name} {getattr(self, name)}: expected more than 0")
+
+
+def run_bench(bench: ExtractBench, progress: Progress) -> dict[str, Any]:
+    """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
+    load_before = os.getloadavg()[0]
+    with TemporaryDirectory(prefix="retort-bench-") as name:
+        scratch = Path(name)
+        upstream = _upstream(bench, scratch, progress)
+        progress("counting the operations of a forward pass")
+        flop_by_length = in_fresh_process(material.count_flop, upstream)
+        sets = {}
+        for title, corpus in _corpora(bench, scratch):
+            settings = Settings(
+                upstream=upstream,
+                corpus=corpus,
+                store=scratch,
+                manifest=scratch / "manifest.json",
+                codec=bench.codec,
+                dtype=bench.dtype,
+                device=bench.device,
+                pack_frames=bench.pack_frames,
+                shard_packs=bench.shard_packs,
+            )
+            sets[title] = _measure(bench, settings, flop_by_length, _prefixed(progress, title))
+    return {
+        "benchmark": "extract",
+        "machine": describe_machine() | {"load_before": round(load_before, 2)},
+        "versions": {library: version(library) for library in ("torch", "transformers", "zarr", "numpy")},
+        "settings": asdict(bench) | {"corpus": None if bench.corpus is None else bench.corpus.as_posix()},
+        "sets": sets,
+    }
+
+
+def _prefixed(progress: Progress, title: str) -> Progress:
+    return lambda text: progress(f"{title}, {text}")
+
+
+def _upstream(bench: ExtractBench, scratch: Path, progress: Progress) -> str:
+    if bench.shape is None:
+        upstream = bench.upstream or str(material.DEMO_TEACHER)
+        if (family := find_upstream(upstream).family) in ("fbank", "retort-student"):
+            raise RetortError(f"--upstream {upstream} is of family {family}; give a model of transformers' own")
+        return upstream
+    progress(f"making a teacher of {bench.shape}'s shape")
+    folder = scratch / bench.shape
+    in_fresh_process(material.make_teacher, folder, bench.shape)
+    return str(folder)
+
+
+def _corpora(bench: ExtractBench, scratch: Path) -> Iterator[tuple[str, Path]]:
+    if bench.corpus is None:
+        for name, lengths in material.LENGTHS.items():
+            material.make_noise(scratch / f"{name}.h5", lengths, seconds=bench.seconds)
+            yield name, scratch / f"{name}.h5"
+    else:
+        corpus = Corpus.open(bench.corpus)
+        material.take_part(scratch / f"{corpus.name}.h5", corpus, seconds=bench.seconds)
+        yield corpus.name, scratch / f"{corpus.name}.h5"
+
+
+def _measure(
+    bench: ExtractBench, settings: Settings, flop_by_length: tuple[float, float, float], progress: Progress
+) -> dict[str, Any]:
+    corpus = Corpus.open(settings.corpus)
+    flop = float(np.polyval(flop_by_length, corpus.num_samples).sum())
+    runs = take_turns(CONTENDERS, settings, rounds=bench.rounds, threads=bench.threads, progress=progress)
+    seen = {run.did["utterances_sha256"] for run in runs if run.contender != "matmul"}
+    assert len(seen) == 1, "the contenders worked on different utterances"
+    return summarise(runs, audio_s=float(corpus.num_samples.sum()) / SAMPLE_RATE_HZ, forward_flop=flop) | {
+        "utterances": _describe(corpus),
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    seconds = corpus.num_samples / SAMPLE_RATE_HZ
+    lengths = material.LENGTHS.get(corpus.name) if corpus.reader == material.NOISE else None
+    return {
+        "number": len(corpus),
+        "audio_s": float(seconds.sum()),
+        "shortest_s": round(float(seconds.min()), 3),
+        "median_s": round(float(np.median(seconds)), 3),
+        "longest_s": round(float(seconds.max()), 3),
+        "drawn": f"noise of {lengths}" if lengths else f"at random from {corpus.name}, seed {material.SEED}",
+        "digest": corpus.digest,
+    }
+
+
+def summarise(runs: Sequence[Run], *, audio_s: float, forward_flop: float) -> dict[str, Any]:
+    """Of the raw figures: speeds, shares and ratios, each as the median, least and most of the rounds.
+
+    `forward_flop` are the operations that the utterances need, one by one: padding counts against whoever pads.
+    """
+    matrix_rate = spread(runs, "matmul", lambda run: run.did["flop"] / run.wall_s)
+    contenders = {}
+    for name in ("bare", "extract", "dump"):
+        contenders[name] = {
+            "audio_s_per_s": asdict(spread(runs, name, lambda run: audio_s / run.wall_s)),
+            "cpu_s": asdict(spread(runs, name, lambda run: run.cpu_s)),
+            "peak_bytes": asdict(spread(runs, name, lambda run: run.peak_bytes)),
+            "share_of_matrix_rate": asdict(
+                spread(runs, name, lambda run: forward_flop / run.wall_s / matrix_rate.median)
+            ),
+        }
+        if all(run.peak_gpu_bytes is not None for run in runs):
+            contenders[name]["peak_gpu_bytes"] = asdict(spread(runs, name, lambda run: run.peak_gpu_bytes or 0))
+    return {
+        "forward_flop": forward_flop,
+        "matrix_flop_per_s": asdict(matrix_rate),
+        "contenders": contenders,
+        "times_as_fast": {
+            f"{one}/{other}": {clock: asdict(times_as_fast(runs, one, other, clock)) for clock in _CLOCKS}
+            for one, other in (("extract", "bare"), ("dump", "bare"), ("extract", "dump"))
+        },
+    }
+
+
+_CLOCKS = ("wall_s", "cpu_s")
+
+
+def tables(result: dict[str, Any]) -> "Iterator[Table]":
+    """One table a set of utterances, for the terminal."""
+    from rich.table import Table
+
+    for name, measured in result["sets"].items():
+        utterances, rate = measured["utterances"], measured["matrix_flop_per_s"]["median"]
+        table = Table(
+            title=f"{name}: {utterances['audio_s']:.0f} s of audio in {utterances['number']} utterances of "
+            f"{utterances['shortest_s']:.1f} to {utterances['longest_s']:.1f} s",
+            caption=f"{rate / 1e9:,.0f} GFLOP/s in matrix products; a forward pass needs "
+            f"{measured['forward_flop'] / utterances['audio_s'] / 1e9:.2f} GFLOP a second of audio",
+            title_justify="left",
+            caption_justify="left",
+        )
+        table.add_column("")
+        for heading in ("audio s / s", "as fast as bare", "by CPU time", "of matrix rate", "peak memory"):
+            table.add_column(heading, justify="right")
+        for contender, figures in measured["contenders"].items():
+            speed, to_bare = figures["audio_s_per_s"], measured["times_as_fast"].get(f"{contender}/bare")
+            table.add_row(
+                contender,
+                f"{speed['median']:.1f} ({speed['min']:.1f}–{speed['max']:.1f})",
+                *(f"{to_bare[clock]['median']:.1%}" if to_bare else "" for clock in _CLOCKS),
+                f"{figures['share_of_matrix_rate']['median']:.1%}",
+                " + ".join(
+                    f"{figures[key]['median'] / 2**20:,.0f} MiB{where}"
+                    for key, where in (("peak_bytes", ""), ("peak_gpu_bytes", " on the GPU"))
+                    if key in figures
+                ),
+            )
+        yield table
+
+
+def verdict(result: dict[str, Any]) -> Iterator[str]:
+    """One line a set: `extract run` against its limit and against its alternative."""
+    for name, measured in result["sets"].items():
+        limit, dumped = (measured["times_as_fast"][f"extract/{other}"] for other in ("bare", "dump"))
+        wall, other = limit["wall_s"], dumped["wall_s"]
+        yield (
+            f"{name}: extract run reaches {wall['median']:.1%} of the bare forward pass ({wall['min']:.1%} to "
+            f"{wall['max']:.1%}; by CPU time {limit['cpu_s']['median']:.1%}) and {other['median']:.2f} times the speed "
+            f"of dumping one utterance at a time ({other['min']:.2f} to {other['max']:.2f}; by CPU time "
+            f"{dumped['cpu_s']['median']:.2f})"
+        )
+
+
+# The contenders: each in a process of its own.
+
+
+def bare(settings: Settings) -> Clocked:
+    """The forward pass over the plan's batches."""
+    job = _hands(settings).job
+    plan = job.writer.plan
+    packs = [[job.corpus.waveform(int(index)) for index in members] for members in plan.by_pack]
+    forward = _forward_of(job)
+    forward(packs[0])
+    yield
+    for waveforms in packs:
+        forward(waveforms)
+    yield
+    return _did((job.corpus.ids[index], int(plan.num_frames[index])) for members in plan.by_pack for index in members)
+
+
+def extract_run(settings: Settings) -> Clocked:
+    """What `extract run` does when its upstream is loaded."""
+    with TemporaryDirectory(dir=settings.store) as folder:
+        settings = replace(settings, store=Path(folder), manifest=Path(folder) / "manifest.json")
+        with _hands(settings) as hands:
+            job = hands.job
+            _forward_of(job)([job.corpus.waveform(int(index)) for index in job.writer.plan.by_pack[0]])
+            yield
+            make_store(settings, job.corpus, job.request.card, hands)
+            yield
+        store = StoreReader.open(settings.manifest)
+        return _did(zip(store.ids, map(int, store.num_frames), strict=True)) | {
+            "stored_bytes": sum(size for size, _ in store.manifest.objects.values()),
+            "plan": store.manifest.plan,
+        }
+
+
+def dump(settings: Settings) -> Clocked:
+    """The script that everyone writes: transformers, one utterance at a time, np.save."""
+    import torch
+    from transformers import AutoFeatureExtractor, AutoModel, logging
+
+    corpus = Corpus.open(settings.corpus)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    prepare = AutoFeatureExtractor.from_pretrained(settings.upstream)  # type: ignore[no-untyped-call]
+    model = AutoModel.from_pretrained(settings.upstream, dtype=torch.float32).eval().to(settings.device)
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
+    precision = torch.autocast(torch.device(settings.device).type, autocast) if autocast else nullcontext()
+
+    def states(index: int) -> Any:
+        inputs = prepare(corpus.waveform(index), sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_values
+        with torch.inference_mode(), precision:
+            return torch.stack(model(inputs.to(settings.device), output_hidden_states=True).hidden_states)[:, 0]
+
+    states(int(np.argmax(corpus.num_samples)))
+    with TemporaryDirectory(dir=settings.store) as folder:
+        yield
+        for index, name in enumerate(corpus.ids):
+            np.save(Path(folder) / f"{name}.npy", states(index).half().cpu().numpy())
+        yield
+        files = [Path(folder) / f"{name}.npy" for name in corpus.ids]
+        return _did((file.stem, np.load(file, mmap_mode="r").shape[1]) for file in files) | {
+            "stored_bytes": sum(file.stat().st_size for file in files)
+        }
+
+
+def matmul(settings: Settings) -> Clocked:
+    """Products of square matrices, large enough to be bound by arithmetic."""
+    import torch
+
+    device = torch.device(settings.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
+    size = _MATRIX_SIZE.get(device.type, _MATRIX_SIZE["cuda"])
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    product = left @ right
+    yield
+    for _ in range(_MATRIX_PRODUCTS):
+        torch.mm(left, right, out=product)
+    yield
+    return {
+        "flop": _MATRIX_PRODUCTS * 2 * size**3,
+        "size": size,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+CONTENDERS: dict[str, Callable[[Settings], Clocked]] = {
+    "bare": bare,
+    "extract": extract_run,
+    "dump": dump,
+    "matmul": matmul,
+}
+
+
+def _hands(settings: Settings) -> InProcess:
+    """The command's own, with the upstream loaded."""
+    keep_freed_blocks()  # as the command does, and for its limit too
+    corpus, card = Corpus.open(settings.corpus), find_upstream(settings.upstream)
+    return InProcess(request_of(settings, corpus, card))
+
+
+def _forward_of(job: Job) -> "Callable[[Sequence[NDArray[np.float32]]], list[Tensor]]":
+    from extract.forward import Transformer
+
+    assert isinstance(job.upstream, Transformer)
+    return job.upstream.forward
+
+
+def _did(frames: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """Utterances and their frames, as a contender really processed them."""
+    rows = sorted(frames)
+    return {"num_utterances": len(rows), "utterances_sha256": sha256_json(rows)}
