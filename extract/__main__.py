@@ -109,10 +109,9 @@ def plan(layers: str | None, keep: str, student_layers: str | None, **options: A
 )
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
-    default=Path("stores"),
+    default="stores",
     show_default=True,
-    help="ROOT of all stores.",
+    help="ROOT of all stores: a folder, or a URL such as s3://bucket/prefix.",
 )
 @click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
 @click.option(
@@ -216,7 +215,7 @@ def info(manifest: Path) -> None:
         "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
-        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
+        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.place}",
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
     }

@@ -14,11 +14,12 @@ import numpy as np
 from extract.codec import CODECS
 from extract.corpus import Corpus
 from extract.errors import RetortError, unknown
-from extract.files import in_main_tree, sha256_json, write_json
+from extract.files import in_main_tree, parse_json, sha256_json, write_json
 from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_of
+from extract.place import is_url, place_of, root_text
 from extract.progress import ProgressBar
 from extract.seed import seed_path, write_seed
-from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, StoreReader, check_keep
+from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, check_keep, check_sizes
 from extract.upstream import FBANK, UpstreamCard, find_upstream
 from extract.writer import StoreWriter
 
@@ -35,7 +36,7 @@ class Settings:
     upstream: str
     corpus: Path
     manifest: Path
-    store: Path = Path("stores")
+    store: Path | str = Path("stores")  # the root of all stores: a folder or a URL
     name: str | None = None
     revision: str | None = None
     layers: tuple[int, ...] | None = None
@@ -75,16 +76,15 @@ def extract(settings: Settings) -> tuple[Manifest, bool]:
         settings.upstream, revision=settings.revision, normalise=settings.normalise, name=settings.name
     )
     fingerprint = _fingerprint(card, settings)
-    place = {
-        "root": Path(settings.store).as_posix(),
+    store = {
+        "root": root_text(settings.store),
         "path": f"{card.name}-{fingerprint[:12]}/{corpus.name}-{corpus.digest[:12]}",
     }
-    location = in_main_tree(place["root"]) / place["path"]
     seeded = not settings.seed_blocks or seed_path(settings.manifest).is_file()
-    if seeded and (found := _finished(location, place)):
+    if seeded and (found := _finished(store)):
         write_json(settings.manifest, found.to_dict())
         return found, False
-    return _extract(settings, corpus, card, fingerprint, place), True
+    return _extract(settings, corpus, card, fingerprint, store), True
 
 
 def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
@@ -99,13 +99,14 @@ def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
     return sha256_json(recipe)
 
 
-def _request(settings: Settings, corpus: Corpus, card: UpstreamCard, location: Path) -> Request:
+def _request(settings: Settings, corpus: Corpus, card: UpstreamCard, store: dict[str, str]) -> Request:
     folder = None if card.folder is None else card.folder.resolve()
     same = ("layers", "codec", "keep", "pack_frames", "shard_packs", "drop_long", "dtype", "device", "threads")
     return Request(
         card=replace(card, folder=folder),
         corpus=corpus.path.resolve(),
-        location=location,
+        root=store["root"] if is_url(store["root"]) else str(in_main_tree(store["root"])),
+        path=store["path"],
         trust_remote_code=settings.trust_remote_code,
         **{key: getattr(settings, key) for key in same},
     )
@@ -119,23 +120,26 @@ def _hands(settings: Settings, request: Request) -> "InProcess | OnCluster":
     return OnCluster(request, workers=settings.workers, address=settings.scheduler)
 
 
-def _finished(location: Path, place: dict[str, str]) -> Manifest | None:
-    """The finished, undamaged (in size) store at `location`, if there is one."""
-    if not (location / MANIFEST_NAME).is_file():
+def _finished(store: dict[str, str]) -> Manifest | None:
+    """The finished, undamaged (in size) store, if there is one."""
+    place, name = place_of(**store), MANIFEST_NAME
+    if place.size(name) is None:
         return None
+    data = place.read(name)
     try:
-        manifest = StoreReader.open(location / MANIFEST_NAME).manifest
+        manifest = Manifest.from_dict(parse_json(data, where=f"{place}/{name}"), path=f"{place}/{name}")
+        check_sizes(manifest.objects, place, source=f"{place}/{name}")
     except RetortError:
         return None  # damaged: the shards that are whole are kept, the others made again
-    return Manifest(**manifest.__dict__ | {"store": place})
+    return replace(manifest, store=store)
 
 
 def _extract(
-    settings: Settings, corpus: Corpus, card: UpstreamCard, fingerprint: str, place: dict[str, str]
+    settings: Settings, corpus: Corpus, card: UpstreamCard, fingerprint: str, store: dict[str, str]
 ) -> Manifest:
     if settings.seed_blocks and card.family == FBANK:
         raise RetortError(f"--seed-blocks: upstream {card.id} has no blocks to seed a student from")
-    request = _request(settings, corpus, card, in_main_tree(place["root"]) / place["path"])
+    request = _request(settings, corpus, card, store)
     with _hands(settings, request) as hands:
         facts = hands.facts()
         writer = open_writer(request, corpus, facts)
@@ -146,7 +150,7 @@ def _extract(
         total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
         with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
             hands.write(shards, bar.advance)
-    manifest = _describe(settings, corpus, card, facts, writer) | {"fingerprint": fingerprint, "store": place}
+    manifest = _describe(settings, corpus, card, facts, writer) | {"fingerprint": fingerprint, "store": store}
     finished = writer.finish(Manifest(**manifest), ids=corpus.ids)
     write_json(settings.manifest, finished.to_dict())
     return finished
