@@ -1,4 +1,4 @@
-"""Stage one's commands: `python -m extract plan | run | verify | info | stats`."""
+"""Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -109,10 +109,9 @@ def plan(layers: str | None, keep: str, student_layers: str | None, **options: A
 )
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
-    default=Path("stores"),
+    default="stores",
     show_default=True,
-    help="ROOT of all stores.",
+    help="ROOT of all stores: a folder, or a URL such as s3://bucket/prefix.",
 )
 @click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
 @click.option(
@@ -216,7 +215,7 @@ def info(manifest: Path) -> None:
         "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
-        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
+        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.place}",
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
     }
@@ -266,6 +265,27 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
     Console().print(table_of(found))
     for path in write_stats(found, reader, out or Path("stats") / manifest.stem):
         click.echo(path)
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.argument("newroot")
+@click.option(
+    "--manifest",
+    "new_manifest",
+    type=click.Path(path_type=Path),
+    help="Also write the new root's manifest here, with the teacher's seed beside it if there is one.",
+)
+def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
+    """Copy a finished store to another ROOT, a folder or a URL; checked, and resumed when it was killed."""
+    from extract.mirror import mirror as copy_store
+
+    done = copy_store(manifest, newroot, new_manifest=new_manifest)
+    click.echo(
+        f"{done.place}: {done.copied_objects} of {len(done.manifest.objects)} objects copied "
+        f"({done.copied_bytes / 1e6:.1f} MB), the others were there already"
+        + (f"; {new_manifest} is its manifest" if new_manifest else "")
+    )
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:

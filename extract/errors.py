@@ -45,8 +45,9 @@ class CommandGroup(click.Group):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            full = error.filename2 or error.filename  # of a copy, the second is the one that is written
             _stop(
-                f"no space left on the disk{f' at {error.filename}' if error.filename else ''}: nothing half-written "
+                f"no space left on the disk{f' at {full}' if full else ''}: nothing half-written "
                 "was kept; make room and run the same command again, it goes on from there"
             )
 

@@ -56,20 +56,31 @@ def _flush(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON with sorted keys, atomically."""
     with written_aside(Path(path)) as aside:
-        aside.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: object) -> str:
+    """A JSON value as our files have it."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises RetortError when the file is missing or is no JSON object."""
-    path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise RetortError(f"{path} does not exist; run the stage that makes it (`dvc repro` runs all)") from None
+    return parse_json(data, where=str(path))
+
+
+def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
+    """Bytes as a JSON object. Raises RetortError, which names `where` they came from, when they are none."""
+    try:
+        value = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RetortError(f"{path} is not JSON ({error}); delete it and run the stage that makes it again") from None
+        raise RetortError(f"{where} is not JSON ({error}); delete it and run the stage that makes it again") from None
     if not isinstance(value, dict):
-        raise RetortError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        raise RetortError(f"{where} holds a JSON {type(value).__name__}, expected an object")
     return value
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from extract.codec import CodecError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.place import RemotePlace, place_of
 from extract.plan import Plan, count_frames, plan_packs
 from extract.upstream import UpstreamCard, check_layers
 from extract.writer import EncodedPack, StoreWriter
@@ -39,7 +40,8 @@ class Request:
 
     card: UpstreamCard
     corpus: Path
-    location: Path
+    root: str  # of all stores: an absolute folder or a URL
+    path: str  # of this store below it
     layers: tuple[int, ...] | None
     codec: str
     keep: frozenset[str]
@@ -105,6 +107,8 @@ class Job:
             dtype_error={},
         )
         writer = open_writer(request, corpus, facts)
+        if writer.remote:
+            writer.create()  # in this process's own workshop
         if request.dtype != "fp32":
             facts = replace(facts, dtype_error=_dtype_error(request, upstream, corpus, writer))
         return cls(request, upstream, corpus, facts, writer)
@@ -201,8 +205,10 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         shard_packs=request.shard_packs,
         drop_long=request.drop_long,
     )
+    place = place_of(request.root, request.path)
     return StoreWriter(
-        location=request.location,
+        location=place.workshop(),
+        remote=place if isinstance(place, RemotePlace) else None,
         plan=plan,
         layers=check_layers(request.layers, facts.num_layers, request.card.id),
         dim=facts.dim,

@@ -65,7 +65,8 @@ class ProgressBar:
             self._bar.update(self._task, completed=self.done, detail=detail)
             return
         now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES or self.done >= self.total:
+        at_end = self.done >= self.total * (1 - 1e-9)  # a sum of floats, which may end just short of another
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or at_end:
             self._last_line = now
             left = self.elapsed_s / max(self.done - self.before, 1e-9) * max(self.total - self.done, 0)
             self.say(

@@ -14,11 +14,12 @@ import numpy as np
 from extract.codec import CODECS
 from extract.corpus import Corpus
 from extract.errors import RetortError, unknown
-from extract.files import in_main_tree, sha256_json, write_json
+from extract.files import in_main_tree, parse_json, sha256_json, write_json
 from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_of
+from extract.place import is_url, place_of, root_text
 from extract.progress import ProgressBar
 from extract.seed import seed_path, write_seed
-from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, StoreReader, check_keep
+from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, check_keep, check_sizes
 from extract.upstream import FBANK, UpstreamCard, find_upstream
 from extract.writer import StoreWriter
 
@@ -35,7 +36,7 @@ class Settings:
     upstream: str
     corpus: Path
     manifest: Path
-    store: Path = Path("stores")
+    store: Path | str = Path("stores")  # the root of all stores: a folder or a URL
     name: str | None = None
     revision: str | None = None
     layers: tuple[int, ...] | None = None
@@ -75,7 +76,7 @@ def extract(settings: Settings) -> tuple[Manifest, bool]:
         settings.upstream, revision=settings.revision, normalise=settings.normalise, name=settings.name
     )
     seeded = not settings.seed_blocks or seed_path(settings.manifest).is_file()
-    if seeded and (found := _finished(_place(settings, corpus, card))):
+    if seeded and (found := _finished(_store(settings, corpus, card))):
         write_json(settings.manifest, found.to_dict())
         return found, False
     if settings.seed_blocks and card.family == FBANK:
@@ -96,26 +97,24 @@ def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
     return sha256_json(recipe)
 
 
-def _place(settings: Settings, corpus: Corpus, card: UpstreamCard) -> dict[str, str]:
+def _store(settings: Settings, corpus: Corpus, card: UpstreamCard) -> dict[str, str]:
     """Where the store lies: the root as given, and the path below it."""
     return {
-        "root": Path(settings.store).as_posix(),
+        "root": root_text(settings.store),
         "path": f"{card.name}-{_fingerprint(card, settings)[:12]}/{corpus.name}-{corpus.digest[:12]}",
     }
 
 
-def _location(place: dict[str, str]) -> Path:
-    return in_main_tree(place["root"]) / place["path"]
-
-
 def request_of(settings: Settings, corpus: Corpus, card: UpstreamCard) -> Request:
     """What a process must know to write shards of the store of `settings`."""
+    store = _store(settings, corpus, card)
     folder = None if card.folder is None else card.folder.resolve()
     same = ("layers", "codec", "keep", "pack_frames", "shard_packs", "drop_long", "dtype", "device", "threads")
     return Request(
         card=replace(card, folder=folder),
         corpus=corpus.path.resolve(),
-        location=_location(_place(settings, corpus, card)),
+        root=store["root"] if is_url(store["root"]) else str(in_main_tree(store["root"])),
+        path=store["path"],
         trust_remote_code=settings.trust_remote_code,
         **{key: getattr(settings, key) for key in same},
     )
@@ -129,16 +128,18 @@ def _hands(settings: Settings, request: Request) -> "InProcess | OnCluster":
     return OnCluster(request, workers=settings.workers, address=settings.scheduler)
 
 
-def _finished(place: dict[str, str]) -> Manifest | None:
-    """The finished, undamaged (in size) store at a place, if there is one."""
-    location = _location(place)
-    if not (location / MANIFEST_NAME).is_file():
+def _finished(store: dict[str, str]) -> Manifest | None:
+    """The finished, undamaged (in size) store, if there is one."""
+    place, name = place_of(**store), MANIFEST_NAME
+    if place.size(name) is None:
         return None
+    data = place.read(name)
     try:
-        manifest = StoreReader.open(location / MANIFEST_NAME).manifest
+        manifest = Manifest.from_dict(parse_json(data, where=f"{place}/{name}"), path=f"{place}/{name}")
+        check_sizes(manifest.objects, place, source=f"{place}/{name}")
     except RetortError:
         return None  # damaged: the shards that are whole are kept, the others made again
-    return Manifest(**manifest.__dict__ | {"store": place})
+    return replace(manifest, store=store)
 
 
 def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "InProcess | OnCluster") -> Manifest:
@@ -154,7 +155,7 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
         hands.write(shards, bar.advance)
     manifest = _describe(settings, corpus, card, facts, writer) | {
         "fingerprint": _fingerprint(card, settings),
-        "store": _place(settings, corpus, card),
+        "store": _store(settings, corpus, card),
     }
     finished = writer.finish(Manifest(**manifest), ids=corpus.ids)
     write_json(settings.manifest, finished.to_dict())

@@ -13,7 +13,7 @@
 `python -m extract info M.json` prints what a manifest says; `python -m extract verify M.json` checks every byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from extract.codec import CODECS, Codes, Scale
 from extract.corpus import Corpus
 from extract.errors import RetortError, unknown
-from extract.files import in_main_tree, read_json, sha256_file
+from extract.files import read_json
+from extract.place import CachedPlace, Expected, Place, RemotePlace, place_of
 from extract.plan import group_by_pack
 
 FORMAT_VERSION = 2
@@ -40,6 +41,11 @@ def check_keep(keep: frozenset[str]) -> None:
         raise unknown("--keep", min(odd), KEEP)
     if "pooled" not in keep:
         raise RetortError(f"--keep {','.join(sorted(keep))}: `pooled` costs little and is always kept; add it")
+
+
+def card_name(shard: int) -> str:
+    """The object that says that a shard is finished."""
+    return f"shards/{shard:05d}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class Manifest:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any], *, path: Path) -> "Manifest":
+    def from_dict(cls, value: dict[str, Any], *, path: Path | str) -> "Manifest":
         """Strict: every field, no other. Raises RetortError that names what differs."""
         if value.get("format_version") != FORMAT_VERSION or not value.get("complete"):
             raise RetortError(
@@ -97,9 +103,32 @@ class Manifest:
         return cls.from_dict(read_json(path), path=path)
 
     @property
+    def place(self) -> Place:
+        """Where the store's objects lie."""
+        return place_of(self.store["root"], self.store["path"])
+
+    @property
     def location(self) -> Path:
-        """The store's folder."""
-        return in_main_tree(self.store["root"]) / self.store["path"]
+        """The store's folder. Raises RetortError for a store at a URL."""
+        if isinstance(place := self.place, RemotePlace):
+            raise RetortError(
+                f"this needs a store in a folder, not at {place}; copy it with `python -m extract mirror`"
+            )
+        return place.folder
+
+
+def check_sizes(objects: Mapping[str, Expected], place: Place | CachedPlace, *, source: object) -> None:
+    """Raises RetortError, which names the `source`, unless all `objects` are at `place` with their sizes."""
+    found = {name: place.size(name) for name in objects}
+    if not any(found.values()):
+        raise RetortError(f"the store of {source} is gone: nothing lies at {place}; run `python -m extract run` again")
+    for name, (size, _) in objects.items():
+        if found[name] != size:
+            raise RetortError(
+                f"the store of {source} is damaged: {place}/{name} has "
+                f"{'no file' if found[name] is None else f'{found[name]} bytes'}, "
+                f"expected {size} bytes; `python -m extract run` repairs it"
+            )
 
 
 @dataclass(frozen=True)
@@ -132,6 +161,9 @@ class StoreReader:
         self.keep = frozenset(manifest.keep)
         self.num_packs: int = manifest.plan["num_packs"]
         self.pack_frames: int = manifest.plan["pack_frames"]
+        # `rows/` is the writer's: what no reader asks for need be neither looked for nor fetched.
+        self._objects = {name: expected for name, expected in manifest.objects.items() if not name.startswith("rows/")}
+        self._place = manifest.place.cached(manifest.digest, self._objects)
 
     @classmethod
     def open(cls, manifest: Path | str, corpus: Corpus | None = None) -> "StoreReader":
@@ -141,7 +173,7 @@ class StoreReader:
         """
         path = Path(manifest)
         reader = cls(Manifest.read(path), source=path)
-        reader._check_sizes()
+        check_sizes(reader._objects, reader._place, source=path)
         if corpus is not None and corpus.digest != reader.manifest.corpus["digest"]:
             raise RetortError(
                 f"{path} describes features of corpus {reader.manifest.corpus['name']} "
@@ -150,36 +182,18 @@ class StoreReader:
             )
         return reader
 
-    def _check_sizes(self) -> None:
-        location = self.manifest.location
-        if not location.is_dir():
-            raise RetortError(
-                f"the store of {self.source} is gone: {location} does not exist; run `python -m extract run` again"
-            )
-        for name, (size, _) in self.manifest.objects.items():
-            file = location / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                raise RetortError(
-                    f"the store of {self.source} is damaged: {file} has "
-                    f"{'no file' if found is None else f'{found} bytes'}, "
-                    f"expected {size} bytes; `python -m extract run` repairs it"
-                )
-
     def damaged(self) -> list[str]:
-        """Names of the objects whose bytes do not match the manifest (reads every byte)."""
-        location = self.manifest.location
+        """Names of the objects whose bytes, where they lie, do not match the manifest (reads every byte)."""
+        place = self.manifest.place
         return [
             name
             for name, (size, digest) in self.manifest.objects.items()
-            if not (location / name).is_file()
-            or (location / name).stat().st_size != size
-            or sha256_file(location / name) != digest
+            if place.size(name) != size or place.sha256(name) != digest
         ]
 
     @cached_property
     def _group(self) -> zarr.Group:
-        return zarr.open_group(self.manifest.location, mode="r")
+        return zarr.open_group(self._place.zarr_store(), mode="r")
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._group[name]

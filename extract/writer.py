@@ -4,6 +4,10 @@ A shard's arrays are written first (zarr renames each object into place), then `
 shard is finished and holds the digests of its objects. Whoever comes again skips finished shards. `finish` gathers the
 pooled rows (kept in `rows/`, so that `pooled` can be made again), writes the index and then the manifest: a store
 without a manifest is never read.
+
+A store at a URL is made in a passing folder of each process. A shard's objects are put, then its card; the disk that
+its arrays took is freed at once, so a folder holds a few shards and the pooled rows. What is finished is what the other
+side has.
 """
 
 import fcntl
@@ -19,9 +23,10 @@ from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from extract.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.errors import RetortError
-from extract.files import read_json, sha256_file, sha256_json, write_json, written_aside
+from extract.files import parse_json, sha256_file, sha256_json, write_json, written_aside
+from extract.place import LocalPlace, Place, RemotePlace
 from extract.plan import Plan
-from extract.store import MANIFEST_NAME, Manifest
+from extract.store import MANIFEST_NAME, Manifest, card_name
 
 _POOLED_ROWS = 4096  # utterances a chunk of `pooled`
 
@@ -38,7 +43,10 @@ class EncodedPack:
 
 @dataclass(frozen=True)
 class StoreWriter:
-    """Writes one store at `location`. Every method may run in any process; a shard belongs to one of them."""
+    """Writes one store at `location`, and on to `remote` if there is one.
+
+    Every method may run in any process; a shard belongs to one of them.
+    """
 
     location: Path
     plan: Plan
@@ -46,6 +54,12 @@ class StoreWriter:
     dim: int
     codec_name: str
     keep: frozenset[str]
+    remote: RemotePlace | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where the finished store lies."""
+        return self.remote or LocalPlace(self.location)
 
     @property
     def codec(self) -> Codec:
@@ -84,14 +98,9 @@ class StoreWriter:
 
     def finished(self, shard: int) -> bool:
         """Whether the shard is written, its objects in place with the recorded sizes."""
-        card = self._card(shard)
-        if not card.is_file():
+        if self.place.size(card_name(shard)) is None:
             return False
-        objects = read_json(card)["objects"]
-        return all(
-            (file := self.location / name).is_file() and file.stat().st_size == size
-            for name, (size, _) in objects.items()
-        )
+        return all(self.place.size(name) == size for name, (size, _) in self._read_card(shard)["objects"].items())
 
     def encode_pack(self, pack: int, hidden_LFD: NDArray[np.float32]) -> EncodedPack:
         """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0.
@@ -126,7 +135,11 @@ class StoreWriter:
         # A shard of zeros has no object: its absence reads as zeros, and leaves nothing to check.
         objects = {name: _fingerprint(self.location / name) for name in names if (self.location / name).is_file()}
         error = sum((pack.error for pack in packs), CodecError.none(len(self.layers)))
-        write_json(self._card(shard), {"objects": objects, "codec_error": error.to_dict()})
+        write_json(self.location / card_name(shard), {"objects": objects, "codec_error": error.to_dict()})
+        if self.remote:
+            self._send([*objects, card_name(shard)], self.remote)
+            for name in objects.keys() - {f"rows/{shard:05d}.npy"}:
+                (self.location / name).unlink()
 
     def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
         """Write one shard of an array; return the name of its object."""
@@ -134,6 +147,10 @@ class StoreWriter:
         assert isinstance(array, zarr.Array)
         array[where.start : where.stop] = np.stack(blocks)
         return f"{name}/c/{shard}" + "/0" * (array.ndim - 1)
+
+    def _send(self, names: list[str], remote: RemotePlace) -> None:
+        for name in names:
+            remote.put(self.location / name, name)
 
     def finish(self, manifest: Manifest, *, ids: list[str]) -> Manifest:
         """Gather the pooled rows, write the index, then the manifest; return it with digests and codec error.
@@ -145,12 +162,15 @@ class StoreWriter:
             return self._finish(manifest, ids)
 
     def _finish(self, manifest: Manifest, ids: list[str]) -> Manifest:
-        shards = [read_json(self._card(shard)) for shard in range(self.plan.num_shards)]
+        shards = [self._read_card(shard) for shard in range(self.plan.num_shards)]
         error = CodecError.none(len(self.layers))
         objects: dict[str, list[Any]] = {}
         for shard in shards:
             error += CodecError.from_dict(shard["codec_error"])
             objects |= shard["objects"]
+        if self.remote:
+            self._bring_rows(objects, self.remote)
+        of_shards = set(objects)
         group = zarr.open_group(self.location, mode="r+")
         if "pooled" in self.keep:
             self._write_pooled(group)
@@ -170,7 +190,16 @@ class StoreWriter:
             codec_error=error.by_layer(self.layers) if "frames" in self.keep else {},
         )
         write_json(self.location / MANIFEST_NAME, manifest.to_dict())
+        if self.remote:
+            self._send([*sorted(objects.keys() - of_shards), MANIFEST_NAME], self.remote)
         return manifest
+
+    def _bring_rows(self, objects: dict[str, list[Any]], remote: RemotePlace) -> None:
+        """Rows of shards that another process finished, or an earlier run."""
+        for name, expected in objects.items():
+            file = self.location / name
+            if name.startswith("rows/") and not (file.is_file() and _fingerprint(file) == expected):
+                remote.fetch(name, file, expected)
 
     def _write_pooled(self, group: zarr.Group) -> None:
         num_utterances = len(self.plan.pack)
@@ -210,8 +239,8 @@ class StoreWriter:
         for name, values in columns.items():
             index.create_array(name, data=values, chunks=values.shape, compressors=None, overwrite=True)
 
-    def _card(self, shard: int) -> Path:
-        return self.location / "shards" / f"{shard:05d}.json"
+    def _read_card(self, shard: int) -> dict[str, Any]:
+        return parse_json(self.place.read(card_name(shard)), where=f"{self.place}/{card_name(shard)}")
 
     def _rows(self, shard: int) -> Path:
         return self.location / "rows" / f"{shard:05d}.npy"

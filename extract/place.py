@@ -1,0 +1,337 @@
+"""Where a store's objects lie: in a local folder, or at an fsspec URL such as s3://bucket/prefix.
+
+A store is a set of objects that its manifest names with [bytes, sha256]. A place says what is there and moves whole
+objects. A store at a URL is read through a local cache: an object is fetched whole when it is first asked for, checked
+against the manifest and renamed into place, so that zarr and numpy read local files, and what was read once is read
+again without the network. The cache lies in `stores/.cache` or where RETORT_CACHE says, one folder a store digest;
+it may be deleted at any time.
+
+For S3 the environment gives credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) and, for a server
+that is not Amazon's, its address (AWS_ENDPOINT_URL).
+"""
+
+import asyncio
+import atexit
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from extract.errors import RetortError
+from extract.files import in_main_tree, sha256_file, written_aside
+
+Expected = list[Any]  # [bytes, sha256], as a manifest has it for each object
+
+_HINT = (
+    "check the address, the credentials (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) and the "
+    "server (S3 elsewhere than at Amazon: AWS_ENDPOINT_URL)"
+)
+
+
+def is_url(root: Path | str) -> bool:
+    """Whether a root of stores is a URL; anything else is a local folder."""
+    return "://" in str(root)
+
+
+def root_text(root: Path | str) -> str:
+    """A root of stores as manifests have it."""
+    return str(root).rstrip("/") if is_url(root) else Path(root).as_posix()
+
+
+def place_of(root: str, path: str) -> "Place":
+    """The place of the store `path` below `root`, a folder (relative: below the main working tree) or a URL."""
+    return RemotePlace(f"{root}/{path}") if is_url(root) else LocalPlace(in_main_tree(root) / path)
+
+
+@dataclass(frozen=True)
+class LocalPlace:
+    """A store's objects as files below a folder."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None where it is missing."""
+        file = self.folder / name
+        return file.stat().st_size if file.is_file() else None
+
+    def sha256(self, name: str) -> str:
+        """Digest of an object that is there (reads all of it)."""
+        return sha256_file(self.folder / name)
+
+    def read(self, name: str) -> bytes:
+        """A small object, whole."""
+        return (self.folder / name).read_bytes()
+
+    def fetch(self, name: str, into: Path, expected: Expected) -> None:
+        """Copy an object to the file `into`. Raises RetortError when its bytes are not the expected ones."""
+        with _landing(into) as aside:
+            shutil.copyfile(self.folder / name, aside)
+            check_bytes(aside, expected, what=f"{self}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a small object, whole."""
+        with _landing(self.folder / name) as aside:
+            aside.write_bytes(data)
+
+    def cached(self, digest: str, objects: Mapping[str, Expected]) -> "LocalPlace":
+        """The place to read from: local files need no cache."""
+        return self
+
+    def zarr_store(self) -> LocalStore:
+        """What zarr opens."""
+        return LocalStore(self.folder, read_only=True)
+
+    def workshop(self) -> Path:
+        """The folder in which the store is written: its own."""
+        return self.folder
+
+
+@dataclass(frozen=True)
+class RemotePlace:
+    """A store's objects below an fsspec URL. Sizes come from one listing, kept, to which `put` adds.
+
+    Every method raises RetortError when the other side can't be reached or refuses.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        filesystem, path = self._filesystem()
+        with _in_one_line(self.url):
+            filesystem.invalidate_cache()
+            found = filesystem.find(path, detail=True)
+        return {name[len(path) + 1 :]: entry["size"] for name, entry in found.items()}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None where it is missing."""
+        return self._sizes.get(name)
+
+    def sha256(self, name: str) -> str:
+        """Digest of an object that is there (streams all of it, keeps nothing)."""
+        filesystem, path = self._filesystem()
+        with (
+            _in_one_line(f"{self}/{name}"),
+            filesystem.open(f"{path}/{name}", "rb", cache_type="readahead") as file,
+        ):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def read(self, name: str) -> bytes:
+        """A small object, whole."""
+        filesystem, path = self._filesystem()
+        with _in_one_line(f"{self}/{name}"):
+            value: bytes = filesystem.cat_file(f"{path}/{name}")
+            return value
+
+    def fetch(self, name: str, into: Path, expected: Expected) -> None:
+        """Download an object to the file `into`. Raises RetortError when its bytes are not the expected ones."""
+        filesystem, path = self._filesystem()
+        with _landing(into) as aside:
+            with _in_one_line(f"{self}/{name}"):
+                filesystem.get_file(f"{path}/{name}", str(aside))
+            check_bytes(aside, expected, what=f"{self}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a small object, whole."""
+        filesystem, path = self._filesystem()
+        with _in_one_line(f"{self}/{name}"):
+            filesystem.pipe_file(f"{path}/{name}", data)
+        self._sizes[name] = len(data)
+
+    def put(self, file: Path, name: str) -> None:
+        """Upload a file as an object; what was there is replaced once all bytes have arrived."""
+        filesystem, path = self._filesystem()
+        with _in_one_line(f"{self}/{name}"):
+            filesystem.put_file(str(file), f"{path}/{name}")
+        self._sizes[name] = file.stat().st_size
+
+    def cached(self, digest: str, objects: Mapping[str, Expected]) -> "CachedPlace":
+        """The place to read from: this one through the local cache."""
+        return CachedPlace(self, _cache_root() / digest[:16], objects)
+
+    def workshop(self) -> Path:
+        """This process's folder, gone when it ends, in which the store's objects are made before they are put."""
+        return _workshop(self.url, _cache_root())
+
+    def _filesystem(self) -> tuple[Any, str]:
+        """The filesystem and this place's path in it; fsspec keeps the connection, and drops it after a fork."""
+        import fsspec  # late: a local store is read without it
+
+        protocol, _, rest = self.url.partition("://")
+        try:
+            filesystem, path = fsspec.url_to_fs(self.url)
+        except ImportError as error:
+            fix = "pip install -e '.[s3]'" if protocol in ("s3", "s3a") else str(error)
+            raise RetortError(f"{self.url}: a package for {protocol}:// is missing; {fix}") from None
+        except ValueError as error:
+            raise RetortError(
+                f"{self.url}: {error}; expected a local folder or a URL such as s3://bucket/prefix"
+            ) from None
+        if rest.startswith("/"):
+            raise RetortError(f"{self.url} names no bucket; expected a URL such as s3://bucket/prefix")
+        return filesystem, path
+
+
+@dataclass(frozen=True)
+class CachedPlace:
+    """A remote place seen through a local folder, for reading: sizes and, by zarr, objects."""
+
+    remote: RemotePlace
+    folder: Path
+    objects: Mapping[str, Expected]
+
+    def __str__(self) -> str:
+        return str(self.remote)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; the other side is asked (once) only for what the cache lacks."""
+        here = LocalPlace(self.folder).size(name)
+        return here if here == self.objects[name][0] else self.remote.size(name)
+
+    def zarr_store(self) -> LocalStore:
+        """What zarr opens. All metadata come at once: whoever then reads whole arrays needs the other side no more."""
+        _make_folder(self.folder)
+        for name in self.objects:
+            if name.endswith("zarr.json"):
+                self.bring(name)
+        return _FetchingStore(self)
+
+    def bring(self, name: str) -> None:
+        """Make sure that an object is in the cache. Processes and threads that want the same one wait for the first."""
+        if name not in self.objects or self._has(name):
+            return
+        lock = self.folder / ".locks" / f"{name.replace('/', '.')}.lock"
+        lock.parent.mkdir(exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not self._has(name):
+                self.remote.fetch(name, self.folder / name, self.objects[name])
+
+    def _has(self, name: str) -> bool:
+        return LocalPlace(self.folder).size(name) == int(self.objects[name][0])
+
+
+Place = LocalPlace | RemotePlace
+
+
+class _FetchingStore(LocalStore):
+    """The cache's folder for zarr, which asks for keys: whatever it asks for is brought first."""
+
+    def __init__(self, place: CachedPlace) -> None:
+        super().__init__(place.folder, read_only=True)
+        self.place = place
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        assert read_only
+        return self
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        await asyncio.to_thread(self.place.bring, key)
+        return await super().get(key, prototype, byte_range)
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        self.place.bring(key)
+        return super().get_sync(key, prototype=prototype, byte_range=byte_range)
+
+    async def exists(self, key: str) -> bool:
+        return key in self.place.objects
+
+
+def check_bytes(file: Path, expected: Expected, *, what: str) -> None:
+    """Raises RetortError when a file is not of the expected size and digest; `what` names the object."""
+    size, digest = expected
+    if (found := file.stat().st_size) != size:
+        raise RetortError(f"{what} is damaged: {found} bytes, expected {size}; {_REPAIR}")
+    if (found_digest := sha256_file(file)) != digest:
+        raise RetortError(f"{what} is damaged: sha256 {found_digest[:12]}, expected {digest[:12]}; {_REPAIR}")
+
+
+_REPAIR = "delete it and run `python -m extract run` or `mirror` again, they make or copy what is missing"
+
+
+@contextmanager
+def _landing(path: Path) -> Iterator[Path]:
+    """`written_aside` where one process at a time writes `path`: what a killed one left of it is swept first."""
+    for killed in path.parent.glob(f".{path.name}.*.aside"):
+        killed.unlink()
+    with written_aside(path) as aside:
+        yield aside
+
+
+@contextmanager
+def passing_folder() -> Iterator[Path]:
+    """A folder on the cache's disk that is gone afterwards."""
+    with tempfile.TemporaryDirectory(dir=_make_folder(_cache_root()), prefix="passing-") as folder:
+        yield Path(folder)
+
+
+@cache
+def _workshop(url: str, cache_root: Path) -> Path:
+    folder = tempfile.mkdtemp(dir=_make_folder(cache_root), prefix="passing-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _cache_root() -> Path:
+    return in_main_tree(os.environ.get("RETORT_CACHE") or "stores/.cache")
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _raise_if_full(error)
+        raise RetortError(f"can't make the cache {folder} ({error.strerror}); set RETORT_CACHE to a folder") from None
+    return folder
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Whatever a filesystem raises because the other side fails or refuses, as a RetortError."""
+    try:
+        yield
+    except _failures() as error:
+        _raise_if_full(error)
+        raise RetortError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}; {_HINT}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """OSError, and what S3's libraries raise beside it, if they are installed."""
+    failures: list[type[Exception]] = [OSError]
+    with suppress(ImportError):
+        from botocore.exceptions import BotoCoreError
+
+        failures.append(BotoCoreError)
+    with suppress(ImportError):
+        from aiohttp import ClientError
+
+        failures.append(ClientError)
+    return tuple(failures)
+
+
+def _raise_if_full(error: BaseException) -> None:
+    """A full disk is this machine's trouble, and the command says so itself."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error

@@ -1,0 +1,93 @@
+"""A real S3 API on this machine: moto's server, found through the environment as a user's server would be."""
+
+import logging
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+BUCKET = "features"
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running server with one empty bucket, and the requests that it saw."""
+
+    server: ThreadedMotoServer
+    seen: list[str]
+
+    @property
+    def endpoint(self) -> str:
+        host, port = self.server.get_host_and_port()
+        return f"http://{host}:{port}"
+
+    @property
+    def root(self) -> str:
+        return f"s3://{BUCKET}/stores"
+
+    def requests(self, method: str, part: str = "") -> list[str]:
+        """Paths that were asked for, such as `/features/stores/…/hidden/c/0/0/0/0`."""
+        return [line.split()[1] for line in self.seen if line.startswith(method) and part in line]
+
+    def objects(self) -> dict[str, bytes]:
+        """Everything in the bucket, by name below the root."""
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        prefix = f"{BUCKET}/stores/"
+        return {name.removeprefix(prefix): files.cat_file(name) for name in files.find(prefix)}
+
+    def replace(self, name: str, data: bytes) -> None:
+        fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(f"{BUCKET}/stores/{name}", data)
+
+    def remove(self, name: str) -> None:
+        fsspec.filesystem("s3", skip_instance_cache=True).rm_file(f"{BUCKET}/stores/{name}")
+
+    def ask_for_signatures(self, actions: float) -> None:
+        """From the `actions`-th request on, refuse whoever is not known to the server: nobody is."""
+        plain = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(f"{self.endpoint}/moto-api/reset-auth", str(actions).encode(), plain)
+        urllib.request.urlopen(request).close()
+
+
+class _Seen(logging.Handler):
+    """Keeps the server's request lines: `PUT /bucket/key HTTP/1.1`."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage().split('"')[1])
+
+
+@contextmanager
+def running_s3(cache: Path) -> Iterator[S3]:
+    """A server, the environment that leads to it, an empty bucket, and an empty cache for reading."""
+    seen: list[str] = []
+    log, handler = logging.getLogger("werkzeug"), _Seen(seen)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    s3 = S3(server, seen)
+    log.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setenv("RETORT_CACHE", str(cache))
+        s3fs.S3FileSystem.clear_instance_cache()
+        urllib.request.urlopen(f"{s3.endpoint}/moto-api/reset", b"").close()
+        fsspec.filesystem("s3").mkdir(BUCKET)
+        try:
+            yield s3
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            log.removeHandler(handler)
+            server.stop()
