@@ -26,6 +26,7 @@ CONVENTION = (
 FBANK_CONVENTION = (
     "layer 0 is log Mel with two deltas, layer 1 the same with mean and variance normalised per utterance"
 )
+_CPU_BATCH_FRAMES = 1536  # 31 s: a seventh faster than packs of 160 s, and a fraction of the memory
 
 
 class Upstream(Protocol):
@@ -125,10 +126,27 @@ class Transformer:
     def hidden_states(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        states_BTD = self.forward(waveforms)
-        kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
         num_frames = self._num_frames(waveforms)
-        return [np.stack([state_BTD[row, :count] for state_BTD in kept_LBTD]) for row, count in enumerate(num_frames)]
+        states_LTD: list[NDArray[np.float32]] = []
+        for rows in self.batches(num_frames):
+            states_BTD = self.forward([waveforms[row] for row in rows])
+            kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
+            states_LTD += [
+                np.stack([state_BTD[place, : num_frames[row]] for state_BTD in kept_LBTD])
+                for place, row in enumerate(rows)
+            ]
+        return states_LTD
+
+    def batches(self, num_frames: Sequence[int]) -> list[range]:
+        """The utterances of a pack as batches: all at once on a GPU, in CPU caches' size on a CPU."""
+        if torch.device(self.device).type != "cpu":
+            return [range(len(num_frames))]
+        found, first = [], 0
+        for row in range(1, len(num_frames) + 1):
+            if row == len(num_frames) or sum(num_frames[first : row + 1]) > _CPU_BATCH_FRAMES:
+                found.append(range(first, row))
+                first = row
+        return found
 
     def _num_frames(self, waveforms: Sequence[NDArray[np.float32]]) -> list[int]:
         num_samples = np.array([len(waveform) for waveform in waveforms])

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError, unknown
@@ -34,7 +33,8 @@ from pipelines.machine import describe_machine
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
+
+    from extract.forward import Transformer
 
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _MATRIX_PRODUCTS = 50
@@ -237,12 +237,16 @@ def bare(settings: Settings) -> Clocked:
     """The forward pass over the plan's batches."""
     job = _hands(settings).job
     plan = job.writer.plan
-    packs = [[job.corpus.waveform(int(index)) for index in members] for members in plan.by_pack]
-    forward = _forward_of(job)
-    forward(packs[0])
+    upstream = _transformer_of(job)
+    batches = [
+        [job.corpus.waveform(int(members[row])) for row in rows]
+        for members in plan.by_pack
+        for rows in upstream.batches([int(plan.num_frames[index]) for index in members])
+    ]
+    upstream.forward(batches[0])
     yield
-    for waveforms in packs:
-        forward(waveforms)
+    for waveforms in batches:
+        upstream.forward(waveforms)
     yield
     return _did((job.corpus.ids[index], int(plan.num_frames[index])) for members in plan.by_pack for index in members)
 
@@ -253,7 +257,7 @@ def extract_run(settings: Settings) -> Clocked:
         settings = replace(settings, store=Path(folder), manifest=Path(folder) / "manifest.json")
         with _hands(settings) as hands:
             job = hands.job
-            _forward_of(job)([job.corpus.waveform(int(index)) for index in job.writer.plan.by_pack[0]])
+            _transformer_of(job).forward([job.corpus.waveform(int(index)) for index in job.writer.plan.by_pack[0]])
             yield
             make_store(settings, job.corpus, job.request.card, hands)
             yield
@@ -329,11 +333,11 @@ def _hands(settings: Settings) -> InProcess:
     return InProcess(request_of(settings, corpus, card))
 
 
-def _forward_of(job: Job) -> "Callable[[Sequence[NDArray[np.float32]]], list[Tensor]]":
+def _transformer_of(job: Job) -> "Transformer":
     from extract.forward import Transformer
 
     assert isinstance(job.upstream, Transformer)
-    return job.upstream.forward
+    return job.upstream
 
 
 def _did(frames: Iterable[tuple[str, int]]) -> dict[str, Any]:

@@ -150,10 +150,11 @@ say nothing about speech foundation models.
   on at full depth. `taught.json` has the settings of the last.
 - Waveforms are not normalised (`do_normalize: false`).
 - Made by `python -m pipelines.demo.lessons`, then `python -m pipelines.demo.teach` and the same twice with
-  `--second-sitting`, then `python -m pipelines.demo.probe`, which wrote this page. The learning rate follows the wall
-  clock, so a second run gives other weights of the same kind. Three things came only on the way, and the script now has
-  them from the start: a microphone for every utterance (from step 1,500 on), stretches of at most 2 s and the voice
-  named by every frame as well as by the mean (both from step 1,650 on).
+  `--second-sitting` (the second time without the checkpoint, from the weights here), then
+  `python -m pipelines.demo.probe`, which wrote this page. The learning rate follows the wall clock, so a second run
+  gives other weights of the same kind. Three things came only on the way, and the script now has them from the start:
+  a microphone for every utterance (from step 1,500 on), stretches of at most 2 s and the voice named by every frame as
+  well as by the mean (both from step 1,650 on).
 
 Linear probes (discriminant analysis) on voices that it never heard; accuracy. `phones`: of frames, with 10 voices held
 out of the probe too. `voices`: one of 40, mean over time. `keywords`: one of ten words, the test archive of the demo's
