@@ -34,6 +34,8 @@ class OnCluster:
     """Writes shards on a Dask cluster: `workers` processes of this machine, or those of the scheduler at `address`."""
 
     def __init__(self, request: Request, *, workers: int = 0, address: str | None = None) -> None:
+        for name in ("distributed", "distributed.client"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a user reads our one line, not Dask's many
         self.cluster: LocalCluster | None = None
         if address is None:
             request = replace(request, threads=request.threads or max(1, (os.cpu_count() or 1) // workers))
