@@ -175,14 +175,22 @@ def _say(path: Path, manifest: "Manifest", worked: bool) -> None:
 @main.command()
 @click.argument("manifest", type=click.Path(path_type=Path))
 def verify(manifest: Path) -> None:
-    """Read every byte of a store and compare it with its manifest."""
+    """Read every byte of a store and compare it with its manifest. What is damaged in a folder is renamed .damaged."""
+    from extract.place import LocalPlace
     from extract.store import StoreReader
 
     reader = StoreReader.open(manifest)
     if damaged := reader.damaged():
+        mend = "delete them and run the same `python -m extract run` or `mirror` again"
+        if isinstance(place := reader.manifest.place, LocalPlace):
+            for name in damaged:
+                place.set_aside(name)
+            mend = (
+                "they were set aside as NAME.damaged; the same `python -m extract run` makes them again, and only them"
+            )
         raise RetortError(
             f"{manifest}: {len(damaged)} of {len(reader.manifest.objects)} objects are damaged: {', '.join(damaged)}; "
-            "delete them and run `python -m extract run` again, it repairs only them"
+            f"{mend}"
         )
     click.echo(
         f"{manifest}: all {len(reader.manifest.objects)} objects are as they were written "

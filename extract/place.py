@@ -32,6 +32,7 @@ from zarr.storage import LocalStore
 from extract.errors import RetortError
 from extract.files import in_main_tree, sha256_file, written_aside
 
+_DAMAGED = ".damaged"
 Expected = list[Any]  # [bytes, sha256], as a manifest has it for each object
 
 _HINT = (
@@ -95,6 +96,17 @@ class LocalPlace:
     def zarr_store(self) -> LocalStore:
         """What zarr opens."""
         return LocalStore(self.folder, read_only=True)
+
+    def set_aside(self, name: str) -> None:
+        """Rename a damaged object, so that it counts as missing and is made again; `tidy` then removes it."""
+        file = self.folder / name
+        if file.is_file():
+            file.replace(file.with_name(file.name + _DAMAGED))
+
+    def tidy(self) -> None:
+        """Remove what was set aside."""
+        for file in self.folder.rglob(f"*{_DAMAGED}"):
+            file.unlink(missing_ok=True)
 
     def workshop(self) -> Path:
         """The folder in which the store is written: its own."""

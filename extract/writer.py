@@ -190,6 +190,7 @@ class StoreWriter:
             codec_error=error.by_layer(self.layers) if "frames" in self.keep else {},
         )
         write_json(self.location / MANIFEST_NAME, manifest.to_dict())
+        LocalPlace(self.location).tidy()
         if self.remote:
             self._send([*sorted(objects.keys() - of_shards), MANIFEST_NAME], self.remote)
         return manifest

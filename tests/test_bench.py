@@ -15,6 +15,7 @@ import pytest
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError
 from pipelines.bench import material
+from pipelines.bench.codecs import table_of
 from pipelines.bench.extract import ExtractBench, summarise
 from pipelines.bench.measure import Clocked, Run, Spread, take_turns, times_as_fast
 
@@ -214,3 +215,29 @@ def test_the_command_measures_three_contenders_on_the_same_utterances(
         speed = measured["contenders"][name]["audio_s_per_s"]["median"]
         assert speed == pytest.approx(measured["utterances"]["audio_s"] / runs[name]["wall_s"])
         assert runs[name]["peak_bytes"] > 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "pr,sing"], "unknown task 'sing': expected one of asr, ks, pr, sid"),
+        (["--student", "hubert"], "unknown student (section `train` of params.yaml) 'hubert': expected one of"),
+        (["--seeds", "0"], "--seeds 0: expected at least 1"),
+    ],
+)
+def test_a_codec_study_that_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "bench", "codecs", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_codec_study_shows_means_and_spreads_over_seeds() -> None:
+    rows = [
+        {"codec": "int8", "seed": seed, "bytes": 2_000_000, "snr_db": {"4": 43.5}, "loss": {"train": loss, "dev": 1.0},
+         "scores": {"pr": {"metric": "per", "test": 40.0 + seed}}}
+        for seed, loss in ((1, 0.5), (2, 0.7))
+    ]  # fmt: skip
+    cells = [list(column.cells) for column in table_of({"rows": rows}).columns]
+    assert cells == [["int8"], ["2"], ["43.5"], ["0.6000 ± 0.1414"], ["1.0000 ± 0.0000"], ["41.50 ± 0.71"]]

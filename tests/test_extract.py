@@ -241,6 +241,22 @@ def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path
         StoreReader.open(settings.manifest)
 
 
+def test_the_manifest_says_what_a_precision_costs(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
+    exact, _ = extract(settings)
+    assert exact.dtype_error == {}
+    short, _ = extract(replace(settings, dtype="bf16", manifest=tmp_path / "bf16.json"))
+    assert short.fingerprint != exact.fingerprint
+    expected, got = (StoreReader.open(path) for path in (settings.manifest, tmp_path / "bf16.json"))
+    signal, error = np.zeros(5), np.zeros(5)
+    for name in corpus.ids:  # 21 s in all: the manifest's figure is of every utterance, too
+        hidden_LTD = expected.hidden(name).astype(np.float64)
+        signal += (hidden_LTD**2).sum((1, 2))
+        error += ((got.hidden(name) - hidden_LTD) ** 2).sum((1, 2))
+    snr_db = 10 * np.log10(signal / error)
+    assert [short.dtype_error[str(layer)]["snr_db"] for layer in short.layers] == pytest.approx(snr_db, abs=0.2)
+    assert 20 < snr_db.min() < snr_db.max() < 70
+
+
 def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
     extract(settings)
     full = StoreReader.open(settings.manifest).pooled()

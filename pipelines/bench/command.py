@@ -66,6 +66,23 @@ def extract_command(out: Path, **options: Any) -> None:
         console.print(line, soft_wrap=True)
 
 
+@bench_command.command("codecs")
+@click.option("--config", "params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
+@click.option("--student", default="distilhubert", show_default=True, help="Name of a section of `train`.")
+@click.option("--seeds", default=3, show_default=True, help="Students of each codec.")
+@click.option("--tasks", default="pr,ks,sid", show_default=True, help="What they are scored on.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/codecs.json"), show_default=True)
+def codecs_command(out: Path, tasks: str, **options: Any) -> None:
+    """The same student from every codec's store: final losses and scores, over several seeds."""
+    from extract.files import write_json
+    from pipelines.bench.codecs import CodecStudy, run_study, table_of
+
+    with _progress() as progress:
+        result = run_study(CodecStudy(tasks=tuple(tasks.split(",")), **options), progress)
+    write_json(out, result)
+    _console().print(table_of(result))
+
+
 @contextmanager
 def _progress() -> Iterator["Progress"]:
     """What is running, on stderr: one live line in a terminal, plain lines elsewhere."""

@@ -1,0 +1,191 @@
+"""What goes wrong in days of extraction, done for real: kills, rivals, rotten bytes, a full disk, changed inputs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import HubertConfig, HubertModel
+
+from extract.corpus import write_corpus
+from extract.run import Settings, extract
+from extract.store import Manifest
+from tests.conftest import TINY, noise_utterances, save_teacher
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def settings(teacher: Path, tmp_path: Path) -> Settings:
+    write_corpus(
+        tmp_path / "long.h5", name="long", reader="folder", utterances=noise_utterances(60, seed=1, shortest=15_000)
+    )
+    return Settings(
+        upstream=str(teacher),
+        corpus=tmp_path / "long.json",
+        store=tmp_path / "whole",
+        manifest=tmp_path / "whole.json",
+        pack_frames=128,
+        shard_packs=2,
+        threads=1,
+    )
+
+
+def elsewhere(settings: Settings, name: str) -> Settings:
+    folder = settings.manifest.parent
+    return replace(settings, store=folder / name, manifest=folder / f"{name}.json")
+
+
+def command(settings: Settings, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
+        *("--store", str(settings.store), "--manifest", str(settings.manifest), "--threads", str(settings.threads)),
+        *("--pack-frames", str(settings.pack_frames), "--shard-packs", str(settings.shard_packs), *more),
+    ]
+
+
+def run(settings: Settings, *more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command(settings, *more), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+# Forks, so that the seconds of importing torch are paid once and every kill falls into the work itself.
+KILLER = """
+import os, pathlib, random, signal, sys, time
+import torch
+from extract.run import Settings, extract
+from extract import forward, job
+from transformers import HubertModel  # what the fork would else import anew
+
+torch.set_num_threads(1)
+settings = Settings(
+    upstream=sys.argv[1], corpus=pathlib.Path(sys.argv[2]), store=pathlib.Path(sys.argv[3]),
+    manifest=pathlib.Path(sys.argv[4]), pack_frames=128, shard_packs=2, threads=1,
+)
+draw, kills, longest = random.Random(0), 0, float(sys.argv[5])
+while True:
+    child = os.fork()
+    if child == 0:
+        extract(settings)
+        os._exit(0)
+    time.sleep(draw.uniform(0, longest))
+    finished, status = os.waitpid(child, os.WNOHANG)
+    if finished:
+        assert status == 0
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    longest *= 1.04  # in the end one comes through, on any machine
+print(kills)
+"""
+
+
+def test_killed_again_and_again_the_store_is_bit_identical(settings: Settings, tmp_path: Path) -> None:
+    whole, _ = extract(settings)
+    killed = elsewhere(settings, "killed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLER, settings.upstream, str(settings.corpus), str(killed.store),
+         str(killed.manifest), "0.3"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 5
+    resumed = Manifest.read(killed.manifest)
+    assert resumed.objects == whole.objects
+    left = [path.name for path in killed.store.rglob("*") if path.is_file()]
+    right = [path.name for path in settings.store.rglob("*") if path.is_file()]
+    # A process killed with -9 can't tidy up what it was writing aside; no reader looks at it.
+    assert sorted(name for name in left if not name.endswith(".aside") and ".partial" not in name) == sorted(right)
+
+
+def test_two_extractors_on_one_store_do_no_harm(settings: Settings) -> None:
+    whole, _ = extract(settings)
+    shared = elsewhere(settings, "shared")
+    rivals = [
+        subprocess.Popen(command(shared), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for rival in rivals:
+        _, errors = rival.communicate(timeout=300)
+        assert rival.returncode == 0, errors
+    assert Manifest.read(shared.manifest).objects == whole.objects
+    verified = subprocess.run(
+        [sys.executable, "-m", "extract", "verify", str(shared.manifest)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert verified.returncode == 0, verified.stderr
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated"])
+def test_damage_is_named_and_only_it_is_repaired(settings: Settings, damage: str) -> None:
+    manifest, _ = extract(settings)
+    shard = manifest.location / "hidden/c/1/0/0/0"
+    good = shard.read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in manifest.location.glob("hidden/c/*/0/0/0")}
+    shard.write_bytes(good[:200] + bytes([good[200] ^ 16]) + good[201:] if damage == "flipped bit" else good[:-7])
+    verify = [sys.executable, "-m", "extract", "verify", str(settings.manifest)]
+    named = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert named.returncode == 1
+    assert named.stderr.count("\n") == 1 and "hidden/c/1/0/0/0" in named.stderr
+    repaired = run(settings)
+    assert repaired.returncode == 0, repaired.stderr
+    assert shard.read_bytes() == good
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path for path in before if before[path] != after[path]} == {shard}
+    assert subprocess.run(verify, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert Manifest.read(settings.manifest).objects == manifest.objects
+    assert not list(manifest.location.rglob("*.damaged"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "retort", str(place)]).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_after_room_is_made(settings: Settings, small_disk: Path) -> None:
+    whole, _ = extract(settings)
+    assert sum(size for size, _ in whole.objects.values()) > 400_000
+    full = replace(settings, store=small_disk / "stores", manifest=settings.manifest.with_name("full.json"))
+    stopped = run(full)
+    assert stopped.returncode == 1
+    assert stopped.stderr.splitlines()[-1].startswith("error: no space left on the disk")
+    assert "Traceback" not in stopped.stderr
+    assert not full.manifest.exists()
+    kept = sorted(small_disk.glob("stores/*/*/shards/*.json"))
+    assert kept
+    assert not [path for path in small_disk.rglob("*") if path.name.endswith((".aside", ".partial"))]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    before = [path.stat().st_mtime_ns for path in kept]
+    going_on = run(full)
+    assert going_on.returncode == 0, going_on.stderr
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert Manifest.read(full.manifest).objects == whole.objects
+
+
+def test_a_changed_corpus_or_teacher_is_another_store(settings: Settings, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(settings.upstream, teacher)
+    settings = replace(settings, upstream=str(teacher))
+    first, _ = extract(settings)
+    # The audio changes under its card: refused by name, before anything is computed.
+    write_corpus(tmp_path / "other.h5", name="long", reader="folder", utterances=noise_utterances(5, seed=2))
+    shutil.copy(tmp_path / "other.h5", tmp_path / "long.h5")
+    refused = run(settings)
+    assert refused.returncode == 1
+    assert f"corpus {tmp_path / 'long.h5'} has digest" in refused.stderr and refused.stderr.count("\n") == 1
+    # Another corpus of the same name, card and all, and then another teacher in the same folder: stores of their own.
+    write_corpus(tmp_path / "long.h5", name="long", reader="folder", utterances=noise_utterances(5, seed=2))
+    second, worked = extract(settings)
+    assert worked and second.store["path"] != first.store["path"]
+    save_teacher(HubertModel(HubertConfig(**TINY)), teacher)
+    third, worked = extract(settings)
+    assert worked and third.fingerprint != second.fingerprint
+    assert first.location.is_dir() and second.location.is_dir()  # nothing that was paid for is thrown away
