@@ -1,5 +1,6 @@
 """What goes wrong in days of extraction, done for real: kills, rivals, rotten bytes, a full disk, changed inputs."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import HubertConfig, HubertModel
 
 from extract.corpus import write_corpus
 from extract.run import Settings, extract
 from extract.store import Manifest
+from pipelines.demo.recording import write_audio
 from tests.conftest import TINY, noise_utterances, save_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +171,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after_room_is_made(settings
     assert going_on.returncode == 0, going_on.stderr
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert Manifest.read(full.manifest).objects == whole.objects
+
+
+def test_a_full_disk_stops_the_demos_speech_with_its_own_name(small_disk: Path) -> None:
+    with pytest.raises(OSError) as stopped:  # libsndfile would say "System error"
+        for number in range(20):
+            write_audio(small_disk / f"{number}.flac", np.random.default_rng(number).normal(size=32_000) * 0.1)
+    assert stopped.value.errno == errno.ENOSPC
 
 
 def test_a_changed_corpus_or_teacher_is_another_store(settings: Settings, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ wrote. All that a job draws comes from its own seed.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,7 +48,11 @@ def record(job: Job) -> Recorded:
 def write_audio(path: Path, samples: np.ndarray) -> float:
     """Write float (n,) samples as 16-bit FLAC or WAV at 16 kHz, by the suffix; returns their seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, (samples * 32767).astype(np.int16), SAMPLE_RATE_HZ, subtype="PCM_16")
+    # Encoded in memory: libsndfile calls a full disk a "System error", Python says which disk and why.
+    encoded = io.BytesIO()
+    values = (samples * 32767).astype(np.int16)
+    soundfile.write(encoded, values, SAMPLE_RATE_HZ, subtype="PCM_16", format=path.suffix[1:].upper())
+    path.write_bytes(encoded.getvalue())
     return len(samples) / SAMPLE_RATE_HZ
 
 
