@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distributed import Client, KilledWorker, LocalCluster, as_completed, get_worker
+from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import NoValidWorkerError
 
@@ -43,7 +44,7 @@ class OnCluster:
                 n_workers=workers,
                 threads_per_worker=SHARDS_IN_HAND,
                 processes=True,
-                dashboard_address=None,
+                dashboard_address=":0",  # None takes port 8787, with a warning where another cluster has it
                 memory_limit=0,  # a worker's memory is bounded by its two shards; Dask would pause it for the model
                 silence_logs=logging.CRITICAL,
             )
@@ -92,7 +93,7 @@ class OnCluster:
                 f"the Dask cluster {self.address} lost worker after worker on one shard ({error.allowed_failures + 1} "
                 "tries): look into the workers' logs, memory first; finished shards are kept"
             ) from None
-        except (CommClosedError, NoValidWorkerError, TimeoutError) as error:
+        except (CommClosedError, FutureCancelledError, NoValidWorkerError, TimeoutError) as error:
             raise RetortError(
                 f"the Dask cluster {self.address} is gone ({type(error).__name__}); finished shards are kept, "
                 "run the same command again"

@@ -97,10 +97,18 @@ class StoreWriter:
             group.create_array(name, compressors=None, fill_value=0, **kwargs)
 
     def finished(self, shard: int) -> bool:
-        """Whether the shard is written, its objects in place with the recorded sizes."""
+        """Whether the shard is written, its objects in place with the recorded sizes.
+
+        A file of another size is set aside: zarr would read it first when it writes the last, shorter shard.
+        """
         if self.place.size(card_name(shard)) is None:
             return False
-        return all(self.place.size(name) == size for name, (size, _) in self._read_card(shard)["objects"].items())
+        recorded = self._read_card(shard)["objects"]
+        wrong = [name for name, (size, _) in recorded.items() if self.place.size(name) != size]
+        if isinstance(self.place, LocalPlace):
+            for name in wrong:
+                self.place.set_aside(name)
+        return not wrong
 
     def encode_pack(self, pack: int, hidden_LFD: NDArray[np.float32]) -> EncodedPack:
         """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0.

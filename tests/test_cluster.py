@@ -61,7 +61,7 @@ class Cluster:
 
     def __init__(self, folder: Path, workers: int) -> None:
         self.address_file = folder / "scheduler.json"
-        self.processes = [self._start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file")]
+        self.processes = [self._start("scheduler", "--port", "0", "--dashboard-address", ":0", "--scheduler-file")]
         for _ in range(workers):
             self.add_worker()
 
