@@ -166,9 +166,19 @@ def test_a_checkpoint_goes_on_where_it_stopped(lessons: Lessons, tmp_path: Path)
     step(pupil, optimizer, batch, 1e-3)
     save(tmp_path / "teach.pt", pupil, optimizer, Progress(1, 1, 2.0), tmp_path / "out")
     again = Pupil(QUICK, 3, 2)
-    restored, progress = restore(tmp_path / "teach.pt", again)
+    restored, progress = restore(tmp_path / "teach.pt", again, tmp_path / "out")
     assert progress == Progress(1, 1, 2.0)
     assert step(again, restored, batch, 1e-3) == step(pupil, optimizer, batch, 1e-3)
+
+
+def test_a_later_sitting_without_a_checkpoint_starts_from_the_teacher_that_is_shipped(tmp_path: Path) -> None:
+    shipped = Pupil(QUICK, 3, 2)
+    export(shipped.hubert, tmp_path / "out")
+    pupil = Pupil(replace(QUICK, sitting=2), 3, 2)
+    _, progress = restore(tmp_path / "teach.pt", pupil, tmp_path / "out")
+    assert progress == Progress(sitting=2)
+    for name, weight in pupil.hubert.state_dict().items():
+        torch.testing.assert_close(weight, shipped.hubert.state_dict()[name].half().float(), msg=name)
 
 
 def test_the_whole_training_shrunk_makes_a_folder_that_transformers_opens(lessons: Lessons, tmp_path: Path) -> None:
