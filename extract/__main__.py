@@ -70,7 +70,7 @@ _what_to_extract = _options(
 @_what_to_extract
 @click.option("--corpus", type=click.Path(path_type=Path), required=True, help="corpora/NAME.json or .h5.")
 @click.option("--store", default="stores", show_default=True, help="ROOT of all stores: is there room?")
-@click.option("--keep", default="frames,pooled", show_default=True, help="What to store: frames,pooled or pooled.")
+@click.option("--keep", default="frames,pooled", show_default=True, help="What to store; see `run`.")
 @click.option(
     "--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: not at all."
 )
@@ -120,7 +120,8 @@ def plan(layers: str | None, keep: str, student_layers: str | None, **options: A
     multiple=True,
     default=("frames,pooled",),
     show_default=True,
-    help="What to store: frames,pooled or pooled; once for all corpora, or once for each.",
+    help="What to store: frames, pooled and stem, with commas between them; pooled always. Once for all corpora, or "
+    "once for each. With `stem` (the convolution stem's output) students train without waveforms.",
 )
 @click.option("--threads", default=0, show_default=True, help="torch threads a process; 0: torch's own choice.")
 @click.option("--workers", default=0, show_default=True, help="Start a Dask cluster of this many processes here.")
@@ -236,9 +237,9 @@ def info(manifest: Path) -> None:
         if by_layer:
             columns = ("layer", "signal to noise (dB)", "max abs error")
             errors = Table(*columns, title=f"what {lost} lost", title_justify="left")
-            for layer in it.layers:  # JSON has them in the order of their names
-                figures = by_layer[str(layer)]
-                errors.add_row(str(layer), str(figures["snr_db"]), str(figures["max_abs_error"]))
+            for name in map(str, (*it.layers, "stem")):  # JSON has them in the order of their names
+                if figures := by_layer.get(name):
+                    errors.add_row(name, str(figures["snr_db"]), str(figures["max_abs_error"]))
             console.print(errors)
 
 

@@ -12,6 +12,7 @@ in its pack take `rows_F`, the frames' rows counted from the pack's first.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -222,10 +223,15 @@ class CodecError:
             one = slice(layer, layer + 1)
             decoded_1FD = codec.decode(codes_LFW[one], None if scale is None else scale[one])
             lost.append(cls.between(hidden_LFD[one], decoded_1FD))
+        return cls.joined(lost)
+
+    @classmethod
+    def joined(cls, parts: Sequence["CodecError"]) -> "CodecError":
+        """Several layers' errors as one, layer after layer."""
         return cls(
-            np.concatenate([part.error for part in lost]),
-            np.concatenate([part.signal for part in lost]),
-            np.concatenate([part.max_abs for part in lost]),
+            np.concatenate([part.error for part in parts]),
+            np.concatenate([part.signal for part in parts]),
+            np.concatenate([part.max_abs for part in parts]),
         )
 
     @classmethod
@@ -248,7 +254,7 @@ class CodecError:
     def from_dict(cls, value: dict[str, list[float]]) -> "CodecError":
         return cls(np.array(value["error"]), np.array(value["signal"]), np.array(value["max_abs"]))
 
-    def by_layer(self, layers: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    def by_layer(self, layers: Sequence[int | str]) -> dict[str, dict[str, Any]]:
         """For the manifest: signal-to-noise in dB (None when nothing was lost) and the largest absolute error."""
         return {
             str(layer): {

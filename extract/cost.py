@@ -30,8 +30,8 @@ from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError, unknown
 from extract.files import in_main_tree
 from extract.plan import Plan, count_frames, plan_packs, spread_packs
-from extract.store import KEEP, check_keep
-from extract.upstream import UpstreamShape, check_layers, find_upstream, read_shape
+from extract.store import KEEP_DEFAULT, check_keep
+from extract.upstream import UpstreamShape, check_layers, check_stem, find_upstream, read_shape
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ class Request:
     revision: str | None = None
     layers: tuple[int, ...] | None = None
     codec: str = "int8"
-    keep: frozenset[str] = KEEP
+    keep: frozenset[str] = KEEP_DEFAULT
     pack_frames: int = 8192
     shard_packs: int = 4
     drop_long: bool = False
@@ -91,6 +91,7 @@ class Size:
     def of(cls, request: Request, corpus: Corpus) -> "Size":
         """Raises RetortError for an upstream, a layer or a plan that can't be."""
         shape = read_shape(request.upstream, revision=request.revision)
+        check_stem(request.keep, shape.stem_dim, request.upstream)
         plan = plan_packs(
             count_frames(corpus.num_samples, hop_samples=shape.hop_samples, receptive_samples=shape.receptive_samples),
             ids=corpus.ids,
@@ -124,6 +125,12 @@ class Size:
         """One layer's hidden states and scales; every layer takes the same."""
         return self.plan.num_packs * CODECS[codec].nbytes(1, self.plan.pack_frames, self.shape.dim)
 
+    def stem_bytes(self, codec: str) -> int:
+        """The convolution stem's output and its scales; 0 where it is not kept."""
+        if "stem" not in self.keep or self.shape.stem_dim is None:
+            return 0
+        return self.plan.num_packs * CODECS[codec].nbytes(1, self.plan.pack_frames, self.shape.stem_dim)
+
     @property
     def pooled_bytes(self) -> int:
         """Float32 means, twice: in `pooled`, and in the shards' `rows` that it is made from."""
@@ -131,9 +138,9 @@ class Size:
         return 4 * rows * len(self.layers) * self.shape.dim
 
     def disk_bytes(self, codec: str) -> int:
-        """What the store takes: hidden states of the kept layers, scales and pooled; the index is some MB more."""
+        """What the store takes: kept layers and stem, with scales, and pooled; the index is some MB more."""
         frames = len(self.layers) * self.layer_bytes(codec) if "frames" in self.keep else 0
-        return frames + self.pooled_bytes
+        return frames + self.stem_bytes(codec) + self.pooled_bytes
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ def _times(request: Request, size: Size, codec: str, rate: float) -> Times:
         audio_s=size.audio_s,
         rate=rate,
         disk_bytes=size.disk_bytes(codec),
-        read_bytes=len(layers) * size.layer_bytes(codec),
+        read_bytes=len(layers) * size.layer_bytes(codec) + size.stem_bytes(codec),
         read_mb_s=request.read_mb_s,
         write_mb_s=request.write_mb_s,
     )
@@ -277,11 +284,13 @@ def _print_codecs(console: "Console", request: Request, size: Size, rate: float 
     from rich.table import Table
 
     title = f"keeping {', '.join(sorted(request.keep))}; reading is an epoch's, break-even is in student epochs"
-    headings = ("codec", "one layer", "on disk", "a shard", "extraction", "reading", "break-even")
+    stem = ("the stem",) if "stem" in request.keep else ()
+    headings = ("codec", "one layer", *stem, "on disk", "a shard", "extraction", "reading", "break-even")
     table = Table(*headings, title=title, title_justify="left")
     for codec in CODECS:
         layer, disk = size.layer_bytes(codec) if "frames" in request.keep else 0, size.disk_bytes(codec)
-        sizes = [as_bytes(value) for value in (layer, disk, disk // max(1, size.plan.num_shards))]
+        stems = [size.stem_bytes(codec)] * len(stem)
+        sizes = [as_bytes(value) for value in (layer, *stems, disk, disk // max(1, size.plan.num_shards))]
         table.add_row(codec, *sizes, *_in_words(None if rate is None else _times(request, size, codec, rate), request))
     console.print(table)
 
@@ -300,11 +309,12 @@ def _print_model(console: "Console", request: Request, size: Size, rate: float |
     say(f"rate: {'unknown' if rate is None else f'{rate:,.1f} s of audio a second'} ({source})", highlight=False)
     if rate is None:
         return
-    student = len(size.layers if request.student_layers is None else request.student_layers)
+    count = len(size.layers if request.student_layers is None else request.student_layers)
+    student = f"{count} layers" + (" and the stem" if "stem" in request.keep else "")
     say(
         "model: an epoch with an online teacher costs its forward pass, audio / rate = "
         f"{as_time(size.audio_s / rate)};\n"
-        f"  one from the cache costs reading the student's {student} layers at --read-mb-s {request.read_mb_s:g};\n"
+        f"  one from the cache costs reading the student's {student} at --read-mb-s {request.read_mb_s:g};\n"
         f"  the cache costs one forward pass, or writing at --write-mb-s {request.write_mb_s:g} if that takes longer;\n"
         "  break-even = extraction / (online epoch - reading), the student's own work being the same either way",
         highlight=False,

@@ -6,7 +6,9 @@ model's own code under its attention mask. Shapes: B batch, C channels, T frames
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +31,14 @@ FBANK_CONVENTION = (
 _CPU_BATCH_FRAMES = 1536  # 31 s: a seventh faster than packs of 160 s, and a fraction of the memory
 
 
+@dataclass(frozen=True)
+class Features:
+    """What an upstream makes of one utterance, as if it were alone."""
+
+    hidden_LTD: NDArray[np.float32]
+    stem_TC: NDArray[np.float32] | None = None  # the convolution stem's output, where it was asked for
+
+
 class Upstream(Protocol):
     """What stage one needs of an upstream."""
 
@@ -36,15 +46,25 @@ class Upstream(Protocol):
     dim: int
     hop_samples: int
     receptive_samples: int
+    stem_dim: int | None  # channels that its convolution stem gives; None without one
     convention: str
     attention: str
     num_parameters: int
 
+    def features(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
+    ) -> list[Features]:
+        """Waveforms float32 (samples,) -> for each the hidden states of `layers` and, if `stem`, the stem's output.
+
+        That is what the feature projection gets, before its layer norm. Ask for it where `stem_dim` is not None.
+        """
+        ...
+
     def hidden_states(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        """Waveforms float32 (samples,) -> for each float32 (layers, frames, dim), as if it were alone."""
-        ...
+        """The hidden states alone: for each waveform float32 (layers, frames, dim)."""
+        return [features.hidden_LTD for features in self.features(waveforms, layers)]
 
 
 def load_upstream(
@@ -56,7 +76,7 @@ def load_upstream(
     return Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-class Fbank:
+class Fbank(Upstream):
     """SUPERB's filter-bank baseline: 80 log Mel energies, 25 ms every 10 ms, with deltas of first and second order.
 
     The reference normalises mean and variance per utterance, which leaves nothing of the time mean that KS and SID
@@ -67,14 +87,16 @@ class Fbank:
     dim = FBANK_SHAPE.dim
     hop_samples = FBANK_SHAPE.hop_samples
     receptive_samples = FBANK_SHAPE.receptive_samples
+    stem_dim = FBANK_SHAPE.stem_dim
     convention = FBANK_CONVENTION
     attention = "none"
     num_parameters = 0
 
-    def hidden_states(
-        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
-    ) -> list[NDArray[np.float32]]:
-        return [np.stack(self._both(waveform))[list(layers)] for waveform in waveforms]
+    def features(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
+    ) -> list[Features]:
+        assert not stem
+        return [Features(np.stack(self._both(waveform))[list(layers)]) for waveform in waveforms]
 
     def _both(self, waveform: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         log_mel_TD = torchaudio.compliance.kaldi.fbank(
@@ -88,7 +110,7 @@ class Fbank:
         return [raw_TD.numpy(), normalised_TD.numpy()]
 
 
-class Transformer:
+class Transformer(Upstream):
     """A wav2vec2-family model, or a Retort student, in eval mode."""
 
     def __init__(self, card: UpstreamCard, *, device: str, dtype: str, trust_remote_code: bool) -> None:
@@ -113,6 +135,7 @@ class Transformer:
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         self.hop_samples = int(np.prod(self.model.config.conv_stride))
         self.receptive_samples = receptive_field(self.model.config.conv_kernel, self.model.config.conv_stride)
+        self.stem_dim: int | None = self.model.config.conv_dim[-1]
         self.convention = CONVENTION
         self.attention = str(getattr(self.model.config, "_attn_implementation", None))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -123,19 +146,21 @@ class Transformer:
         probe = self.forward([np.zeros(self.receptive_samples + self.hop_samples, dtype=np.float32)])
         self.num_layers, self.dim = len(probe), probe[0].shape[-1]
 
-    def hidden_states(
-        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
-    ) -> list[NDArray[np.float32]]:
+    def features(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
+    ) -> list[Features]:
         num_frames = self._num_frames(waveforms)
-        states_LTD: list[NDArray[np.float32]] = []
+        found: list[Features] = []
         for rows in self.batches(num_frames):
-            states_BTD = self.forward([waveforms[row] for row in rows])
+            with _stem_of(self.model) as stems:
+                states_BTD = self.forward([waveforms[row] for row in rows])
             kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
-            states_LTD += [
-                np.stack([state_BTD[place, : num_frames[row]] for state_BTD in kept_LBTD])
-                for place, row in enumerate(rows)
-            ]
-        return states_LTD
+            stem_BTC = stems[0].float().cpu().numpy() if stem else None
+            for place, row in enumerate(rows):
+                own = slice(num_frames[row])
+                hidden_LTD = np.stack([state_BTD[place, own] for state_BTD in kept_LBTD])
+                found.append(Features(hidden_LTD, None if stem_BTC is None else stem_BTC[place, own]))
+        return found
 
     def batches(self, num_frames: Sequence[int]) -> list[range]:
         """The utterances of a pack as batches: all at once on a GPU, in CPU caches' size on a CPU."""
@@ -173,6 +198,17 @@ class Transformer:
             )
         # transformers 5 gives Large models' last hidden state before the final LayerNorm: take the model's own output.
         return [*output.hidden_states[:-1], output.last_hidden_state]
+
+
+@contextmanager
+def _stem_of(model: Any) -> Iterator[list[Tensor]]:
+    """The stem's outputs, each (B, T, C), of the forward passes inside: what the feature projection is given."""
+    stems: list[Tensor] = []
+    hook = model.feature_projection.register_forward_pre_hook(lambda module, inputs: stems.append(inputs[0]))
+    try:
+        yield stems
+    finally:
+        hook.remove()
 
 
 class OwnFramesGroupNorm(nn.Module):

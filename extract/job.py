@@ -21,7 +21,7 @@ from extract.codec import CodecError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.place import RemotePlace, place_of
 from extract.plan import Plan, count_frames, plan_packs
-from extract.upstream import UpstreamCard, check_layers
+from extract.upstream import UpstreamCard, check_layers, check_stem
 from extract.writer import EncodedPack, StoreWriter
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class UpstreamFacts:
     dim: int
     hop_samples: int
     receptive_samples: int
+    stem_dim: int | None
     convention: str
     attention: str
     num_parameters: int
@@ -100,6 +101,7 @@ class Job:
             dim=upstream.dim,
             hop_samples=upstream.hop_samples,
             receptive_samples=upstream.receptive_samples,
+            stem_dim=upstream.stem_dim,
             convention=upstream.convention,
             attention=upstream.attention,
             num_parameters=upstream.num_parameters,
@@ -122,8 +124,8 @@ class Job:
                 for pack, waveforms_of_pack in zip(self.writer.plan.packs_of(shard), waveforms, strict=True):
                     if self.stopped.is_set():
                         return
-                    hidden_LFD = self._run_pack(pack, waveforms_of_pack)
-                    encoding.append(encoder.submit(self.writer.encode_pack, pack, hidden_LFD))
+                    features = self._run_pack(pack, waveforms_of_pack)
+                    encoding.append(encoder.submit(self.writer.encode_pack, pack, *features))
                     if len(encoding) > 2:
                         encoding[-3].result()  # bounds memory: at most two packs wait to be encoded
                     advance(seconds_of(self.corpus, self.writer.plan, pack))
@@ -144,16 +146,24 @@ class Job:
                 ahead = reader.submit(read, following)
             yield current
 
-    def _run_pack(self, pack: int, waveforms: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """float32 (layers, pack_frames, dim), rows past the last utterance 0."""
+    def _run_pack(
+        self, pack: int, waveforms: list[NDArray[np.float32]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """float32 (layers, pack_frames, dim), and the stem's (pack_frames, channels) if kept; rows past the last 0."""
         plan, writer = self.writer.plan, self.writer
-        states_LTD = self.upstream.hidden_states(waveforms, writer.layers)
+        features = self.upstream.features(waveforms, writer.layers, stem=writer.stem_dim is not None)
         hidden_LFD = np.zeros((len(writer.layers), plan.pack_frames, writer.dim), dtype=np.float32)
-        for index, state_LTD in zip(plan.by_pack[pack], states_LTD, strict=True):
+        stem_FC = None
+        if writer.stem_dim is not None:
+            stem_FC = np.zeros((plan.pack_frames, writer.stem_dim), dtype=np.float32)
+        for index, one in zip(plan.by_pack[pack], features, strict=True):
             first = plan.first_frame[index]
-            assert state_LTD.shape[1] == plan.num_frames[index]
-            hidden_LFD[:, first : first + plan.num_frames[index]] = state_LTD
-        return hidden_LFD
+            assert one.hidden_LTD.shape[1] == plan.num_frames[index]
+            rows = slice(first, first + plan.num_frames[index])
+            hidden_LFD[:, rows] = one.hidden_LTD
+            if stem_FC is not None:
+                stem_FC[rows] = one.stem_TC
+        return hidden_LFD, stem_FC
 
 
 class InProcess:
@@ -214,6 +224,7 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         dim=facts.dim,
         codec_name=request.codec,
         keep=request.keep,
+        stem_dim=check_stem(request.keep, facts.stem_dim, request.card.id),
     )
 
 
@@ -230,12 +241,16 @@ def _dtype_error(
 
     exact = load_upstream(request.card, device=request.device, trust_remote_code=request.trust_remote_code)
     by_length = np.concatenate(writer.plan.by_pack)
-    error, probed_s = CodecError.none(len(writer.layers)), 0.0
+    error, probed_s = CodecError.none(len(writer.error_rows)), 0.0
     for index in by_length[np.unique(np.linspace(0, len(by_length) - 1, 64).astype(int))][::-1]:
         waveform = [corpus.waveform(int(index))]
-        expected_LTD = exact.hidden_states(waveform, writer.layers)[0]
-        error += CodecError.between(expected_LTD, upstream.hidden_states(waveform, writer.layers)[0])
+        kept = writer.stem_dim is not None
+        expected, got = (one.features(waveform, writer.layers, stem=kept)[0] for one in (exact, upstream))
+        errors = [CodecError.between(expected.hidden_LTD, got.hidden_LTD)]
+        if expected.stem_TC is not None and got.stem_TC is not None:
+            errors.append(CodecError.between(expected.stem_TC[None], got.stem_TC[None]))
+        error += CodecError.joined(errors)
         probed_s += len(waveform[0]) / SAMPLE_RATE_HZ
         if probed_s > _PROBED_S:
             break
-    return error.by_layer(writer.layers)
+    return error.by_layer(writer.error_rows)

@@ -19,7 +19,7 @@ from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_
 from extract.place import is_url, place_of, root_text
 from extract.progress import ProgressBar
 from extract.seed import seed_path, write_seed
-from extract.store import FORMAT_VERSION, KEEP, MANIFEST_NAME, Manifest, check_keep, check_sizes
+from extract.store import FORMAT_VERSION, KEEP_DEFAULT, MANIFEST_NAME, Manifest, check_keep, check_sizes
 from extract.upstream import FBANK, UpstreamCard, find_upstream
 from extract.writer import StoreWriter
 
@@ -41,7 +41,7 @@ class Settings:
     revision: str | None = None
     layers: tuple[int, ...] | None = None
     codec: str = "int8"
-    keep: frozenset[str] = KEEP
+    keep: frozenset[str] = KEEP_DEFAULT
     pack_frames: int = 8192
     shard_packs: int = 4
     drop_long: bool = False

@@ -4,6 +4,8 @@
         hidden   (packs, layers, frames, width) the codec's codes, chunk (1, 1, frames, width)
                                                 float16 | int8 with width dim; int4 as int8 with width dim / 2
         scale    (packs, layers, ...)           what int8 (dim,) and int4 (groups, 2, dim) need beside their codes
+        stem     (packs, frames, width)         the convolution stem's output, when kept: coded like a layer,
+        stem_scale (packs, ...)                 with scales of its own
         pooled   (utterances, layers, dim)      float32, mean over the utterance's own frames
         index/pack, first_frame, num_frames     int32 (utterances,), corpus order; pack -1 = dropped
         index/ids                               uint8, the ids in UTF-8 joined by newlines
@@ -32,7 +34,8 @@ from extract.plan import group_by_pack
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-KEEP = frozenset({"frames", "pooled"})  # what a store may hold of an utterance
+KEEP = frozenset({"frames", "pooled", "stem"})  # what a store may hold of an utterance
+KEEP_DEFAULT = frozenset({"frames", "pooled"})
 
 
 def check_keep(keep: frozenset[str]) -> None:
@@ -64,7 +67,7 @@ class Manifest:
     receptive_samples: int
     keep: tuple[str, ...]
     codec: str
-    codec_error: dict[str, dict[str, Any]]
+    codec_error: dict[str, dict[str, Any]]  # by layer, and of "stem" when it is kept
     dtype: str
     dtype_error: dict[str, dict[str, Any]]  # by layer against fp32; empty for fp32
     threads: int  # torch's, in every worker: another number of them changes the last bits
@@ -221,6 +224,24 @@ class StoreReader:
         return self._array("pooled")
 
     @cached_property
+    def _stem(self) -> zarr.Array[Any]:
+        if "stem" not in self.keep:
+            raise RetortError(
+                f"{self.source} keeps {', '.join(sorted(self.keep))} and no stem; extract with "
+                "--keep frames,pooled,stem"
+            )
+        return self._array("stem")
+
+    @cached_property
+    def _stem_scale(self) -> "zarr.Array[Any] | None":
+        return None if self.codec.scale_dtype is None else self._array("stem_scale")
+
+    @property
+    def stem_dim(self) -> int:
+        """Channels of the stored stem. Raises RetortError for a store without."""
+        return int(self._stem.shape[-1]) * self.codec.values_per_code
+
+    @cached_property
     def ids(self) -> list[str]:
         """Utterance ids in corpus order."""
         return bytes(np.asarray(self._array("index/ids")[:])).decode().split("\n")
@@ -288,12 +309,29 @@ class StoreReader:
             raise RetortError(f"{self.source} has no utterance {utterance_id!r}")
         return self.hidden_at(self._index_of[utterance_id], layers)
 
-    def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """Hidden states of the utterance at a corpus index, float32 (layers, frames, dim)."""
+    def stem_pack(self, index: int) -> tuple[Codes, Scale | None]:
+        """The stem's output of one pack as stored: codes (1, pack_frames, width) and scale (1, ...), as of a layer."""
+        scale = None if self._stem_scale is None else np.asarray(self._stem_scale[index])[None]
+        return np.asarray(self._stem[index])[None], scale
+
+    def stem_at(self, index: int) -> NDArray[np.float32]:
+        """The stem's output for the utterance at a corpus index, float32 (frames, channels)."""
+        pack, first, count = self._span_of(index)
+        codes_1FW = np.asarray(self._stem[pack, first : first + count])[None]
+        scale = None if self._stem_scale is None else np.asarray(self._stem_scale[pack])[None]
+        stem_FC: NDArray[np.float32] = self.codec.decode(codes_1FW, scale, first_frame=first)[0]
+        return stem_FC
+
+    def _span_of(self, index: int) -> tuple[int, int, int]:
+        """The pack of the utterance at a corpus index, its first row there and its number of frames."""
         pack = int(self.pack_of[index])
         if pack < 0:
             raise RetortError(f"utterance {self.ids[index]!r} was dropped from {self.source} (longer than a pack)")
-        first, count = int(self.first_frame[index]), int(self.num_frames[index])
+        return pack, int(self.first_frame[index]), int(self.num_frames[index])
+
+    def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Hidden states of the utterance at a corpus index, float32 (layers, frames, dim)."""
+        pack, first, count = self._span_of(index)
         codes = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
         scale = None if self._scale is None else self._layers_of(self._scale, pack, layers)
         return self.codec.decode(codes, scale, first_frame=first)

@@ -52,9 +52,10 @@ class UpstreamShape:
     dim: int
     hop_samples: int
     receptive_samples: int
+    stem_dim: int | None  # channels that its convolution stem gives; None without one
 
 
-FBANK_SHAPE = UpstreamShape(num_layers=2, dim=240, hop_samples=160, receptive_samples=400)
+FBANK_SHAPE = UpstreamShape(num_layers=2, dim=240, hop_samples=160, receptive_samples=400, stem_dim=None)
 
 
 def read_shape(upstream: str, *, revision: str | None = None) -> UpstreamShape:
@@ -66,7 +67,7 @@ def read_shape(upstream: str, *, revision: str | None = None) -> UpstreamShape:
         return FBANK_SHAPE
     folder = _folder_of(upstream, revision, weights=False)
     config = _read_config(upstream, folder)
-    needed = ("num_hidden_layers", "hidden_size", "conv_kernel", "conv_stride")
+    needed = ("num_hidden_layers", "hidden_size", "conv_kernel", "conv_stride", "conv_dim")
     if missing := [key for key in needed if key not in config]:
         raise RetortError(f"{folder / 'config.json'} has no {missing[0]!r}; expected {', '.join(needed)}")
     return UpstreamShape(
@@ -74,6 +75,7 @@ def read_shape(upstream: str, *, revision: str | None = None) -> UpstreamShape:
         dim=config["hidden_size"],
         hop_samples=math.prod(config["conv_stride"]),
         receptive_samples=receptive_field(config["conv_kernel"], config["conv_stride"]),
+        stem_dim=config["conv_dim"][-1],
     )
 
 
@@ -95,6 +97,15 @@ def check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str)
     if list(wanted) != sorted(set(wanted)):
         raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
     return wanted
+
+
+def check_stem(keep: frozenset[str], stem_dim: int | None, upstream: str) -> int | None:
+    """Channels of the stem if it is kept, else None. Raises RetortError for an upstream that has none to keep."""
+    if "stem" not in keep:
+        return None
+    if stem_dim is None:
+        raise RetortError(f"--keep stem: upstream {upstream} has no convolution stem; keep frames,pooled")
+    return stem_dim
 
 
 def find_upstream(

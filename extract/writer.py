@@ -32,11 +32,20 @@ _POOLED_ROWS = 4096  # utterances a chunk of `pooled`
 
 
 @dataclass(frozen=True)
+class CodedArray:
+    """An array of codes and that of its scales: hidden states, or the stem's output."""
+
+    codes: str  # its name in the store
+    scale: str
+    layers: tuple[int, ...]  # the axis of layers, if there is one
+    dim: int
+
+
+@dataclass(frozen=True)
 class EncodedPack:
     """One pack as it will be stored, with the time means of its utterances in order of first frame."""
 
-    codes: Codes | None
-    scale: Scale | None
+    arrays: dict[str, Codes | Scale]  # the pack's part of each array of the store, by the array's name
     means: NDArray[np.float32]  # (utterances of the pack, layers, dim)
     error: CodecError
 
@@ -55,6 +64,7 @@ class StoreWriter:
     codec_name: str
     keep: frozenset[str]
     remote: RemotePlace | None = None
+    stem_dim: int | None = None  # channels of the stem, where it is kept
 
     @property
     def place(self) -> Place:
@@ -65,30 +75,46 @@ class StoreWriter:
     def codec(self) -> Codec:
         return CODECS[self.codec_name]
 
+    @property
+    def coded(self) -> list[CodedArray]:
+        """What the codec is for, of all that is kept."""
+        found = []
+        if "frames" in self.keep:
+            found.append(CodedArray("hidden", "scale", (len(self.layers),), self.dim))
+        if self.stem_dim is not None:
+            found.append(CodedArray("stem", "stem_scale", (), self.stem_dim))
+        return found
+
+    @property
+    def error_rows(self) -> tuple[int | str, ...]:
+        """What the rows of a codec's error are about; those of layers are 0 where no frames are kept."""
+        return self.layers if self.stem_dim is None else (*self.layers, "stem")
+
     def create(self) -> None:
         """Make the empty arrays; a no-op where they are (their shapes follow from the fingerprint)."""
-        packs, layers = self.plan.num_packs, len(self.layers)
-        frames, shard = self.plan.pack_frames, self.plan.shard_packs
-        width = self.codec.width(self.dim) if "frames" in self.keep else 0
+        packs, shard, frames = self.plan.num_packs, self.plan.shard_packs, self.plan.pack_frames
+        widths = [self.codec.width(array.dim) for array in self.coded]  # refused before anything is made
         self.location.mkdir(parents=True, exist_ok=True)
         try:
             group = zarr.create_group(self.location, zarr_format=3)
         except ContainsGroupError:
             group = zarr.open_group(self.location, mode="r+")
-        if "frames" in self.keep:
+        for array, width in zip(self.coded, widths, strict=True):
+            layers, one = array.layers, (1,) * len(array.layers)
             self._array(
                 group,
-                "hidden",
-                shape=(packs, layers, frames, width),
-                chunks=(1, 1, frames, width),
-                shards=(shard, layers, frames, width),
+                array.codes,
+                shape=(packs, *layers, frames, width),
+                chunks=(1, *one, frames, width),
+                shards=(shard, *layers, frames, width),
                 dtype=self.codec.dtype,
             )
-            if (scale := self.codec.scale_shape(frames, self.dim)) is not None:
-                whole = (shard, layers, *scale)
+            if (scale := self.codec.scale_shape(frames, array.dim)) is not None:
+                whole = (shard, *layers, *scale)
                 # A row a layer is some kB: one chunk. Rows by frames are read with their codes, layer by layer.
-                layout = {"chunks": whole} if len(scale) == 1 else {"chunks": (1, 1, *scale), "shards": whole}
-                self._array(group, "scale", shape=(packs, layers, *scale), dtype=self.codec.scale_dtype, **layout)
+                layout = {"chunks": whole} if len(scale) == 1 else {"chunks": (1, *one, *scale), "shards": whole}
+                shape = (packs, *layers, *scale)
+                self._array(group, array.scale, shape=shape, dtype=self.codec.scale_dtype, **layout)
 
     @staticmethod
     def _array(group: zarr.Group, name: str, **kwargs: Any) -> None:
@@ -110,9 +136,12 @@ class StoreWriter:
                 self.place.set_aside(name)
         return not wrong
 
-    def encode_pack(self, pack: int, hidden_LFD: NDArray[np.float32]) -> EncodedPack:
+    def encode_pack(
+        self, pack: int, hidden_LFD: NDArray[np.float32], stem_FC: NDArray[np.float32] | None = None
+    ) -> EncodedPack:
         """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0.
 
+        `stem_FC`: the stem's output (pack_frames, channels), where it is kept.
         Raises RetortError where a value is not finite.
         """
         means = []
@@ -121,28 +150,33 @@ class StoreWriter:
             own_LTD = hidden_LFD[:, first : first + self.plan.num_frames[index]]
             with np.errstate(invalid="ignore"):  # infinities of both signs, refused below
                 means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
-        # One value that is not finite makes a mean that is not, and float64 sums of float32 do not overflow.
+        # One value that is not finite makes a mean that is not, and float64 sums of float32 do not overflow. What is
+        # not finite in the stem is not in any layer above it.
         if not all(np.isfinite(mean).all() for mean in means):
             raise RetortError(f"the upstream gave numbers that are not finite in pack {pack}; try --dtype fp32")
-        if "frames" not in self.keep:
-            return EncodedPack(None, None, np.stack(means), CodecError.none(len(self.layers)))
-        codes, scale = self.codec.encode(hidden_LFD)
-        return EncodedPack(codes, scale, np.stack(means), CodecError.of(self.codec, hidden_LFD, codes, scale))
+        values = {"hidden": hidden_LFD} if stem_FC is None else {"hidden": hidden_LFD, "stem": stem_FC[None]}
+        arrays: dict[str, Codes | Scale] = {}
+        errors = [] if "frames" in self.keep else [CodecError.none(len(self.layers))]
+        for array in self.coded:
+            codes, scale = self.codec.encode(values[array.codes])
+            errors.append(CodecError.of(self.codec, values[array.codes], codes, scale))
+            arrays[array.codes] = codes.reshape(*array.layers, *codes.shape[1:])
+            if scale is not None:
+                arrays[array.scale] = scale.reshape(*array.layers, *scale.shape[1:])
+        return EncodedPack(arrays, np.stack(means), CodecError.joined(errors))
 
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
         """Write one shard from all of its packs, in order."""
         assert len(packs) == len(self.plan.packs_of(shard))
         names = [f"rows/{shard:05d}.npy"]
-        if "frames" in self.keep:
-            group = zarr.open_group(self.location, mode="r+")
-            names.append(self._put(group, "hidden", shard, [pack.codes for pack in packs]))
-            if self.codec.scale_dtype is not None:
-                names.append(self._put(group, "scale", shard, [pack.scale for pack in packs]))
+        group = zarr.open_group(self.location, mode="r+")
+        for name in packs[0].arrays:
+            names.append(self._put(group, name, shard, [pack.arrays[name] for pack in packs]))
         with written_aside(self._rows(shard)) as aside, aside.open("wb") as file:
             np.save(file, np.concatenate([pack.means for pack in packs]))
         # A shard of zeros has no object: its absence reads as zeros, and leaves nothing to check.
         objects = {name: _fingerprint(self.location / name) for name in names if (self.location / name).is_file()}
-        error = sum((pack.error for pack in packs), CodecError.none(len(self.layers)))
+        error = sum((pack.error for pack in packs), CodecError.none(len(self.error_rows)))
         write_json(self.location / card_name(shard), {"objects": objects, "codec_error": error.to_dict()})
         if self.remote:
             self._send([*objects, card_name(shard)], self.remote)
@@ -171,7 +205,7 @@ class StoreWriter:
 
     def _finish(self, manifest: Manifest, ids: list[str]) -> Manifest:
         shards = [self._read_card(shard) for shard in range(self.plan.num_shards)]
-        error = CodecError.none(len(self.layers))
+        error = CodecError.none(len(self.error_rows))
         objects: dict[str, list[Any]] = {}
         for shard in shards:
             error += CodecError.from_dict(shard["codec_error"])
@@ -187,7 +221,8 @@ class StoreWriter:
             for file in sorted((self.location / folder).rglob("*")):
                 if file.is_file():
                     objects[file.relative_to(self.location).as_posix()] = _fingerprint(file)
-        for name in ("zarr.json", "hidden/zarr.json", "scale/zarr.json"):
+        for folder in ("", "hidden/", "scale/", "stem/", "stem_scale/"):
+            name = f"{folder}zarr.json"
             if (self.location / name).is_file():
                 objects[name] = _fingerprint(self.location / name)
         manifest = replace(
@@ -195,7 +230,11 @@ class StoreWriter:
             complete=True,
             objects=dict(sorted(objects.items())),
             digest=sha256_json(sorted(objects.items())),
-            codec_error=error.by_layer(self.layers) if "frames" in self.keep else {},
+            codec_error={
+                name: lost
+                for name, lost in error.by_layer(self.error_rows).items()
+                if name == "stem" or "frames" in self.keep
+            },
         )
         write_json(self.location / MANIFEST_NAME, manifest.to_dict())
         LocalPlace(self.location).tidy()
