@@ -130,6 +130,12 @@ class Corpus:
         return {key: value for key, value in self.__dict__.items() if key != "_samples"}
 
     @cached_property
+    def has_audio(self) -> bool:
+        """Whether the file holds the samples, or the index alone."""
+        with h5py.File(self.path, "r") as file:
+            return "samples" in file
+
+    @cached_property
     def _samples(self) -> h5py.Dataset:
         return h5py.File(self.path, "r")["samples"]
 

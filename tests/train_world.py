@@ -11,6 +11,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
+from extract.store import KEEP_DEFAULT
 from train.config import StudentConfig, parse
 from train.run import Job
 
@@ -58,7 +59,9 @@ def teacher_config(**changes: object) -> HubertConfig:
     return HubertConfig(**settings | changes)
 
 
-def make_world(folder: Path, *, do_normalize: bool = False, codec: str = "int8") -> World:
+def make_world(
+    folder: Path, *, do_normalize: bool = False, codec: str = "int8", keep: frozenset[str] = KEEP_DEFAULT
+) -> World:
     """Ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both."""
     generator = np.random.default_rng(0)
     lengths = np.linspace(0.3, 0.9, 14) * 16_000
@@ -87,6 +90,7 @@ def make_world(folder: Path, *, do_normalize: bool = False, codec: str = "int8")
                 store=folder / "stores",
                 layers=TARGETS,
                 codec=codec,
+                keep=keep,
                 pack_frames=96,
                 seed_blocks=2,
             )

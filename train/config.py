@@ -10,6 +10,7 @@ Everything has a default but the family, the number of steps and the shape's lay
 or value is an error that lists the valid ones.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,7 @@ class OptimiserConfig:
     clip: float = 5.0  # largest gradient norm
     accumulate: int = 1  # packs a step
     stem_grad_scale: float = 0.1  # gradients of the convolution stem; 0 freezes it
+    stem_frozen: float = 0.0  # share of the steps, from the first on, in which it is frozen all the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,9 @@ class StudentConfig:
     shape: ShapeConfig
     targets: tuple[int, ...] | None = None  # teacher layers to predict; None: all in the store but layer 0
     init: Literal["teacher", "random"] = "teacher"
+    # What steps with a frozen stem start from: `stored` reads what `extract run --keep frames,pooled,stem` left, and no
+    # waveform. Steps that train the stem, dev scores and the saved student start from waveforms in any case.
+    stem: Literal["waveforms", "stored"] = "waveforms"
     intermediate_weight: float = 0.5  # of the layer-to-layer loss beside the output loss
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
@@ -114,12 +119,34 @@ class StudentConfig:
             raise RetortError(f"targets: got {list(self.targets)}, expected ascending layers from 1 up")
         if self.optimiser.accumulate < 1 or len(self.optimiser.betas) != 2:
             raise RetortError("optimiser: expected accumulate of at least 1 and two betas")
-        if self.init == "random" and self.optimiser.stem_grad_scale == 0:
+        self._check_stem()
+        if self.dev_split in self.train_splits:
+            raise RetortError(f"dev_split: {self.dev_split!r} is among train_splits; dev utterances never train")
+
+    def _check_stem(self) -> None:
+        settings = self.optimiser
+        if self.init == "random" and settings.stem_grad_scale == 0:
             raise RetortError(
                 "optimiser.stem_grad_scale: 0 freezes a stem that `init: random` leaves untrained; raise it"
             )
-        if self.dev_split in self.train_splits:
-            raise RetortError(f"dev_split: {self.dev_split!r} is among train_splits; dev utterances never train")
+        if not 0 <= settings.stem_frozen < 1 or (settings.stem_frozen and settings.stem_grad_scale == 0):
+            raise RetortError(
+                f"optimiser.stem_frozen: got {settings.stem_frozen:g} (stem_grad_scale {settings.stem_grad_scale:g}), "
+                "expected a share of the steps from 0 to below 1, and a gradient scale above 0 for those after it"
+            )
+        if self.init == "random" and (settings.stem_frozen or self.stem == "stored"):
+            raise RetortError("init: `random` has no teacher's stem to freeze or to read from the store; set `teacher`")
+        if self.stem == "stored" and self.stem_trains_from == 0:
+            raise RetortError(
+                "stem: `stored` is the teacher's and stays as it is, but this stem trains from the first step on; set "
+                "optimiser.stem_grad_scale to 0, or optimiser.stem_frozen to the share of steps that read the store"
+            )
+
+    @property
+    def stem_trains_from(self) -> float:
+        """The step from which on the stem is trained; infinity for never."""
+        settings = self.optimiser
+        return math.inf if settings.stem_grad_scale == 0 else round(settings.stem_frozen * self.steps)
 
     @property
     def seed_layers(self) -> int:

@@ -1,11 +1,12 @@
 """Packs of audio and teacher features, in a seeded shuffled order.
 
 One pack is one micro-batch: its training utterances' waveforms, padded to the longest, and their rows of the teacher's
-layers as stored: codes stay codes until they are on the training device. A pack may hold dev utterances too; they are
-left out of training batches and gathered into batches of their own.
+layers as stored: codes stay codes until they are on the training device. With a stored stem (`extract run --keep stem`)
+its rows take the waveforms' place, and no audio is read. A pack may hold dev utterances too; they are left out of
+training batches and gathered into batches of their own.
 
 Shapes: B batch, S samples, T frames of the padded batch, F valid frames of all utterances in a row, L layers, D dim,
-W codes a frame.
+C channels of the stem, W codes a frame.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -28,9 +29,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some utterances and what the teacher made of them. Tensors are on one device."""
+    """Some utterances and what the teacher made of them. Tensors are on one device.
 
-    waveforms_BS: Tensor  # float32, zero past each utterance's end
+    They come as waveforms, or as the stem's output.
+    """
+
+    waveforms_BS: Tensor | None  # float32, zero past each utterance's end
     num_samples_B: Tensor  # int64
     codes_LFW: Tensor  # as stored, valid frames only, utterance after utterance
     scale: Tensor | None  # of the frames' pack, as stored
@@ -38,6 +42,9 @@ class Batch:
     pack_rows_F: Tensor  # int64: the row of each valid frame in its pack
     rows_F: Tensor  # int64: where each valid frame lies in the flattened (B, T) grid
     utterances: tuple[int, ...]  # corpus indices
+    stem_codes_1FW: Tensor | None = None  # the stem's output, coded as the targets are
+    stem_scale: Tensor | None = None
+    valid_BT: Tensor | None = None  # bool: the utterances' own frames, where the stem's output is given
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -48,14 +55,22 @@ class Batch:
 
     def targets(self) -> Tensor:
         """The teacher's layers, float32 (L, F, D), dequantised where the batch is."""
+        return self._decoded(self.codes_LFW, self.scale)
+
+    def stem(self) -> tuple[Tensor, Tensor]:
+        """The stored stem's output, float32 (B, T, C), dequantised here, and its valid frames, bool (B, T)."""
+        assert self.stem_codes_1FW is not None and self.valid_BT is not None
+        stem_FC = self._decoded(self.stem_codes_1FW, self.stem_scale)[0]
+        grid_NC = stem_FC.new_zeros(self.valid_BT.numel(), stem_FC.shape[1])
+        return grid_NC.index_copy_(0, self.rows_F, stem_FC).view(*self.valid_BT.shape, -1), self.valid_BT
+
+    def _decoded(self, codes_LFW: Tensor, scale: Tensor | None) -> Tensor:
         if self.codec is None:
-            return self.codes_LFW
-        num_layers, num_frames, width = self.codes_LFW.shape
-        hidden_LFD = torch.empty(
-            (num_layers, num_frames, width * self.codec.values_per_code), device=self.codes_LFW.device
-        )
-        self.codec.decode_into(hidden_LFD, self.codes_LFW, self.scale, self.pack_rows_F)
-        return hidden_LFD
+            return codes_LFW
+        num_layers, num_frames, width = codes_LFW.shape
+        values_LFD = torch.empty((num_layers, num_frames, width * self.codec.values_per_code), device=codes_LFW.device)
+        self.codec.decode_into(values_LFD, codes_LFW, scale, self.pack_rows_F)
+        return values_LFD
 
     @property
     def duration_s(self) -> float:
@@ -89,6 +104,7 @@ class DistillationData:
     Arguments:
         layers: teacher layers, in the order of the batches' first axis.
         train_splits, dev_split: names of the corpus's splits; utterances of others are used for neither.
+        stored_draws: how many packs, from the first draw on, come with the stored stem and without waveforms.
     Raises RetortError for unknown splits and when no pack holds a training utterance.
     """
 
@@ -101,8 +117,10 @@ class DistillationData:
         train_splits: tuple[str, ...],
         dev_split: str | None,
         seed: int,
+        stored_draws: float = 0,
     ) -> None:
         self.corpus, self.store, self.layers = corpus, store, layers
+        self.stored_draws = stored_draws
         self.normalise = bool(store.manifest.upstream["normalise"])
         kept = store.pack_of >= 0
         self.is_train = np.zeros(len(corpus), dtype=bool)
@@ -120,23 +138,32 @@ class DistillationData:
 
     def training_batches(self, position: int) -> Generator[Batch]:
         """Batches without end, read ahead in a thread, from the `position`-th pack on."""
-        return read_ahead(self.training_batch(pack) for pack in self.sampler.from_position(position))
+        draws = enumerate(self.sampler.from_position(position), start=position)
+        return read_ahead(self.training_batch(pack, stored=draw < self.stored_draws) for draw, pack in draws)
 
-    def training_batch(self, pack: int) -> Batch:
-        """The training utterances of one pack."""
-        stored = self.store.pack(pack, self.layers)
-        chosen = stored.utterances[self.is_train[stored.utterances]]
-        return self._batch(chosen, stored.codes_LFW[:, self._pack_rows(chosen)], stored.scale, self.store.codec)
+    def training_batch(self, pack: int, *, stored: bool = False) -> Batch:
+        """The training utterances of one pack; `stored`: as the stored stem's output, not as waveforms."""
+        found = self.store.pack(pack, self.layers)
+        chosen = found.utterances[self.is_train[found.utterances]]
+        rows_F = self._pack_rows(chosen)
+        stem = None
+        if stored:
+            codes_1FW, scale = self.store.stem_pack(pack)
+            stem = codes_1FW[:, rows_F], scale
+        return self._batch(chosen, found.codes_LFW[:, rows_F], found.scale, self.store.codec, stem)
 
-    def dev_batches(self) -> Iterator[Batch]:
-        """The dev utterances, longest first, in batches of at most a pack of frames with padding."""
+    def dev_batches(self, *, stored: bool = False) -> Iterator[Batch]:
+        """The dev utterances, longest first, in batches of at most a pack of frames with padding; `stored` as above."""
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
             size = max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
             chosen = order[start : start + size]
             hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
-            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None)
+            stem = (
+                (np.concatenate([self.store.stem_at(int(index)) for index in chosen])[None], None) if stored else None
+            )
+            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None, stem)
             start += size
 
     def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,19 +172,19 @@ class DistillationData:
         return np.concatenate(rows)
 
     def _batch(
-        self, utterances: NDArray[np.int64], codes_LFW: NDArray[Any], scale: Scale | None, codec: Codec | None
+        self,
+        utterances: NDArray[np.int64],
+        codes_LFW: NDArray[Any],
+        scale: Scale | None,
+        codec: Codec | None,
+        stem: tuple[NDArray[Any], Scale | None] | None,
     ) -> Batch:
-        num_samples = self.corpus.num_samples[utterances]
         num_frames = self.store.num_frames[utterances]
-        waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
-        for row, index in enumerate(utterances):
-            waveform = self.corpus.waveform(int(index))
-            waveforms_BS[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
         width = int(num_frames.max())
         rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]
-        return Batch(
-            torch.from_numpy(waveforms_BS),
-            torch.from_numpy(num_samples),
+        batch = Batch(
+            None,
+            torch.from_numpy(self.corpus.num_samples[utterances]),
             torch.from_numpy(np.ascontiguousarray(codes_LFW)),
             None if scale is None else torch.from_numpy(scale),
             codec,
@@ -165,6 +192,23 @@ class DistillationData:
             torch.from_numpy(np.concatenate(rows)),
             tuple(utterances.tolist()),
         )
+        if stem is None:
+            return replace(batch, waveforms_BS=torch.from_numpy(self._waveforms(utterances)))
+        codes_1FW, stem_scale = stem
+        return replace(
+            batch,
+            stem_codes_1FW=torch.from_numpy(np.ascontiguousarray(codes_1FW)),
+            stem_scale=None if stem_scale is None else torch.from_numpy(stem_scale),
+            valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
+        )
+
+    def _waveforms(self, utterances: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Padded waveforms, float32 (B, S), scaled as the teacher's were."""
+        waveforms_BS = np.zeros((len(utterances), int(self.corpus.num_samples[utterances].max())), dtype=np.float32)
+        for row, index in enumerate(utterances):
+            waveform = self.corpus.waveform(int(index))
+            waveforms_BS[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
+        return waveforms_BS
 
 
 def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:

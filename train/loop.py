@@ -23,11 +23,13 @@ from train.data import Batch
 from train.display import Display
 from train.losses import GenerationDistiller, LayerError, layer_errors
 from train.optimiser import learning_rate
-from train.run import Job, Run, begin, grow, snapshot, stage_at
+from train.run import Job, Run, begin, grow, snapshot, stage_at, thaw
 from train.student_folder import save_student, versions
 
 _RECENT = 50  # steps that the reported training loss is a mean of
 _NAMED = 8  # utterances that an error names
+_STORED = "dev/loss_stored_stem"  # a curve of one point: how a student reads what it was trained on
+_NOTICEABLE = 0.01  # of the dev loss, between waveforms and the stored stem
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -50,13 +52,13 @@ def train(job: Job) -> dict[str, Any]:
             if step == stage.first_step and stage.sources is not None:
                 grow(run, stage)
                 display.say(f"{job.student}: grown to {stage.depth} layers at step {step}")
+            if step == config.stem_trains_from and not run.distiller.stem_trains:
+                _compare_sources(run, display, _dev(run)[0])
+                thaw(run)
+                display.say(f"{job.student}: the stem trains from step {step} on")
 
             rate = learning_rate(config, stage, step)
-            for group in run.optimiser.param_groups:
-                group["lr"] = rate
-            loss = _gradients(run, batches, forced=draws_forcing(config, step))
-            run.optimiser.step()
-            run.optimiser.zero_grad(set_to_none=True)
+            loss = train_step(run, batches, step, rate)
 
             progress.step, progress.packs = step + 1, progress.packs + config.optimiser.accumulate
             progress.seconds, clock = progress.seconds + time.monotonic() - clock, time.monotonic()
@@ -75,7 +77,19 @@ def train(job: Job) -> dict[str, Any]:
                 saved = time.monotonic()
         free, forced = _dev(run)
         _log(run, display, _dev_curve(free, forced))
+        if not run.distiller.stem_trains:
+            _compare_sources(run, display, free)
     return _finish(run, free, forced)
+
+
+def train_step(run: Run, batches: Generator[Batch], step: int, rate: float) -> float:
+    """One step of the optimiser at a learning rate; returns the loss. Raises as `_gradients`."""
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    loss = _gradients(run, batches, forced=draws_forcing(run.job.config, step))
+    run.optimiser.step()
+    run.optimiser.zero_grad(set_to_none=True)
+    return loss
 
 
 def _gradients(run: Run, batches: Generator[Batch], *, forced: bool) -> float:
@@ -140,12 +154,12 @@ def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
 
 
 @torch.no_grad()
-def score_dev(run: Run, *, forced: bool = False) -> DevScore:
-    """Score the dev split as it is trained (without dropout). Leaves the run as it was."""
+def score_dev(run: Run, *, forced: bool = False, stored: bool = False) -> DevScore:
+    """Score the dev split from waveforms, or from the `stored` stem, without dropout. Leaves the run as it was."""
     run.distiller.eval()
     rows: list[list[float]] = []
     weights: list[int] = []
-    for batch in run.data.dev_batches():
+    for batch in run.data.dev_batches(stored=stored):
         batch = batch.to(run.job.device)
         with _precision(run):
             targets_LFD = batch.targets()
@@ -158,6 +172,22 @@ def score_dev(run: Run, *, forced: bool = False) -> DevScore:
     loss, *values = np.average(rows, axis=0, weights=weights).tolist()
     by_layer = {layer: LayerError(*values[3 * index : 3 * index + 3]) for index, layer in enumerate(run.data.layers)}
     return DevScore(loss, by_layer)
+
+
+def _compare_sources(run: Run, display: Display, free: DevScore | None) -> None:
+    """Score the dev split, which scored `free` from waveforms, from the stored stem too: its codec is the difference.
+
+    This is done once, when the stored stem was read for the last time.
+    """
+    if free is None or run.job.config.stem != "stored":
+        return
+    stored = score_dev(run, stored=True)
+    _log(run, display, {_STORED: stored.loss})
+    if abs(free.loss - stored.loss) > _NOTICEABLE * free.loss:
+        display.say(
+            f"{run.job.student}: dev loss {free.loss:.4f} from waveforms, {stored.loss:.4f} from the stored stem; "
+            f"its codec, {run.store.codec.name}, makes the difference"
+        )
 
 
 def _dev_curve(free: DevScore | None, forced: DevScore | None) -> dict[str, float]:
@@ -222,6 +252,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[st
         "loss": {
             "train": float(np.mean(progress.recent[-_RECENT:])),
             "dev": None if free is None else free.loss,
+            "dev_stored_stem": next((values[_STORED] for _, values in progress.curve if _STORED in values), None),
         },
         "dev_by_layer": {} if free is None else {str(layer): asdict(error) for layer, error in free.by_layer.items()},
         "growth": [{"step": stage.first_step, "layers": stage.depth} for stage in run.stages],

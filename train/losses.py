@@ -89,18 +89,21 @@ class Distiller(nn.Module):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.stem_grad_scale = config.optimiser.stem_grad_scale
+        self.stem_trains = True
         self.heads = nn.ModuleDict()
 
-    def freeze_stem(self) -> None:
-        """With a gradient scale of 0 the stem is no parameter to train, and runs without a graph."""
-        if self.stem_grad_scale == 0:
-            self.student.feature_extractor.requires_grad_(False)
+    def train_stem(self, trains: bool) -> None:
+        """Whether the stem learns. A frozen one has no parameter to train, and runs without a graph."""
+        self.stem_trains = trains
+        self.student.feature_extractor.requires_grad_(trains)
 
     def stem(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The stem's output (B, T, C) and its valid frames, bool (B, T)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stem_grad_scale > 0):
+        """The stem's output (B, T, C) and its valid frames, bool (B, T): from the waveforms, or as stored."""
+        if batch.waveforms_BS is None:
+            return batch.stem()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stem_trains):
             stem_BTC, valid_BT = self.student.feature_extractor(batch.waveforms_BS, batch.num_samples_B)
-        if self.stem_grad_scale not in (0, 1):
+        if self.stem_trains and self.stem_grad_scale != 1:
             stem_BTC = _ScaleGradient.apply(stem_BTC, self.stem_grad_scale)  # type: ignore[no-untyped-call]
         return stem_BTC, valid_BT
 
@@ -239,5 +242,5 @@ def build_distiller(
         distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
     else:
         distiller = LayerDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
-    distiller.freeze_stem()
+    distiller.train_stem(config.stem_trains_from == 0)
     return distiller

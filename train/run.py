@@ -80,6 +80,7 @@ def begin(job: Job) -> Run:
     torch.manual_seed(config.seed)  # initial weights, then dropout; a checkpoint carries its state
     corpus = Corpus.open(job.corpus)
     store = StoreReader.open(job.manifest, corpus)
+    check_stem(config, store, corpus)
     targets = choose_targets(config, store)
     data = DistillationData(
         corpus,
@@ -88,6 +89,7 @@ def begin(job: Job) -> Run:
         train_splits=config.train_splits,
         dev_split=config.dev_split,
         seed=config.seed,
+        stored_draws=config.stem_trains_from * config.optimiser.accumulate if config.stem == "stored" else 0,
     )
     stages = plan_stages(config)
     distiller = build_distiller(
@@ -136,6 +138,30 @@ def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]
     return targets
 
 
+def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> None:
+    """Raises RetortError for a stored stem that is missing or does not fit, and for waveforms that are missing."""
+    if config.stem == "stored":
+        if "stem" not in store.keep:
+            raise RetortError(
+                f"stem: {store.source} keeps {', '.join(sorted(store.keep))} and no stem; run `python -m extract run` "
+                "again with --keep frames,pooled,stem, or set `waveforms`"
+            )
+        if store.stem_dim != config.shape.stem_channels:
+            raise RetortError(
+                f"shape.stem_channels: the teacher's stem in {store.source} has {store.stem_dim} channels, got "
+                f"{config.shape.stem_channels}"
+            )
+    if corpus.has_audio:
+        return
+    for needs, setting in (
+        (config.stem == "waveforms", "stem: `waveforms`"),
+        (config.stem_trains_from < config.steps, "optimiser.stem_frozen: the last steps train the stem and"),
+        (config.dev_split is not None, "dev_split: scoring (set null for none)"),
+    ):
+        if needs:
+            raise RetortError(f"{setting} needs waveforms, and {corpus.path} holds the index of {corpus.name} alone")
+
+
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     """The stage that a step belongs to."""
     return next(stage for stage in reversed(stages) if stage.first_step <= step)
@@ -159,6 +185,14 @@ def grow(run: Run, stage: Stage) -> None:
     write_state(run.optimiser, run.distiller, grown_state(state, stage, config.growth.optimiser))
 
 
+def thaw(run: Run) -> None:
+    """Let the stem train from here on: its parameters join the optimiser, the others keep their moments."""
+    state = read_state(run.optimiser, run.distiller)
+    run.distiller.train_stem(True)
+    run.optimiser = make_optimiser(run.job.config, run.distiller)
+    write_state(run.optimiser, run.distiller, state)
+
+
 def snapshot(run: Run) -> Checkpoint:
     """The run as it stands between two steps."""
     return Checkpoint(
@@ -174,6 +208,7 @@ def _take_up(run: Run, found: Checkpoint) -> None:
     for stage in run.stages[1:]:
         if run.depth < found.depth:
             deepen(run.distiller, stage)
+    run.distiller.train_stem(found.progress.step > run.job.config.stem_trains_from)
     run.distiller.load_state_dict(found.model)
     run.optimiser = make_optimiser(run.job.config, run.distiller)
     write_state(run.optimiser, run.distiller, found.optimiser)

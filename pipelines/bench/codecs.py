@@ -69,7 +69,8 @@ def _rows(
     for codec in CODECS:
         progress(f"{codec}: the teacher")
         manifest = scratch / codec / "teacher.json"
-        _extract(params, scratch, "distill", manifest, codec, upstream=params["teacher"]["upstream"])
+        teacher = params["teacher"]
+        _extract(params, scratch, "distill", manifest, codec, upstream=teacher["upstream"], keep=teacher["keep"])
         of_teacher = Manifest.read(manifest)
         for seed in range(1, study.seeds + 1):
             progress(f"{codec}, seed {seed}: training")

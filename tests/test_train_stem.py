@@ -1,0 +1,255 @@
+"""Training without waveforms: the same losses from the stored stem, no audio read, thawed and resumed bit for bit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from extract.codec import CODECS
+from extract.corpus import Corpus
+from extract.errors import RetortError
+from extract.params import parse
+from tests.train_world import SHAPE, World, job, make_world, student
+from train.config import StudentConfig
+from train.display import Display
+from train.loop import train
+from train.run import begin
+
+FROZEN = {"lr": 3e-3, "stem_grad_scale": 0.0}
+STEM = "feature_extractor."
+
+
+def make(folder: Path, **changes: Any) -> World:
+    return make_world(folder, keep=frozenset({"frames", "pooled", "stem"}), **changes)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world whose store keeps the stem in float16."""
+    return make(tmp_path_factory.mktemp("world"), codec="float16")
+
+
+@pytest.fixture
+def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same with a folder of its own for what a test writes."""
+    monkeypatch.chdir(tmp_path)
+    return replace(made, folder=tmp_path)
+
+
+def without_audio(world: World) -> World:
+    """The world with a corpus file of the index alone: any look at a sample is an error."""
+    path = world.folder / "index.h5"
+    with h5py.File(world.corpus, "r") as whole, h5py.File(path, "w") as index:
+        index.attrs.update(whole.attrs)
+        whole.copy("utterances", index)
+    return replace(world, corpus=path)
+
+
+def weights(world: World, name: str) -> dict[str, torch.Tensor]:
+    return load_file(world.folder / "students" / name / "model.safetensors")
+
+
+def losses(world: World, name: str) -> list[float]:
+    lines = (world.folder / "runs" / name / "plots/metrics/train/loss.tsv").read_text().splitlines()[1:]
+    return [float(line.split()[1]) for line in lines]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_a_batch_holds_what_the_frozen_stem_gives(tmp_path: Path, codec: str, do_normalize: bool) -> None:
+    world = make(tmp_path, codec=codec, do_normalize=do_normalize)
+    run = begin(job(world, student("distilhubert", optimiser=FROZEN)))
+    worst = json.loads(world.manifest.read_text())["codec_error"]["stem"]["max_abs_error"]
+    data = run.data
+    pairs = [[data.training_batch(int(pack), stored=stored) for stored in (False, True)] for pack in data.sampler.packs]
+    pairs += zip(data.dev_batches(), data.dev_batches(stored=True), strict=True)
+    for heard, read in pairs:
+        assert read.waveforms_BS is None and heard.stem_codes_1FW is None and heard.utterances == read.utterances
+        expected_BTC, valid_BT = run.distiller.stem(heard)
+        stem_BTC, same_BT = run.distiller.stem(read)
+        assert torch.equal(valid_BT, same_BT) and stem_BTC.shape == expected_BTC.shape
+        assert (stem_BTC - expected_BTC)[valid_BT].abs().max() <= worst * 1.001 + 1e-5
+        assert not stem_BTC[~valid_BT].any()
+        assert torch.equal(heard.targets(), read.targets())
+
+
+@pytest.mark.parametrize("family", ["distilhubert", "interleaved", "gendistiller"])
+def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
+    changes = {"optimiser": FROZEN | {"accumulate": 2}, "log_every": 1, "init": "teacher"}
+    heard = train(job(world, student(family, 12, **changes), "heard"))
+    read = train(job(world, student(family, 12, **changes, stem="stored"), "read"))
+    # float16 keeps eleven bits of a stem's value; twelve steps of learning spread that a little.
+    assert losses(world, "read") == pytest.approx(losses(world, "heard"), rel=2e-3)
+    assert len(set(losses(world, "read"))) == 12
+    assert read["loss"]["dev"] == pytest.approx(heard["loss"]["dev"], rel=2e-3)
+    assert heard["loss"]["dev_stored_stem"] is None
+    assert 0 < abs(read["loss"]["dev_stored_stem"] - read["loss"]["dev"]) < 2e-3 * read["loss"]["dev"]
+    seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
+    saved = weights(world, "read")
+    assert all(torch.equal(saved[name], seed[name]) for name in seed if name.startswith(STEM))
+
+
+def test_no_waveform_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an index without audio comes the same student as with audio; with audio, not a sample is looked at."""
+    config = student("distilhubert", 6, optimiser=FROZEN, stem="stored", dev_split=None)
+    train(job(without_audio(world), config, "deaf"))
+    read: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "samples", lambda self, index: read.append(index))
+        train(job(world, config, "counted"))
+    assert not read
+    deaf, counted = weights(world, "deaf"), weights(world, "counted")
+    assert all(torch.equal(deaf[name], counted[name]) for name in deaf)
+
+
+def test_what_a_coarse_codec_costs_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = make(tmp_path, codec="int4")
+    metrics = train(job(world, student("distilhubert", 20, optimiser=FROZEN, stem="stored"), "coarse"))
+    stored, heard = metrics["loss"]["dev_stored_stem"], metrics["loss"]["dev"]
+    assert (f"dev loss {heard:.4f} from waveforms, {stored:.4f} from the stored stem" in capsys.readouterr().err) == (
+        abs(heard - stored) > 0.01 * heard
+    )
+    assert stored != heard
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Make a run stop dead once `steps` steps are done."""
+    show: Callable[..., None] = Display.show
+
+    def shown(self: Display, **values: Any) -> None:
+        show(self, **values)
+        if self.bar.done == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "show", shown)
+
+
+# Eight steps, thawed at 6, interleaved grown at 2, 4 and 6. A run that stops at step n goes on from step n - 1: before
+# the thaw, right at it, and after it.
+@pytest.mark.parametrize(("family", "stop"), [("distilhubert", 6), ("distilhubert", 7), ("interleaved", 8)])
+def test_thawed_and_resumed_equals_uninterrupted(
+    world: World, monkeypatch: pytest.MonkeyPatch, family: str, stop: int
+) -> None:
+    settings = {"lr": 1e-3, "accumulate": 2, "stem_grad_scale": 0.5, "stem_frozen": 0.75}
+    config = student(family, 8, optimiser=settings, stem="stored", checkpoint_every_steps=1)
+    whole = train(job(world, config, "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(job(world, config, "parts"))
+    run = begin(job(world, config, "parts"))
+    assert run.progress.step == stop - 1
+    assert run.distiller.stem_trains == (stop - 1 > 6)
+    parts = train(job(world, config, "parts"))
+    expected, found = weights(world, "whole"), weights(world, "parts")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(world, "whole") == losses(world, "parts")
+    assert whole["loss"] == parts["loss"] and whole["loss"]["dev_stored_stem"] is not None
+
+
+def test_a_thawed_stem_learns_and_only_then(world: World) -> None:
+    seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
+    changes = {"stem_grad_scale": 1.0, "stem_frozen": 0.75}
+    for source in ("stored", "waveforms"):
+        config = student("distilhubert", 8, optimiser={"lr": 1e-3} | changes, stem=source, log_every=1)
+        assert config.stem_trains_from == 6
+        train(job(world, config, source))
+    saved = weights(world, "stored")
+    assert not any(torch.equal(saved[name], seed[name]) for name in seed if name.startswith(STEM))
+    # With the schedule from waveforms throughout, the same student comes out but for the codec.
+    assert losses(world, "stored") == pytest.approx(losses(world, "waveforms"), rel=2e-3)
+    other = weights(world, "waveforms")
+    for name in saved:
+        if name.startswith(STEM):  # two steps of AdamW move a weight by at most two learning rates
+            torch.testing.assert_close(saved[name], other[name], atol=4e-4, rtol=0)
+
+
+def test_the_optimiser_gets_the_stem_at_the_thaw(world: World) -> None:
+    frozen = begin(job(world, student("distilhubert", optimiser={"stem_frozen": 0.5}, stem="stored")))
+    warm = begin(job(world, student("distilhubert")))
+
+    def count(run: Any) -> int:
+        return sum(parameter.numel() for group in run.optimiser.param_groups for parameter in group["params"])
+
+    stem = sum(parameter.numel() for parameter in frozen.distiller.student.feature_extractor.parameters())
+    assert count(frozen) == count(warm) - stem
+    from train.run import thaw
+
+    thaw(frozen)
+    assert count(frozen) == count(warm)
+
+
+def one_line(world: World, config: StudentConfig) -> str:
+    with pytest.raises(RetortError) as caught:
+        begin(job(world, config))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_store_and_a_student_that_do_not_fit(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+    stored = {"stem": "stored", "optimiser": FROZEN}
+    plain = make_world(tmp_path_factory.mktemp("plain"))
+    said = one_line(plain, student("distilhubert", **stored))
+    assert "keeps frames, pooled and no stem" in said and "--keep frames,pooled,stem" in said
+    said = one_line(world, student("distilhubert", **stored, shape=SHAPE | {"stem_channels": 4}))
+    assert "shape.stem_channels: the teacher's stem" in said and "8 channels, got 4" in said
+    assert "stem does not fit" in one_line(
+        world, student("distilhubert", **stored, shape=SHAPE | {"stem_norm": "layer"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"dev_split": None}, "stem: `waveforms`"),
+        ({"stem": "stored", "optimiser": FROZEN}, "dev_split: scoring"),
+        ({"stem": "stored", "optimiser": {"stem_frozen": 0.5}, "dev_split": None}, "optimiser.stem_frozen"),
+    ],
+)
+def test_waveforms_that_are_needed_and_missing(world: World, changes: dict[str, Any], setting: str) -> None:
+    said = one_line(without_audio(world), student("distilhubert", **changes))
+    assert (
+        said.startswith(setting) and "needs waveforms, and" in said and "index.h5 holds the index of tiny alone" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stem": "stored"}, "stem: `stored` is the teacher's and stays as it is, but this stem trains from the first"),
+        ({"stem": "stored", "optimiser": {"stem_frozen": 0.01}}, "stem: `stored` is the teacher's"),
+        (
+            {"stem": "stored", "init": "random", "optimiser": {"stem_frozen": 0.5}},
+            "init: `random` has no teacher's stem",
+        ),
+        ({"stem": "kept"}, "test.stem 'kept': expected one of stored, waveforms"),
+        ({"optimiser": {"stem_frozen": 1.0}}, "stem_frozen: got 1 .*below 1"),
+        ({"optimiser": {"stem_frozen": 0.5, "stem_grad_scale": 0}}, "stem_frozen: got 0.5 .stem_grad_scale 0."),
+    ],
+)
+def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RetortError, match=message) as caught:
+        parse(StudentConfig, {"family": "distilhubert", "steps": 10, "shape": SHAPE} | changes, where="test")
+    assert "\n" not in str(caught.value)
+
+
+def test_positions_decide_what_a_batch_is_made_of(world: World) -> None:
+    """Two packs a step, thawed at step 3: the first six draws are stored, wherever reading begins."""
+    settings = {"accumulate": 2, "stem_frozen": 0.5}
+    run = begin(job(world, student("distilhubert", 6, optimiser=settings, stem="stored")))
+    for position in (0, 5, 7):
+        batches = run.data.training_batches(position)
+        kinds = [next(batches).waveforms_BS is None for _ in range(4)]
+        batches.close()
+        assert kinds == [draw < 6 for draw in range(position, position + 4)]
+    assert np.isinf(student("distilhubert", optimiser=FROZEN).stem_trains_from)
