@@ -1,4 +1,4 @@
-"""The convolution stem's output, kept: exact under batching, in every codec, whole after a kill, refused without one."""
+"""The convolution stem's output, kept: exact under batching, in every codec, whole after a kill, refused elsewhere."""
 
 import itertools
 from dataclasses import replace
