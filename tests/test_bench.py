@@ -241,3 +241,50 @@ def test_a_codec_study_shows_means_and_spreads_over_seeds() -> None:
     ]  # fmt: skip
     cells = [list(column.cells) for column in table_of({"rows": rows}).columns]
     assert cells == [["int8"], ["2"], ["43.5"], ["0.6000 ± 0.1414"], ["1.0000 ± 0.0000"], ["41.50 ± 0.71"]]
+
+
+def test_a_training_step_is_measured_with_four_contenders_on_the_same_batches(tmp_path: Path) -> None:
+    arguments = [
+        *("--shape", "hubert-demo", "--student", "distilhubert", "--seconds", "12", "--pack-frames", "800"),
+        *("--steps", "1", "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "train.json")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "bench", "train", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "as fast as online" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+    result = json.loads((tmp_path / "train.json").read_text())
+    runs = {run["contender"]: run for run in result["runs"]}
+    assert list(runs) == list(result["contenders"]) == ["online", "cached", "frozen", "stored"]
+    assert len({str(run["did"]["utterances"]) for run in runs.values()}) == 1 and 10 <= result["step_audio_s"] <= 16
+    # The same student and the same batch: targets differ by the codec, the stem by it and not by being frozen.
+    losses = {name: run["did"]["losses"][0] for name, run in runs.items()}
+    assert losses["cached"] == pytest.approx(losses["online"], rel=0.01)
+    assert losses["stored"] == pytest.approx(losses["frozen"], rel=0.01)
+    for one, other in (("cached", "online"), ("stored", "online"), ("stored", "frozen")):
+        ratio = result["times_as_fast"][f"{one}/{other}"]["wall_s"]["median"]
+        assert ratio == pytest.approx(runs[other]["wall_s"] / runs[one]["wall_s"])
+    assert result["contenders"]["online"]["step_s"]["median"] == pytest.approx(runs["online"]["wall_s"])
+    assert all(run["peak_bytes"] > 2**20 for run in runs.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "whisper"], "unknown shape 'whisper': expected one of hubert-base, hubert-demo"),
+        (["--dtype", "fp16"], "unknown dtype 'fp16': expected one of bf16, fp32"),
+        (["--steps", "0"], "--steps 0: expected more than 0"),
+    ],
+)
+def test_a_training_benchmark_that_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "bench", "train", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
