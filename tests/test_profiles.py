@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from extract.errors import RetortError
 from extract.params import parse
 from pipelines.__main__ import main
 from pipelines.profiles import read_profile
+from pipelines.tasks import corpus_of_tasks
 from train.config import read_student
 from train.losses import build_distiller
 
@@ -51,7 +53,7 @@ def test_every_student_has_its_published_size(params: Path, request: pytest.Fixt
         sizes[name] = sum(parameter.numel() for parameter in distiller.student.parameters()) / 1e6
     expected = PROFILES[request.node.callspec.params["params"]]
     assert {name: sizes[name] for name in expected} == pytest.approx(expected, abs=0.1)
-    for task in profile["tasks"]:  # the reference's own recipes
+    for task in corpus_of_tasks(profile, params):  # the reference's own recipes
         recipe = TASKS[task].recipe
         assert parse(recipe, profile["evaluate"][task], where=task) == recipe()
 
@@ -61,7 +63,7 @@ def test_a_profile_says_only_what_differs(tmp_path: Path) -> None:
     assert other["teacher"].pop("upstream") == "microsoft/wavlm-base-plus"
     assert base["teacher"].pop("upstream") == "facebook/hubert-base-ls960"
     assert other == base
-    with pytest.raises(RetortError, match="expected one of hubert-base-ls960, wavlm-base-plus, wavlm-large"):
+    with pytest.raises(RetortError, match="expected one of hubert-base-ls960, stacking, wavlm-base-plus, wavlm-large"):
         read_profile("whisper")
 
 
@@ -117,3 +119,35 @@ def test_dvc_plans_the_job_and_reads_a_folder_of_the_layout(params: Path, tmp_pa
     card = json.loads((place / "corpora/distill.json").read_text())
     assert card["splits"] == {"dev": 1, "train": 3}
     assert not (place / "data/demo.json").exists()
+
+
+def test_a_study_is_every_student_with_every_seed_over_the_params_that_are_there(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    before = yaml.safe_load(params.read_text())
+    done = CliRunner().invoke(main, ["profile", "stacking", "--out", str(params)])
+    assert done.exit_code == 0, done.output
+    after = yaml.safe_load(params.read_text())
+    unchanged = before.keys() - {"students", "upstreams", "tasks", "train"}
+    assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
+    assert after["upstreams"] == ["fbank", "teacher", *after["students"]]
+    assert list(after["train"]) == after["students"]
+    assert set(corpus_of_tasks(after, params)) == {"pr", "ks", "sid"}
+    like = read_student(ROOT / "params.yaml", "interleaved")
+    for seed in (1, 2, 3):
+        assert read_student(params, f"interleaved-eql-s{seed}") == replace(like, seed=seed)
+        full = read_student(params, f"full-w0-s{seed}")
+        assert full == replace(like, family="layerwise", intermediate_weight=0.0, seed=seed)
+        one_shot = replace(like, family="one-shot", growth=replace(like.growth, schedule="late"), seed=seed)
+        assert read_student(params, f"one-shot-s{seed}") == one_shot
+    assert len(after["students"]) % 3 == 0
+
+
+def test_a_study_of_a_student_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text("train: {mine: {}, other: {}}\n")
+    with pytest.raises(RetortError, match=r"profile stacking .* 'interleaved': expected one of mine, other"):
+        read_profile("stacking", params)
+    with pytest.raises(RetortError, match=r"none\.yaml"):
+        read_profile("stacking", tmp_path / "none.yaml")
+    assert params.read_text() == "train: {mine: {}, other: {}}\n"
