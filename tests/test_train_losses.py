@@ -57,7 +57,7 @@ def distiller_and_batch(world: World, family: str, **changes: object) -> tuple[D
     return run.distiller, run.data.training_batch(int(run.data.sampler.packs[0]))
 
 
-@pytest.mark.parametrize("family", ["distilhubert", "layerwise", "gendistiller"])
+@pytest.mark.parametrize("family", ["distilhubert", "layerwise", "gendistiller", "gendistiller-2d"])
 def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> None:
     distiller, batch = distiller_and_batch(world, family)
     distiller.eval()
@@ -84,8 +84,9 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
     assert [one.shape for one in predicted] == [(targets.shape[1], 16)] * 3
 
 
-def test_forcing_feeds_the_teachers_layers(world: World) -> None:
-    distiller, batch = distiller_and_batch(world, "gendistiller")
+@pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
+def test_forcing_feeds_the_teachers_layers(world: World, family: str) -> None:
+    distiller, batch = distiller_and_batch(world, family)
     assert isinstance(distiller, GenerationDistiller)
     distiller.eval()
     with torch.no_grad():
@@ -123,9 +124,10 @@ def no_dropout() -> dict[str, object]:
 
 
 def test_every_parameter_of_every_family_is_trained(world: World) -> None:
-    for family in ("distilhubert", "layerwise", "interleaved", "gendistiller"):
+    forced = {"gendistiller": False, "gendistiller-2d": True}
+    for family in ("distilhubert", "layerwise", "interleaved", *forced):
         distiller, batch = distiller_and_batch(world, family)
-        distiller.loss(distiller(batch, batch.targets()), batch.targets()).backward()
+        distiller.loss(distiller(batch, batch.targets(), forced.get(family, False)), batch.targets()).backward()
         for name, parameter in distiller.named_parameters():
             assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name.endswith("k_proj.bias"), name
 
