@@ -149,9 +149,8 @@ def test_flex_attentions_mask_is_the_dense_one(padding: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_flex_attention_equals_layer_by_layer_on_a_gpu() -> None:
-    model, start, mask = model_and_start(hidden_size=64, attention_dropout=0.0)
+    model, start, mask = model_and_start(hidden_size=64, attention_dropout=0.0, dropout=0.0, initializer_range=0.1)
     model, start, mask = model.cuda().train(), start.cuda(), mask.cuda()
-    model.config.attention_dropout = 0.0
     for num_rows in (3, 2):  # another batch size, compiled anew or for any size
         history = [layer.cuda()[:num_rows] for layer in some_history(start.cpu())]
         results = []
@@ -163,4 +162,4 @@ def test_flex_attention_equals_layer_by_layer_on_a_gpu() -> None:
             gradient = model.encoder.layers[0].attention.q_proj.weight.grad
             results.append((torch.stack(generated)[:, mask[:num_rows, 0, 0]], gradient.clone()))
         for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ from train.losses import (
     layer_to_layer_loss,
     regression_loss,
 )
+from train.modeling_retort import RetortGen2dStudent, RetortGenStudent
 from train.run import begin
 
 
@@ -99,6 +100,22 @@ def test_forcing_feeds_the_teachers_layers(world: World, family: str) -> None:
         other = distiller(batch, batch.targets(), True)
     torch.testing.assert_close(other[0], free[0], atol=1e-5, rtol=0)
     assert (other[1] - free[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
+@pytest.mark.parametrize("embeds", [None, True, False])
+@pytest.mark.parametrize("skip", ["start", "none"])
+def test_settings_of_generation(family: str, embeds: bool | None, skip: str) -> None:
+    shape = no_dropout() | {"layers": 2}
+    config = student(family, generation={"layer_embedding": embeds, "skip": skip}, shape=shape)
+    every_layer = tuple(range(1, 13))
+    made = build_distiller(config, targets=every_layer, teacher_dim=16, normalise=False).student
+    assert isinstance(made, RetortGen2dStudent if family == "gendistiller-2d" else RetortGenStudent)
+    # Not said, layers have an embedding where nothing else tells them apart.
+    assert (made.layer_embedding is not None) == (family == "gendistiller-2d" if embeds is None else embeds)
+    assert made.config.skip == skip and len(made.encoder.layers) == 2
+    states = made(torch.randn(1, 4_000), output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [(1, 12, 16)] * 13
 
 
 def test_stem_gradients_are_scaled_or_off(world: World) -> None:

@@ -465,9 +465,9 @@ class RetortGen2dStudent(RetortGenStudent):
         g_i = OutProj(f(g_{i-1} + e_i | h_0 + e_1, ..., g_{i-2} + e_{i-1}) + skip_i)
 
     As `RetortGenStudent`, but for attention, which is two-dimensional: causal over layers, bidirectional over time. The
-    cell (layer, time) that g_i(t) is made of attends to all times of layers 0 to i - 1. Attention sees a set of cells,
-    so that in a stack of one block it is e_i alone that tells layers apart: `layer_embedding` is best on here, and costs
-    D parameters a layer.
+    cell (layer, time) that g_i(t) is made of attends to all times of layers 0 to i - 1. Attention sees a set of cells:
+    in a stack of one block it is e_i alone that tells layers apart, so `layer_embedding` is best on here, and costs D
+    parameters a layer.
     """
 
     def free_run(self, start_BTD: Tensor, mask_B11T: Tensor | None) -> list[Tensor]:
@@ -477,8 +477,10 @@ class RetortGen2dStudent(RetortGenStudent):
     def teacher_forced(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
         """[g_1, ..., g_L], g_i from h_0 and `history[: i - 1]`, the given layers before it."""
         history = [layer_BTD.to(start_BTD.dtype) for layer_BTD in history]
-        if start_BTD.is_cuda and not (self.training and self.config.attention_dropout):
-            size, num_frames, _ = start_BTD.shape
+        size, num_frames, dim = start_BTD.shape
+        # FlexAttention's kernels know no dropout, and no heads of fewer than 16 features.
+        drops = self.training and self.config.attention_dropout > 0
+        if start_BTD.is_cuda and not drops and dim >= 16 * self.config.num_attention_heads:
             mask = causal_over_layers(len(history) + 1, size, num_frames, mask_B11T, start_BTD.device)
             return self.all_at_once(start_BTD, history, mask)
         return self.layer_by_layer(start_BTD, history, mask_B11T)
