@@ -488,7 +488,7 @@ class RetortGen2dStudent(RetortGenStudent):
     def layer_by_layer(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
         """Every layer from the keys and values of those before it; past the end of `history` it reads its own output.
 
-        Half of the work of a masked pass over all cells, and the same result.
+        The same result as a masked pass over all cells, with (L + 1) / 2L of its attention.
         """
         pasts: list[Past] = [[] for _ in self.encoder.layers]
         rows, generated = [start_BTD, *history], []
