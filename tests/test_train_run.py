@@ -72,6 +72,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         ("interleaved", 1, [3, 4]),
         ("interleaved", 3, [2, 8]),
         ("gendistiller", 3, [4, 7]),
+        ("gendistiller-2d", 3, [4]),
         ("distilhubert", 1, [5]),
     ],
 )
@@ -155,8 +156,9 @@ def test_metrics_and_what_it_was_made_from(world: World) -> None:
     assert {"train/loss.tsv", "train/lr.tsv", "dev/loss.tsv"} < set(curves(world, "tiny"))
 
 
-def test_a_gendistiller_reports_its_exposure_bias(world: World) -> None:
-    metrics = train(job(world, student("gendistiller", 4)))
+@pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
+def test_a_gendistiller_reports_its_exposure_bias(world: World, family: str) -> None:
+    metrics = train(job(world, student(family, 4)))
     lines = {name: text.split()[-1] for name, text in curves(world, "tiny").items()}
     difference = float(lines["dev/loss.tsv"]) - float(lines["dev/loss_forced.tsv"])
     assert metrics["exposure_bias"] == pytest.approx(difference) and difference != 0
@@ -168,7 +170,7 @@ def test_share_of_teacher_forcing() -> None:
     assert 430 < sum(draws) < 570 and sum(draws[:200]) > 160 and sum(draws[-200:]) < 40
     always = student("gendistiller", 50, generation={"forcing_last": 1.0})
     assert all(draws_forcing(always, step) for step in range(50))
-    assert not draws_forcing(student("distilhubert", 50), 0)
+    assert draws_forcing(student("gendistiller-2d", 50), 0) and not draws_forcing(student("distilhubert", 50), 0)
 
 
 def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
@@ -176,8 +178,11 @@ def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
     first = begin(job(world, student("distilhubert")))
     state = first.distiller.student.state_dict()
     assert all(torch.equal(state[name], seed[name]) for name in state)
-    generator = begin(job(world, student("gendistiller")))
-    assert generator.from_teacher == ["stem", "projection", "position", "layer 1"]
+    for family in ("gendistiller", "gendistiller-2d"):
+        generator = begin(job(world, student(family)))
+        assert generator.from_teacher == ["stem", "projection", "position", "layer 1"]
+    deeper = begin(job(world, student("gendistiller", shape=SHAPE | {"layers": 3})))
+    assert deeper.from_teacher == ["stem", "projection", "position", "layer 1", "layer 2"]  # what the seed has
     stacked = begin(job(world, student("interleaved")))
     assert stacked.from_teacher == ["stem"]
     random = begin(job(world, student("distilhubert", init="random")))
@@ -191,7 +196,8 @@ def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
     ("family", "changes", "message"),
     [
         ("distilhubert", {"targets": [4, 5]}, "no layer 5; it keeps 2, 4, 6"),
-        ("gendistiller", {"shape": SHAPE | {"dim": 8}}, "dim is the teacher's 16, got 8"),
+        ("gendistiller", {"shape": SHAPE | {"dim": 8}}, "a gendistiller feeds .* dim is the teacher's 16, got 8"),
+        ("gendistiller-2d", {"shape": SHAPE | {"dim": 8}}, "a gendistiller-2d feeds .* the teacher's 16, got 8"),
         ("distilhubert", {"shape": SHAPE | {"stem_channels": 4}}, "stem does not fit.* 8 channels, the student"),
         ("distilhubert", {"shape": SHAPE | {"stem_norm": "layer"}}, "stem does not fit.*group norm"),
         ("layerwise", {"shape": SHAPE | {"layers": 4}}, "no counterpart in a student of 4 layers"),

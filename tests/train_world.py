@@ -11,7 +11,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
-from train.config import StudentConfig, parse
+from train.config import GENERATING, StudentConfig, parse
 from train.run import Job
 
 TARGETS = (2, 4, 6)
@@ -96,8 +96,8 @@ def make_world(folder: Path, *, do_normalize: bool = False, codec: str = "int8")
 
 def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
     """A tiny student of a family, parsed as from params.yaml."""
-    shape = SHAPE | ({"layers": 1} if family == "gendistiller" else {})
-    if family not in ("distilhubert", "gendistiller"):
+    shape = SHAPE | ({"layers": 1} if family in GENERATING else {})
+    if family not in ("distilhubert", *GENERATING):
         shape = SHAPE | {"layers": 12, "dim": 8, "ffn": 16}
     section = {
         "family": family,

@@ -18,9 +18,18 @@ from extract.errors import RetortError, unknown
 from extract.params import parse, read_section
 
 Family = Literal[
-    "distilhubert", "layerwise", "interleaved", "gradual", "midas", "progressive", "one-shot", "gendistiller"
+    "distilhubert",
+    "layerwise",
+    "interleaved",
+    "gradual",
+    "midas",
+    "progressive",
+    "one-shot",
+    "gendistiller",
+    "gendistiller-2d",
 ]
 GROWN: tuple[Family, ...] = ("interleaved", "gradual", "midas", "progressive", "one-shot")
+GENERATING: tuple[Family, ...] = ("gendistiller", "gendistiller-2d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +82,14 @@ class GenerationConfig:
     """What only a gendistiller has (METHODS.md, section 2)."""
 
     skip: Literal["start", "previous", "none"] = "start"
-    layer_embedding: bool = False
+    layer_embedding: bool | None = None  # None: on where a layer attends to others, as in gendistiller-2d
     forcing_first: float = 1.0  # share of steps with the teacher's layers as history, at the first step
     forcing_last: float = 0.0  # and at the last
+
+    def __post_init__(self) -> None:
+        for name, share in (("forcing_first", self.forcing_first), ("forcing_last", self.forcing_last)):
+            if not 0 <= share <= 1:
+                raise RetortError(f"{name}: got {share:g}, expected a share of the steps, 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +138,7 @@ class StudentConfig:
     @property
     def seed_layers(self) -> int:
         """How many Transformer blocks may start as the teacher's first ones."""
-        return {"distilhubert": 2, "gendistiller": 1}.get(self.family, 0)
+        return self.shape.layers if self.family in ("distilhubert", *GENERATING) else 0
 
 
 def read_student(params: Path, name: str) -> StudentConfig:

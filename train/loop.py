@@ -18,7 +18,7 @@ import torch
 from extract.errors import RetortError
 from extract.files import write_json
 from train import checkpoint
-from train.config import StudentConfig
+from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.display import Display
 from train.losses import GenerationDistiller, LayerError, layer_errors
@@ -109,7 +109,7 @@ def draws_forcing(config: StudentConfig, step: int) -> bool:
     The share of such steps goes linearly from `forcing_first` to `forcing_last`. Each step draws by itself, from
     (seed, step), so that nothing has to be kept for resumption.
     """
-    if config.family != "gendistiller":
+    if config.family not in GENERATING:
         return False
     first, last = config.generation.forcing_first, config.generation.forcing_last
     share = first + (last - first) * step / max(1, config.steps - 1)

@@ -13,7 +13,7 @@ from extract.errors import RetortError
 from extract.store import StoreReader
 from train import checkpoint
 from train.checkpoint import Checkpoint, Progress
-from train.config import StudentConfig
+from train.config import GENERATING, StudentConfig
 from train.data import DistillationData
 from train.growth import Stage, grow_layers, plan_stages
 from train.losses import Distiller, LayerDistiller, build_distiller
@@ -128,9 +128,9 @@ def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]
         raise RetortError(
             f"targets: {store.source} has no layer {missing[0]}; it keeps {', '.join(map(str, store.layers))}"
         )
-    if config.family == "gendistiller" and config.shape.dim != store.dim:
+    if config.family in GENERATING and config.shape.dim != store.dim:
         raise RetortError(
-            f"shape.dim: a gendistiller feeds on the teacher's layers, so its dim is the teacher's {store.dim}, "
+            f"shape.dim: a {config.family} feeds on the teacher's layers, so its dim is the teacher's {store.dim}, "
             f"got {config.shape.dim}"
         )
     return targets

@@ -1,11 +1,14 @@
 """Ready params.yaml files: `python -m pipelines profile wavlm-base-plus` writes one.
 
 A profile is a YAML file here. One with `base: NAME` is that profile with what it sets itself put over it, so that a
-profile says only what is different about it. One with a `study` is laid over the params.yaml that is there, whatever
-its teacher and corpora, and compares students:
+profile says only what is different about it. So does a student: a section of `train` with `base: NAME` gets from that
+section whatever it does not set itself. What is written for the user has every value written out.
+
+A profile with a `study` is laid over the params.yaml that is there, whatever its teacher and corpora, and compares
+students:
 
     study:
-      like: interleaved            # a section of `train`; every student is this one but for what it sets
+      like: interleaved            # name or family of a section of `train`; every student is this but for what it sets
       seeds: [1, 2, 3]
       students:
         full: {family: layerwise}  # becomes full-s1, full-s2, full-s3; a value of null takes a key away
@@ -26,10 +29,19 @@ _FOLDER = Path(__file__).parent
 
 
 def read_profile(name: str, params: Path = Path("params.yaml")) -> Any:
-    """A profile with its base under it, as ruamel's mapping, which keeps comments; a study's base is `params`.
+    """A profile with all values written out, as ruamel's mapping, which keeps comments; a study's base is `params`.
 
     Raises RetortError for an unknown profile, and for a study that `params` has no student for.
     """
+    profile = _read(name, params)
+    for student in profile["train"].values():
+        if "base" in student:
+            _fill(student, profile["train"][student.pop("base")])  # whose own base stands before it
+    return profile
+
+
+def _read(name: str, params: Path) -> Any:
+    """A profile with its base under it; its students may have theirs yet to come."""
     names = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
     if name not in names:
         raise unknown("profile", name, names)
@@ -38,7 +50,7 @@ def read_profile(name: str, params: Path = Path("params.yaml")) -> Any:
         return _spread_out(profile, name, params)
     if "base" not in profile:
         return profile
-    base = read_profile(profile.pop("base"), params)
+    base = _read(profile.pop("base"), params)
     _lay_over(base, profile)
     base.yaml_set_start_comment(f"The profile {name}: python -m pipelines profile {name}")
     return base
@@ -50,9 +62,10 @@ def _spread_out(profile: Any, name: str, params: Path) -> Any:
     yaml = YAML()
     yaml.preserve_quotes = True
     base, study = yaml.load(params), profile.pop("study")
-    if study["like"] not in base.get("train", {}):
-        raise unknown(f"student of profile {name} (section `train` of {params})", study["like"], base.get("train", {}))
-    like = base["train"][study["like"]]
+    students, wanted = base.get("train", {}), study["like"]
+    like = next((section for key, section in students.items() if wanted in (key, section.get("family"))), None)
+    if like is None:
+        raise unknown(f"student of profile {name} (section `train` of {params})", wanted, students)
     base["train"] = {}
     for student, changes in study["students"].items():
         for seed in study["seeds"]:
@@ -75,6 +88,14 @@ def _lay_over(base: Any, profile: Any) -> None:
             base.pop(key, None)
         else:
             base[key] = value
+
+
+def _fill(section: Any, base: Any) -> None:
+    for position, (key, value) in enumerate(base.items()):
+        if key not in section:
+            section.insert(position, key, copy.deepcopy(value))
+        elif isinstance(value, dict):
+            _fill(section[key], value)
 
 
 @click.command("profile")
