@@ -58,7 +58,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
     def shown(self: Display, **values: Any) -> None:
         show(self, **values)
-        if self.bar.done == steps:
+        if self.done == steps:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "show", shown)

@@ -2,6 +2,8 @@
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
+    torchrun --nproc-per-node 8 -m train run …              the same on eight GPUs
+
 Writes DIR (a folder for AutoModel.from_pretrained) and RUNDIR/metrics.json with RUNDIR/plots. Interrupted, the same
 command goes on from its last checkpoint.
 """
@@ -37,25 +39,35 @@ def main() -> None:
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder for metrics.json and the curves.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path, device: str) -> None:
-    """Train one student."""
+    """Train one student.
+
+    On many GPUs: `torchrun --nproc-per-node N -m train run …`. N processes with `optimiser.accumulate: a` do what one
+    does with N·a.
+    """
     from train.config import read_student
 
     config = read_student(params, student)  # a typo is told before torch is imported
     from extract.memory import keep_freed_blocks
     from train.loop import train
+    from train.ranks import join
     from train.run import Job, find_device
 
     keep_freed_blocks()
-    job = Job(
-        student=student,
-        config=config,
-        manifest=manifest,
-        corpus=corpus,
-        out=out,
-        run=run,
-        device=find_device(device),
-    )
-    metrics = train(job)
+    place = find_device(device)
+    with join(place) as ranks:
+        job = Job(
+            student=student,
+            config=config,
+            manifest=manifest,
+            corpus=corpus,
+            out=out,
+            run=run,
+            device=place,
+            ranks=ranks,
+        )
+        metrics = train(job)
+    if not ranks.first:
+        return
     loss = metrics["loss"]
     dev = "none" if loss["dev"] is None else f"{loss['dev']:.4f}"
     click.echo(

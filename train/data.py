@@ -11,6 +11,7 @@ W codes a frame.
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -118,9 +119,10 @@ class DistillationData:
             )
         self.sampler = PackSampler(packs, seed=seed)
 
-    def training_batches(self, position: int) -> Generator[Batch]:
-        """Batches without end, read ahead in a thread, from the `position`-th pack on."""
-        return read_ahead(self.training_batch(pack) for pack in self.sampler.from_position(position))
+    def training_batches(self, position: int, *, rank: int = 0, size: int = 1) -> Generator[Batch]:
+        """Batches without end, read ahead in a thread: the `rank`-th of every `size` packs from `position` on."""
+        packs = islice(self.sampler.from_position(position), rank, None, size)
+        return read_ahead(self.training_batch(pack) for pack in packs)
 
     def training_batch(self, pack: int) -> Batch:
         """The training utterances of one pack."""
@@ -128,16 +130,20 @@ class DistillationData:
         chosen = stored.utterances[self.is_train[stored.utterances]]
         return self._batch(chosen, stored.codes_LFW[:, self._pack_rows(chosen)], stored.scale, self.store.codec)
 
-    def dev_batches(self) -> Iterator[Batch]:
-        """The dev utterances, longest first, in batches of at most a pack of frames with padding."""
+    def dev_batches(self, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+        """The dev utterances in batches of at most a pack of frames with padding: of every `size` the `rank`-th."""
+        for chosen in islice(self._dev_groups(), rank, None, size):
+            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
+            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None)
+
+    def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
+        """The utterances of each dev batch, longest first."""
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
-            size = max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
-            chosen = order[start : start + size]
-            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
-            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None)
-            start += size
+            stop = start + max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
+            yield order[start:stop]
+            start = stop
 
     def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the utterances' frames in their packs, utterance after utterance."""
