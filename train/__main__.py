@@ -2,7 +2,7 @@
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
-    torchrun --nproc-per-node 8 -m train run …              the same on eight GPUs
+    torchrun --nproc-per-node 8 -m -- train run …           the same on eight GPUs
 
 Writes DIR (a folder for AutoModel.from_pretrained) and RUNDIR/metrics.json with RUNDIR/plots. Interrupted, the same
 command goes on from its last checkpoint.
@@ -36,13 +36,18 @@ def main() -> None:
     help="NAME.json or NAME.h5 that the features were made from.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the student.")
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder for metrics.json and the curves.")
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    help="Folder for metrics.json and the curves [default: runs/STUDENT]. torchrun takes it for an option of its own "
+    "unless -- stands before `train`.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
-def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path, device: str) -> None:
+def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path | None, device: str) -> None:
     """Train one student.
 
-    On many GPUs: `torchrun --nproc-per-node N -m train run …`. N processes with `optimiser.accumulate: a` do what one
-    does with N·a.
+    On many GPUs: `torchrun --nproc-per-node N -m -- train run …`. N processes with `optimiser.accumulate: a` do what
+    one does with N·a.
     """
     from train.config import read_student
 
@@ -61,7 +66,7 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
             manifest=manifest,
             corpus=corpus,
             out=out,
-            run=run,
+            run=run or Path("runs") / student,
             device=place,
             ranks=ranks,
         )

@@ -1,7 +1,7 @@
 """The training loop, from top to bottom: packs in, a student out.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C --out DIR --run RUNDIR
-    torchrun --nproc-per-node 8 -m train run …          the same on eight GPUs: packs of a step in turn (ranks.py)
+    torchrun --nproc-per-node 8 -m -- train run …       the same on eight GPUs: packs of a step in turn (ranks.py)
 
 The teacher is not needed: its features come from the store, its first weights from the seed beside the manifest.
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -226,7 +226,7 @@ def _log(run: Run, display: Display, values: dict[str, float]) -> None:
 
 
 def _not_finite(run: Run, loss: float, norm: float, packs: list[tuple[int, ...]]) -> RetortError:
-    names = [run.corpus.ids[index] for utterances in packs for index in utterances]
+    names = [run.corpus.ids[index] for index in dict.fromkeys(chain.from_iterable(packs))]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     good = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
     return RetortError(

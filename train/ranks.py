@@ -1,6 +1,6 @@
 """The processes of one training run, as torchrun starts them: each trains the same student on packs of its own.
 
-    torchrun --nproc-per-node 2 -m train run …
+    torchrun --nproc-per-node 2 -m -- train run …
 
 No DistributedDataParallel: a step's gradients are summed here once, after its last micro-batch. The wrapper would have
 to be made anew whenever the student grows, and what it hides, sending while the backward pass still runs, is little
