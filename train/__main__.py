@@ -81,5 +81,21 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
     )
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The file [default: FOLDER.onnx beside the folder].")
+def export(folder: Path, form: str, out: Path | None) -> None:
+    """Write a student's FOLDER as one file for another runtime, and check it there.
+
+    Inputs input_values and attention_mask, batch and length free; outputs last_hidden_state and all hidden states.
+    """
+    from train.export import export_onnx
+
+    out = out or folder.with_name(f"{folder.name}.{form}")
+    worst = export_onnx(folder, out)
+    click.echo(f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), within {worst:.1e} of torch in onnxruntime")
+
+
 if __name__ == "__main__":
     main(prog_name="python -m train")

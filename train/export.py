@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from extract.errors import RetortError
 from extract.files import read_json, written_aside
-from train.modeling_retort import RetortGenStudent, RetortStackedStudent, RetortStudent, RetortStudentConfig
+from train.modeling_retort import RetortStudent, RetortStudentConfig
 
 OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4
@@ -79,7 +79,7 @@ def read_student_folder(folder: Path) -> RetortStudent:
             f"{folder} is no student of `train run`: its model_type is {config.get('model_type')!r}, "
             f"expected {RetortStudentConfig.model_type!r}"
         )
-    kinds = {kind.__name__: kind for kind in (RetortStackedStudent, RetortGenStudent)}
+    kinds = {kind.__name__: kind for kind in RetortStudent.__subclasses__()}
     student: RetortStudent = kinds[config["architectures"][0]].from_pretrained(folder)
     return student
 
@@ -106,4 +106,5 @@ def _difference(model: nn.Module, path: Path, lengths: tuple[int, ...]) -> float
     waveforms_BS, mask_BS = _padded(lengths)
     found = session.run(None, {"input_values": waveforms_BS.numpy(), "attention_mask": mask_BS.numpy()})
     expected = model(waveforms_BS, mask_BS)
+    assert [one.shape for one in found] == [other.shape for other in expected], f"a shape is frozen in {path}"
     return max(float(np.abs(one - other.numpy()).max()) for one, other in zip(found, expected, strict=True))

@@ -400,7 +400,7 @@ class RetortGenStudent(RetortStudent):
         generated: list[Tensor] = []
         previous_BTD = start_BTD
         for index in range(self.config.num_hidden_layers):
-            index_B = torch.full((start_BTD.shape[0],), index, device=start_BTD.device)
+            index_B = torch.full((start_BTD.shape[0],), index, dtype=torch.long, device=start_BTD.device)
             previous_BTD = self.step(previous_BTD, start_BTD, index_B, mask_B11T)
             generated.append(previous_BTD)
         return generated
