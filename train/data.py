@@ -128,7 +128,11 @@ class DistillationData:
         """The training utterances of one pack."""
         stored = self.store.pack(pack, self.layers)
         chosen = stored.utterances[self.is_train[stored.utterances]]
-        return self._batch(chosen, stored.codes_LFW[:, self._pack_rows(chosen)], stored.scale, self.store.codec)
+        rows = self._pack_rows(chosen)
+        # Training utterances that lie side by side are copied as one block: ten times as fast as row by row.
+        together = rows[-1] + 1 - rows[0] == len(rows)
+        codes_LFW = stored.codes_LFW[:, slice(rows[0], rows[-1] + 1) if together else rows]
+        return self._batch(chosen, codes_LFW, stored.scale, self.store.codec)
 
     def dev_batches(self, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """The dev utterances in batches of at most a pack of frames with padding: of every `size` the `rank`-th."""
@@ -157,8 +161,10 @@ class DistillationData:
         num_frames = self.store.num_frames[utterances]
         waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
         for row, index in enumerate(utterances):
-            waveform = self.corpus.waveform(int(index))
-            waveforms_BS[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
+            waveform = waveforms_BS[row, : num_samples[row]]
+            self.corpus.waveform(int(index), out=waveform)
+            if self.normalise:
+                waveform[:] = _normalised(waveform)
         width = int(num_frames.max())
         rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]
         return Batch(
