@@ -22,6 +22,7 @@ import numpy as np
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError
 from extract.job import Request, UpstreamFacts, open_writer
+from extract.memory import keep_freed_blocks
 from extract.run import Settings, make_store, request_of
 from extract.store import StoreReader
 from extract.upstream import find_upstream
@@ -191,6 +192,7 @@ def _bytes_of_packs(place: Place) -> Iterator[tuple[Any, Any, Any]]:
 
 def memmap(place: Place) -> Clocked:
     """Copies of the packs' bytes, out of a memory map."""
+    keep_freed_blocks()  # as the command does, and for its limit too
     flat = np.memmap(place.flat, dtype=np.uint8, mode="r")
     stops = np.cumsum(np.load(place.folder / "bytes.npy").sum(axis=1)).tolist()
     starts = [0, *stops[:-1]]
@@ -205,6 +207,7 @@ def memmap(place: Place) -> Clocked:
 
 def loader(place: Place) -> Clocked:
     """The batches of one epoch, one after another."""
+    keep_freed_blocks()
     data = _data(place)
     order = _order(data)
     data.training_batch(order[0])
@@ -222,7 +225,6 @@ def loader(place: Place) -> Clocked:
 
 def training(place: Place) -> Clocked:
     """`train run` over one epoch, one pack a step. There is no teacher to start from and no dev split to score."""
-    from extract.memory import keep_freed_blocks
     from train.loop import train
     from train.run import Job, find_device
 
