@@ -48,6 +48,7 @@ def test_reads_a_section(tmp_path: Path) -> None:
         ({"optimiser": {"lr": "fast"}}, ["here.optimiser.lr", "'fast'", "float"]),
         ({"optimiser": {"lr": float("nan")}}, ["here.optimiser.lr", "float"]),
         ({"steps": 1.5}, ["here.steps", "1.5", "int"]),
+        ({"optimiser": {"ema": 1.0}}, ["optimiser.ema", "got 1", "below 1"]),
         ({"steps": True}, ["here.steps", "True", "int"]),
         ({"steps": 0}, ["here.steps", "at least 1"]),
         ({"shape": SHAPE | {"heads": 3}}, ["shape.dim", "16", "multiple of shape.heads (3)"]),

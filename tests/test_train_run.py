@@ -1,5 +1,6 @@
 """Whole runs on a tiny world: resumed equals uninterrupted, what a student starts from, errors, the command."""
 
+import copy
 import filecmp
 import json
 import os
@@ -24,8 +25,10 @@ from train import checkpoint
 from train.__main__ import main
 from train.config import StudentConfig
 from train.display import Display
+from train.growth import grow_mapping
 from train.loop import draws_forcing, train
-from train.run import begin
+from train.optimiser import STACK
+from train.run import begin, stage_at
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
     def shown(self: Display, **values: Any) -> None:
         show(self, **values)
-        if self.bar.done == steps:
+        if self.done == steps:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "show", shown)
@@ -79,7 +82,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 def test_resumed_equals_uninterrupted(
     world: World, monkeypatch: pytest.MonkeyPatch, family: str, every: int, stops: list[int]
 ) -> None:
-    config = student(family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2})
+    average = 0.9 if every == 3 else 0.0
+    config = student(family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2, "ema": average})
     whole = train(job(world, config, "whole"))
     for stop in stops:
         with monkeypatch.context() as patch:
@@ -96,6 +100,34 @@ def test_resumed_equals_uninterrupted(
         key: parts[key] for key in ("loss", "dev_by_layer", "growth", "epochs", "exposure_bias")
     }
     assert not list((world.folder / "checkpoints").iterdir())
+
+
+def test_the_average_of_weights_follows_its_formula_through_growth(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = student("interleaved", 8, checkpoint_every_steps=1, optimiser={"lr": 1e-2, "ema": 0.75})
+    kept: list[checkpoint.Checkpoint] = []
+    first = begin(job(world, config))
+    assert first.average is not None
+    average = copy.deepcopy(first.average.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda path, value: kept.append(copy.deepcopy(value)))
+        scored = train(job(world, config))
+    assert [one.depth for one in kept] == [3, 3, 6, 6, 9, 9, 12, 12]
+    for step, one in enumerate(kept):
+        stage = stage_at(first.stages, step)
+        if step == stage.first_step and stage.sources is not None:
+            average = grow_mapping(average, stage.sources, prefix=STACK)
+        average = {name: 0.75 * value + 0.25 * one.model[name] for name, value in average.items()}
+        assert one.average is not None and one.average.keys() == average.keys()
+        for name, value in average.items():
+            torch.testing.assert_close(one.average[name], value, rtol=1e-5, atol=1e-6)
+    # The average is what is saved and scored; what trains does not feel it.
+    saved = weights(world, "tiny")
+    assert all(torch.equal(saved[name], kept[-1].average[f"student.{name}"]) for name in saved)
+    plain = train(job(world, student("interleaved", 8, optimiser={"lr": 1e-2}), "plain"))
+    assert all(torch.equal(value, kept[-1].model[f"student.{name}"]) for name, value in weights(world, "plain").items())
+    assert scored["loss"]["train"] == plain["loss"]["train"] and scored["loss"]["dev"] != plain["loss"]["dev"]
 
 
 def test_a_resumed_run_really_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -12,6 +12,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
 from train.config import GENERATING, StudentConfig, parse
+from train.ranks import ALONE, Ranks
 from train.run import Job
 
 TARGETS = (2, 4, 6)
@@ -110,7 +111,7 @@ def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
     return parse(StudentConfig, section | changes, where="test")
 
 
-def job(world: World, config: StudentConfig, name: str = "tiny") -> Job:
+def job(world: World, config: StudentConfig, name: str = "tiny", ranks: Ranks = ALONE) -> Job:
     """The job of a config, with its outputs below the world's folder."""
     return Job(
         student=name,
@@ -120,4 +121,5 @@ def job(world: World, config: StudentConfig, name: str = "tiny") -> Job:
         out=world.folder / "students" / name,
         run=world.folder / "runs" / name,
         device=torch.device("cpu"),
+        ranks=ranks,
     )

@@ -59,7 +59,8 @@ class OptimiserConfig:
     eps: float = 1e-6
     weight_decay: float = 1e-6
     clip: float = 5.0  # largest gradient norm
-    accumulate: int = 1  # packs a step
+    accumulate: int = 1  # packs a step of each process
+    ema: float = 0.0  # decay of a moving average of the weights, which is scored and saved in their place; 0: none
     stem_grad_scale: float = 0.1  # gradients of the convolution stem; 0 freezes it
 
 
@@ -128,6 +129,8 @@ class StudentConfig:
             raise RetortError(f"targets: got {list(self.targets)}, expected ascending layers from 1 up")
         if self.optimiser.accumulate < 1 or len(self.optimiser.betas) != 2:
             raise RetortError("optimiser: expected accumulate of at least 1 and two betas")
+        if not 0 <= self.optimiser.ema < 1:
+            raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
         if self.init == "random" and self.optimiser.stem_grad_scale == 0:
             raise RetortError(
                 "optimiser.stem_grad_scale: 0 freezes a stem that `init: random` leaves untrained; raise it"

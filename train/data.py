@@ -11,6 +11,7 @@ W codes a frame.
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -118,26 +119,35 @@ class DistillationData:
             )
         self.sampler = PackSampler(packs, seed=seed)
 
-    def training_batches(self, position: int) -> Generator[Batch]:
-        """Batches without end, read ahead in a thread, from the `position`-th pack on."""
-        return read_ahead(self.training_batch(pack) for pack in self.sampler.from_position(position))
+    def training_batches(self, position: int, *, rank: int = 0, size: int = 1) -> Generator[Batch]:
+        """Batches without end, read ahead in a thread: the `rank`-th of every `size` packs from `position` on."""
+        packs = islice(self.sampler.from_position(position), rank, None, size)
+        return read_ahead(self.training_batch(pack) for pack in packs)
 
     def training_batch(self, pack: int) -> Batch:
         """The training utterances of one pack."""
         stored = self.store.pack(pack, self.layers)
         chosen = stored.utterances[self.is_train[stored.utterances]]
-        return self._batch(chosen, stored.codes_LFW[:, self._pack_rows(chosen)], stored.scale, self.store.codec)
+        rows = self._pack_rows(chosen)
+        # Training utterances that lie side by side are copied as one block: ten times as fast as row by row.
+        together = rows[-1] + 1 - rows[0] == len(rows)
+        codes_LFW = stored.codes_LFW[:, slice(rows[0], rows[-1] + 1) if together else rows]
+        return self._batch(chosen, codes_LFW, stored.scale, self.store.codec)
 
-    def dev_batches(self) -> Iterator[Batch]:
-        """The dev utterances, longest first, in batches of at most a pack of frames with padding."""
+    def dev_batches(self, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+        """The dev utterances in batches of at most a pack of frames with padding: of every `size` the `rank`-th."""
+        for chosen in islice(self._dev_groups(), rank, None, size):
+            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
+            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None)
+
+    def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
+        """The utterances of each dev batch, longest first."""
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
-            size = max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
-            chosen = order[start : start + size]
-            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
-            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None)
-            start += size
+            stop = start + max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
+            yield order[start:stop]
+            start = stop
 
     def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the utterances' frames in their packs, utterance after utterance."""
@@ -151,8 +161,10 @@ class DistillationData:
         num_frames = self.store.num_frames[utterances]
         waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
         for row, index in enumerate(utterances):
-            waveform = self.corpus.waveform(int(index))
-            waveforms_BS[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
+            waveform = waveforms_BS[row, : num_samples[row]]
+            self.corpus.waveform(int(index), out=waveform)
+            if self.normalise:
+                waveform[:] = _normalised(waveform)
         width = int(num_frames.max())
         rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]
         return Batch(
