@@ -145,9 +145,10 @@ class Corpus:
         values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
         return values
 
-    def waveform(self, index: int) -> NDArray[np.float32]:
-        """The waveform of one utterance, float32 (num_samples,) in [-1, 1)."""
-        return self.samples(index).astype(np.float32) / np.float32(32_768)
+    def waveform(self, index: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The waveform of one utterance, float32 (num_samples,) in [-1, 1); in `out` where that is given."""
+        # A power of two: the product is exact.
+        return np.multiply(self.samples(index), np.float32(1 / 32_768), out=out, dtype=np.float32)
 
     def label(self, name: str) -> list[str]:
         """One label column, in file order. Raises RetortError with the columns there are."""

@@ -281,7 +281,10 @@ class StoreReader:
             return slice(None)
         if missing := [layer for layer in layers if layer not in self.layers]:
             raise RetortError(f"{self.source} has no layer {missing[0]}; it keeps {', '.join(map(str, self.layers))}")
-        return [self.layers.index(layer) for layer in layers]
+        rows = [self.layers.index(layer) for layer in layers]
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0], rows[0] + len(rows))  # one read, into one array
+        return rows
 
     def pack(self, index: int, layers: Sequence[int] | None = None) -> Pack:
         """One pack as stored (codes and scales), of all kept layers or of `layers` in that order."""

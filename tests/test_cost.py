@@ -34,7 +34,13 @@ from extract.plan import spread_packs
 from extract.run import Settings, extract
 from extract.upstream import find_upstream, read_shape
 from tests.conftest import TINY, save_teacher
-from train.modeling_retort import RetortGenStudent, RetortStackedStudent, RetortStudent, RetortStudentConfig
+from train.modeling_retort import (
+    RetortGen2dStudent,
+    RetortGenStudent,
+    RetortStackedStudent,
+    RetortStudent,
+    RetortStudentConfig,
+)
 from train.student_folder import save_student
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +179,12 @@ def test_a_config_says_what_the_loaded_model_gives(family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("distilhubert", RetortStackedStudent), ("gendistiller", RetortGenStudent)]
+    ("family", "kind"),
+    [
+        ("distilhubert", RetortStackedStudent),
+        ("gendistiller", RetortGenStudent),
+        ("gendistiller-2d", RetortGen2dStudent),
+    ],
 )
 def test_a_students_config_says_what_the_student_gives(family: str, kind: type[RetortStudent], tmp_path: Path) -> None:
     sizes = {key: TINY[key] for key in TINY if key != "num_hidden_layers"}

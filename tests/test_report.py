@@ -64,7 +64,7 @@ def write_results(root: Path) -> Path:
         write_training(root / "runs" / name, name)
     params = {
         "students": list(STUDENTS),
-        "tasks": list(TASKS),
+        "tasks": {"speech": list(TASKS)},
         "report": {"speed": {"corpus": str(root / "corpora/speech.json"), "split": "test", "audio_seconds": 2.0,
                              "threads": 1, "rounds": 2}},
     }  # fmt: skip
@@ -390,7 +390,7 @@ def test_looks_differ_while_colours_last() -> None:
 
 
 def report_of(tree: Path, students: list[str], tasks: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    params = yaml.safe_load((tree / "params.yaml").read_text()) | {"students": students, "tasks": tasks}
+    params = yaml.safe_load((tree / "params.yaml").read_text()) | {"students": students, "tasks": {"speech": tasks}}
     (tree / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tree)
     monkeypatch.setattr(speed, "measure_speed", lambda *args, **kwargs: invented_speed())

@@ -1,13 +1,23 @@
 """params.yaml -> typed settings: what is wrong is said with its place and the valid names."""
 
+import math
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+import yaml
+from dvc.dependency.param import ParamsDependency
+from dvc.repo import Repo as DvcRepo
+from safetensors import safe_open
 
 from extract.errors import RetortError
-from extract.params import parse
-from train.config import OptimiserConfig, StudentConfig, read_student
+from extract.params import parse, read_section
+from train.config import Family, OptimiserConfig, StudentConfig, read_student
+from train.losses import build_distiller
+
+ROOT = Path(__file__).parents[1]
 
 SHAPE = {"layers": 2, "dim": 16, "ffn": 32, "heads": 2}
 
@@ -38,6 +48,7 @@ def test_reads_a_section(tmp_path: Path) -> None:
         ({"optimiser": {"lr": "fast"}}, ["here.optimiser.lr", "'fast'", "float"]),
         ({"optimiser": {"lr": float("nan")}}, ["here.optimiser.lr", "float"]),
         ({"steps": 1.5}, ["here.steps", "1.5", "int"]),
+        ({"optimiser": {"ema": 1.0}}, ["optimiser.ema", "got 1", "below 1"]),
         ({"steps": True}, ["here.steps", "True", "int"]),
         ({"steps": 0}, ["here.steps", "at least 1"]),
         ({"shape": SHAPE | {"heads": 3}}, ["shape.dim", "16", "multiple of shape.heads (3)"]),
@@ -46,6 +57,7 @@ def test_reads_a_section(tmp_path: Path) -> None:
         ({"targets": "4,8"}, ["here.targets", "a list"]),
         ({"targets": [8, 4]}, ["here.targets", "ascending"]),
         ({"dev_split": "train"}, ["here.dev_split", "never train"]),
+        ({"generation": {"forcing_last": 1.5}}, ["here.generation.forcing_last", "1.5", "0 to 1"]),
         ({"growth": {"optimiser": "keep"}}, ["here.growth.optimiser", "copy-reset-step"]),
         ({"init": "random", "optimiser": {"stem_grad_scale": 0}}, ["stem_grad_scale", "freezes"]),
     ],
@@ -75,14 +87,37 @@ def test_unknown_student_and_missing_section(tmp_path: Path) -> None:
         read_student(params, "one")
 
 
-def test_students_that_the_repository_ships_parse() -> None:
-    import yaml
+def test_students_that_the_repository_ships() -> None:
+    """Every family is there, each student with at most a quarter of the demo teacher's parameters."""
+    students = read_section(ROOT / "params.yaml", "train")
+    with safe_open(ROOT / "pipelines/demo/teacher/model.safetensors", framework="pt") as teacher:
+        most = sum(math.prod(teacher.get_slice(name).get_shape()) for name in teacher.keys()) / 4  # noqa: SIM118
+    families = []
+    for name in students:
+        config = read_student(ROOT / "params.yaml", name)
+        with torch.device("meta"):
+            distiller = build_distiller(config, targets=(4, 8, 12), teacher_dim=160, normalise=False)
+        assert sum(parameter.numel() for parameter in distiller.student.parameters()) <= most, name
+        families.append(config.family)
+    assert sorted(families) == sorted(get_args(Family))
 
-    params = Path(__file__).parents[1] / "params.yaml"
-    students = yaml.safe_load(params.read_text())["train"]
-    assert {read_student(params, name).family for name in students} >= {
-        "distilhubert",
-        "layerwise",
-        "interleaved",
-        "gendistiller",
-    }
+
+def test_a_student_that_is_not_listed_changes_nothing_that_dvc_runs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    unlisted = set(params["train"]) - set(params["students"])
+    assert unlisted >= {"gradual", "midas", "progressive", "one-shot", "gendistiller-2d"}
+    DvcRepo.init(str(tmp_path), no_scm=True).close()
+    seen = []
+    for dropped in (set(), unlisted):
+        kept = {name: section for name, section in params["train"].items() if name not in dropped}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"train": kept}))
+        with DvcRepo(str(tmp_path)) as repo:
+            stages = {
+                stage.name: (stage.cmd, [dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)])
+                for stage in repo.index.stages
+            }
+        assert {name.partition("@")[2] for name in stages if name.startswith("distil@")} == set(params["students"])
+        assert stages["distil@interleaved"][1] == [{"train.interleaved": params["train"]["interleaved"]}]
+        seen.append(stages)
+    assert seen[0] == seen[1]

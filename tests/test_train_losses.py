@@ -15,6 +15,7 @@ from train.losses import (
     layer_to_layer_loss,
     regression_loss,
 )
+from train.modeling_retort import RetortGen2dStudent, RetortGenStudent
 from train.run import begin
 
 
@@ -57,7 +58,7 @@ def distiller_and_batch(world: World, family: str, **changes: object) -> tuple[D
     return run.distiller, run.data.training_batch(int(run.data.sampler.packs[0]))
 
 
-@pytest.mark.parametrize("family", ["distilhubert", "layerwise", "gendistiller"])
+@pytest.mark.parametrize("family", ["distilhubert", "layerwise", "gendistiller", "gendistiller-2d"])
 def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> None:
     distiller, batch = distiller_and_batch(world, family)
     distiller.eval()
@@ -84,8 +85,9 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
     assert [one.shape for one in predicted] == [(targets.shape[1], 16)] * 3
 
 
-def test_forcing_feeds_the_teachers_layers(world: World) -> None:
-    distiller, batch = distiller_and_batch(world, "gendistiller")
+@pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
+def test_forcing_feeds_the_teachers_layers(world: World, family: str) -> None:
+    distiller, batch = distiller_and_batch(world, family)
     assert isinstance(distiller, GenerationDistiller)
     distiller.eval()
     with torch.no_grad():
@@ -98,6 +100,22 @@ def test_forcing_feeds_the_teachers_layers(world: World) -> None:
         other = distiller(batch, batch.targets(), True)
     torch.testing.assert_close(other[0], free[0], atol=1e-5, rtol=0)
     assert (other[1] - free[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
+@pytest.mark.parametrize("embeds", [None, True, False])
+@pytest.mark.parametrize("skip", ["start", "none"])
+def test_settings_of_generation(family: str, embeds: bool | None, skip: str) -> None:
+    shape = no_dropout() | {"layers": 2}
+    config = student(family, generation={"layer_embedding": embeds, "skip": skip}, shape=shape)
+    every_layer = tuple(range(1, 13))
+    made = build_distiller(config, targets=every_layer, teacher_dim=16, normalise=False).student
+    assert isinstance(made, RetortGen2dStudent if family == "gendistiller-2d" else RetortGenStudent)
+    # Not said, layers have an embedding where nothing else tells them apart.
+    assert (made.layer_embedding is not None) == (family == "gendistiller-2d" if embeds is None else embeds)
+    assert made.config.skip == skip and len(made.encoder.layers) == 2
+    states = made(torch.randn(1, 4_000), output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [(1, 12, 16)] * 13
 
 
 def test_stem_gradients_are_scaled_or_off(world: World) -> None:
@@ -123,9 +141,10 @@ def no_dropout() -> dict[str, object]:
 
 
 def test_every_parameter_of_every_family_is_trained(world: World) -> None:
-    for family in ("distilhubert", "layerwise", "interleaved", "gendistiller"):
+    forced = {"gendistiller": False, "gendistiller-2d": True}
+    for family in ("distilhubert", "layerwise", "interleaved", *forced):
         distiller, batch = distiller_and_batch(world, family)
-        distiller.loss(distiller(batch, batch.targets()), batch.targets()).backward()
+        distiller.loss(distiller(batch, batch.targets(), forced.get(family, False)), batch.targets()).backward()
         for name, parameter in distiller.named_parameters():
             assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name.endswith("k_proj.bias"), name
 

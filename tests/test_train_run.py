@@ -1,5 +1,6 @@
 """Whole runs on a tiny world: resumed equals uninterrupted, what a student starts from, errors, the command."""
 
+import copy
 import filecmp
 import json
 import os
@@ -24,8 +25,10 @@ from train import checkpoint
 from train.__main__ import main
 from train.config import StudentConfig
 from train.display import Display
+from train.growth import grow_mapping
 from train.loop import draws_forcing, train
-from train.run import begin
+from train.optimiser import STACK
+from train.run import begin, stage_at
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
     def shown(self: Display, **values: Any) -> None:
         show(self, **values)
-        if self.bar.done == steps:
+        if self.done == steps:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "show", shown)
@@ -72,13 +75,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         ("interleaved", 1, [3, 4]),
         ("interleaved", 3, [2, 8]),
         ("gendistiller", 3, [4, 7]),
+        ("gendistiller-2d", 3, [4]),
         ("distilhubert", 1, [5]),
     ],
 )
 def test_resumed_equals_uninterrupted(
     world: World, monkeypatch: pytest.MonkeyPatch, family: str, every: int, stops: list[int]
 ) -> None:
-    config = student(family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2})
+    average = 0.9 if every == 3 else 0.0
+    config = student(family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2, "ema": average})
     whole = train(job(world, config, "whole"))
     for stop in stops:
         with monkeypatch.context() as patch:
@@ -95,6 +100,34 @@ def test_resumed_equals_uninterrupted(
         key: parts[key] for key in ("loss", "dev_by_layer", "growth", "epochs", "exposure_bias")
     }
     assert not list((world.folder / "checkpoints").iterdir())
+
+
+def test_the_average_of_weights_follows_its_formula_through_growth(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = student("interleaved", 8, checkpoint_every_steps=1, optimiser={"lr": 1e-2, "ema": 0.75})
+    kept: list[checkpoint.Checkpoint] = []
+    first = begin(job(world, config))
+    assert first.average is not None
+    average = copy.deepcopy(first.average.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda path, value: kept.append(copy.deepcopy(value)))
+        scored = train(job(world, config))
+    assert [one.depth for one in kept] == [3, 3, 6, 6, 9, 9, 12, 12]
+    for step, one in enumerate(kept):
+        stage = stage_at(first.stages, step)
+        if step == stage.first_step and stage.sources is not None:
+            average = grow_mapping(average, stage.sources, prefix=STACK)
+        average = {name: 0.75 * value + 0.25 * one.model[name] for name, value in average.items()}
+        assert one.average is not None and one.average.keys() == average.keys()
+        for name, value in average.items():
+            torch.testing.assert_close(one.average[name], value, rtol=1e-5, atol=1e-6)
+    # The average is what is saved and scored; what trains does not feel it.
+    saved = weights(world, "tiny")
+    assert all(torch.equal(saved[name], kept[-1].average[f"student.{name}"]) for name in saved)
+    plain = train(job(world, student("interleaved", 8, optimiser={"lr": 1e-2}), "plain"))
+    assert all(torch.equal(value, kept[-1].model[f"student.{name}"]) for name, value in weights(world, "plain").items())
+    assert scored["loss"]["train"] == plain["loss"]["train"] and scored["loss"]["dev"] != plain["loss"]["dev"]
 
 
 def test_a_resumed_run_really_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -155,8 +188,9 @@ def test_metrics_and_what_it_was_made_from(world: World) -> None:
     assert {"train/loss.tsv", "train/lr.tsv", "dev/loss.tsv"} < set(curves(world, "tiny"))
 
 
-def test_a_gendistiller_reports_its_exposure_bias(world: World) -> None:
-    metrics = train(job(world, student("gendistiller", 4)))
+@pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
+def test_a_gendistiller_reports_its_exposure_bias(world: World, family: str) -> None:
+    metrics = train(job(world, student(family, 4)))
     lines = {name: text.split()[-1] for name, text in curves(world, "tiny").items()}
     difference = float(lines["dev/loss.tsv"]) - float(lines["dev/loss_forced.tsv"])
     assert metrics["exposure_bias"] == pytest.approx(difference) and difference != 0
@@ -168,7 +202,7 @@ def test_share_of_teacher_forcing() -> None:
     assert 430 < sum(draws) < 570 and sum(draws[:200]) > 160 and sum(draws[-200:]) < 40
     always = student("gendistiller", 50, generation={"forcing_last": 1.0})
     assert all(draws_forcing(always, step) for step in range(50))
-    assert not draws_forcing(student("distilhubert", 50), 0)
+    assert draws_forcing(student("gendistiller-2d", 50), 0) and not draws_forcing(student("distilhubert", 50), 0)
 
 
 def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
@@ -176,8 +210,11 @@ def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
     first = begin(job(world, student("distilhubert")))
     state = first.distiller.student.state_dict()
     assert all(torch.equal(state[name], seed[name]) for name in state)
-    generator = begin(job(world, student("gendistiller")))
-    assert generator.from_teacher == ["stem", "projection", "position", "layer 1"]
+    for family in ("gendistiller", "gendistiller-2d"):
+        generator = begin(job(world, student(family)))
+        assert generator.from_teacher == ["stem", "projection", "position", "layer 1"]
+    deeper = begin(job(world, student("gendistiller", shape=SHAPE | {"layers": 3})))
+    assert deeper.from_teacher == ["stem", "projection", "position", "layer 1", "layer 2"]  # what the seed has
     stacked = begin(job(world, student("interleaved")))
     assert stacked.from_teacher == ["stem"]
     random = begin(job(world, student("distilhubert", init="random")))
@@ -191,7 +228,8 @@ def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
     ("family", "changes", "message"),
     [
         ("distilhubert", {"targets": [4, 5]}, "no layer 5; it keeps 2, 4, 6"),
-        ("gendistiller", {"shape": SHAPE | {"dim": 8}}, "dim is the teacher's 16, got 8"),
+        ("gendistiller", {"shape": SHAPE | {"dim": 8}}, "a gendistiller feeds .* dim is the teacher's 16, got 8"),
+        ("gendistiller-2d", {"shape": SHAPE | {"dim": 8}}, "a gendistiller-2d feeds .* the teacher's 16, got 8"),
         ("distilhubert", {"shape": SHAPE | {"stem_channels": 4}}, "stem does not fit.* 8 channels, the student"),
         ("distilhubert", {"shape": SHAPE | {"stem_norm": "layer"}}, "stem does not fit.*group norm"),
         ("layerwise", {"shape": SHAPE | {"layers": 4}}, "no counterpart in a student of 4 layers"),

@@ -12,7 +12,8 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
 from extract.store import KEEP_DEFAULT
-from train.config import StudentConfig, parse
+from train.config import GENERATING, StudentConfig, parse
+from train.ranks import ALONE, Ranks
 from train.run import Job
 
 TARGETS = (2, 4, 6)
@@ -100,8 +101,8 @@ def make_world(
 
 def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
     """A tiny student of a family, parsed as from params.yaml."""
-    shape = SHAPE | ({"layers": 1} if family == "gendistiller" else {})
-    if family not in ("distilhubert", "gendistiller"):
+    shape = SHAPE | ({"layers": 1} if family in GENERATING else {})
+    if family not in ("distilhubert", *GENERATING):
         shape = SHAPE | {"layers": 12, "dim": 8, "ffn": 16}
     section = {
         "family": family,
@@ -114,7 +115,7 @@ def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
     return parse(StudentConfig, section | changes, where="test")
 
 
-def job(world: World, config: StudentConfig, name: str = "tiny") -> Job:
+def job(world: World, config: StudentConfig, name: str = "tiny", ranks: Ranks = ALONE) -> Job:
     """The job of a config, with its outputs below the world's folder."""
     return Job(
         student=name,
@@ -124,4 +125,5 @@ def job(world: World, config: StudentConfig, name: str = "tiny") -> Job:
         out=world.folder / "students" / name,
         run=world.folder / "runs" / name,
         device=torch.device("cpu"),
+        ranks=ranks,
     )

@@ -1,9 +1,13 @@
 """Checkpoints: all that a run is, in one file, written aside and renamed.
 
-    checkpoints/<student>-<key>/checkpoint.pt        below the main working tree, removed after success
+    checkpoints/<student>-<key>-<packs a step>/checkpoint.pt     below the main working tree, removed after success
 
 The key is a digest of what decides the result: config, seed, store and corpus. A changed setting starts anew; the same
-command after a kill goes on, and its result is bit-identical to an uninterrupted one on a CPU.
+command after a kill goes on, and its result is bit-identical to an uninterrupted one on a CPU. On another number of
+processes a run goes on too, as long as processes x `accumulate` are as many packs: it is the same run but for the
+order in which gradients are added.
+
+No random state is kept: forcing draws by step and dropout by pack (train/loop.py).
 """
 
 import errno
@@ -22,7 +26,7 @@ from extract.files import in_main_tree, sha256_json, written_aside
 from train.config import StudentConfig
 from train.optimiser import OptimiserState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = Path("checkpoints")
 
 
@@ -31,8 +35,9 @@ class Progress:
     """What a run has done so far. Plain values: they go into the checkpoint as they are."""
 
     step: int = 0  # optimiser steps done
-    packs: int = 0  # the sampler's position
+    packs: int = 0  # the sampler's position: packs of all processes
     seconds: float = 0.0
+    waited_s: float = 0.0  # of these for the loader
     audio_s: float = 0.0
     recent: list[float] = field(default_factory=list)  # losses since the last logged point
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # what DVCLive is given
@@ -45,18 +50,26 @@ class Checkpoint:
     progress: Progress
     depth: int
     model: dict[str, Tensor]  # student and heads
+    average: dict[str, Tensor] | None  # the same, averaged over steps; None without `optimiser.ema`
     optimiser: OptimiserState
-    rng: dict[str, Tensor]
 
 
 def run_key(config: StudentConfig, *, store_digest: str, corpus_digest: str) -> str:
-    """The digest that names a run's checkpoints."""
-    return sha256_json([FORMAT_VERSION, asdict(config), store_digest, corpus_digest])
+    """The digest of all that decides a run's result but how many packs a step has."""
+    value = asdict(config)
+    del value["optimiser"]["accumulate"]
+    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest])
 
 
-def checkpoint_path(student: str, key: str) -> Path:
+def checkpoint_path(student: str, key: str, packs_per_step: int) -> Path:
     """Where a run's checkpoint lies."""
-    return in_main_tree(FOLDER / f"{student}-{key[:16]}") / "checkpoint.pt"
+    return in_main_tree(FOLDER / f"{student}-{key[:16]}-{packs_per_step}") / "checkpoint.pt"
+
+
+def others(path: Path) -> list[Path]:
+    """Checkpoints of runs that differ from that at `path` in packs a step alone."""
+    prefix = path.parent.name.rpartition("-")[0]
+    return sorted(set(path.parent.parent.glob(f"{prefix}-*/{path.name}")) - {path})
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -84,21 +97,6 @@ def load(path: Path) -> Checkpoint | None:
 def remove(path: Path) -> None:
     """Remove a finished run's checkpoint and its folder."""
     shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put the generators back where a checkpoint was taken."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def full_disk(path: Path) -> OSError:

@@ -19,9 +19,18 @@ from extract.errors import RetortError, unknown
 from extract.params import parse, read_section
 
 Family = Literal[
-    "distilhubert", "layerwise", "interleaved", "gradual", "midas", "progressive", "one-shot", "gendistiller"
+    "distilhubert",
+    "layerwise",
+    "interleaved",
+    "gradual",
+    "midas",
+    "progressive",
+    "one-shot",
+    "gendistiller",
+    "gendistiller-2d",
 ]
 GROWN: tuple[Family, ...] = ("interleaved", "gradual", "midas", "progressive", "one-shot")
+GENERATING: tuple[Family, ...] = ("gendistiller", "gendistiller-2d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,8 @@ class OptimiserConfig:
     eps: float = 1e-6
     weight_decay: float = 1e-6
     clip: float = 5.0  # largest gradient norm
-    accumulate: int = 1  # packs a step
+    accumulate: int = 1  # packs a step of each process
+    ema: float = 0.0  # decay of a moving average of the weights, which is scored and saved in their place; 0: none
     stem_grad_scale: float = 0.1  # gradients of the convolution stem; 0 freezes it
     stem_frozen: float = 0.0  # share of the steps, from the first on, in which it is frozen all the same
 
@@ -75,9 +85,14 @@ class GenerationConfig:
     """What only a gendistiller has (METHODS.md, section 2)."""
 
     skip: Literal["start", "previous", "none"] = "start"
-    layer_embedding: bool = False
+    layer_embedding: bool | None = None  # None: on where a layer attends to others, as in gendistiller-2d
     forcing_first: float = 1.0  # share of steps with the teacher's layers as history, at the first step
     forcing_last: float = 0.0  # and at the last
+
+    def __post_init__(self) -> None:
+        for name, share in (("forcing_first", self.forcing_first), ("forcing_last", self.forcing_last)):
+            if not 0 <= share <= 1:
+                raise RetortError(f"{name}: got {share:g}, expected a share of the steps, 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +135,8 @@ class StudentConfig:
         if self.optimiser.accumulate < 1 or len(self.optimiser.betas) != 2:
             raise RetortError("optimiser: expected accumulate of at least 1 and two betas")
         self._check_stem()
+        if not 0 <= self.optimiser.ema < 1:
+            raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
         if self.dev_split in self.train_splits:
             raise RetortError(f"dev_split: {self.dev_split!r} is among train_splits; dev utterances never train")
 
@@ -151,7 +168,7 @@ class StudentConfig:
     @property
     def seed_layers(self) -> int:
         """How many Transformer blocks may start as the teacher's first ones."""
-        return {"distilhubert": 2, "gendistiller": 1}.get(self.family, 0)
+        return self.shape.layers if self.family in ("distilhubert", *GENERATING) else 0
 
 
 def read_student(params: Path, name: str) -> StudentConfig:

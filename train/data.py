@@ -12,6 +12,7 @@ C channels of the stem, W codes a frame.
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,35 +137,45 @@ class DistillationData:
             )
         self.sampler = PackSampler(packs, seed=seed)
 
-    def training_batches(self, position: int) -> Generator[Batch]:
-        """Batches without end, read ahead in a thread, from the `position`-th pack on."""
-        draws = enumerate(self.sampler.from_position(position), start=position)
+    def training_batches(self, position: int, *, rank: int = 0, size: int = 1) -> Generator[Batch]:
+        """Batches without end, read ahead in a thread: the `rank`-th of every `size` packs from `position` on."""
+        draws = islice(enumerate(self.sampler.from_position(position), start=position), rank, None, size)
         return read_ahead(self.training_batch(pack, stored=draw < self.stored_draws) for draw, pack in draws)
 
     def training_batch(self, pack: int, *, stored: bool = False) -> Batch:
         """The training utterances of one pack; `stored`: as the stored stem's output, not as waveforms."""
         found = self.store.pack(pack, self.layers)
         chosen = found.utterances[self.is_train[found.utterances]]
-        rows_F = self._pack_rows(chosen)
+        rows = self._pack_rows(chosen)
+        # Training utterances that lie side by side are copied as one block: ten times as fast as row by row.
+        together = rows[-1] + 1 - rows[0] == len(rows)
+        own = slice(rows[0], rows[-1] + 1) if together else rows
         stem = None
         if stored:
             codes_1FW, scale = self.store.stem_pack(pack)
-            stem = codes_1FW[:, rows_F], scale
-        return self._batch(chosen, found.codes_LFW[:, rows_F], found.scale, self.store.codec, stem)
+            stem = codes_1FW[:, own], scale
+        return self._batch(chosen, found.codes_LFW[:, own], found.scale, self.store.codec, stem)
 
-    def dev_batches(self, *, stored: bool = False) -> Iterator[Batch]:
-        """The dev utterances, longest first, in batches of at most a pack of frames with padding; `stored` as above."""
+    def dev_batches(self, *, stored: bool = False, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+        """The dev utterances in batches of at most a pack of frames with padding: of every `size` the `rank`-th.
+
+        `stored` as in `training_batch`.
+        """
+        for chosen in islice(self._dev_groups(), rank, None, size):
+            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
+            stem = None
+            if stored:
+                stem = np.concatenate([self.store.stem_at(int(index)) for index in chosen])[None], None
+            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None, stem)
+
+    def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
+        """The utterances of each dev batch, longest first."""
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
-            size = max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
-            chosen = order[start : start + size]
-            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
-            stem = (
-                (np.concatenate([self.store.stem_at(int(index)) for index in chosen])[None], None) if stored else None
-            )
-            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None, stem)
-            start += size
+            stop = start + max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
+            yield order[start:stop]
+            start = stop
 
     def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the utterances' frames in their packs, utterance after utterance."""
@@ -204,10 +215,13 @@ class DistillationData:
 
     def _waveforms(self, utterances: NDArray[np.int64]) -> NDArray[np.float32]:
         """Padded waveforms, float32 (B, S), scaled as the teacher's were."""
-        waveforms_BS = np.zeros((len(utterances), int(self.corpus.num_samples[utterances].max())), dtype=np.float32)
+        num_samples = self.corpus.num_samples[utterances]
+        waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
         for row, index in enumerate(utterances):
-            waveform = self.corpus.waveform(int(index))
-            waveforms_BS[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
+            waveform = waveforms_BS[row, : num_samples[row]]
+            self.corpus.waveform(int(index), out=waveform)
+            if self.normalise:
+                waveform[:] = _normalised(waveform)
         return waveforms_BS
 
 

@@ -18,37 +18,48 @@ class Display:
         title: the student's name.
         first, total: steps done before, and of the whole run.
         run: folder for DVCLive, emptied first; `curve` is what an interrupted run had logged.
+        shown: False for a process that is not the first of its run: it shows and writes nothing.
     """
 
     def __init__(
-        self, title: str, *, first: int, total: int, run: Path, curve: list[tuple[int, dict[str, float]]]
+        self, title: str, *, first: int, total: int, run: Path, curve: list[tuple[int, dict[str, float]]], shown: bool
     ) -> None:
+        self.shown, self.done = shown, first
+        if not shown:
+            return
         self.bar = ProgressBar(title, total=total, unit="steps", done=first)
         self.live = _open_live(run)
         for step, values in curve:
             self.log(step, values)
 
     def __enter__(self) -> Self:
-        self.bar.__enter__()
+        if self.shown:
+            self.bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.__exit__(kind, error, trace)
-        self.live.end()
+        if self.shown:
+            self.bar.__exit__(kind, error, trace)
+            self.live.end()
 
     def say(self, text: str) -> None:
         """One plain line."""
-        self.bar.say(text)
+        if self.shown:
+            self.bar.say(text)
 
     def show(self, *, loss: float, depth: int, audio_s: float) -> None:
         """Report that one more step is done, and `audio_s` seconds of audio so far in this process."""
-        speed = audio_s / max(self.bar.elapsed_s, 1e-9)
-        self.bar.advance(1, detail=f"loss {loss:.4f}, {depth} layers, {speed:.0f} s of audio a second")
+        self.done += 1
+        if self.shown:
+            speed = audio_s / max(self.bar.elapsed_s, 1e-9)
+            self.bar.advance(1, detail=f"loss {loss:.4f}, {depth} layers, {speed:.0f} s of audio a second")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Points of the curves at `step`."""
+        if not self.shown:
+            return
         self.live.step = step
         for name, value in values.items():
             self.live.log_metric(name, value)

@@ -1,6 +1,7 @@
 """The training loop, from top to bottom: packs in, a student out.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C --out DIR --run RUNDIR
+    torchrun --nproc-per-node 8 -m -- train run …       the same on eight GPUs: packs of a step in turn (ranks.py)
 
 The teacher is not needed: its features come from the store, its first weights from the seed beside the manifest.
 """
@@ -9,20 +10,22 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from extract.errors import RetortError
 from extract.files import write_json
 from train import checkpoint
-from train.config import StudentConfig
+from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.display import Display
 from train.losses import GenerationDistiller, LayerError, layer_errors
-from train.optimiser import learning_rate
+from train.optimiser import learning_rate, update_average
 from train.run import Job, Run, begin, grow, snapshot, stage_at, thaw
 from train.student_folder import save_student, versions
 
@@ -39,10 +42,18 @@ def train(job: Job) -> dict[str, Any]:
     run. Raises RetortError for settings that do not fit the store and for a loss that is not finite.
     """
     run = begin(job)
-    config, progress = job.config, run.progress
+    config, progress, ranks = job.config, run.progress, job.ranks
+    display = Display(
+        job.student,
+        first=progress.step,
+        total=config.steps,
+        run=job.run,
+        curve=progress.curve,
+        shown=ranks.first,
+    )
     with (
-        Display(job.student, first=progress.step, total=config.steps, run=job.run, curve=progress.curve) as display,
-        closing(run.data.training_batches(progress.packs)) as batches,
+        display,
+        closing(run.data.training_batches(progress.packs, rank=ranks.rank, size=ranks.size)) as batches,
     ):
         display.say(_headline(run))
         started_audio_s, clock = progress.audio_s, time.monotonic()
@@ -60,7 +71,7 @@ def train(job: Job) -> dict[str, Any]:
             rate = learning_rate(config, stage, step)
             loss = train_step(run, batches, step, rate)
 
-            progress.step, progress.packs = step + 1, progress.packs + config.optimiser.accumulate
+            progress.step, progress.packs = step + 1, progress.packs + run.packs_per_step
             progress.seconds, clock = progress.seconds + time.monotonic() - clock, time.monotonic()
             progress.recent = [*progress.recent, loss][-max(_RECENT, config.log_every) :]
             display.show(loss=loss, depth=run.depth, audio_s=progress.audio_s - started_audio_s)
@@ -72,7 +83,7 @@ def train(job: Job) -> dict[str, Any]:
             if not done and progress.step % config.dev_every == 0:
                 _log(run, display, _dev_curve(*_dev(run)))
             due = clock - saved > config.checkpoint_every_s
-            if done or due or progress.step % config.checkpoint_every_steps == 0:
+            if ranks.first and (done or due or progress.step % config.checkpoint_every_steps == 0):
                 checkpoint.save(run.checkpoint, snapshot(run))
                 saved = time.monotonic()
         free, forced = _dev(run)
@@ -89,32 +100,54 @@ def train_step(run: Run, batches: Generator[Batch], step: int, rate: float) -> f
     loss = _gradients(run, batches, forced=draws_forcing(run.job.config, step))
     run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
+    if run.average is not None:
+        update_average(run.average, run.distiller, run.job.config.optimiser.ema)
     return loss
 
 
 def _gradients(run: Run, batches: Generator[Batch], *, forced: bool) -> float:
-    """Clipped gradients of one step, over `accumulate` packs; returns the loss, a mean over packs.
+    """Clipped gradients of one step, a mean over the packs of all processes; returns the loss, the same mean.
 
-    Raises RetortError when the loss or its gradient is not finite: weights and checkpoint are still good then.
+    Raises RetortError, in all processes, when the loss or its gradient is not finite: weights and checkpoint are still
+    good then.
     """
-    config, device = run.job.config.optimiser, run.job.device
-    losses: list[float] = []
-    utterances: list[int] = []
-    for _ in range(config.accumulate):
+    config, ranks, progress = run.job.config.optimiser, run.job.ranks, run.progress
+    losses: list[Tensor] = []
+    audio_s: list[float] = []
+    utterances: list[tuple[int, ...]] = []
+    waited_s = 0.0
+    for index in range(config.accumulate):
+        clock = time.monotonic()
         batch = next(batches)
-        run.progress.audio_s += batch.duration_s
-        utterances += batch.utterances
-        batch = batch.to(device)
+        waited_s += time.monotonic() - clock
+        audio_s.append(batch.duration_s)
+        utterances.append(batch.utterances)
+        batch = batch.to(run.job.device)
+        seed_dropout(run.job.config.seed, progress.packs + index * ranks.size + ranks.rank)
         with _precision(run):
             targets_LFD = batch.targets()
             loss = run.distiller.loss(run.distiller(batch, targets_LFD, forced), targets_LFD)
-        (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.item())
+        (loss / run.packs_per_step).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    ranks.add_gradients(run.distiller.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.distiller.parameters(), config.clip).item()
-    mean = float(np.mean(losses))
+    values: list[float] = torch.stack(losses).tolist()  # late: a device that was waited for has nothing to do next
+    packs = [pack for mine in ranks.gather(list(zip(values, audio_s, utterances, strict=True))) for pack in mine]
+    progress.audio_s += sum(pack_s for _, pack_s, _ in packs)
+    progress.waited_s += max(ranks.gather(waited_s))  # who waits longest holds up the others
+    mean = float(np.mean([value for value, _, _ in packs]))
     if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise _not_finite(run, mean, norm, utterances)
+        odd = [spoken for value, _, spoken in packs if not math.isfinite(value)]
+        raise _not_finite(run, mean, norm, odd or [spoken for _, _, spoken in packs])
     return mean
+
+
+def seed_dropout(seed: int, position: int) -> None:
+    """Make dropout of the `position`-th pack a function of (seed, position).
+
+    So no state of a generator has to be kept, and a pack meets the same masks whichever process it falls to.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, position]).generate_state(1)[0]))
 
 
 def draws_forcing(config: StudentConfig, step: int) -> bool:
@@ -123,7 +156,7 @@ def draws_forcing(config: StudentConfig, step: int) -> bool:
     The share of such steps goes linearly from `forcing_first` to `forcing_last`. Each step draws by itself, from
     (seed, step), so that nothing has to be kept for resumption.
     """
-    if config.family != "gendistiller":
+    if config.family not in GENERATING:
         return False
     first, last = config.generation.forcing_first, config.generation.forcing_last
     share = first + (last - first) * step / max(1, config.steps - 1)
@@ -155,21 +188,25 @@ def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
 
 @torch.no_grad()
 def score_dev(run: Run, *, forced: bool = False, stored: bool = False) -> DevScore:
-    """Score the dev split from waveforms, or from the `stored` stem, without dropout. Leaves the run as it was."""
-    run.distiller.eval()
-    rows: list[list[float]] = []
-    weights: list[int] = []
-    for batch in run.data.dev_batches(stored=stored):
+    """Score the dev split from waveforms, or from the `stored` stem, without dropout, each process a part.
+
+    Leaves the run as it was.
+    """
+    distiller, ranks = run.scored.eval(), run.job.ranks
+    rows: list[list[float]] = []  # of a batch: frames, loss, errors by layer
+    for batch in run.data.dev_batches(stored=stored, rank=ranks.rank, size=ranks.size):
         batch = batch.to(run.job.device)
         with _precision(run):
             targets_LFD = batch.targets()
-            predicted = run.distiller(batch, targets_LFD, forced)
-            loss = run.distiller.loss(predicted, targets_LFD).item()
-        errors = layer_errors(predicted, targets_LFD)
-        rows.append([loss, *(value for error in errors for value in (error.l1, error.cosine, error.mse))])
-        weights.append(targets_LFD.shape[1])
-    run.distiller.train()
-    loss, *values = np.average(rows, axis=0, weights=weights).tolist()
+            predicted = distiller(batch, targets_LFD, forced)
+            loss = distiller.loss(predicted, targets_LFD).item()
+        errors = [value for error in layer_errors(predicted, targets_LFD) for value in astuple(error)]
+        rows.append([targets_LFD.shape[1], loss, *errors])
+    distiller.train()
+    # In the order of batches, so that the mean has the same bits on any number of processes.
+    in_order = [row for rows in zip_longest(*ranks.gather(rows)) for row in rows if row is not None]
+    weights, *columns = zip(*in_order, strict=True)
+    loss, *values = np.average(columns, axis=1, weights=weights).tolist()
     by_layer = {layer: LayerError(*values[3 * index : 3 * index + 3]) for index, layer in enumerate(run.data.layers)}
     return DevScore(loss, by_layer)
 
@@ -201,9 +238,17 @@ def _dev_curve(free: DevScore | None, forced: DevScore | None) -> dict[str, floa
 def _headline(run: Run) -> str:
     config, progress = run.job.config, run.progress
     again = f", going on from step {progress.step}" if progress.step else ""
+    shared = f" on {run.job.ranks.size} processes" if run.job.ranks.size > 1 else ""
+    left = checkpoint.others(run.checkpoint)
+    other = (
+        f"; started anew with {run.packs_per_step} packs a step, {left[0].parent} has another number of them: to go on "
+        "from there change optimiser.accumulate (or the number of processes)"
+        if left and not progress.step
+        else ""
+    )
     return (
-        f"{run.job.student}: {config.family}, {config.steps} steps over {len(run.data.sampler)} packs{again}; "
-        f"from the teacher: {', '.join(run.from_teacher) or 'nothing'}"
+        f"{run.job.student}: {config.family}, {config.steps} steps over {len(run.data.sampler)} packs{shared}{again}; "
+        f"from the teacher: {', '.join(run.from_teacher) or 'nothing'}{other}"
     )
 
 
@@ -213,8 +258,8 @@ def _log(run: Run, display: Display, values: dict[str, float]) -> None:
         display.log(run.progress.step, values)
 
 
-def _not_finite(run: Run, loss: float, norm: float, utterances: list[int]) -> RetortError:
-    names = [run.corpus.ids[index] for index in utterances]
+def _not_finite(run: Run, loss: float, norm: float, packs: list[tuple[int, ...]]) -> RetortError:
+    names = [run.corpus.ids[index] for index in dict.fromkeys(chain.from_iterable(packs))]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     good = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
     return RetortError(
@@ -224,8 +269,8 @@ def _not_finite(run: Run, loss: float, norm: float, utterances: list[int]) -> Re
 
 
 def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[str, Any]:
-    """Write the student's folder, then its metrics; only then is the checkpoint removed."""
-    job, progress, student = run.job, run.progress, run.distiller.student
+    """Write the student's folder, then its metrics; only then is the checkpoint removed. The first process does it."""
+    job, progress, student = run.job, run.progress, run.scored.student
     common = {
         "student": job.student,
         "teacher": run.store.fingerprint,
@@ -239,6 +284,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[st
         "corpus_digest": run.corpus.digest,
         "from_teacher": run.from_teacher,
         "key": run.key,
+        "packs_per_step": run.packs_per_step,
     }
     metrics = common | {
         "format_version": 1,
@@ -249,6 +295,8 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[st
         "epochs": round(progress.packs / len(run.data.sampler), 3),
         "seconds": round(progress.seconds, 2),
         "audio_seconds_per_second": round(progress.audio_s / progress.seconds, 2),
+        "loader_wait_share": round(progress.waited_s / progress.seconds, 4),
+        "processes": job.ranks.size,
         "loss": {
             "train": float(np.mean(progress.recent[-_RECENT:])),
             "dev": None if free is None else free.loss,
@@ -258,7 +306,8 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[st
         "growth": [{"step": stage.first_step, "layers": stage.depth} for stage in run.stages],
         "exposure_bias": None if free is None or forced is None else free.loss - forced.loss,
     }
-    save_student(job.out, student, made_from)
-    write_json(job.run / "metrics.json", metrics)
-    checkpoint.remove(run.checkpoint)
+    if job.ranks.first:
+        save_student(job.out, student, made_from)
+        write_json(job.run / "metrics.json", metrics)
+        checkpoint.remove(run.checkpoint)
     return metrics

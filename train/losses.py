@@ -4,7 +4,7 @@ A `Distiller` is a student with its heads. It maps a batch to one prediction for
 on the utterances' own frames alone, and to the loss of its family:
 
     distilhubert   mean |p - t| + mean(-log sigmoid(cos(p, t)))                         arXiv 2110.01900, official code
-    gendistiller   the same                                                             METHODS.md, section 2
+    gendistillers  the same                                                             METHODS.md, section 2
     stacked        MSE at the last layer + w · mean MSE at the target layers below it   METHODS.md, section 1
 
 Heads are kept in checkpoints and dropped from the saved student. Shapes: B batch, T frames, F valid frames of all
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.config import StudentConfig
+from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
 from train.modeling_retort import (
+    RetortGen2dStudent,
     RetortGenStudent,
     RetortStackedStudent,
     RetortStudent,
@@ -212,7 +213,8 @@ def build_distiller(
     `note` is what the teacher's maker wants to stand wherever scores stand; the student hands it on.
     """
     shape = config.shape
-    generates = config.family == "gendistiller"
+    generates, two_dimensional = config.family in GENERATING, config.family == "gendistiller-2d"
+    layer_embedding = config.generation.layer_embedding
     depth = shape.layers if depth is None else depth
     student_config = RetortStudentConfig(
         family=config.family,
@@ -231,13 +233,14 @@ def build_distiller(
         target_layers=targets,
         stack_depth=depth if generates else 1,
         skip=config.generation.skip,
-        layer_embedding=config.generation.layer_embedding,
+        layer_embedding=two_dimensional if layer_embedding is None else layer_embedding,
     )
     if note is not None:
         student_config.retort_note = note
     distiller: Distiller
     if generates:
-        distiller = GenerationDistiller(config, RetortGenStudent(student_config))
+        kind = RetortGen2dStudent if two_dimensional else RetortGenStudent
+        distiller = GenerationDistiller(config, kind(student_config))
     elif config.family == "distilhubert":
         distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
     else:

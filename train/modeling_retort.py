@@ -1,30 +1,34 @@
 """The students, in one self-contained file that travels with their weights.
 
 A saved student is a folder with this file in it, and `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens
-it anywhere: it imports torch, transformers and the standard library only. Two models share every part:
+it anywhere: it imports torch, transformers and the standard library only. Three models share every part:
 
     RetortStackedStudent   a conv stem and N post-LN Transformer blocks (DistilHuBERT, full-depth and grown students)
     RetortGenStudent       a conv stem and one shared stack that generates the teacher's layers one after another
+    RetortGen2dStudent     the same, each layer attending to all layers before it
 
 Modules carry the names of transformers' HuBERT, so a teacher's first tensors fit as they are. One difference: the
 positional convolution has a plain weight, its weight norm folded in, because nothing is gained from it after training.
 
-Both are exact under padding: each utterance of a padded batch gets the features that it gets alone. Group norm
+All are exact under padding: each utterance of a padded batch gets the features that it gets alone. Group norm
 takes its statistics over the utterance's own frames, padded frames are zero before the positional convolution and no
 query attends to them.
 
-Shapes: B batch, S samples, T frames, C stem channels, D hidden size, H heads, L generated layers.
+Shapes: B batch, S samples, T frames, C stem channels, D hidden size, H heads, K features a head, L generated layers,
+N = L T cells (layer, time), layer by layer.
 """
 
 # mypy: disable-error-code="no-untyped-call"
 # transformers is typed in part only.
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -38,7 +42,7 @@ class RetortStudentConfig(PretrainedConfig):
         feat_extract_norm: "group" (the first convolution only, as Base models) or "layer" (each one, as Large).
         do_normalize: the waveform comes with zero mean and unit variance, as the teacher's did.
         target_layers: the teacher's layers that this student was taught; the layers a gendistiller generates.
-        stack_depth, skip, layer_embedding: gendistiller only; see `RetortGenStudent`.
+        stack_depth, skip, layer_embedding: gendistillers only; see `RetortGenStudent`.
     """
 
     model_type = "retort-student"
@@ -196,8 +200,16 @@ class PositionalConv(nn.Module):
         return functional.gelu(position_BDT).transpose(1, 2)
 
 
+Past = list[tuple[Tensor, Tensor]]  # keys and values (B, H, T, K) of one block, of every layer generated so far
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention)  # only compiled is it one kernel, and skips what the mask rules out
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over time."""
+    """Multi-head self-attention over time, or over cells (layer, time)."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -208,18 +220,30 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, mask: Tensor | BlockMask | None, past: Past | None = None) -> Tensor:
+        """Attend within `hidden_BTD`, and to `past`, the layers before it, which this one is then added to.
+
+        `mask`, None or True where a query attends: (B, 1, 1, T), the same for every layer; without a past also
+        (B, 1, T, T), or FlexAttention's, which drops no attention weights out.
+        """
         query_BHTK, key_BHTK, value_BHTK = (
             projection(hidden_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        context_BHTK = functional.scaled_dot_product_attention(
-            query_BHTK,
-            key_BHTK,
-            value_BHTK,
-            attn_mask=mask_B11T,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        if past is not None:
+            past.append((key_BHTK, value_BHTK))
+            key_BHTK, value_BHTK = (torch.cat(layers, dim=2) for layers in zip(*past, strict=True))
+            mask = mask.repeat(1, 1, 1, len(past)) if isinstance(mask, Tensor) else None
+        if isinstance(mask, BlockMask):
+            context_BHTK = _compiled_flex_attention()(query_BHTK, key_BHTK, value_BHTK, block_mask=mask)
+        else:
+            context_BHTK = functional.scaled_dot_product_attention(
+                query_BHTK,
+                key_BHTK,
+                value_BHTK,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         return self.out_proj(context_BHTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return, unused-ignore]
 
 
@@ -248,8 +272,8 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        hidden_BTD = self.layer_norm(hidden_BTD + self.dropout(self.attention(hidden_BTD, mask_B11T)))
+    def forward(self, hidden_BTD: Tensor, mask: Tensor | BlockMask | None, past: Past | None = None) -> Tensor:
+        hidden_BTD = self.layer_norm(hidden_BTD + self.dropout(self.attention(hidden_BTD, mask, past)))
         return self.final_layer_norm(hidden_BTD + self.feed_forward(hidden_BTD))  # type: ignore[no-any-return, unused-ignore]
 
 
@@ -274,7 +298,7 @@ class Encoder(nn.Module):
 
 
 class RetortStudent(PreTrainedModel):
-    """What both students share: from the waveform to layer 0, and the initial weights."""
+    """What all students share: from the waveform to layer 0, and the initial weights."""
 
     config_class = RetortStudentConfig
     base_model_prefix = "student"
@@ -382,13 +406,14 @@ class RetortGenStudent(RetortStudent):
         )
         self.post_init()
 
-    def step(self, previous_BTD: Tensor, start_BTD: Tensor, index_B: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        """g_i from g_{i-1} and h_0; `index_B` holds i - 1 of each row, so that rows may be at different layers."""
-        hidden_BTD = previous_BTD
-        if self.layer_embedding is not None:
-            hidden_BTD = hidden_BTD + self.layer_embedding(index_B)[:, None]
-        for layer in self.encoder.layers:
-            hidden_BTD = layer(hidden_BTD, mask_B11T)
+    def enter(self, previous_BTD: Tensor, index: int) -> Tensor:
+        """What the blocks make g_{index + 1} of: the history and the layer's embedding, if there is one."""
+        if self.layer_embedding is None:
+            return previous_BTD
+        return previous_BTD + self.layer_embedding.weight[index]  # type: ignore[no-any-return, unused-ignore]
+
+    def leave(self, hidden_BTD: Tensor, previous_BTD: Tensor, start_BTD: Tensor) -> Tensor:
+        """g_i from what the blocks made of g_{i-1}."""
         if self.config.skip == "start":
             hidden_BTD = hidden_BTD + start_BTD
         elif self.config.skip == "previous":
@@ -400,19 +425,21 @@ class RetortGenStudent(RetortStudent):
         generated: list[Tensor] = []
         previous_BTD = start_BTD
         for index in range(self.config.num_hidden_layers):
-            index_B = torch.full((len(start_BTD),), index, device=start_BTD.device)
-            previous_BTD = self.step(previous_BTD, start_BTD, index_B, mask_B11T)
+            hidden_BTD = self.enter(previous_BTD, index)
+            for layer in self.encoder.layers:
+                hidden_BTD = layer(hidden_BTD, mask_B11T)
+            previous_BTD = self.leave(hidden_BTD, previous_BTD, start_BTD)
             generated.append(previous_BTD)
         return generated
 
     def teacher_forced(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
         """[g_1, ..., g_L] in one batched pass, g_i from `history[i - 2]`, the given layer before it (g_1 from h_0)."""
-        num_layers, num_rows = self.config.num_hidden_layers, len(start_BTD)
-        previous = torch.cat([start_BTD, *(layer.to(start_BTD.dtype) for layer in history)])
-        index = torch.arange(num_layers, device=start_BTD.device).repeat_interleave(num_rows)
-        mask = None if mask_B11T is None else mask_B11T.repeat(num_layers, 1, 1, 1)
-        generated = self.step(previous, start_BTD.repeat(num_layers, 1, 1), index, mask)
-        return list(generated.split(num_rows))
+        rows = [start_BTD, *(layer_BTD.to(start_BTD.dtype) for layer_BTD in history)]
+        hidden = torch.cat([self.enter(row_BTD, index) for index, row_BTD in enumerate(rows)])
+        mask = None if mask_B11T is None else mask_B11T.repeat(len(rows), 1, 1, 1)
+        for layer in self.encoder.layers:
+            hidden = layer(hidden, mask)
+        return list(self.leave(hidden, torch.cat(rows), start_BTD.repeat(len(rows), 1, 1)).chunk(len(rows)))
 
     def forward(
         self,
@@ -432,6 +459,73 @@ class RetortGenStudent(RetortStudent):
         return BaseModelOutput(last_hidden_state=generated[-1], hidden_states=states if wanted else None)
 
 
+class RetortGen2dStudent(RetortGenStudent):
+    """A decoder over cells (layer, time) that generates the teacher's layers (GenDistiller, arXiv 2310.13418).
+
+        g_i = OutProj(f(g_{i-1} + e_i | h_0 + e_1, ..., g_{i-2} + e_{i-1}) + skip_i)
+
+    As `RetortGenStudent`, but for attention, which is two-dimensional: causal over layers, bidirectional over time. The
+    cell (layer, time) that g_i(t) is made of attends to all times of layers 0 to i - 1. Attention sees a set of cells:
+    in a stack of one block it is e_i alone that tells layers apart, so `layer_embedding` is best on here, and costs D
+    parameters a layer.
+    """
+
+    def free_run(self, start_BTD: Tensor, mask_B11T: Tensor | None) -> list[Tensor]:
+        """[g_1, ..., g_L], each from those before it."""
+        return self.layer_by_layer(start_BTD, [], mask_B11T)
+
+    def teacher_forced(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
+        """[g_1, ..., g_L], g_i from h_0 and `history[: i - 1]`, the given layers before it."""
+        history = [layer_BTD.to(start_BTD.dtype) for layer_BTD in history]
+        size, num_frames, dim = start_BTD.shape
+        # FlexAttention's kernels know no dropout, and no heads of fewer than 16 features.
+        drops = self.training and self.config.attention_dropout > 0
+        if start_BTD.is_cuda and not drops and dim >= 16 * self.config.num_attention_heads:
+            mask = causal_over_layers(len(history) + 1, size, num_frames, mask_B11T, start_BTD.device)
+            return self.all_at_once(start_BTD, history, mask)
+        return self.layer_by_layer(start_BTD, history, mask_B11T)
+
+    def layer_by_layer(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
+        """Every layer from the keys and values of those before it; past the end of `history` it reads its own output.
+
+        The same result as a masked pass over all cells, with (L + 1) / 2L of its attention.
+        """
+        pasts: list[Past] = [[] for _ in self.encoder.layers]
+        rows, generated = [start_BTD, *history], []
+        for index in range(self.config.num_hidden_layers):
+            hidden_BTD = self.enter(rows[index], index)
+            for layer, past in zip(self.encoder.layers, pasts, strict=True):
+                hidden_BTD = layer(hidden_BTD, mask_B11T, past)
+            generated.append(self.leave(hidden_BTD, rows[index], start_BTD))
+            if index + 1 == len(rows):
+                rows.append(generated[-1])
+        return generated
+
+    def all_at_once(self, start_BTD: Tensor, history: list[Tensor], mask: Tensor | BlockMask) -> list[Tensor]:
+        """All layers in one pass over their N cells; `mask`, FlexAttention's or (B, 1, N, N), says who sees whom."""
+        rows = [start_BTD, *history]
+        hidden_BND = torch.cat([self.enter(row_BTD, index) for index, row_BTD in enumerate(rows)], dim=1)
+        for layer in self.encoder.layers:
+            hidden_BND = layer(hidden_BND, mask)
+        generated_BND = self.leave(hidden_BND, torch.cat(rows, dim=1), start_BTD.repeat(1, len(rows), 1))
+        return list(generated_BND.chunk(len(rows), dim=1))
+
+
+def causal_over_layers(
+    num_layers: int, size: int, num_frames: int, mask_B11T: Tensor | None, device: torch.device
+) -> BlockMask:
+    """FlexAttention's mask over the cells of `size` utterances: a cell sees its layer and those before, no padding."""
+    if mask_B11T is None:
+        mask_B11T = torch.ones(size, 1, 1, num_frames, dtype=torch.bool, device=device)
+    layer_N = torch.arange(num_layers, device=device).repeat_interleave(num_frames)
+    valid_BN = mask_B11T[:, 0, 0].repeat(1, num_layers)
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (layer_N[key] <= layer_N[query]) & valid_BN[row, key]
+
+    return create_block_mask(sees, size, None, len(layer_N), len(layer_N), device=device)
+
+
 def _wants_states(config: PretrainedConfig, asked: bool | None) -> bool:
     return bool(config.output_hidden_states if asked is None else asked)
 
@@ -439,3 +533,4 @@ def _wants_states(config: PretrainedConfig, asked: bool | None) -> bool:
 RetortStudentConfig.register_for_auto_class()
 RetortStackedStudent.register_for_auto_class("AutoModel")
 RetortGenStudent.register_for_auto_class("AutoModel")
+RetortGen2dStudent.register_for_auto_class("AutoModel")

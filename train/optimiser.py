@@ -56,6 +56,12 @@ def write_state(optimiser: torch.optim.Optimizer, model: nn.Module, state: Optim
         optimiser.state[parameters[name]] = {key: value.clone() for key, value in values.items()}
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the exponential moving average of all weights, in place: a <- decay · a + (1 - decay) · w."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
 def grown_state(state: OptimiserState, stage: Stage, method: str) -> OptimiserState:
     """The optimiser's state after growth, by `growth.optimiser`.
 

@@ -3,6 +3,7 @@
 The loop that drives it stands in train/loop.py.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from extract.errors import RetortError
 from extract.store import StoreReader
 from train import checkpoint
 from train.checkpoint import Checkpoint, Progress
-from train.config import StudentConfig
+from train.config import GENERATING, StudentConfig
 from train.data import DistillationData
 from train.growth import Stage, grow_layers, plan_stages
 from train.losses import Distiller, LayerDistiller, build_distiller
 from train.optimiser import grown_state, make_optimiser, read_state, write_state
+from train.ranks import ALONE, Ranks, local_rank
 from train.seed import plant, read_seed
 
 
@@ -32,19 +34,28 @@ class Job:
     out: Path
     run: Path
     device: torch.device
+    ranks: Ranks = ALONE
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first GPU, or the CPU. Raises RetortError for one that is not there."""
+    """The device of a name; "auto" is the first GPU, or the CPU. Under torchrun each process has a GPU of its own.
+
+    Raises RetortError for one that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RetortError(f"--device {name!r}: expected cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and local_rank() is not None:
+        if device.index is not None:
+            raise RetortError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RetortError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            + ("" if local_rank() is None else ", or fewer processes")
         )
     return device
 
@@ -59,6 +70,7 @@ class Run:
     data: DistillationData
     stages: tuple[Stage, ...]
     distiller: Distiller
+    average: Distiller | None  # of its weights over steps, with `optimiser.ema`
     optimiser: torch.optim.AdamW
     progress: Progress
     from_teacher: list[str]  # parts that began as the teacher's
@@ -70,6 +82,16 @@ class Run:
         """Transformer blocks that the student has now."""
         return len(self.distiller.student.encoder.layers)
 
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of a step over all processes."""
+        return self.job.config.optimiser.accumulate * self.job.ranks.size
+
+    @property
+    def scored(self) -> Distiller:
+        """What is scored and saved."""
+        return self.distiller if self.average is None else self.average
+
 
 def begin(job: Job) -> Run:
     """Open everything and start the run, or take it up at its newest checkpoint.
@@ -77,7 +99,7 @@ def begin(job: Job) -> Run:
     Raises RetortError for settings that do not fit the store, and for a missing seed.
     """
     config = job.config
-    torch.manual_seed(config.seed)  # initial weights, then dropout; a checkpoint carries its state
+    torch.manual_seed(config.seed)  # initial weights
     corpus = Corpus.open(job.corpus)
     store = StoreReader.open(job.manifest, corpus)
     check_stem(config, store, corpus)
@@ -89,7 +111,9 @@ def begin(job: Job) -> Run:
         train_splits=config.train_splits,
         dev_split=config.dev_split,
         seed=config.seed,
-        stored_draws=config.stem_trains_from * config.optimiser.accumulate if config.stem == "stored" else 0,
+        stored_draws=config.stem_trains_from * config.optimiser.accumulate * job.ranks.size
+        if config.stem == "stored"
+        else 0,
     )
     stages = plan_stages(config)
     distiller = build_distiller(
@@ -103,7 +127,7 @@ def begin(job: Job) -> Run:
     from_teacher: list[str] = []
     if config.init == "teacher":
         from_teacher = plant(distiller.student, read_seed(job.manifest), num_layers=config.seed_layers)
-    distiller.to(job.device)
+    distiller.to(job.device).train()
     key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest)
     run = Run(
         job=job,
@@ -111,15 +135,17 @@ def begin(job: Job) -> Run:
         store=store,
         data=data,
         stages=stages,
-        distiller=distiller.train(),
+        distiller=distiller,
+        average=copy.deepcopy(distiller) if config.optimiser.ema else None,
         optimiser=make_optimiser(config, distiller),
         progress=Progress(),
         from_teacher=from_teacher,
         key=key,
-        checkpoint=checkpoint.checkpoint_path(job.student, key),
+        checkpoint=checkpoint.checkpoint_path(job.student, key, config.optimiser.accumulate * job.ranks.size),
     )
     if (found := checkpoint.load(run.checkpoint)) is not None:
         _take_up(run, found)
+    job.ranks.agree(settings=(key, config.optimiser.accumulate), **{"steps done before": run.progress.step})
     return run
 
 
@@ -130,9 +156,9 @@ def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]
         raise RetortError(
             f"targets: {store.source} has no layer {missing[0]}; it keeps {', '.join(map(str, store.layers))}"
         )
-    if config.family == "gendistiller" and config.shape.dim != store.dim:
+    if config.family in GENERATING and config.shape.dim != store.dim:
         raise RetortError(
-            f"shape.dim: a gendistiller feeds on the teacher's layers, so its dim is the teacher's {store.dim}, "
+            f"shape.dim: a {config.family} feeds on the teacher's layers, so its dim is the teacher's {store.dim}, "
             f"got {config.shape.dim}"
         )
     return targets
@@ -181,6 +207,8 @@ def grow(run: Run, stage: Stage) -> None:
     config = run.job.config
     state = read_state(run.optimiser, run.distiller)
     deepen(run.distiller, stage)
+    if run.average is not None:
+        deepen(run.average, stage)
     run.optimiser = make_optimiser(config, run.distiller)
     write_state(run.optimiser, run.distiller, grown_state(state, stage, config.growth.optimiser))
 
@@ -199,18 +227,19 @@ def snapshot(run: Run) -> Checkpoint:
         progress=run.progress,
         depth=run.depth,
         model=run.distiller.state_dict(),
+        average=None if run.average is None else run.average.state_dict(),
         optimiser=read_state(run.optimiser, run.distiller),
-        rng=checkpoint.rng_state(run.job.device),
     )
 
 
 def _take_up(run: Run, found: Checkpoint) -> None:
-    for stage in run.stages[1:]:
-        if run.depth < found.depth:
-            deepen(run.distiller, stage)
+    for distiller, weights in ((run.distiller, found.model), (run.average, found.average)):
+        if distiller is not None and weights is not None:
+            for stage in run.stages[1:]:
+                if stage.depth <= found.depth:
+                    deepen(distiller, stage)
+            distiller.load_state_dict(weights)
     run.distiller.train_stem(found.progress.step > run.job.config.stem_trains_from)
-    run.distiller.load_state_dict(found.model)
     run.optimiser = make_optimiser(run.job.config, run.distiller)
     write_state(run.optimiser, run.distiller, found.optimiser)
-    checkpoint.set_rng_state(found.rng, run.job.device)
     run.progress = found.progress

@@ -26,8 +26,7 @@ from extract.errors import RetortError, unknown
 from extract.params import read_params
 from extract.store import Manifest
 from pipelines.machine import describe_machine
-
-CORPUS_OF = {"pr": "librispeech", "asr": "librispeech", "ks": "speech-commands", "sid": "voxceleb1"}
+from pipelines.tasks import corpus_of_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +39,6 @@ class CodecStudy:
     tasks: tuple[str, ...] = ("pr", "ks", "sid")
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in CORPUS_OF:
-                raise unknown("task", task, CORPUS_OF)
         if self.seeds < 1:
             raise RetortError(f"--seeds {self.seeds}: expected at least 1")
 
@@ -52,8 +48,12 @@ def run_study(study: CodecStudy, progress: Callable[[str], None]) -> dict[str, A
     params = read_params(study.params)
     if study.student not in params["train"]:
         raise unknown(f"student (section `train` of {study.params})", study.student, params["train"])
+    corpora = corpus_of_tasks(params, study.params)
+    for task in study.tasks:
+        if task not in corpora:
+            raise unknown("task", task, corpora)
     with TemporaryDirectory(prefix="retort-codecs-") as name:
-        rows = list(_rows(study, params, Path(name), progress))
+        rows = list(_rows(study, params, corpora, Path(name), progress))
     return {
         "benchmark": "codecs",
         "machine": describe_machine(),
@@ -64,7 +64,7 @@ def run_study(study: CodecStudy, progress: Callable[[str], None]) -> dict[str, A
 
 
 def _rows(
-    study: CodecStudy, params: dict[str, Any], scratch: Path, progress: Callable[[str], None]
+    study: CodecStudy, params: dict[str, Any], corpora: dict[str, str], scratch: Path, progress: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     for codec in CODECS:
         progress(f"{codec}: the teacher")
@@ -84,12 +84,12 @@ def _rows(
             scores = {}
             for task in study.tasks:
                 progress(f"{codec}, seed {seed}: {task}")
-                features = scratch / codec / f"features-{seed}-{CORPUS_OF[task]}.json"
+                features = scratch / codec / f"features-{seed}-{corpora[task]}.json"
                 keep = "frames,pooled" if task in ("pr", "asr") else "pooled"
-                _extract(params, scratch, CORPUS_OF[task], features, "float16", upstream=student, keep=keep)
+                _extract(params, scratch, corpora[task], features, "float16", upstream=student, keep=keep)
                 out = scratch / codec / f"score-{seed}-{task}.json"
                 _run("evaluate", "run", "--task", task, "--config", config, "--upstream", study.student,
-                     "--manifest", features, "--corpus", f"corpora/{CORPUS_OF[task]}.json", "--out", out)  # fmt: skip
+                     "--manifest", features, "--corpus", f"corpora/{corpora[task]}.json", "--out", out)  # fmt: skip
                 score = json.loads(out.read_text())
                 scores[task] = {"metric": score["metric"], "test": score["test"]}
             yield {

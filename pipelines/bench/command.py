@@ -119,6 +119,31 @@ def codecs_command(out: Path, tasks: str, **options: Any) -> None:
     _console().print(table_of(result))
 
 
+@bench_command.command("load")
+@click.option("--config", "params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
+@click.option("--student", default="distilhubert", show_default=True, help="Section of `train` to train.")
+@click.option("--packs", default=8, show_default=True, help="Packs of an epoch.")
+@click.option("--dim", default=768, show_default=True, help="Width of the teacher's three layers.")
+@click.option("--codec", default="int8", show_default=True, help="As of `extract run`.")
+@click.option("--pack-frames", default=8192, show_default=True, help="As of `extract run`.")
+@click.option("--rounds", default=3, show_default=True, help="How often each contender runs.")
+@click.option("--device", default="cpu", show_default=True, help="What trains: cpu, cuda, cuda:1, …")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch and numpy [default: theirs].")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/load.json"), show_default=True)
+def load_command(out: Path, **options: Any) -> None:
+    """The loader beside a numpy memory map of the same bytes, and how long training waits for it."""
+    from extract.files import write_json
+    from pipelines.bench.load import LoadBench, run_bench, table_of, verdict
+
+    with _progress() as progress:
+        result = run_bench(LoadBench(**options), progress)
+    write_json(out, result)
+    console = _console()
+    console.print(table_of(result))
+    for line in (verdict(result), f"All figures: {out}"):
+        console.print(line, soft_wrap=True)
+
+
 @contextmanager
 def _progress() -> Iterator["Progress"]:
     """What is running, on stderr: one live line in a terminal, plain lines elsewhere."""

@@ -2,7 +2,8 @@
 
 The variants that the teacher was taught with and those that the scored corpora use are two lists with no family of
 near-copies across them (steph, steph2 and steph3 are one family), so no score hears a voice that the teacher knows.
-Left out of both: whispers and croaks (no pitch), robots (one pitch, an echo), and some that swallow half of the phones.
+Left out of both: whispers and croaks (no pitch), robots (one pitch, an echo), some that swallow half of the phones, and
+those with breath: their noise comes from memory that espeak-ng never set, and is another one in every process.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 
 # espeak-ng-data/voices/!v. The distillation corpus uses these too: it carries no score.
 TAUGHT_VARIANTS = [
-    "Alex", "Annie", "Denis", "Gene", "Hugo", "Jacky", "Mario", "Nguyen", "Storm", "adam", "aunty", "belinda", "boris",
-    "david", "f1", "f3", "f5", "gustave", "iven", "iven3", "klatt2", "klatt4", "linda", "m1", "m3", "m5", "m7",
-    "marcelo", "mike2", "paul", "quincy", "sandro", "shelby", "travis",
+    "Alex", "Annie", "Denis", "Gene", "Hugo", "Jacky", "Mario", "Nguyen", "adam", "aunty", "belinda", "boris",
+    "david", "f1", "gustave", "iven", "iven3", "klatt2", "klatt4", "linda", "m1", "m3", "m5", "m7", "marcelo",
+    "mike2", "paul", "quincy", "shelby", "travis",
 ]  # fmt: skip
 SCORED_VARIANTS = [
-    "Alicia", "Andrea", "Andy", "Diogo", "Marco", "Mike", "Reed", "announcer", "anika", "antonio", "benjamin", "ed",
-    "edward", "f2", "f4", "grandma", "grandpa", "john", "m2", "m4", "m6", "m8", "max", "michel", "norbert", "pablo",
-    "pedro", "robert", "steph", "victor",
+    "Andrea", "Andy", "Diogo", "Marco", "Mike", "announcer", "anika", "antonio", "benjamin", "ed", "edward", "f4",
+    "grandma", "grandpa", "john", "m2", "m4", "m6", "m8", "max", "michel", "norbert", "pablo", "pedro", "robert",
+    "steph",
 ]  # fmt: skip
 
 

@@ -1,9 +1,20 @@
 """Ready params.yaml files: `python -m pipelines profile wavlm-base-plus` writes one.
 
 A profile is a YAML file here. One with `base: NAME` is that profile with what it sets itself put over it, so that a
-profile says only what is different about it.
+profile says only what is different about it. So does a student: a section of `train` with `base: NAME` gets from that
+section whatever it does not set itself. What is written for the user has every value written out.
+
+A profile with a `study` is laid over the params.yaml that is there, whatever its teacher and corpora, and compares
+students:
+
+    study:
+      like: interleaved            # name or family of a section of `train`; every student is this but for what it sets
+      seeds: [1, 2, 3]
+      students:
+        full: {family: layerwise}  # becomes full-s1, full-s2, full-s3; a value of null takes a key away
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +23,79 @@ from ruamel.yaml import YAML
 
 from extract.errors import RetortError, unknown
 from extract.files import written_aside
+from extract.params import read_params
 
 _FOLDER = Path(__file__).parent
 
 
-def read_profile(name: str) -> Any:
-    """A profile with its base under it, as ruamel's mapping, which keeps comments."""
+def read_profile(name: str, params: Path = Path("params.yaml")) -> Any:
+    """A profile with all values written out, as ruamel's mapping, which keeps comments; a study's base is `params`.
+
+    Raises RetortError for an unknown profile, and for a study that `params` has no student for.
+    """
+    profile = _read(name, params)
+    for student in profile["train"].values():
+        if "base" in student:
+            _fill(student, profile["train"][student.pop("base")])  # whose own base stands before it
+    return profile
+
+
+def _read(name: str, params: Path) -> Any:
+    """A profile with its base under it; its students may have theirs yet to come."""
     names = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
     if name not in names:
         raise unknown("profile", name, names)
     profile = YAML().load(_FOLDER / f"{name}.yaml")
+    if "study" in profile:
+        return _spread_out(profile, name, params)
     if "base" not in profile:
         return profile
-    base = read_profile(profile.pop("base"))
-    _lay_over(base, profile, where=name)
+    base = _read(profile.pop("base"), params)
+    _lay_over(base, profile)
     base.yaml_set_start_comment(f"The profile {name}: python -m pipelines profile {name}")
     return base
 
 
-def _lay_over(base: Any, profile: Any, *, where: str) -> None:
+def _spread_out(profile: Any, name: str, params: Path) -> Any:
+    """The params.yaml of a study: a section of `train` for every student and seed."""
+    read_params(params)  # one line for a file that is not there or not YAML
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    base, study = yaml.load(params), profile.pop("study")
+    students, wanted = base.get("train", {}), study["like"]
+    like = next((section for key, section in students.items() if wanted in (key, section.get("family"))), None)
+    if like is None:
+        raise unknown(f"student of profile {name} (section `train` of {params})", wanted, students)
+    base["train"] = {}
+    for student, changes in study["students"].items():
+        for seed in study["seeds"]:
+            section = copy.deepcopy(like)
+            _lay_over(section, copy.deepcopy(changes))
+            base["train"][f"{student}-s{seed}"] = section | {"seed": seed}
+    base["students"] = list(base["train"])
+    base["upstreams"] = ["fbank", "teacher", *base["train"]]
     for key, value in profile.items():
-        if isinstance(value, dict):
-            _lay_over(base[key], value, where=f"{where}.{key}")
+        base[key] = value
+    base.yaml_set_start_comment(f"The profile {name} over what stood here: python -m pipelines profile {name}")
+    return base
+
+
+def _lay_over(base: Any, profile: Any) -> None:
+    for key, value in profile.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _lay_over(base[key], value)
+        elif value is None:
+            base.pop(key, None)
         else:
             base[key] = value
+
+
+def _fill(section: Any, base: Any) -> None:
+    for position, (key, value) in enumerate(base.items()):
+        if key not in section:
+            section.insert(position, key, copy.deepcopy(value))
+        elif isinstance(value, dict):
+            _fill(section[key], value)
 
 
 @click.command("profile")
@@ -44,8 +104,8 @@ def _lay_over(base: Any, profile: Any, *, where: str) -> None:
     "--out", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="File to write."
 )
 def profile_command(name: str, out: Path) -> None:
-    """Write a ready params.yaml for a real teacher on LibriSpeech 960 h; the old one is kept as NAME.before."""
-    profile = read_profile(name)
+    """Write a ready params.yaml, for a real teacher on LibriSpeech 960 h or for a study; the old one is kept."""
+    profile = read_profile(name, out)
     if out.is_dir():
         raise RetortError(f"--out {out} is a folder; give a file such as params.yaml")
     if out.is_file():

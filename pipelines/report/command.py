@@ -14,6 +14,7 @@ import click
 
 from extract.errors import RetortError
 from extract.params import parse, read_params, read_section
+from pipelines.tasks import corpus_of_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,16 +41,16 @@ def read_config(path: Path) -> ReportConfig:
     section = read_section(path, "report")
     if section.keys() != {"speed"}:
         raise RetortError(f"{path}: section `report` has keys {', '.join(section) or '(none)'}, expected `speed` alone")
-    names = {name: _names(read_params(path), name, path) for name in ("students", "tasks")}
-    speed = parse(SpeedConfig, section["speed"], where=f"{path}: report.speed")
-    return ReportConfig(**names, speed=speed, text=path.read_text(encoding="utf-8"))
-
-
-def _names(params: dict[str, Any], name: str, path: Path) -> tuple[str, ...]:
-    names = params.get(name)
-    if not isinstance(names, list) or not all(isinstance(value, str) for value in names):
-        raise RetortError(f"{path}: `{name}` is {names!r}, expected a list of names")
-    return tuple(names)
+    params = read_params(path)
+    students = params.get("students")
+    if not isinstance(students, list) or not all(isinstance(name, str) for name in students):
+        raise RetortError(f"{path}: `students` is {students!r}, expected a list of names")
+    return ReportConfig(
+        students=tuple(students),
+        tasks=tuple(corpus_of_tasks(params, path)),
+        speed=parse(SpeedConfig, section["speed"], where=f"{path}: report.speed"),
+        text=path.read_text(encoding="utf-8"),
+    )
 
 
 @click.command("report")
@@ -83,6 +84,7 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
     from pipelines.report import results as stages
     from pipelines.report import words
     from pipelines.report.speed import measure_speed
+    from pipelines.report.spread import find_repeats, spread_columns, spread_terminal
     from pipelines.report.table import make_columns, make_rows, terminal_table
 
     results = stages.read_results(root, config.students, config.tasks)
@@ -91,11 +93,16 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
         speed = measure_speed(results.upstreams, config.speed, progress=status.update)
     rows, columns = make_rows(results, speed), make_columns(results)
     _write(out, results, rows, columns, speed, config)
-    table = terminal_table(rows, columns)
-    # a terminal narrower than the table wraps its lines, which is better than numbers cut off
+    tables = {"": terminal_table(rows, columns)}
+    if repeats := find_repeats(rows):
+        tables["\nMean ± standard deviation over seeds:\n\n"] = spread_terminal(repeats, spread_columns(columns))
+    # a terminal narrower than a table wraps its lines, which is better than numbers cut off
     console = Console(highlight=False, markup=False)
-    console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    console.print(table)
+    wide = Console(width=1000)
+    console.width = max(console.width, *(wide.measure(table).maximum for table in tables.values()))
+    for heading, table in tables.items():
+        console.print(heading, end="")
+        console.print(table)
     sentences = [words.verdict(rows), words.by_task(results), results.teacher_note, words.speed_sentence(speed)]
     for line in [*filter(None, sentences), f"The page: {out / 'index.html'}"]:
         console.print("\n" + line, soft_wrap=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pipelines.report import words
 from pipelines.report.results import Results, merged_versions
 from pipelines.report.speed import Speed
+from pipelines.report.spread import find_repeats, spread_columns, spread_markdown
 from pipelines.report.table import TASK_TITLES, Column, Row, markdown_table
 
 
@@ -16,9 +17,10 @@ def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Col
         "Bold: the best student of a column. ↓ lower is better, ↑ higher is better.",
         words.verdict(rows),
         words.by_task(results),
+        spread_markdown(find_repeats(rows), spread_columns(columns)),
         results.teacher_note or "",
         words.speed_sentence(speed),
-        "\n".join(f"- {line}" for line in words.caveats(results)),
+        "\n".join(f"- {line}" for line in words.caveats(results, rows)),
         "Settings of the students:\n\n" + _trainings(results),
         "Learning rates chosen on dev:\n\n" + _chosen_rates(results),
         f"Teacher `{results.teacher_id}`, features {results.teacher_fingerprint[:12]}. {machine['cores']} cores, "

@@ -16,6 +16,7 @@ from pipelines.report import charts, words
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
 from pipelines.report.results import Results, Upstream, merged_versions
 from pipelines.report.speed import Speed
+from pipelines.report.spread import find_repeats, spread_cell, spread_columns
 from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, metric_label, write_relative
 
 
@@ -63,7 +64,10 @@ def render_page(
         verdict=words.verdict(rows),
         names=[upstream.name for upstream in results.upstreams],
         by_task=words.by_task(results),
-        caveats=words.caveats(results),
+        caveats=words.caveats(results, rows),
+        repeats=find_repeats(rows),
+        spread_columns=spread_columns(columns),
+        spread_cell=spread_cell,
         speed_sentence=words.speed_sentence(speed),
         highlights=_highlights(rows),
         columns=columns,

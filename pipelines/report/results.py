@@ -79,6 +79,7 @@ class Training:
     exposure_bias: float | None
     teacher: str
     seed: int
+    config: dict[str, Any]
     versions: dict[str, str]
     curves: dict[str, list[tuple[int, float]]]
 
@@ -250,6 +251,7 @@ def _read_training(root: Path, name: str) -> Training:
         exposure_bias=None if bias is None else float(bias),
         teacher=record.get("teacher", str),
         seed=record.get("seed", int),
+        config=record.get("config", dict),
         versions=record.get("versions", dict),
         curves={curve: read_curve(plots / f"{curve}.tsv") for curve in CURVES},
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from pipelines.report.results import Results
 from pipelines.report.speed import Speed
+from pipelines.report.spread import find_repeats
 from pipelines.report.table import TASK_TITLES, Row, write_relative
 
 
@@ -49,10 +50,17 @@ def by_task(results: Results) -> str:
     return f"Best student by task: {', '.join(parts)}."
 
 
-def caveats(results: Results) -> list[str]:
-    """What a reader must know before trusting a difference: one seed, the size of the test sets, the notes."""
-    seeds = sorted({score.seed for upstream in results.upstreams for score in upstream.scores.values()})
-    lines = [f"One run each, seed {', '.join(map(str, seeds))}: no spread over seeds is known."]
+def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
+    """What a reader must know before trusting a difference: the seeds, the size of the test sets, the notes."""
+    seeds = ", ".join(
+        map(str, sorted({score.seed for upstream in results.upstreams for score in upstream.scores.values()}))
+    )
+    repeats = find_repeats(rows)
+    lines = [
+        f"The spread is over seeds of the students; their heads have seed {seeds}, and teacher and fbank one run each."
+        if repeats
+        else f"One run each, seed {seeds}: no spread over seeds is known."
+    ]
     errors = []
     for task in results.tasks:
         score = results.scores_of(task)[0]

@@ -1,0 +1,81 @@
+"""Students that differ in their seed alone, as one line each: what a difference between two methods is worth.
+
+Such students are named NAME-s1, NAME-s2, … after their seeds, as `python -m pipelines profile` names those of a study.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.report.table import Column, Row
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """The rows of one student over its seeds."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+def find_repeats(rows: Sequence[Row]) -> tuple[Repeats, ...]:
+    """Students trained with several seeds and no other difference, in table order."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        training = row.upstream.training
+        if training is not None and row.name.endswith(suffix := f"-s{training.seed}"):
+            settings = {key: value for key, value in training.config.items() if key != "seed"}
+            found.setdefault((row.name.removesuffix(suffix), repr(settings)), []).append(row)
+    return tuple(Repeats(name, tuple(group)) for (name, _), group in found.items() if len(group) > 1)
+
+
+def spread_columns(columns: Sequence[Column]) -> tuple[Column, ...]:
+    """The columns of the results that a seed changes, and how the training went."""
+    return (
+        *(column for column in columns if column.title not in ("params", "size", "speed")),
+        Column("dev loss", "own targets", "low", lambda row: _training(row, "dev_loss"), lambda value: f"{value:.3f}"),
+        Column("training", "s", "low", lambda row: _training(row, "seconds"), lambda value: f"{value:.0f}"),
+    )
+
+
+def _training(row: Row, field: str) -> float | None:
+    value = getattr(row.upstream.training, field)
+    return None if value is None else float(value)
+
+
+def spread_cell(repeats: Repeats, column: Column) -> str:
+    """Mean ± standard deviation (n - 1) over the seeds, in the column's own writing."""
+    values = [column.value(row) for row in repeats.rows]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    return f"{column.write(statistics.mean(known))} ± {column.write(statistics.stdev(known))}"
+
+
+def spread_markdown(repeats: Sequence[Repeats], columns: Sequence[Column]) -> str:
+    """The table in Markdown; empty where no student was repeated."""
+    if not repeats:
+        return ""
+    heads = ["student", "seeds", *(f"{column.title} {column.hint}" for column in columns)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
+    for one in repeats:
+        cells = [spread_cell(one, column) for column in columns]
+        lines.append("| " + " | ".join([one.name, str(len(one.rows)), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def spread_terminal(repeats: Sequence[Repeats], columns: Sequence[Column]) -> Table:
+    """The table for rich."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="none")
+    table.add_column("student", no_wrap=True, vertical="bottom")
+    table.add_column("seeds", justify="right", vertical="bottom")
+    for column in columns:
+        heading = Text.assemble(column.title, "\n", (column.hint.replace(" ", "\n", 1), "dim"))
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in repeats:
+        table.add_row(one.name, str(len(one.rows)), *(spread_cell(one, column) for column in columns))
+    return table

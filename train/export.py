@@ -1,0 +1,116 @@
+"""`python -m train export DIR --format onnx`: a student's folder as one ONNX file, checked in onnxruntime.
+
+    input_values    float32 (batch, samples)    16 kHz, scaled as preprocessor_config.json says, padded at the end
+    attention_mask  int64 (batch, samples)      1 on samples, 0 on padding
+    ->
+    last_hidden_state, hidden_state_0, ..., hidden_state_N      float32 (batch, frames, dim)
+
+Batch and length are free. torch's TorchScript exporter, not the newer one: it takes a second, not half a minute a
+student, and needs no package but onnx. What it could get wrong, a shape frozen into the graph, the check would see:
+every file is run at other batch sizes, lengths and paddings than it was traced with, and compared with the student.
+"""
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from extract.errors import RetortError
+from extract.files import read_json, written_aside
+from train.modeling_retort import (
+    RetortGen2dStudent,
+    RetortGenStudent,
+    RetortStackedStudent,
+    RetortStudent,
+    RetortStudentConfig,
+)
+
+OPSET = 17  # the first with LayerNormalization
+TOLERANCE = 1e-4
+_TRACED = (8_000, 5_123)  # samples of the utterances that the graph is traced with
+_CHECKED = ((16_000, 400, 9_999), (7_999,), (12_345, 12_345, 3_000, 24_321))
+
+
+class _AllStates(nn.Module):
+    """A student whose outputs are a flat tuple, as ONNX has them."""
+
+    def __init__(self, student: RetortStudent) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_values_BS: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, ...]:
+        output = self.student(input_values_BS, attention_mask=attention_mask_BS, output_hidden_states=True)
+        return (output.last_hidden_state, *output.hidden_states)
+
+
+def export_onnx(folder: Path, out: Path) -> float:
+    """Write the student of `folder` to `out`; return the largest absolute difference to it that was seen.
+
+    Raises RetortError when onnx or onnxruntime is not installed, and when `folder` is no student's.
+    """
+    for library in ("onnx", "onnxruntime"):
+        if find_spec(library) is None:
+            raise RetortError(f"exporting to ONNX needs {library}, which is not installed: pip install -e '.[export]'")
+    model = _AllStates(read_student_folder(folder)).eval()
+    names = ["last_hidden_state", *(f"hidden_state_{layer}" for layer in range(_num_states(model)))]
+    free = {0: "batch", 1: "samples"}
+    with written_aside(out) as aside:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this exporter, see above
+            torch.onnx.export(
+                model,
+                _padded(_TRACED),
+                aside,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["input_values", "attention_mask"],
+                output_names=names,
+                dynamic_axes={"input_values": free, "attention_mask": free}
+                | {name: {0: "batch", 1: "frames"} for name in names},
+            )
+        worst = max(_difference(model, aside, lengths) for lengths in _CHECKED)
+        assert worst <= TOLERANCE, f"onnxruntime and torch differ by {worst:g} in {folder}"
+    return worst
+
+
+def read_student_folder(folder: Path) -> RetortStudent:
+    """The student of a folder that `train run` wrote. Raises RetortError for any other."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != RetortStudentConfig.model_type:
+        raise RetortError(
+            f"{folder} is no student of `train run`: its model_type is {config.get('model_type')!r}, "
+            f"expected {RetortStudentConfig.model_type!r}"
+        )
+    kinds = {kind.__name__: kind for kind in (RetortStackedStudent, RetortGenStudent, RetortGen2dStudent)}
+    student: RetortStudent = kinds[config["architectures"][0]].from_pretrained(folder)
+    return student
+
+
+@torch.no_grad()
+def _num_states(model: _AllStates) -> int:
+    return len(model(*_padded(_TRACED))) - 1
+
+
+def _padded(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Noise of so many samples a row, with noise in the padding too: nothing of it may be seen."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    waveforms_BS = torch.randn(len(lengths), max(lengths), generator=generator)
+    mask_BS = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return waveforms_BS, mask_BS.long()
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, path: Path, lengths: tuple[int, ...]) -> float:
+    """The largest absolute difference between torch and onnxruntime, padded frames included."""
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    waveforms_BS, mask_BS = _padded(lengths)
+    found = session.run(None, {"input_values": waveforms_BS.numpy(), "attention_mask": mask_BS.numpy()})
+    expected = model(waveforms_BS, mask_BS)
+    assert [one.shape for one in found] == [other.shape for other in expected], f"a shape is frozen in {path}"
+    return max(float(np.abs(one - other.numpy()).max()) for one, other in zip(found, expected, strict=True))
