@@ -144,7 +144,8 @@ the mean over time of layer 4 to name the voice. Real masked-unit pre-training i
 say nothing about speech foundation models.
 
 - Taught on 6.5 h of espeak-ng speech: 480 voices of 34 variants (four of which, with breath, are no longer used),
-  sentences of a closed grammar, rooms, noise and levels drawn by seed. Voices and sentences are disjoint from those of every scored corpus; the vocabulary is the same.
+  sentences of a closed grammar, rooms, noise and levels drawn by seed. Voices and sentences are disjoint from those of
+  every scored corpus; the vocabulary is the same.
 - 6,690 steps in three sittings: two of 20 minutes on two cores that were shared with other heavy work and on half of
   the voices, one of 65 minutes on one core. The first grew the stack (stem, then 3, 6 and 12 blocks), the others went
   on at full depth. `taught.json` has the settings of the last.
