@@ -76,7 +76,7 @@ def extract_command(out: Path, **options: Any) -> None:
 )
 @click.option(
     "--student",
-    default="layerwise",
+    default="layerwise-12x384",
     show_default=True,
     help="A section of `train` in its ready params.yaml.",
 )
@@ -93,6 +93,43 @@ def train_command(out: Path, **options: Any) -> None:
     """A training step with the cached teacher, from waveforms and from the stored stem, beside the teacher online."""
     from extract.files import write_json
     from pipelines.bench.train import TrainBench, run_bench, table_of
+
+    with _progress() as progress:
+        result = run_bench(TrainBench(**options), progress)
+    write_json(out, result)
+    console = _console()
+    console.print(table_of(result))
+    console.print(f"All figures: {out}", soft_wrap=True)
+
+
+@bench_command.command("growth")
+@click.option(
+    "--shape",
+    default="hubert-base",
+    show_default=True,
+    metavar="NAME",
+    help="The teacher, with random weights: hubert-base, wavlm-base-plus, wavlm-large or hubert-demo.",
+)
+@click.option(
+    "--student",
+    default="interleaved-12x384",
+    show_default=True,
+    help="A section of `train` in its ready params.yaml, of a family that grows.",
+)
+@click.option("--seconds", default=120.0, show_default=True, help="Seconds of audio in the corpus.")
+@click.option("--pack-frames", default=1600, show_default=True, help="As of `extract run`: frames of a micro-batch.")
+@click.option("--steps", default=20, show_default=True, help="Steps of a whole run, growth included.")
+@click.option("--rounds", default=3, show_default=True, help="How often each contender runs.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="fp32", show_default=True, help="fp32 or bf16 autocast, of teacher and student.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch and numpy [default: theirs].")
+@click.option("--codec", default="int8", show_default=True, help="As of `extract run`.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/growth.json"), show_default=True)
+def growth_command(out: Path, **options: Any) -> None:
+    """Whole runs of stackings beside full depth, from waveforms and the stored stem, and beside the teacher online."""
+    from extract.files import write_json
+    from pipelines.bench.growth import run_bench, table_of
+    from pipelines.bench.train import TrainBench
 
     with _progress() as progress:
         result = run_bench(TrainBench(**options), progress)

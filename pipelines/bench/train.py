@@ -213,14 +213,9 @@ def table_of(result: dict[str, Any]) -> "Table":
 
 def online(bench: Bench) -> Clocked:
     """The teacher beside the student, as the papers train."""
-    from extract.forward import Transformer, load_upstream
-    from extract.upstream import find_upstream
-
     run = _begin(bench, frozen=False)
-    card = find_upstream(str(bench.folder / "teacher"))
-    teacher = load_upstream(card, device=bench.asked.device, dtype=bench.asked.dtype)
-    assert isinstance(teacher, Transformer)
-    return (yield from _steps(bench, run, lambda batch: _taught(run, teacher, batch)))
+    teacher = load_teacher(bench)
+    return (yield from _steps(bench, run, lambda batch: taught(run, teacher, batch)))
 
 
 def cached(bench: Bench) -> Clocked:
@@ -251,7 +246,18 @@ def _begin(bench: Bench, *, frozen: bool, stored: bool = False) -> Run:
     return begin(bench.job(frozen=frozen, stored=stored))
 
 
-def _taught(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
+def load_teacher(bench: Bench) -> "Transformer":
+    """The teacher beside its student, in the student's precision."""
+    from extract.forward import Transformer, load_upstream
+    from extract.upstream import find_upstream
+
+    card = find_upstream(str(bench.folder / "teacher"))
+    teacher = load_upstream(card, device=bench.asked.device, dtype=bench.asked.dtype)
+    assert isinstance(teacher, Transformer)
+    return teacher
+
+
+def taught(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
     """The batch with what the teacher says of it now in the place of what is stored."""
     batch = batch.to(run.job.device)
     states = teacher.forward([run.corpus.waveform(index) for index in batch.utterances])
