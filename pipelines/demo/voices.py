@@ -3,7 +3,7 @@
 The variants that the teacher was taught with and those that the scored corpora use are two lists with no family of
 near-copies across them (steph, steph2 and steph3 are one family), so no score hears a voice that the teacher knows.
 Left out of both: whispers and croaks (no pitch), robots (one pitch, an echo), some that swallow half of the phones, and
-those with breath: their noise comes from memory that espeak-ng never set, and is another one in every process.
+those with breath, which espeak-ng says differently from one process to the next.
 """
 
 from __future__ import annotations
