@@ -139,6 +139,39 @@ def growth_command(out: Path, **options: Any) -> None:
     console.print(f"All figures: {out}", soft_wrap=True)
 
 
+@bench_command.command("infer")
+@click.option(
+    "--shape",
+    default="hubert-base",
+    show_default=True,
+    metavar="NAME",
+    help="The teacher: hubert-base, wavlm-base-plus, wavlm-large or hubert-demo.",
+)
+@click.option(
+    "--students",
+    default="distilhubert,layerwise-12x384,gendistiller,gendistiller-2d",
+    show_default=True,
+    help="Sections of `train` in its ready params.yaml.",
+)
+@click.option("--seconds", default=5.0, show_default=True, help="Length of an utterance.")
+@click.option("--utterances", default=5, show_default=True, help="How many each model hears on the clock.")
+@click.option("--rounds", default=3, show_default=True, help="How often each model runs.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch and numpy [default: theirs].")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/infer.json"), show_default=True)
+def infer_command(out: Path, students: str, **options: Any) -> None:
+    """Students beside their teacher at inference: real-time factor, latency, MACs, parameters, memory."""
+    from extract.files import write_json
+    from pipelines.bench.infer import InferBench, run_bench, table_of
+
+    with _progress() as progress:
+        result = run_bench(InferBench(students=tuple(students.split(",")), **options), progress)
+    write_json(out, result)
+    console = _console()
+    console.print(table_of(result))
+    console.print(f"All figures: {out}", soft_wrap=True)
+
+
 @bench_command.command("codecs")
 @click.option("--config", "params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
 @click.option("--student", default="distilhubert", show_default=True, help="Name of a section of `train`.")

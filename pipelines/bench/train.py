@@ -51,7 +51,7 @@ PROFILES = {
     "hubert-demo": None,
 }
 _DTYPES = ("fp32", "bf16")  # what a student trains in
-_DEMO_PARAMS = Path(__file__).parents[2] / "params.yaml"
+DEMO_PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def prepare(bench: Bench) -> None:
     profile, asked = PROFILES[bench.asked.shape], bench.asked
     params = bench.folder / "params.yaml"
     if profile is None:
-        params.write_bytes(_DEMO_PARAMS.read_bytes())
+        params.write_bytes(DEMO_PARAMS.read_bytes())
     else:
         YAML().dump(read_profile(profile), params)
     material.make_teacher(bench.folder / "teacher", asked.shape)

@@ -1,0 +1,184 @@
+"""`python -m pipelines bench infer`: students beside their teacher at inference, all with random weights.
+
+Each model is `AutoModel.from_pretrained` of a folder, as a user opens it, and hears one utterance at a time. *Real-time
+factor* is seconds of computing for a second of audio, *latency* the median time for one utterance of a stated length.
+MACs are of a second of audio, counted by torch at the matrix products and convolutions, half of its FLOPs.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from extract.corpus import SAMPLE_RATE_HZ
+from extract.errors import RetortError, unknown
+from pipelines.bench import material
+from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.train import DEMO_PARAMS, PROFILES
+from pipelines.machine import describe_machine
+from pipelines.profiles import read_profile
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferBench:
+    """What `bench infer` was asked for."""
+
+    shape: str
+    students: tuple[str, ...]  # sections of `train` in the shape's ready params.yaml
+    seconds: float  # of an utterance
+    utterances: int
+    rounds: int
+    device: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        if self.shape not in PROFILES:
+            raise unknown("shape", self.shape, PROFILES)
+        for name in ("seconds", "utterances", "rounds"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"--{name} {getattr(self, name)}: expected more than 0")
+        if self.seconds < 0.025:
+            raise RetortError(f"--seconds {self.seconds:g}: a frame needs 0.025 s of audio")
+
+
+def run_bench(asked: InferBench, progress: Progress) -> dict[str, Any]:
+    """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
+    load_before = os.getloadavg()[0]
+    with TemporaryDirectory(prefix="retort-bench-") as name:
+        folder = Path(name)
+        progress(f"making a teacher of {asked.shape}'s shape and its students")
+        sizes = in_fresh_process(prepare, asked, folder)
+        contenders: dict[str, Callable[[InferBench], Clocked]] = {
+            name: partial(_listen, folder=folder / name) for name in sizes
+        }
+        turns = take_turns(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
+    return {
+        "benchmark": "infer",
+        "machine": describe_machine() | {"load_before": round(load_before, 2)},
+        "versions": {library: version(library) for library in ("torch", "transformers")},
+        "settings": asdict(asked),
+        "runs": [asdict(turn) for turn in turns],
+        "contenders": {name: size | summarise(turns, name, asked) for name, size in sizes.items()},
+    }
+
+
+def prepare(asked: InferBench, folder: Path) -> dict[str, dict[str, int]]:
+    """Write a folder for each model; return parameters and MACs of a second by name."""
+    import torch
+    from transformers import AutoModel
+
+    from train.config import read_student
+    from train.losses import build_distiller
+    from train.student_folder import save_student
+
+    params = folder / "params.yaml"
+    profile = PROFILES[asked.shape]
+    if profile is None:
+        params.write_bytes(DEMO_PARAMS.read_bytes())
+    else:
+        YAML().dump(read_profile(profile), params)
+    configs = {name: read_student(params, name) for name in asked.students}
+    material.make_teacher(folder / TEACHER, asked.shape)
+    teacher_dim = AutoModel.from_pretrained(folder / TEACHER).config.hidden_size
+    torch.manual_seed(material.SEED)
+    for name, config in configs.items():
+        assert config.targets is not None
+        distiller = build_distiller(config, targets=config.targets, teacher_dim=teacher_dim, normalise=False)
+        save_student(folder / name, distiller.student, {})
+    return {name: _size(folder / name) for name in (TEACHER, *configs)}
+
+
+def _open(folder: Path) -> Any:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def _size(folder: Path) -> dict[str, int]:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = _open(folder)
+    # The counter does not know the CPU's fused attention: in plain products it sees all of it.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, SAMPLE_RATE_HZ))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return {"params": params, "macs_per_audio_s": counter.get_total_flops() // 2}
+
+
+def _listen(asked: InferBench, *, folder: Path) -> Clocked:
+    """One model over all utterances, one at a time."""
+    import torch
+
+    model = _open(folder).to(asked.device)
+    generator = torch.Generator().manual_seed(material.SEED)
+    waveforms = [
+        torch.randn(1, round(asked.seconds * SAMPLE_RATE_HZ), generator=generator).to(asked.device)
+        for _ in range(asked.utterances)
+    ]
+    latencies = []
+    with torch.inference_mode():
+        model(waveforms[0])
+        yield
+        for waveform in waveforms:
+            clock = time.perf_counter()
+            model(waveform)
+            if waveform.is_cuda:
+                torch.cuda.synchronize()
+            latencies.append(time.perf_counter() - clock)
+        yield
+    return {"latencies_s": latencies, "threads": torch.get_num_threads()}
+
+
+def summarise(turns: list[Run], name: str, asked: InferBench) -> dict[str, Any]:
+    """Of the raw figures of one model: real-time factor, latency, memory, and how many times as fast as the teacher."""
+    audio_s = asked.seconds * asked.utterances
+    return {
+        "rtf": asdict(spread(turns, name, lambda turn: turn.wall_s / audio_s)),
+        "latency_s": asdict(spread(turns, name, lambda turn: statistics.median(turn.did["latencies_s"]))),
+        "peak_bytes": asdict(spread(turns, name, lambda turn: turn.peak_bytes)),
+        "times_as_fast": asdict(times_as_fast(turns, name, TEACHER, "wall_s")),
+    }
+
+
+def table_of(result: dict[str, Any]) -> "Table":
+    """One row a model, for the terminal."""
+    from rich.table import Table
+
+    asked, contenders = result["settings"], result["contenders"]
+    threads = result["runs"][0]["did"]["threads"]
+    table = Table(
+        title=f"one utterance of {asked['seconds']:g} s at a time, {asked['device']}, {threads} threads, fp32",
+        title_justify="left",
+    )
+    table.add_column("")
+    for heading in ("M params", "GMACs a second", "real-time factor", "latency", "than the teacher", "peak memory"):
+        table.add_column(heading, justify="right")
+    for name, figures in contenders.items():
+        latency = figures["latency_s"]
+        table.add_row(
+            name,
+            f"{figures['params'] / 1e6:.2f}",
+            f"{figures['macs_per_audio_s'] / 1e9:.2f}",
+            f"{figures['rtf']['median']:.4f}",
+            f"{latency['median'] * 1e3:.1f} ms ({latency['min'] * 1e3:.1f}–{latency['max'] * 1e3:.1f})",
+            f"{figures['times_as_fast']['median']:.2f}×",
+            f"{figures['peak_bytes']['median'] / 2**20:,.0f} MiB",
+        )
+    return table
