@@ -1,17 +1,15 @@
 """Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror`."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from extract.errors import CommandGroup, RetortError
+from extract.options import together
 
 if TYPE_CHECKING:
     from extract.store import Manifest
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
@@ -34,18 +32,7 @@ def _parts(keep: str) -> frozenset[str]:
     return frozenset(filter(None, keep.split(",")))
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator: what to extract is said alike to `plan` and to `run`."""
-
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_what_to_extract = _options(
+_what_to_extract = together(  # said alike to `plan` and to `run`
     click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id."),
     click.option("--revision", help="Revision of a hub id."),
     click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all]."),

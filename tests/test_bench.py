@@ -18,8 +18,7 @@ from pipelines.bench import material
 from pipelines.bench.codecs import table_of
 from pipelines.bench.extract import ExtractBench, summarise
 from pipelines.bench.measure import Clocked, Run, Spread, take_turns, times_as_fast
-
-ROOT = Path(__file__).parent.parent
+from tests.bench_world import ROOT, run_bench_command
 
 
 def computing(settings: float) -> Clocked:
@@ -184,16 +183,8 @@ def test_the_command_measures_three_contenders_on_the_same_utterances(
         *("--upstream", str(teacher), "--corpus", str(corpus.path), "--seconds", "5", "--rounds", "1"),
         *("--threads", "1", "--pack-frames", "128", "--shard-packs", "2", "--out", str(tmp_path / "extract.json")),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "bench", "extract", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "% of the bare forward pass" in done.stdout
+    printed = run_bench_command(tmp_path, "extract", *arguments)
+    assert "% of the bare forward pass" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["extract.json"]  # stores and dumps are gone
 
     result = json.loads((tmp_path / "extract.json").read_text())
@@ -248,16 +239,8 @@ def test_a_training_step_is_measured_with_four_contenders_on_the_same_batches(tm
         *("--shape", "hubert-demo", "--student", "distilhubert", "--seconds", "12", "--pack-frames", "800"),
         *("--steps", "1", "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "train.json")),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "bench", "train", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "as fast as online" in done.stdout
+    printed = run_bench_command(tmp_path, "train", *arguments)
+    assert "as fast as online" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
     result = json.loads((tmp_path / "train.json").read_text())
     runs = {run["contender"]: run for run in result["runs"]}

@@ -1,16 +1,13 @@
 """`bench infer`: every model runs, sizes are counted, figures are of the right runs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from extract.errors import RetortError
 from pipelines.bench.infer import InferBench, prepare
-
-ROOT = Path(__file__).parents[1]
+from tests.bench_world import run_bench_command
 
 
 def test_macs_and_parameters_are_those_of_the_shapes(tmp_path: Path) -> None:
@@ -30,19 +27,17 @@ def test_macs_and_parameters_are_those_of_the_shapes(tmp_path: Path) -> None:
 
 def test_the_command_puts_students_beside_their_teacher(tmp_path: Path) -> None:
     out = tmp_path / "infer.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "bench", "infer", "--shape", "hubert-demo", "--students", "gendistiller",
-         "--seconds", "0.5", "--utterances", "2", "--rounds", "1", "--threads", "1", "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+    printed = run_bench_command(
+        tmp_path, "infer", "--shape", "hubert-demo", "--students", "gendistiller", "--seconds", "0.5",
+        "--utterances", "2", "--rounds", "1", "--threads", "1", "--out", str(out),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     runs = {run["contender"]: run for run in result["runs"]}
     assert set(runs) == {"teacher", "gendistiller"}
     for name, run in runs.items():
         assert len(run["did"]["latencies_s"]) == 2
         assert result["contenders"][name]["rtf"]["median"] == pytest.approx(run["wall_s"] / 1.0)
-        assert name in done.stdout
+        assert name in printed
     ratio = result["contenders"]["gendistiller"]["times_as_fast"]["median"]
     assert ratio == pytest.approx(runs["teacher"]["wall_s"] / runs["gendistiller"]["wall_s"])
 

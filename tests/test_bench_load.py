@@ -1,9 +1,6 @@
 """`bench load`: the loader and the memory map give the same bytes, and the real command tells what training waits."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +9,8 @@ import pytest
 from extract.errors import RetortError
 from pipelines.bench.load import LoadBench, Place, loader, make_material, memmap, summarise
 from pipelines.bench.measure import Clocked, Run
+from tests.bench_world import run_bench_command
 from tests.train_world import SHAPE
-
-ROOT = Path(__file__).parent.parent
 
 
 def bench(params: Path, **changes: object) -> LoadBench:
@@ -69,16 +65,8 @@ def test_the_command(tmp_path: Path) -> None:
         json.dumps({"train": {"one": {"family": "distilhubert", "steps": 2, "shape": SHAPE}}})
     )
     arguments = f"--config {tmp_path}/params.yaml --student one --packs 2 --dim 32 --pack-frames 1024 --rounds 1"
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "bench", "load", *arguments.split(), f"--out={tmp_path / 'load.json'}"],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "train run waits for the loader" in done.stdout
+    printed = run_bench_command(tmp_path, "load", *arguments.split(), f"--out={tmp_path / 'load.json'}")
+    assert "train run waits for the loader" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["load.json", "params.yaml"]
     result = json.loads((tmp_path / "load.json").read_text())
     assert 0 <= result["train"]["loader_wait_share"]["median"] <= 1

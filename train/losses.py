@@ -11,6 +11,7 @@ Heads are kept in checkpoints and dropped from the saved student. Shapes: B batc
 utterances in a row, L target layers, D the teacher's dim.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.scale, None  # type: ignore[attr-defined]
 
 
-class Distiller(nn.Module):
+class Distiller(nn.Module, ABC):
     """A student with its training-only heads. `forward` predicts; `loss` judges."""
 
     student: RetortStudent
@@ -114,9 +115,9 @@ class Distiller(nn.Module):
         output = self.student(stem_features=stem_BTC, frame_mask=valid_BT, output_hidden_states=True)
         return output.hidden_states  # type: ignore[no-any-return]
 
+    @abstractmethod
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
         """One prediction (F, D) for each target layer. `forced`: with the teacher's layers as history."""
-        raise NotImplementedError
 
     def loss(self, predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
         """The family's loss, float32 scalar."""
