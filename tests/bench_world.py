@@ -1,22 +1,21 @@
-"""Runs `python -m pipelines bench` as a user does."""
+"""Runs `python -m pipelines bench` as a user does, but for contenders whose processes begin with torch imported."""
 
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+from click.testing import CliRunner
+
+from pipelines.__main__ import main
+from pipelines.bench import measure
+from tests.processes import WARM
 
 
 def run_bench_command(folder: Path, *arguments: str) -> str:
     """What the command prints; its temporary files are below `folder`. Fails with its stderr where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "bench", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "get_context", lambda kind: WARM)
+        patch.setattr(tempfile, "tempdir", str(folder))
+        done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code == 0, done.output
     return done.stdout

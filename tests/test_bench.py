@@ -3,8 +3,6 @@
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from pipelines.bench import material
 from pipelines.bench.codecs import table_of
 from pipelines.bench.extract import ExtractBench, summarise
 from pipelines.bench.measure import Clocked, Run, Spread, take_turns, times_as_fast
-from tests.bench_world import ROOT, run_bench_command
+from tests.bench_world import run_bench_command
+from tests.processes import run_command
 
 
 def computing(settings: float) -> Clocked:
@@ -217,9 +216,7 @@ def test_the_command_measures_three_contenders_on_the_same_utterances(
     ],
 )
 def test_a_codec_study_that_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "bench", "codecs", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_command("pipelines", "bench", "codecs", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +14,7 @@ from extract.errors import RetortError
 from extract.run import Settings, extract
 from extract.store import Manifest
 from tests.conftest import noise_utterances
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import Command, run_command
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def elsewhere(settings: Settings, name: str, **changes: object) -> Settings:
 
 def command(settings: Settings) -> list[str]:
     return [
-        *(sys.executable, "-m", "extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
+        *("extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
         *("--store", str(settings.store), "--manifest", str(settings.manifest), "--threads", str(settings.threads)),
         *("--pack-frames", str(settings.pack_frames), "--shard-packs", str(settings.shard_packs)),
         *(["--scheduler", settings.scheduler] if settings.scheduler else ["--workers", str(settings.workers)]),
@@ -65,11 +62,8 @@ class Cluster:
         for _ in range(workers):
             self.add_worker()
 
-    def _start(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "dask", *arguments, str(self.address_file)],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    def _start(self, *arguments: str) -> Command:
+        return Command("dask", *arguments, str(self.address_file))
 
     def add_worker(self) -> None:
         self.processes.append(
@@ -105,20 +99,20 @@ def finished_shards(settings: Settings) -> list[Path]:
     return sorted(settings.store.glob("*/*/shards/*.json"))
 
 
-def wait_for_shards(settings: Settings, count: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_shards(settings: Settings, count: int, process: Command) -> None:
     while len(finished_shards(settings)) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
 
 
-def start(settings: Settings) -> "subprocess.Popen[str]":
-    return subprocess.Popen(command(settings), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(settings: Settings) -> Command:
+    return Command(*command(settings))
 
 
 def test_two_workers_write_what_one_process_writes(settings: Settings) -> None:
     alone, _ = extract(settings)
     shared = elsewhere(settings, "shared", workers=2)
-    run = subprocess.run(command(shared), cwd=ROOT, capture_output=True, text=True, check=True)
+    run = run_command(*command(shared), check=True)
     together = Manifest.read(shared.manifest)
     assert together.objects == alone.objects
     assert together.digest == alone.digest
@@ -162,8 +156,9 @@ def test_a_cluster_that_dies_costs_unfinished_shards_alone(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_errors_of_a_worker_are_one_line(settings: Settings) -> None:
-    wrong = elsewhere(settings, "wrong", workers=1, layers=(99,))
+def test_errors_of_a_worker_are_one_line(settings: Settings, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extract.cluster._CONNECT_S", 1)
+    wrong = elsewhere(settings, "wrong", scheduler=cluster.address, layers=(99,))
     with pytest.raises(RetortError, match="has no layer 99; it has 0 to 4"):
         extract(wrong)
     with pytest.raises(RetortError, match="no Dask scheduler answers there"):

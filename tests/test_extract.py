@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +23,7 @@ from extract.run import Settings, extract
 from extract.store import StoreReader
 from extract.writer import StoreWriter
 from tests.conftest import noise_utterances
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import Command, run_command
 
 
 @pytest.fixture
@@ -179,24 +176,22 @@ def test_kill_minus_9_then_resume(settings: Settings, tmp_path: Path) -> None:
     utterances = noise_utterances(60, shortest=15_000)
     write_corpus(tmp_path / "long.h5", name="long", reader="folder", utterances=utterances)
     arguments = [
-        *(sys.executable, "-m", "extract", "run", "--upstream", settings.upstream),
+        *("extract", "run", "--upstream", settings.upstream),
         *("--corpus", str(tmp_path / "long.json"), "--codec", "int8", "--pack-frames", "128", "--shard-packs", "1"),
     ]
 
     def place(name: str) -> list[str]:
         return ["--store", str(tmp_path / name), "--manifest", str(tmp_path / f"{name}.json")]
 
-    subprocess.run([*arguments, *place("whole")], cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*arguments, *place("killed")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    run_command(*arguments, *place("whole"), check=True)
+    process = Command(*arguments, *place("killed"))
     while not list((tmp_path / "killed").glob("*/*/shards/00003.json")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed.json").exists()
-    subprocess.run([*arguments, *place("killed")], cwd=ROOT, check=True, capture_output=True)
+    run_command(*arguments, *place("killed"), check=True)
     whole, killed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
     assert whole["objects"] == killed["objects"]
     assert whole["digest"] == killed["digest"]

@@ -2,9 +2,9 @@
 
 import errno
 import os
+import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,7 @@ from extract.run import Settings, extract
 from extract.store import Manifest
 from pipelines.demo.recording import write_audio
 from tests.conftest import TINY, noise_utterances, save_teacher
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import WARM, Command, run_command
 
 
 @pytest.fixture
@@ -45,58 +44,32 @@ def elsewhere(settings: Settings, name: str) -> Settings:
 
 def command(settings: Settings, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
+        *("extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
         *("--store", str(settings.store), "--manifest", str(settings.manifest), "--threads", str(settings.threads)),
         *("--pack-frames", str(settings.pack_frames), "--shard-packs", str(settings.shard_packs), *more),
     ]
 
 
 def run(settings: Settings, *more: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command(settings, *more), cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-# Forks, so that the seconds of importing torch are paid once and every kill falls into the work itself.
-KILLER = """
-import os, pathlib, random, signal, sys, time
-import torch
-from extract.run import Settings, extract
-from extract import forward, job
-from transformers import HubertModel  # what the fork would else import anew
-
-torch.set_num_threads(1)
-settings = Settings(
-    upstream=sys.argv[1], corpus=pathlib.Path(sys.argv[2]), store=pathlib.Path(sys.argv[3]),
-    manifest=pathlib.Path(sys.argv[4]), pack_frames=128, shard_packs=2, threads=1,
-)
-draw, kills, longest = random.Random(0), 0, float(sys.argv[5])
-while True:
-    child = os.fork()
-    if child == 0:
-        extract(settings)
-        os._exit(0)
-    time.sleep(draw.uniform(0, longest))
-    finished, status = os.waitpid(child, os.WNOHANG)
-    if finished:
-        assert status == 0
-        break
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-    longest *= 1.04  # in the end one comes through, on any machine
-print(kills)
-"""
+    return run_command(*command(settings, *more))
 
 
 def test_killed_again_and_again_the_store_is_bit_identical(settings: Settings, tmp_path: Path) -> None:
     whole, _ = extract(settings)
     killed = elsewhere(settings, "killed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLER, settings.upstream, str(settings.corpus), str(killed.store),
-         str(killed.manifest), "0.3"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) >= 5
+    draw, kills, longest_s = random.Random(0), 0, 0.3
+    while True:
+        process = WARM.Process(target=extract, args=(killed,))
+        process.start()
+        process.join(draw.uniform(0, longest_s))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        longest_s *= 1.08  # in the end one comes through, on any machine
+    assert kills >= 5
     resumed = Manifest.read(killed.manifest)
     assert resumed.objects == whole.objects
     left = [path.name for path in killed.store.rglob("*") if path.is_file()]
@@ -108,17 +81,12 @@ def test_killed_again_and_again_the_store_is_bit_identical(settings: Settings, t
 def test_two_extractors_on_one_store_do_no_harm(settings: Settings) -> None:
     whole, _ = extract(settings)
     shared = elsewhere(settings, "shared")
-    rivals = [
-        subprocess.Popen(command(shared), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    rivals = [Command(*command(shared)) for _ in range(2)]
     for rival in rivals:
         _, errors = rival.communicate(timeout=300)
         assert rival.returncode == 0, errors
     assert Manifest.read(shared.manifest).objects == whole.objects
-    verified = subprocess.run(
-        [sys.executable, "-m", "extract", "verify", str(shared.manifest)], cwd=ROOT, capture_output=True, text=True
-    )
+    verified = run_command("extract", "verify", str(shared.manifest))
     assert verified.returncode == 0, verified.stderr
 
 
@@ -129,8 +97,8 @@ def test_damage_is_named_and_only_it_is_repaired(settings: Settings, damage: str
     good = shard.read_bytes()
     before = {path: path.stat().st_mtime_ns for path in manifest.location.glob("hidden/c/*/0/0/0")}
     shard.write_bytes(good[:200] + bytes([good[200] ^ 16]) + good[201:] if damage == "flipped bit" else good[:-7])
-    verify = [sys.executable, "-m", "extract", "verify", str(settings.manifest)]
-    named = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, check=False)
+    verify = ("extract", "verify", str(settings.manifest))
+    named = run_command(*verify)
     assert named.returncode == 1
     assert named.stderr.count("\n") == 1 and "hidden/c/1/0/0/0" in named.stderr
     repaired = run(settings)
@@ -138,7 +106,7 @@ def test_damage_is_named_and_only_it_is_repaired(settings: Settings, damage: str
     assert shard.read_bytes() == good
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path for path in before if before[path] != after[path]} == {shard}
-    assert subprocess.run(verify, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert run_command(*verify).returncode == 0
     assert Manifest.read(settings.manifest).objects == manifest.objects
     assert not list(manifest.location.rglob("*.damaged"))
 

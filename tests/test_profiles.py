@@ -69,7 +69,9 @@ def test_a_profile_says_only_what_differs(tmp_path: Path) -> None:
     assert other["teacher"].pop("upstream") == "microsoft/wavlm-base-plus"
     assert base["teacher"].pop("upstream") == "facebook/hubert-base-ls960"
     assert other == base
-    with pytest.raises(RetortError, match="expected one of hubert-base-ls960, stacking, wavlm-base-plus, wavlm-large"):
+    with pytest.raises(
+        RetortError, match="expected one of generation, hubert-base-ls960, stacking, wavlm-base-plus, wavlm-large"
+    ):
         read_profile("whisper")
 
 
@@ -160,18 +162,21 @@ def test_a_study_is_every_student_with_every_seed_over_the_params_that_are_there
     done = CliRunner().invoke(main, ["profile", "stacking", "--out", str(params)])
     assert done.exit_code == 0, done.output
     after = yaml.safe_load(params.read_text())
+    assert after.pop("teacher") == before.pop("teacher") | {"keep": "frames,pooled,stem"}
     unchanged = before.keys() - {"students", "upstreams", "tasks", "train"}
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
     assert after["upstreams"] == ["fbank", "teacher", *after["students"]]
     assert list(after["train"]) == after["students"]
     assert set(corpus_of_tasks(after, params)) == {"pr", "ks", "sid"}
-    like = read_student(ROOT / "params.yaml", "interleaved")
+    demo = read_student(ROOT / "params.yaml", "interleaved")
+    like = replace(demo, stem="stored", steps=195)
     for seed in (1, 2, 3):
         assert read_student(params, f"interleaved-eql-s{seed}") == replace(like, seed=seed)
         full = read_student(params, f"full-w0-s{seed}")
         assert full == replace(like, family="layerwise", intermediate_weight=0.0, seed=seed)
         one_shot = replace(like, family="one-shot", growth=replace(like.growth, schedule="late"), seed=seed)
         assert read_student(params, f"one-shot-s{seed}") == one_shot
+        assert read_student(params, f"one-shot-time-s{seed}") == replace(one_shot, steps=347)  # 1.78 times 195
     assert len(after["students"]) % 3 == 0
 
 
@@ -183,7 +188,26 @@ def test_a_study_finds_its_student_in_every_profile_by_family(tmp_path: Path) ->
         done = CliRunner().invoke(main, ["profile", "stacking", "--out", str(params)])
         assert done.exit_code == 0, done.output
         expected = student | {"seed": 2, "growth": student["growth"] | {"schedule": "late"}, "family": "one-shot"}
+        expected |= {"stem": "stored", "optimiser": student["optimiser"] | {"stem_grad_scale": 0.0}}
+        expected["steps"] = round(student["steps"] * 1.5)
         assert yaml.safe_load(params.read_text())["train"]["one-shot-s2"] == expected
+
+
+def test_the_study_of_generation_changes_one_thing_at_a_time(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    CliRunner().invoke(main, ["profile", "generation", "--out", str(params)])
+    like = replace(read_student(ROOT / "params.yaml", "gendistiller"), stem="stored", steps=195)
+    choices = like.generation
+    assert read_student(params, "scheduled-s1") == like
+    assert read_student(params, "forced-s1") == replace(like, generation=replace(choices, forcing_last=1.0))
+    assert read_student(params, "targets-12-s1") == replace(like, targets=tuple(range(1, 13)))
+    assert read_student(params, "direct-s2") == replace(like, family="distilhubert", seed=2)
+    own = read_student(ROOT / "params.yaml", "distilhubert")
+    assert read_student(params, "distilhubert-s1").shape == own.shape
+    two = read_student(params, "two-dimensional-s1")
+    assert (two.family, two.generation.layer_embedding, two.steps) == ("gendistiller-2d", None, 195)
+    assert yaml.safe_load(params.read_text())["teacher"]["layers"] == "1,2,3,4,5,6,7,8,9,10,11,12"
 
 
 def test_a_study_of_a_student_that_is_not_there_is_one_line(tmp_path: Path) -> None:

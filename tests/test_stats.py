@@ -114,9 +114,11 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
         return most
 
     peak(2)  # what the first call imports and caches
+    shard = 2 * 2 * 2_000 * 64 * 4  # bytes of its frames in float32
     few, many = peak(4), peak(40)  # 2 shards and 20
-    assert few > 2 * 2 * 2_000 * 64 * 4  # a shard's frames in float32 were seen
-    assert many < 1.3 * few
+    assert few > shard
+    # Threads that happen to hold two packs at once make some difference, a store ten times the size next to none.
+    assert many < few + 2 * shard
 
 
 def test_some_packs_stand_for_all_lengths(tmp_path: Path) -> None:

@@ -3,11 +3,8 @@
 import copy
 import filecmp
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from extract.errors import RetortError
+from tests.processes import Command, run_command
 from tests.train_world import SHAPE, World, job, make_world, student
 from train import checkpoint
 from train.__main__ import main
@@ -334,9 +332,8 @@ def test_killed_and_run_again(world: World) -> None:
     }
     params = world.folder / "params.yaml"
     params.write_text(yaml.safe_dump({"train": {"killed": section}}))
-    command = [sys.executable, "-m", "train", *arguments(world, params, "killed")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=world.folder, env=environment, stderr=subprocess.PIPE, text=True)
+    command = ["train", *arguments(world, params, "killed")]
+    process = Command(*command, cwd=world.folder)
     deadline = time.monotonic() + 120
     while not list((world.folder / "checkpoints").glob("killed-*/checkpoint.pt")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -344,7 +341,7 @@ def test_killed_and_run_again(world: World) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (world.folder / "students").exists()
-    again = subprocess.run(command, cwd=world.folder, env=environment, capture_output=True, text=True)
+    again = run_command(*command, cwd=world.folder)
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr and "M parameters" in again.stdout
     from train.config import parse

@@ -1,0 +1,82 @@
+"""Our commands in processes of their own that begin with torch imported, which a start otherwise spends seconds on.
+
+Each is a fork of a server that has imported libraries and done nothing else; it runs the module as `python -m` does.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["tests.imported"])
+
+
+class Command:
+    """`python -m MODULE ARGUMENTS`, running, with the methods of subprocess.Popen that tests use."""
+
+    def __init__(self, *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
+        self._files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        names = [file.name for file in self._files]
+        self._process = WARM.Process(target=_run, args=(arguments, str(cwd), dict(environment or {}), names))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, kind: int) -> None:
+        os.kill(self.pid, kind)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it wrote to stdout and to stderr, once it has ended."""
+        assert self.wait(timeout) is not None, "still running"
+        for file in self._files:
+            file.seek(0)
+        out, err = (file.read() for file in self._files)
+        return out, err
+
+
+def run_command(
+    *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None, check: bool = False
+) -> "subprocess.CompletedProcess[str]":
+    """As subprocess.run of `python -m ARGUMENTS`, output captured. `check`: assert that it exits with 0."""
+    command = Command(*arguments, cwd=cwd, environment=environment)
+    out, err = command.communicate()
+    assert command.returncode is not None
+    assert not check or command.returncode == 0, err
+    return subprocess.CompletedProcess(arguments, command.returncode, out, err)
+
+
+def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], names: list[str]) -> None:
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for number, name in enumerate(names, start=1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    module, *sys.argv[1:] = arguments
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        sys.stdout.flush()
