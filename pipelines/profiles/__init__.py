@@ -8,10 +8,12 @@ A profile with a `study` is laid over the params.yaml that is there, whatever it
 students:
 
     study:
-      like: interleaved            # name or family of a section of `train`; every student is this but for what it sets
+      like: interleaved            # name or family of a section of `train`; every student is this but for
+      all: {stem: stored}          # what all of them change,
       seeds: [1, 2, 3]
       students:
-        full: {family: layerwise}  # becomes full-s1, full-s2, full-s3; a value of null takes a key away
+        full: {family: layerwise}  # and what one does. Becomes full-s1, full-s2, full-s3; null takes a key away
+        longer: {times_steps: 1.4} # so many times the steps; of `all`'s times_steps, where that stands
 """
 
 import copy
@@ -70,12 +72,14 @@ def _spread_out(profile: Any, name: str, params: Path) -> Any:
     for student, changes in study["students"].items():
         for seed in study["seeds"]:
             section = copy.deepcopy(like)
-            _lay_over(section, copy.deepcopy(changes))
+            for change in (study.get("all", {}), changes):
+                _lay_over(section, copy.deepcopy(change))
+                section["steps"] = round(section["steps"] * section.pop("times_steps", 1))
             base["train"][f"{student}-s{seed}"] = section | {"seed": seed}
     base["students"] = list(base["train"])
     base["upstreams"] = ["fbank", "teacher", *base["train"]]
-    for key, value in profile.items():
-        base[key] = value
+    base["tasks"] = profile.pop("tasks")
+    _lay_over(base, profile)
     base.yaml_set_start_comment(f"The profile {name} over what stood here: python -m pipelines profile {name}")
     return base
 
