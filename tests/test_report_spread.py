@@ -15,7 +15,7 @@ from pipelines.report.results import read_results
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_cell, spread_columns
 from pipelines.report.table import make_columns, make_rows
-from tests.test_report import TASKS, invented_speed, write_results
+from tests.report_world import TASKS, invented_speed, write_results
 
 SEEDS = {1: 20.0, 2: 23.0, 4: 21.5}  # seed -> phone error rate
 

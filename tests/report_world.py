@@ -1,0 +1,104 @@
+"""Invented results of four students on four tasks, as all stages would leave them in a folder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from extract.files import write_json
+from pipelines.machine import describe_machine
+from pipelines.report.speed import Speed
+
+TASKS = {
+    "pr": ("per", False, {"teacher": 14.2, "demo-layerwise": 21.9, "demo-interleaved": 20.4, "demo-distilhubert": 30.1,
+                          "demo-gendistiller": 57.0, "fbank": 58.3}),
+    "asr": ("wer", False, {"teacher": 25.0, "demo-layerwise": 33.5, "demo-interleaved": 31.2, "demo-distilhubert": 41.0,
+                           "demo-gendistiller": 66.0, "fbank": 61.8}),
+    "ks": ("accuracy", True, {"teacher": 95.1, "demo-layerwise": 92.0, "demo-interleaved": 91.4,
+                              "demo-distilhubert": 90.3, "demo-gendistiller": 60.1, "fbank": 61.0}),
+    "sid": ("accuracy", True, {"teacher": 88.8, "demo-layerwise": 80.5, "demo-interleaved": 83.0,
+                               "demo-distilhubert": 79.0, "demo-gendistiller": 44.0, "fbank": 47.5}),
+}  # fmt: skip
+STUDENTS = {
+    "demo-layerwise": ("layerwise", 963_040, [(0, 12)]),
+    "demo-interleaved": ("interleaved", 963_040, [(0, 3), (90, 6), (180, 9), (270, 12)]),
+    "demo-distilhubert": ("distilhubert", 871_200, [(0, 2)]),
+    "demo-gendistiller": ("gendistiller", 604_832, [(0, 1)]),
+}
+PARAMS = {"teacher": 4_100_000, "fbank": 0} | {name: params for name, (_, params, _) in STUDENTS.items()}
+NOTE = "The demo teacher was taught from the synthesiser's own time line & its speech is <synthetic>."
+FINGERPRINT = "f1" * 32
+
+
+def write_results(root: Path) -> Path:
+    """A folder as all stages would leave it; returns params.yaml."""
+    write_json(
+        root / "manifests/distill/teacher.json",
+        {"fingerprint": FINGERPRINT, "digest": "d1" * 32, "layers": [4, 8, 12], "codec": "int8",
+         "upstream": {"id": "pipelines/demo/teacher", "revision": None, "name": "teacher", "note": NOTE},
+         "corpus": {"name": "distill", "digest": "c0" * 32}, "versions": {"torch": "2.11.0"}},
+    )  # fmt: skip
+    for task, (metric, higher, tests) in TASKS.items():
+        for name, test in tests.items():
+            write_json(root / "scores" / name / f"{task}.json", score(task, metric, higher, name, test))
+    for name in STUDENTS:
+        write_json(root / "students" / name / "config.json", {"model_type": "retort-student"})
+        write_training(root / "runs" / name, name)
+    params = {
+        "students": list(STUDENTS),
+        "tasks": {"speech": list(TASKS)},
+        "report": {"speed": {"corpus": str(root / "corpora/speech.json"), "split": "test", "audio_seconds": 2.0,
+                             "threads": 1, "rounds": 2}},
+    }  # fmt: skip
+    path = root / "params.yaml"
+    path.write_text("# made for a test <b>\n" + yaml.safe_dump(params, sort_keys=False))
+    return path
+
+
+def score(task: str, metric: str, higher: bool, name: str, test: float) -> dict[str, Any]:
+    layers = {"teacher": 13, "fbank": 2}.get(name) or STUDENTS[name][2][-1][1] + 1
+    peak = {"pr": 0.7, "asr": 0.75, "ks": 0.6, "sid": 0.3}[task] * (layers - 1)
+    weights = np.exp(-0.5 * ((np.arange(layers) - peak) / (0.25 * layers)) ** 2)
+    worse = -1 if higher else 1
+    grid = [
+        {"lr": 10.0**power, "dev": test + worse * 4 * abs(power + 2) - 0.4, "steps": 400} for power in (-1, -2, -3, -4)
+    ]
+    return {
+        "format_version": 1, "task": task, "upstream": name, "metric": metric, "higher_is_better": higher,
+        "unit": "percent", "test": test, "dev": test - 0.4, "chosen_lr": 0.01, "grid": grid, "seed": 7,
+        "layers": list(range(layers)), "layer_weights": (weights / weights.sum()).tolist(), "num_test": 320,
+        "fingerprint": f"{name}-features", "store_digest": "ab" * 32, "corpus_digest": "cd" * 32,
+        "labels_digest": "ef" * 32, "recipe": {"steps": 400}, "seconds": 4.2, "versions": {"torch": "2.11.0"},
+        "notes": ["400 steps instead of 200,000"],
+    }  # fmt: skip
+
+
+def write_training(folder: Path, name: str) -> None:
+    family, params, growth = STUDENTS[name]
+    steps = 360
+    curve = [(step, 1.9 * math.exp(-step / 120) + 0.4 + 0.02 * math.sin(step)) for step in range(0, steps + 1, 10)]
+    write_json(
+        folder / "metrics.json",
+        {"format_version": 1, "student": name, "family": family, "params": params, "steps": steps, "epochs": 3.6,
+         "seconds": 97.3, "audio_seconds_per_second": 141.0, "loss": {"train": curve[-1][1], "dev": 0.47},
+         "dev_by_layer": {str(layer): {"l1": 0.31, "cosine": 0.8 + layer / 100, "mse": 0.2} for layer in (4, 8, 12)},
+         "growth": [{"step": step, "layers": layers} for step, layers in growth],
+         "exposure_bias": 0.031 if family == "gendistiller" else None, "teacher": FINGERPRINT, "seed": 3,
+         "config": {"lr": 5e-4}, "versions": {"torch": "2.11.0", "transformers": "5.23.0"}},
+    )  # fmt: skip
+    write_tsv(folder / "plots/metrics/train/loss.tsv", curve)
+    write_tsv(folder / "plots/metrics/dev/loss.tsv", [(step, value + 0.07) for step, value in curve[::6]])
+
+
+def write_tsv(path: Path, points: list[tuple[int, float]]) -> None:
+    """As DVCLive writes one: columns step and the metric's last name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"step\t{path.stem}\n" + "".join(f"{step}\t{value}\n" for step, value in points))
+
+
+def invented_speed() -> Speed:
+    rtf = {name: 0.002 + params / 4e8 for name, params in PARAMS.items()} | {"fbank": 0.0004}
+    return Speed(rtf=rtf, params=PARAMS, audio_seconds=20.4, num_utterances=5, corpus="speech", threads=1, rounds=5,
+                 machine=describe_machine())  # fmt: skip
