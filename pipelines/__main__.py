@@ -43,7 +43,7 @@ def corpus(
     rename: tuple[str, ...],
     skip_bad: bool,
 ) -> None:
-    """Read a data set folder into corpora/NAME.h5. READER: folder, librispeech, speech-commands, voxceleb1."""
+    """Read the folder of a data set that READER knows (an unknown one lists them) into corpora/NAME.h5."""
     from pipelines.readers import ReaderOptions, read_corpus
 
     if odd := [pair for pair in rename if pair.count("=") != 1]:

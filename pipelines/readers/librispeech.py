@@ -1,0 +1,66 @@
+"""LibriSpeech: transcripts and, with a lexicon, phones."""
+
+from pathlib import Path
+
+from extract.errors import RetortError
+from pipelines.readers.source import ReaderOptions, Source, layout_error
+
+
+def read_librispeech(root: Path, options: ReaderOptions) -> list[Source]:
+    """LibriSpeech: PART/SPEAKER/CHAPTER/ID.flac with its .trans.txt; labels `text` and, with a lexicon, `phones`.
+
+    Parts train-*, dev-clean and test-clean unless `parts` names others. The lexicon (WORD<TAB>PH PH …, the first
+    pronunciation of a word counts) is `lexicon` or ROOT/librispeech-lexicon.txt if it is there.
+    """
+    base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
+    there = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name.split("-")[0] in _LIBRISPEECH)
+    wanted = options.parts or tuple(part for part in there if not part.endswith("-other"))
+    if missing := sorted({*wanted, *([] if wanted else ["train-clean-100"])} - set(there)):
+        raise layout_error(root, "LibriSpeech", f"{missing[0]}/", _LIBRISPEECH_TREE)
+    lexicon_path = options.lexicon or root / "librispeech-lexicon.txt"
+    lexicon = _read_lexicon(lexicon_path) if options.lexicon or lexicon_path.is_file() else None
+    sources = []
+    for part in wanted:
+        transcripts = sorted((base / part).glob("*/*/*.trans.txt"))
+        if not transcripts:
+            raise layout_error(
+                base / part, "LibriSpeech", "SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt", _LIBRISPEECH_TREE
+            )
+        for transcript in transcripts:
+            for line in transcript.read_text(encoding="utf-8").splitlines():
+                name, _, text = line.partition(" ")
+                labels = {"text": text.strip()}
+                if lexicon is not None:
+                    labels["phones"] = _pronounce(labels["text"], lexicon, where=f"{transcript}: {name}")
+                sources.append(
+                    Source(
+                        file=transcript.parent / f"{name}.flac",
+                        id=name,
+                        split=part.split("-")[0],
+                        speaker=name.split("-")[0],
+                        labels=labels,
+                    )
+                )
+    return sources
+
+
+_LIBRISPEECH = ("train", "dev", "test")
+_LIBRISPEECH_TREE = (
+    "LibriSpeech/{train-clean-100,dev-clean,test-clean}/SPEAKER/CHAPTER/{ID.flac,SPEAKER-CHAPTER.trans.txt}"
+)
+
+
+def _read_lexicon(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise RetortError(f"lexicon {path} does not exist; expected lines of WORD<TAB>PHONE PHONE …")
+    lexicon: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        word, *phones = line.split()
+        lexicon.setdefault(word, " ".join(phones))
+    return lexicon
+
+
+def _pronounce(text: str, lexicon: dict[str, str], *, where: str) -> str:
+    if odd := [word for word in text.split() if word not in lexicon]:
+        raise RetortError(f"{where}: word {odd[0]!r} is not in the lexicon; add its pronunciation there")
+    return " ".join(lexicon[word] for word in text.split())
