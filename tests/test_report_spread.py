@@ -56,11 +56,12 @@ def test_seeds_of_one_setting_are_one_line_with_their_spread(tree: Path) -> None
     (deep,) = find_repeats(rows)
     assert deep.name == "deep"
     assert [row.name for row in deep.rows] == ["deep-s1", "deep-s2", "deep-s4"]
-    cells = {column.title: spread_cell(deep, column) for column in spread_columns(columns)}
+    cells = {column.title: spread_cell(deep, column) for column in spread_columns(columns, [deep])}
     mean, deviation = statistics.mean(SEEDS.values()), statistics.stdev(SEEDS.values())
     assert cells["PR"] == f"{mean:.2f} ± {deviation:.2f}" == "21.50 ± 1.50"
     assert cells["KS"].endswith("± 0.00")
     assert "speed" not in cells and "dev loss" in cells
+    assert [cells[f"layer {layer}"] for layer in (4, 8, 12)] == ["0.200 ± 0.000"] * 3
 
 
 def test_the_spread_is_printed_and_stands_on_the_page(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,9 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
     _write(out, results, rows, columns, speed, config)
     tables = {"": terminal_table(rows, columns)}
     if repeats := find_repeats(rows):
-        tables["\nMean ± standard deviation over seeds:\n\n"] = spread_terminal(repeats, spread_columns(columns))
+        tables["\nMean ± standard deviation over seeds:\n\n"] = spread_terminal(
+            repeats, spread_columns(columns, repeats)
+        )
     # a terminal narrower than a table wraps its lines, which is better than numbers cut off
     console = Console(highlight=False, markup=False)
     wide = Console(width=1000)

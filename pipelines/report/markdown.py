@@ -11,13 +11,13 @@ from pipelines.report.table import TASK_TITLES, Column, Row, markdown_table
 
 def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Column], speed: Speed) -> str:
     """The table, the verdict, the caveats and the settings, in Markdown."""
-    machine = speed.machine
+    machine, repeats = speed.machine, find_repeats(rows)
     parts = [
         markdown_table(rows, columns),
         "Bold: the best student of a column. ↓ lower is better, ↑ higher is better.",
         words.verdict(rows),
         words.by_task(results),
-        spread_markdown(find_repeats(rows), spread_columns(columns)),
+        spread_markdown(repeats, spread_columns(columns, repeats)),
         results.teacher_note or "",
         words.speed_sentence(speed),
         "\n".join(f"- {line}" for line in words.caveats(results, rows)),

@@ -56,6 +56,7 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = _unbroken
+    repeats = find_repeats(rows)
     return environment.get_template("page.html").render(
         results=results,
         looks=looks,
@@ -65,8 +66,8 @@ def render_page(
         names=[upstream.name for upstream in results.upstreams],
         by_task=words.by_task(results),
         caveats=words.caveats(results, rows),
-        repeats=find_repeats(rows),
-        spread_columns=spread_columns(columns),
+        repeats=repeats,
+        spread_columns=spread_columns(columns, repeats),
         spread_cell=spread_cell,
         speed_sentence=words.speed_sentence(speed),
         highlights=_highlights(rows),

@@ -6,11 +6,13 @@ Such students are named NAME-s1, NAME-s2, … after their seeds, as `python -m p
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.report.results import Training
 from pipelines.report.table import Column, Row
 
 
@@ -33,18 +35,33 @@ def find_repeats(rows: Sequence[Row]) -> tuple[Repeats, ...]:
     return tuple(Repeats(name, tuple(group)) for (name, _), group in found.items() if len(group) > 1)
 
 
-def spread_columns(columns: Sequence[Column]) -> tuple[Column, ...]:
-    """The columns of the results that a seed changes, and how the training went."""
+def spread_columns(columns: Sequence[Column], repeats: Sequence[Repeats]) -> tuple[Column, ...]:
+    """The columns of the results that a seed changes, and how the training went.
+
+    A dev loss is a student's own; the squared error by layer is the same measure for all.
+    """
+    trained = [_training(row) for one in repeats for row in one.rows]
+    layers = sorted({layer for training in trained for layer in training.dev_by_layer})
     return (
         *(column for column in columns if column.title not in ("params", "size", "speed")),
-        Column("dev loss", "own targets", "low", lambda row: _training(row, "dev_loss"), lambda value: f"{value:.3f}"),
-        Column("training", "s", "low", lambda row: _training(row, "seconds"), lambda value: f"{value:.0f}"),
+        Column("dev loss", "own", "low", lambda row: _training(row).dev_loss, lambda value: f"{value:.3f}"),
+        *(
+            Column(
+                f"layer {layer}", "dev MSE", "low", partial(_squared_error, layer=layer), lambda value: f"{value:.3f}"
+            )
+            for layer in layers
+        ),
+        Column("training", "s", "low", lambda row: _training(row).seconds, lambda value: f"{value:.0f}"),
     )
 
 
-def _training(row: Row, field: str) -> float | None:
-    value = getattr(row.upstream.training, field)
-    return None if value is None else float(value)
+def _training(row: Row) -> Training:
+    assert row.upstream.training is not None  # find_repeats
+    return row.upstream.training
+
+
+def _squared_error(row: Row, *, layer: int) -> float | None:
+    return _training(row).dev_by_layer.get(layer, {}).get("mse")
 
 
 def spread_cell(repeats: Repeats, column: Column) -> str:
