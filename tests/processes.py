@@ -3,9 +3,12 @@
 Each is a fork of a server that has imported libraries and done nothing else; it runs the module as `python -m` does.
 """
 
+import atexit
+import itertools
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,15 +18,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["tests.imported"])
+_folder = Path(tempfile.mkdtemp(prefix="retort-tests-"))
+atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+_numbers = itertools.count()
 
 
 class Command:
     """`python -m MODULE ARGUMENTS`, running, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
-        self._files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        names = [file.name for file in self._files]
-        self._process = WARM.Process(target=_run, args=(arguments, str(cwd), dict(environment or {}), names))
+        number = next(_numbers)
+        self._files = [_folder / f"{number}.{name}" for name in ("out", "err")]
+        self._process = WARM.Process(target=_run, args=(arguments, str(cwd), dict(environment or {}), self._files))
         self._process.start()
 
     @property
@@ -51,9 +57,7 @@ class Command:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it wrote to stdout and to stderr, once it has ended."""
         assert self.wait(timeout) is not None, "still running"
-        for file in self._files:
-            file.seek(0)
-        out, err = (file.read() for file in self._files)
+        out, err = (file.read_text() for file in self._files)
         return out, err
 
 
@@ -68,11 +72,11 @@ def run_command(
     return subprocess.CompletedProcess(arguments, command.returncode, out, err)
 
 
-def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], names: list[str]) -> None:
+def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], files: list[Path]) -> None:
     os.chdir(cwd)
     os.environ.update(environment)
-    for number, name in enumerate(names, start=1):
-        os.dup2(os.open(name, os.O_WRONLY), number)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     module, *sys.argv[1:] = arguments

@@ -68,7 +68,7 @@ def test_killed_again_and_again_the_store_is_bit_identical(settings: Settings, t
         process.kill()
         process.join()
         kills += 1
-        longest_s *= 1.08  # in the end one comes through, on any machine
+        longest_s *= 1.15  # in the end one comes through, on any machine
     assert kills >= 5
     resumed = Manifest.read(killed.manifest)
     assert resumed.objects == whole.objects
