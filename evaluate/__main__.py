@@ -19,7 +19,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--task", "name", required=True, help="pr, asr, ks or sid.")
+@click.option("--task", "name", required=True, help="pr, asr, ks, ic, sid, er or sf.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML whose section evaluate.TASK sets the recipe.")
 @click.option("--upstream", help="Name in the score file; by default the name of the folder of --out.")
 @click.option("--manifest", type=click.Path(path_type=Path), required=True, help="Manifest of the features.")

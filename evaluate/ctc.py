@@ -91,8 +91,6 @@ class Transcription(Generic[H]):
     what training draws for a batch of frame counts (B,). stack: frames of the store in one frame of the logits.
     """
 
-    higher_is_better = False
-
     def __init__(
         self,
         reader: FrameReader,
@@ -103,12 +101,13 @@ class Transcription(Generic[H]):
         rates: Callable[[list[Sequence[str]], list[Sequence[str]]], dict[str, float]],
         new_head: Callable[[], H],
         logits: Callable[[H, Tensor, Ragged, Noise], Tensor],
+        higher_is_better: bool = False,
         noise: Callable[[Tensor, torch.Generator], Noise] | None = None,
         stack: int = 1,
     ) -> None:
         self.reader, self.splits, self.vocabulary = reader, splits, vocabulary
         self.metric, self.rates, self.new_head, self.logits = metric, rates, new_head, logits
-        self.noise, self.stack = noise, stack
+        self.higher_is_better, self.noise, self.stack = higher_is_better, noise, stack
         self.num_test = len(splits["test"].references)
         self.notes: Sequence[str] = infeasible_note(splits["train"], reader, stack)
 
@@ -189,19 +188,21 @@ def infeasible_note(train: Transcripts, frames: FrameReader, stack: int) -> list
 
 
 def read_transcripts(
-    source: Source, label: str, split_symbols: Callable[[str], list[str]], batch_size: int
+    source: Source, labels: Sequence[str], symbols: Callable[..., list[str]], batch_size: int
 ) -> tuple[Vocabulary, dict[str, Transcripts]]:
     """The vocabulary of the training split, and each split encoded with it and put in batches.
 
-    split_symbols: a label's text -> its symbols. Raises RetortError for a split whose transcripts are all empty.
+    symbols: an utterance's labels -> its symbols. Raises RetortError for a split whose transcripts are all empty.
     """
     rows = {split: source.select(split) for split in ("train", "dev", "test")}
     references: dict[str, dict[int, list[str]]] = {}
     for split, indices in rows.items():
-        texts = source.labels(label, indices)
-        references[split] = {row: split_symbols(text) for row, text in zip(indices.tolist(), texts, strict=True)}
+        columns = [source.labels(label, indices) for label in labels]
+        references[split] = {row: symbols(*values) for row, *values in zip(indices.tolist(), *columns, strict=True)}
         if not any(references[split].values()):
-            raise RetortError(f"corpus {source.corpus.name}: label {label!r} is empty for the whole split {split!r}")
+            raise RetortError(
+                f"corpus {source.corpus.name}: label {labels[0]!r} is empty for the whole split {split!r}"
+            )
     vocabulary = Vocabulary.of(references["train"].values())
     splits = {
         split: Transcripts(

@@ -3,13 +3,16 @@
 The layer sum, both linear layers and the mean over time commute, so the mean of each layer, (layers, dim) numbers an
 utterance, gives the same logits, loss and gradients as all of its frames. Read with `StoreReader.pooled`.
 
-Shapes: N utterances, B of them in a batch, L layers, D features.
+Shapes: U utterances of the corpus, N of them in a split, B in a batch, L layers, D features, C classes, G labels of an
+utterance (IC has three, the others one).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,81 +32,116 @@ class PooledRecipe(Recipe):
 
 @dataclass(frozen=True)
 class PooledSplit:
-    """One split in memory: hidden float32 (N, L, D), and each utterance's class, -1 for one never seen in training."""
+    """One split: its rows among all utterances, int64 (N,), and their classes, int64 (N, G).
 
-    hidden_NLD: Tensor
-    classes_N: Tensor
+    A class is -1 where training never had it.
+    """
+
+    rows_N: Tensor
+    classes_NG: Tensor
 
 
 @dataclass(frozen=True)
 class PooledBatch:
-    """hidden (L, B, D) and classes int64 (B,)."""
+    """hidden (L, B, D) and classes int64 (B, G)."""
 
     hidden_LBD: Tensor
-    classes_B: Tensor
+    classes_BG: Tensor
 
 
 class PooledClassification:
-    """Utterances into classes by one head a learning rate; see `sweep.Problem`."""
+    """Utterances into classes by one head a learning rate; see `sweep.Problem`.
+
+    An utterance may have several labels: the head's output then holds the classes of one after those of another, the
+    loss is the sum of their cross-entropies, and an utterance is right where all of its labels are.
+    """
 
     metric = "acc"
     higher_is_better = True
 
     def __init__(
-        self, splits: dict[str, PooledSplit], *, num_classes: int, recipe: PooledRecipe, notes: Sequence[str] = ()
+        self,
+        pooled_ULD: Tensor,
+        splits: Mapping[str, PooledSplit],
+        *,
+        num_classes_G: Sequence[int],
+        recipe: PooledRecipe,
+        notes: Sequence[str] = (),
     ) -> None:
-        self.splits, self.num_classes, self.recipe = splits, num_classes, recipe
-        self.num_test, self.notes = len(splits["test"].classes_N), notes
+        self.pooled_ULD, self.splits, self.num_classes_G, self.recipe = pooled_ULD, splits, list(num_classes_G), recipe
+        self.num_test, self.notes = len(splits["test"].rows_N), notes
 
     def new_head(self) -> LinearHead:
-        _, num_layers, dim = self.splits["train"].hidden_NLD.shape
-        return LinearHead(num_layers=num_layers, dim=dim, projection=self.recipe.projection, classes=self.num_classes)
+        _, num_layers, dim = self.pooled_ULD.shape
+        classes = sum(self.num_classes_G)
+        return LinearHead(num_layers=num_layers, dim=dim, projection=self.recipe.projection, classes=classes)
 
     def batches(self, generator: torch.Generator) -> Iterator[PooledBatch]:
         """Epochs in random order; the last batch of each may be smaller."""
         train = self.splits["train"]
-        num = len(train.classes_N)
-        share_N = 1 / torch.bincount(train.classes_N).to(torch.float64)[train.classes_N]
+        num = len(train.rows_N)
+        _, kind_N, count = torch.unique(train.classes_NG, dim=0, return_inverse=True, return_counts=True)
+        share_N = 1 / count.to(torch.float64)[kind_N]
         while True:
             if self.recipe.balanced:
                 order_N = torch.multinomial(share_N, num, replacement=True, generator=generator)
             else:
                 order_N = torch.randperm(num, generator=generator)
-            for rows_B in torch.split(order_N, self.recipe.batch_size):
-                yield PooledBatch(train.hidden_NLD[rows_B].transpose(0, 1), train.classes_N[rows_B])
+            for picked_B in torch.split(order_N, self.recipe.batch_size):
+                yield PooledBatch(self.pooled_ULD[train.rows_N[picked_B]].transpose(0, 1), train.classes_NG[picked_B])
 
     def loss(self, head: LinearHead, batch: PooledBatch) -> Tensor:
-        return F.cross_entropy(head(head.sum_layers(batch.hidden_LBD)), batch.classes_B)
+        logits_BC = head(head.sum_layers(batch.hidden_LBD))
+        return summed_cross_entropy(logits_BC, batch.classes_BG, self.num_classes_G)
 
     def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
         data = self.splits[split]
-        hidden_LND = data.hidden_NLD.transpose(0, 1)
-        actual = data.classes_N.tolist()
+        hidden_LND = self.pooled_ULD[data.rows_N].transpose(0, 1)
+        actual = data.classes_NG.tolist()
 
         @torch.no_grad()
         def one(head: LinearHead) -> dict[str, float]:
-            return {"acc": accuracy(head(head.sum_layers(hidden_LND)).argmax(-1).tolist(), actual)}
+            groups = torch.split(head(head.sum_layers(hidden_LND)), self.num_classes_G, dim=-1)
+            return {"acc": accuracy(torch.stack([logits.argmax(-1) for logits in groups], -1).tolist(), actual)}
 
         return team.each(one, heads)
 
 
-def classify(source: Source, label: str, recipe: PooledRecipe, progress: Progress) -> SweepResult:
-    """Score the classification of utterances by `label`. The classes are those of the training split."""
+def summed_cross_entropy(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: Sequence[int]) -> Tensor:
+    """The sum over labels of the cross-entropy of each one's own part of the logits, a mean over the batch."""
+    groups = torch.split(logits_BC, list(num_classes_G), dim=-1)
+    losses = [F.cross_entropy(logits, classes_B) for logits, classes_B in zip(groups, classes_BG.T, strict=True)]
+    return torch.stack(losses).sum()
+
+
+def classify(source: Source, labels: Sequence[str], recipe: PooledRecipe, progress: Progress) -> SweepResult:
+    """Score the classification of utterances by `labels`, all of which must be right."""
     rows = {split: source.select(split) for split in ("train", "dev", "test")}
-    names = {split: source.labels(label, rows[split]) for split in rows}
-    class_of = {name: index for index, name in enumerate(sorted(set(names["train"])))}
-    pooled_ULD = torch.from_numpy(source.reader.pooled())
-    splits = {
-        split: PooledSplit(
-            pooled_ULD[torch.from_numpy(rows[split])],
-            torch.tensor([class_of.get(name, -1) for name in names[split]]),
-        )
-        for split in rows
-    }
-    notes = [
-        f"{num} {split} utterances have a {label} that training never had, so they count as wrong"
-        for split in ("dev", "test")
-        if (num := int((splits[split].classes_N < 0).sum()))
-    ]
-    problem = PooledClassification(splits, num_classes=len(class_of), recipe=recipe, notes=notes)
-    return sweep(problem, recipe, progress)
+    return sweep(pooled_problem(source, read_pooled(source), labels, rows, recipe), recipe, progress)
+
+
+def read_pooled(source: Source) -> Tensor:
+    """The time means of all utterances, float32 (U, L, D)."""
+    return torch.from_numpy(source.reader.pooled())
+
+
+def pooled_problem(
+    source: Source,
+    pooled_ULD: Tensor,
+    labels: Sequence[str],
+    rows: Mapping[str, NDArray[np.int64]],
+    recipe: PooledRecipe,
+) -> PooledClassification:
+    """The problem of one train, dev and test: the corpus indices in `rows`. The classes are those of train."""
+    classes: dict[str, list[list[int]]] = {split: [] for split in rows}
+    num_classes_G, notes = [], []
+    for label in labels:
+        names = {split: source.labels(label, rows[split]) for split in rows}
+        class_of = {name: index for index, name in enumerate(sorted(set(names["train"])))}
+        num_classes_G.append(len(class_of))
+        for split in rows:
+            classes[split].append([class_of.get(name, -1) for name in names[split]])
+            if num := classes[split][-1].count(-1):
+                notes.append(f"{num} {split} utterances have a {label} that training never had, so they count as wrong")
+    splits = {split: PooledSplit(torch.from_numpy(rows[split]), torch.tensor(classes[split]).T) for split in rows}
+    return PooledClassification(pooled_ULD, splits, num_classes_G=num_classes_G, recipe=recipe, notes=notes)

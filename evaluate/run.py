@@ -31,12 +31,14 @@ def run_task(
 def open_source(task: Task[Any], *, manifest: Path, corpus: Path) -> Source:
     """Open corpus and store, and check that they are of each other and hold what the task needs."""
     opened = Corpus.open(corpus)
-    if task.label != SPEAKER:
-        opened.label(task.label)
-    elif not all(opened.speakers):
-        raise RetortError(
-            f"corpus {opened.name} ({opened.path}) names no speaker for some utterances: {task.name} needs one for all"
-        )
+    for label in task.labels:
+        if label != SPEAKER:
+            opened.label(label)
+        elif not all(opened.speakers):
+            raise RetortError(
+                f"corpus {opened.name} ({opened.path}) names no speaker for some utterances: "
+                f"{task.name} needs one for all"
+            )
     reader = StoreReader.open(manifest, opened)
     if task.reads not in reader.keep:
         raise RetortError(

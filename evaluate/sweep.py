@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -73,7 +74,7 @@ class Team:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One learning rate: its best dev metric and the step at which it was reached."""
+    """One learning rate: its best dev metric and the step at which it was reached; of several folds the means."""
 
     lr: float
     dev: float
@@ -164,19 +165,35 @@ def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> Swe
 
     Among rates with the same dev metric the lowest is chosen; within a rate the earliest checkpoint.
     """
+    return cross_validate([problem], recipe, progress)
+
+
+def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, progress: Progress) -> SweepResult:
+    """`sweep` over folds: one rate for all of them, by the mean of their dev metrics, a checkpoint for each on its dev.
+
+    Metrics and layer weights are means over the folds.
+    """
+    with Team(min(len(recipe.learning_rates), os.cpu_count() or 1)) as team:
+        trained = [_train(problem, recipe, progress, team, 1 / len(folds)) for problem in folds]
+        return _conclude(folds, trained, team)
+
+
+def _train(
+    problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: Team, share: float
+) -> list[_Runner[H]]:
+    """Every rate trained, ascending, each with its best checkpoint on dev. `share`: of the whole progress."""
     runners = [_runner(problem, lr, recipe.seed) for lr in sorted(recipe.learning_rates)]
     batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
-    with Team(min(len(runners), os.cpu_count() or 1)) as team:
-        for step in range(1, recipe.steps + 1):
-            active = [runner for runner in runners if runner.diverged is None]
-            if not active:
-                break
-            batch = next(batches)
-            team.each(lambda runner, at=step, on=batch: runner.step(problem, on, at, recipe.clip_norm), active)
-            if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
-                _evaluate(problem, runners, step, team)
-            progress.advance(1, detail=_status(problem, runners))
-        return _conclude(problem, runners, team)
+    for step in range(1, recipe.steps + 1):
+        active = [runner for runner in runners if runner.diverged is None]
+        if not active:
+            break
+        batch = next(batches)
+        team.each(lambda runner, at=step, on=batch: runner.step(problem, on, at, recipe.clip_norm), active)
+        if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
+            _evaluate(problem, runners, step, team)
+        progress.advance(share, detail=_status(problem, runners))
+    return runners
 
 
 def _runner(problem: Problem[H, Batch], lr: float, seed: int) -> _Runner[H]:
@@ -195,34 +212,39 @@ def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: i
         runner.consider(measured[problem.metric], step, higher_is_better=problem.higher_is_better)
 
 
-def _conclude(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], team: Team) -> SweepResult:
-    """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with that head."""
-    finished = [runner for runner in runners if runner.best is not None]
+def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[_Runner[H]]], team: Team) -> SweepResult:
+    """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with those heads."""
+    rates = list(zip(*trained, strict=True))  # of each rate its runner in every fold
+    finished = [rate for rate in rates if all(runner.best is not None for runner in rate)]
     if not finished:
         raise RetortError(
-            f"every learning rate diverged ({', '.join(f'{r.lr:g}' for r in runners)}): lower `learning_rates`, or "
-            "look at the features (`python -m extract stats`)"
+            f"every learning rate diverged ({', '.join(f'{rate[0].lr:g}' for rate in rates)}): lower `learning_rates`, "
+            "or look at the features (`python -m extract stats`)"
         )
-    chosen = finished[0]
-    for runner in finished[1:]:
-        if _better(runner.dev, chosen.dev, problem.higher_is_better):
-            chosen = runner
-    assert chosen.best is not None
-    chosen.head.load_state_dict(chosen.best)
-    (test,) = problem.measure([chosen.head], "test", team)
-    grid = tuple(GridPoint(runner.lr, runner.dev, runner.steps) for runner in finished)
-    own = [f"learning rate {r.lr:g} diverged at step {r.diverged}" for r in runners if r.diverged is not None]
-    if len(runners) > 1 and chosen in (runners[0], runners[-1]):
-        end = "lowest" if chosen is runners[0] else "highest"
-        own.append(f"the chosen learning rate {chosen.lr:g} is the {end} of the grid: a wider one may do better")
+    grid = tuple(
+        GridPoint(rate[0].lr, fmean(r.dev for r in rate), round(fmean(r.steps for r in rate))) for rate in finished
+    )
+    best = 0
+    for place, point in enumerate(grid):
+        if _better(point.dev, grid[best].dev, folds[0].higher_is_better):
+            best = place
+    chosen = finished[best]
+    for runner in chosen:
+        assert runner.best is not None
+        runner.head.load_state_dict(runner.best)
+    tests = [problem.measure([runner.head], "test", team)[0] for problem, runner in zip(folds, chosen, strict=True)]
+    own = [f"learning rate {r.lr:g} diverged at step {r.diverged}" for rate in rates for r in rate if r.diverged]
+    if len(rates) > 1 and chosen in (rates[0], rates[-1]):
+        end = "lowest" if chosen is rates[0] else "highest"
+        own.append(f"the chosen learning rate {grid[best].lr:g} is the {end} of the grid: a wider one may do better")
     return SweepResult(
-        chosen_lr=chosen.lr,
-        dev=chosen.dev,
-        test=test,
+        chosen_lr=grid[best].lr,
+        dev=grid[best].dev,
+        test={name: fmean(test[name] for test in tests) for name in tests[0]},
         grid=grid,
-        layer_weights=tuple(chosen.head.layer_weights),
-        num_test=problem.num_test,
-        notes=(*problem.notes, *own),
+        layer_weights=tuple(fmean(weights) for weights in zip(*(r.head.layer_weights for r in chosen), strict=True)),
+        num_test=sum(problem.num_test for problem in folds),
+        notes=(*dict.fromkeys(note for problem in folds for note in problem.notes), *own),
     )
 
 

@@ -87,7 +87,7 @@ class Task(Generic[R]):
     title: str
     metric: str  # the metric that selects on dev and is reported on test, in percent
     higher_is_better: bool
-    label: str
+    labels: tuple[str, ...]  # of every utterance; `speaker` is a column that every corpus has
     reads: Literal["pooled", "frames"]
     recipe: type[R]
     score: "Callable[[Source, R, Progress], SweepResult]"

@@ -1,6 +1,8 @@
 """The demo's corpora at a tiny scale: published layouts, one seed one tree, nothing done twice."""
 
+import itertools
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import soundfile
 import torchaudio
 from click.testing import CliRunner
+from torchaudio_readers import same_as_torchaudio
 
 from extract.errors import RetortError
 from extract.files import read_json
@@ -23,8 +26,13 @@ from pipelines.demo.corpora import (
     standing_manifest,
     tree_digests,
 )
+from pipelines.demo.fluent import intents
+from pipelines.demo.iemocap import LEFT_OUT, PROSODY, acted
 from pipelines.demo.speech_commands import KEYWORDS, TEST_FOLDER, TRAIN_FOLDER, which_set
 from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS, Voice
+from pipelines.readers import READERS, ReaderOptions
+from pipelines.readers.iemocap import EMOTIONS
+from pipelines.readers.snips import SPEAKERS
 
 TINY = DemoConfig(scale=0.001, reading_s=10, utterances_a_video=1)
 
@@ -126,6 +134,87 @@ def test_voxceleb1_has_the_published_layout(tree: Path) -> None:
         assert {split for split, path in lines if path.startswith(speaker)} == {"1", "2", "3"}
 
 
+@pytest.mark.parametrize("name", ["fluent", "iemocap", "snips"])
+def test_our_reader_and_torchaudios_find_the_same_files_and_labels(tree: Path, name: str) -> None:
+    on_disk = {path.relative_to(tree / name) for path in (tree / name).rglob("*.wav")}
+    left_out = {path for path in on_disk if name == "iemocap" and LEFT_OUT in evaluation_of(tree / name / path)}
+    assert same_as_torchaudio(name, tree / name) == len(on_disk - left_out) > 0
+    assert len(left_out) == (10 if name == "iemocap" else 0)
+
+
+def evaluation_of(wav: Path) -> str:
+    """The line of a turn in its dialog's evaluations."""
+    table = wav.parents[3] / "dialog" / "EmoEvaluation" / f"{wav.parent.name}.txt"
+    (line,) = (line for line in table.read_text().splitlines() if f"\t{wav.stem}\t" in line)
+    return line
+
+
+def test_commanders_of_one_split_are_in_no_other_and_every_intent_is_asked_for(tmp_path: Path) -> None:
+    assert len(intents()) == len({said[0].text for said in intents()}) == 31
+    assert {(s.action, s.object, s.location) for said in intents() for s in said} == {
+        (said[0].action, said[0].object, said[0].location) for said in intents()
+    }
+    jobs = _plan(DemoConfig(), tmp_path)["fluent"]
+    by_split = {split: [job for job in jobs if job.split == split] for split in ("train", "valid", "test")}
+    voices = [{(job.speaker_id, job.voice) for job in some} for some in by_split.values()]
+    assert len(set.union(*voices)) == sum(map(len, voices)) == 24
+    for some in by_split.values():
+        asked = Counter((s.action, s.object, s.location) for job in some for s in job.commands)
+        assert len(asked) == 31
+        assert max(asked.values()) - min(asked.values()) <= 1
+
+
+def test_evaluations_cover_the_dialog_in_order(tree: Path) -> None:
+    for table in (tree / "iemocap").rglob("EmoEvaluation/*.txt"):
+        lines = [line.split("\t") for line in table.read_text().splitlines() if line.startswith("[")]
+        times = [[float(time) for time in line[0].strip("[]").split(" - ")] for line in lines]
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(times))
+        for (start, end), (_, turn, *_) in zip(times, lines, strict=True):
+            wav = table.parents[2] / "sentences" / "wav" / table.stem / f"{turn}.wav"
+            assert soundfile.info(wav).duration == pytest.approx(end - start, abs=2e-4)
+
+
+def test_all_sessions_act_one_script_and_improvise_their_own(tmp_path: Path) -> None:
+    jobs = _plan(DemoConfig(), tmp_path)["iemocap"]
+    scripts = {kind: {job.script_seed for job in jobs if kind in job.name} for kind in ("script", "impro")}
+    assert (len(scripts["script"]), len(scripts["impro"])) == (1, 5)
+    assert len({voice for job in jobs for voice in job.voices}) == 10
+    felt = Counter(EMOTIONS.get(emotion, "left out") for job in jobs for emotion in job.emotions)
+    assert felt == {"neu": 60, "hap": 60, "ang": 60, "sad": 60, "left out": 10}
+
+
+def test_emotions_move_prosody_apart_on_average_and_overlap_turn_by_turn() -> None:
+    generator = np.random.default_rng(0)
+    found = {}
+    for emotion in ("neu", "ang", "sad", "hap"):
+        turns = [acted(Voice("m2"), PROSODY[emotion], generator) for _ in range(300)]
+        found[emotion] = np.array([(voice.rate, voice.pitch, voice.range, level) for voice, level in turns])
+    for emotion, column, sign in (("ang", 0, 1), ("hap", 1, 1), ("hap", 2, 1), ("ang", 3, 1), ("sad", 0, -1)):
+        moved, neutral = sign * found[emotion][:, column], sign * found["neu"][:, column]
+        assert moved.mean() > neutral.mean() + neutral.std()
+        assert moved.min() < neutral.max()
+
+
+def test_snips_has_the_references_speakers_and_no_sentence_in_two_splits(tree: Path, tmp_path: Path) -> None:
+    jobs = _plan(DemoConfig(), tmp_path)["snips"]
+    assert {split: tuple(job.name for job in jobs if job.split == split) for split in SPEAKERS} == SPEAKERS
+    said: dict[str, set[tuple[str, ...]]] = {split: set() for split in SPEAKERS}
+    numbers: dict[str, list[int]] = {split: [] for split in SPEAKERS}
+    for job in jobs:
+        said[job.split] |= {request.words for request in job.requests}
+        numbers[job.split] += [request.number for request in job.requests]
+    assert not said["train"] & said["valid"] | said["train"] & said["test"] | said["valid"] & said["test"]
+    assert {word for words in said["test"] for word in words} <= {word for words in said["train"] for word in words}
+    assert all(some == list(range(len(some))) for some in numbers.values())
+    listed = (tree / "snips/SNIPS/slots.txt").read_text().split("\n")
+    assert listed[0] == "O"
+    assert set(listed) == {slot for request in spoken_slots(tree / "snips") for slot in request}
+
+
+def spoken_slots(root: Path) -> list[list[str]]:
+    return [source.labels["slots"].split() for source in READERS["snips"](root, ReaderOptions())]
+
+
 def test_nothing_is_clipped_or_silent(tree: Path) -> None:
     for path in [*tree.rglob("*.flac"), *tree.rglob("*.wav")]:
         samples, _ = soundfile.read(path, dtype="int16")
@@ -187,7 +276,7 @@ def test_the_command_writes_the_manifest_beside_the_tree(tree: Path, tmp_path: P
     assert result.exit_code == 0
     manifest = read_json(tmp_path / "demo.json")
     assert manifest["code"] == code_digest()
-    assert set(manifest["corpora"]) == {"distill", "librispeech", "speech_commands", "voxceleb1"}
+    assert set(manifest["corpora"]) == {path.name for path in tree.iterdir() if path.is_dir()}
     seconds = sum(soundfile.info(path).duration for path in (tree / "distill").rglob("*.flac"))
     assert manifest["corpora"]["distill"]["seconds"] == pytest.approx(seconds, abs=0.01)
 
@@ -212,7 +301,8 @@ def test_a_wrong_section_is_named(tmp_path: Path, section: str, message: str) ->
 def test_at_full_scale_there_are_at_least_forty_voices_and_the_teacher_knows_none(tmp_path: Path) -> None:
     planned = _plan(DemoConfig(), tmp_path)
     voices: dict[str, list[Voice]] = {
-        name: [job.voice for job in jobs if hasattr(job, "voice")] for name, jobs in planned.items()
+        name: [voice for job in jobs for voice in getattr(job, "voices", [getattr(job, "voice", None)]) if voice]
+        for name, jobs in planned.items()
     }
     assert len(set(voices["voxceleb1"])) >= 40
     assert sum(job.planned_s for job in planned[DISTILL]) >= 3_600

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from evaluate.heads import LinearHead, Ragged, RecurrentHead
+from evaluate.pooled import summed_cross_entropy
 
 F64 = torch.float64
 
 
 class ReferencePooledHead(nn.Module):
-    """KS and SID as the reference runs them: weighted sum, Linear, mean over an utterance's frames, Linear."""
+    """KS, IC, SID and ER as the reference runs them: weighted sum of a padded batch, Linear, masked mean, Linear."""
 
     def __init__(self, head: LinearHead) -> None:
         super().__init__()
@@ -23,34 +24,50 @@ class ReferencePooledHead(nn.Module):
         for mine, other in ((self.projection, head.projection), (self.output, head.output)):
             mine.weight, mine.bias = (nn.Parameter(p.detach().clone()) for p in (other.weight, other.bias))
 
-    def forward(self, hidden: list[Tensor]) -> Tensor:
-        weights_L = self.layer_logits.softmax(0)
-        rows = []
-        for hidden_LTD in hidden:
-            mixed_TD = sum(weight * layer_TD for weight, layer_TD in zip(weights_L, hidden_LTD, strict=True))
-            rows.append(self.projection(mixed_TD).mean(0))
-        logits: Tensor = self.output(torch.stack(rows))
+    def forward(self, hidden_LBTD: Tensor, num_frames_B: Tensor) -> Tensor:
+        mixed_BTD = sum(w * layer_BTD for w, layer_BTD in zip(self.layer_logits.softmax(0), hidden_LBTD, strict=True))
+        projected_BTH = self.projection(mixed_BTD)
+        mask_BT = torch.arange(projected_BTH.shape[1]) < num_frames_B[:, None]
+        mean_BH = (projected_BTH * mask_BT[..., None]).sum(1) / num_frames_B[:, None]
+        logits: Tensor = self.output(mean_BH)
         return logits
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 6), st.sampled_from([2, 40]))
+def reference_loss(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: list[int]) -> Tensor:
+    """The cross-entropy of each label's slice of the output, added up, as the reference's IC has it."""
+    loss, start = torch.zeros((), dtype=logits_BC.dtype), 0
+    for group, num_classes in enumerate(num_classes_G):
+        loss = loss + F.cross_entropy(logits_BC[:, start : start + num_classes], classes_BG[:, group])
+        start += num_classes
+    return loss
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 13),
+    st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    st.sampled_from([2, 40]),
+    st.sampled_from([[5], [12], [6, 14, 4], [2, 3]]),  # SID, KS and ER have one label, IC has three
+)
 def test_time_means_give_the_logits_loss_and_gradients_of_all_frames(
-    seed: int, num_layers: int, batch: int, projection: int
+    seed: int, num_layers: int, lengths: list[int], projection: int, num_classes_G: list[int]
 ) -> None:
     torch.manual_seed(seed)
-    head = LinearHead(num_layers=num_layers, dim=7, projection=projection, classes=5).to(F64)
+    head = LinearHead(num_layers=num_layers, dim=7, projection=projection, classes=sum(num_classes_G)).to(F64)
     nn.init.normal_(head.layer_logits)
     reference = ReferencePooledHead(head)
-    hidden = [torch.randn(num_layers, int(torch.randint(1, 30, ())), 7, dtype=F64) for _ in range(batch)]
-    classes_B = torch.randint(0, 5, (batch,))
+    hidden = [torch.randn(num_layers, length, 7, dtype=F64) for length in lengths]
+    classes_BG = torch.stack([torch.randint(0, num, (len(lengths),)) for num in num_classes_G], 1)
 
     pooled_LBD = torch.stack([states.mean(1) for states in hidden], 1)
     logits = head(head.sum_layers(pooled_LBD))
-    expected = reference(hidden)
+    padded_BTLD = pad_sequence([states.transpose(0, 1) for states in hidden], batch_first=True, padding_value=1e3)
+    expected = reference(padded_BTLD.permute(2, 0, 1, 3), torch.tensor(lengths))
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
 
-    loss, expected_loss = F.cross_entropy(logits, classes_B), F.cross_entropy(expected, classes_B)
+    loss = summed_cross_entropy(logits, classes_BG, num_classes_G)
+    expected_loss = reference_loss(expected, classes_BG, num_classes_G)
     torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=0)
     loss.backward()
     expected_loss.backward()

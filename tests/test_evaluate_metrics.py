@@ -1,7 +1,7 @@
 """Metrics against jiwer, speech-metrics and hand counts, and at the edges where implementations differ."""
 
 import importlib.metadata
-import importlib.util
+import sys
 from types import ModuleType
 
 import jiwer
@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate.metrics import accuracy, character_error_rate, phone_error_rate, token_error_rate, word_error_rate
+from evaluate.metrics import (
+    accuracy,
+    character_error_rate,
+    phone_error_rate,
+    slot_type_f1,
+    slot_value_cer,
+    token_error_rate,
+    word_error_rate,
+)
 
 word = st.text("ABCD'", min_size=1, max_size=4)
 sentence = st.lists(word, min_size=1, max_size=8).map(" ".join)
@@ -25,23 +33,25 @@ def test_rates_equal_jiwer(said_and_meant: list[tuple[str, str]]) -> None:
     assert character_error_rate(hypotheses, references) == pytest.approx(100 * jiwer.cer(references, hypotheses))
 
 
-def reference_authors_rates() -> ModuleType:
-    """speech_metrics/common.py by itself: the package around it imports signal metrics that nothing here needs."""
+def reference_authors(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """speech_metrics/NAME.py by itself: the package around it imports signal metrics that nothing here needs."""
     try:
         files = importlib.metadata.files("speech-metrics") or []
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("speech-metrics is not installed")
-    (path,) = (file.locate() for file in files if file.as_posix() == "speech_metrics/common.py")
-    spec = importlib.util.spec_from_file_location("reference_authors_rates", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    (path,) = (file.locate() for file in files if file.as_posix() == f"speech_metrics/{name}.py")
+    # A package of that folder whose __init__ is not run, so that its modules may import one another.
+    package = ModuleType("reference_authors")
+    package.__path__ = [str(path.parent)]  # type: ignore[union-attr]
+    monkeypatch.setitem(sys.modules, "reference_authors", package)
+    module = importlib.import_module(f"reference_authors.{name}")
+    for loaded in [key for key in sys.modules if key.startswith("reference_authors.")]:
+        monkeypatch.delitem(sys.modules, loaded)
     return module
 
 
-def test_rates_equal_the_reference_authors_package() -> None:
-    speech_metrics = reference_authors_rates()
+def test_rates_equal_the_reference_authors_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    speech_metrics = reference_authors("common", monkeypatch)
     generator = np.random.default_rng(0)
 
     def sentences() -> list[str]:
@@ -54,6 +64,77 @@ def test_rates_equal_the_reference_authors_package() -> None:
     )
     upper = [text.upper() for text in hypotheses], [text.upper() for text in references]
     assert phone_error_rate(*upper) == pytest.approx(100 * speech_metrics.per(*upper))
+
+
+slots = st.lists(
+    st.tuples(st.sampled_from(["city", "track", "artist"]), st.text("ABC", min_size=1, max_size=5)), max_size=5
+)
+# A set of slots without any is no line that speech-metrics can read.
+some_slots = slots.filter(bool)
+
+
+def test_slot_metrics_equal_the_reference_authors_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    speech_metrics = reference_authors("slot_filling", monkeypatch)
+
+    def lines(some: list[list[tuple[str, str]]]) -> list[str]:
+        return [", ".join(f"{kind}: {value}" for kind, value in row) for row in some]
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.tuples(some_slots, some_slots), min_size=1, max_size=6))
+    def check(said_and_meant: list[tuple[list[tuple[str, str]], list[tuple[str, str]]]]) -> None:
+        said, meant = map(list, zip(*said_and_meant, strict=True))
+        assert slot_type_f1(said, meant) == pytest.approx(100 * speech_metrics.slot_type_f1(lines(said), lines(meant)))
+        # 0.2.2 takes the hypotheses for the references and the other way round; s3prl's own metric does not.
+        expected = speech_metrics.slot_value_cer(lines(meant), lines(said))
+        assert slot_value_cer(said, meant) == pytest.approx(100 * expected)
+
+    check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(slots, slots), min_size=1, max_size=6))
+def test_f1_is_symmetric_within_bounds_and_full_where_types_agree(
+    pairs: list[tuple[list[tuple[str, str]], list[tuple[str, str]]]],
+) -> None:
+    said, meant = map(list, zip(*pairs, strict=True))
+    assert slot_type_f1(said, meant) == pytest.approx(slot_type_f1(meant, said))
+    assert 0 <= slot_type_f1(said, meant) <= 100
+    assert slot_type_f1([[(kind, "other") for kind, _ in row] for row in meant], meant) == 100
+    if any(meant):
+        assert slot_value_cer(meant, meant) == 0
+        assert slot_value_cer([[] for _ in meant], meant) == 100
+
+
+def test_slot_type_f1_by_hand() -> None:
+    # 2 of 3 said are meant, 2 of 2 meant are said: P 2/3, R 1, F1 0.8. A type that comes twice is one type.
+    said = [("city", "ROME"), ("city", "PARIS"), ("track", "X"), ("artist", "Y")]
+    meant = [("city", "OSLO"), ("track", "Z")]
+    assert slot_type_f1([said], [meant]) == pytest.approx(80)
+    # A mean over utterances, not over slots: 1, 0 and 0 where one side is empty, 1 where both are.
+    assert slot_type_f1([[("a", "X")], [("a", "X")], [], []], [[("a", "Y")], [], [("a", "Y")], []]) == 50
+    assert slot_type_f1([[("a", "X")]], [[("b", "X")]]) == 0
+
+
+def test_slot_value_cer_by_hand() -> None:
+    # The closest of the type: PARIS against PARIZ is 1 edit of 5; ROME has nothing of its type, 4 of 4.
+    said = [("city", "OSLO"), ("city", "PARIZ"), ("track", "ROME")]
+    assert slot_value_cer([said], [[("city", "PARIS"), ("artist", "ROME")]]) == pytest.approx(100 * 5 / 9)
+    # Two references of a type may take the same value; what is said beyond the references costs nothing.
+    assert slot_value_cer([[("a", "XY"), ("b", "Q")]], [[("a", "XY"), ("a", "XZ")]]) == 25
+    # Over the corpus, not a mean of utterances, and insertions count.
+    assert slot_value_cer([[("a", "XYZ")], [("a", "LONG")]], [[("a", "X")], [("a", "LONG")]]) == pytest.approx(40)
+    # Upper and lower case differ, as in the reference.
+    assert slot_value_cer([[("a", "x")]], [[("a", "X")]]) == 100
+
+
+def test_slot_metrics_without_slots_or_utterances() -> None:
+    with pytest.raises(ValueError, match="without a slot is not defined"):
+        slot_value_cer([[("a", "X")], []], [[], []])
+    with pytest.raises(ValueError, match="over no utterance"):
+        slot_type_f1([], [])
+    for metric in (slot_type_f1, slot_value_cer):
+        with pytest.raises(ValueError, match="is longer than"):
+            metric([[]], [[("a", "X")], []])
 
 
 def test_the_rate_is_over_the_corpus_not_a_mean_of_rates() -> None:
@@ -97,5 +178,6 @@ def test_lengths_must_agree() -> None:
 
 def test_accuracy() -> None:
     assert accuracy([1, 2, 3, 3], [1, 2, 3, -1]) == 75.0
+    assert accuracy([[1, 2, 0], [1, 2, 0]], [[1, 2, 0], [1, 1, 0]]) == 50.0  # several labels: all right, or wrong
     with pytest.raises(ValueError, match="no examples"):
         accuracy([], [])

@@ -1,4 +1,4 @@
-"""The four tasks on tiny real stores: that they learn, what they read, and what they say when something is missing."""
+"""The tasks on tiny real stores: that they learn, what they read, and what they say when something is missing."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from evaluate.ctc import END, UNKNOWN, Vocabulary, infeasible
 from evaluate.frames import FrameReader, bucket
 from evaluate.heads import LinearHead
+from evaluate.recurrent import RecurrentRecipe, draw_noise, masked
 from evaluate.run import open_source, run_task
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS, pr
-from evaluate.tasks.asr import AsrRecipe, characters, draw_noise, masked
+from evaluate.tasks.asr import characters
 from extract.corpus import Corpus
 from extract.errors import RetortError
 from extract.store import StoreReader
@@ -230,7 +231,7 @@ def test_masks_stay_inside_and_have_the_asked_size() -> None:
 
 
 def test_noise_masks_each_utterances_own_frames_and_scales_dropout() -> None:
-    recipe = AsrRecipe(hidden=64, depth=1, time_masks=1, time_mask_frames=9, feature_masks=0)
+    recipe = RecurrentRecipe(hidden=64, depth=1, time_masks=1, time_mask_frames=9, feature_masks=0)
     noise = draw_noise(torch.tensor([40, 10]), torch.Generator().manual_seed(1), recipe=recipe, dim=6, stack=2)
     assert noise.features_FD is not None
     assert noise.features_FD.shape == (50, 6)
@@ -324,4 +325,4 @@ def test_settings_keep_the_references_values_and_take_yamls_numbers() -> None:
 
 def test_every_task_is_named_once_and_as_its_key() -> None:
     assert all(name == task.name for name, task in TASKS.items())
-    assert set(TASKS) == {"pr", "asr", "ks", "sid"}
+    assert list(TASKS) == ["pr", "asr", "ks", "ic", "sid", "er", "sf"]

@@ -1,6 +1,7 @@
 """Readers open the published layouts, decode what is there, and name what can't be used."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+from torchaudio_readers import same_as_torchaudio
 
 from extract.corpus import Corpus
 from extract.errors import RetortError
@@ -118,6 +120,127 @@ def test_voxceleb1(tmp_path: Path) -> None:
     assert corpus.label("speaker") == corpus.speakers == ["id10001", "id10001", "id10270"]
 
 
+FLUENT_HEADER = ",path,speakerId,transcription,action,object,location\n"
+
+
+def fluent_folder(root: Path) -> Path:
+    """Two speakers; a transcription with a comma, quoted as the published tables quote it."""
+    base = root / "fluent_speech_commands_dataset"
+    rows = {
+        "train": [("ann", "a1", '"Turn the lights on, please"', "activate", "lights", "none")],
+        "valid": [("bob", "b1", "Fetch my shoes", "bring", "shoes", "none")],
+        "test": [
+            ("bob", "b2", "Louder in the kitchen", "increase", "volume", "kitchen"),
+            ("ann", "a2", "Use Chinese", "change language", "Chinese", "none"),
+        ],
+    }
+    (base / "data").mkdir(parents=True)
+    for part, some in rows.items():
+        lines = [f"{n},wavs/speakers/{who}/{name}.wav,{who},{','.join(r)}" for n, (who, name, *r) in enumerate(some)]
+        (base / "data" / f"{part}_data.csv").write_text(FLUENT_HEADER + "\n".join(lines) + "\n")
+        for who, name, *_ in some:
+            write_audio(base / "wavs" / "speakers" / who / f"{name}.wav", tone())
+    return root
+
+
+def test_fluent_speech_commands_agrees_with_torchaudio(tmp_path: Path) -> None:
+    read_corpus("fluent", fluent_folder(tmp_path), tmp_path / "c.h5")
+    assert Corpus.open(tmp_path / "c.h5").splits == ["train", "dev", "test", "test"]
+    assert Corpus.open(tmp_path / "c.h5").label("text")[0] == "Turn the lights on, please"
+    assert same_as_torchaudio("fluent", tmp_path) == 4
+    read_corpus("fluent", tmp_path / "fluent_speech_commands_dataset", tmp_path / "inner.h5")
+    assert Corpus.open(tmp_path / "inner.h5").digest == Corpus.open(tmp_path / "c.h5").digest
+
+
+def test_a_table_of_fluent_speech_commands_without_a_column_is_named(tmp_path: Path) -> None:
+    table = fluent_folder(tmp_path) / "fluent_speech_commands_dataset/data/valid_data.csv"
+    table.write_text("path,speakerId,transcription,action,object\n")
+    with pytest.raises(RetortError, match=r"valid_data\.csv has no column 'location'; expected path, speakerId"):
+        read_corpus("fluent", tmp_path, tmp_path / "c.h5")
+    table.unlink()
+    with pytest.raises(RetortError, match=r"data/valid_data\.csv is missing; expected fluent_speech_commands_dataset/"):
+        read_corpus("fluent", tmp_path, tmp_path / "c.h5")
+
+
+def iemocap_folder(root: Path) -> Path:
+    """Every session has one dialog with a turn of each emotion, the two that are left out among them."""
+    for number in range(1, 6):
+        base, dialog = root / "IEMOCAP" / f"Session{number}", f"Ses0{number}F_impro01"
+        lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n", "\n"]
+        for turn, emotion in enumerate(("neu", "hap", "exc", "ang", "sad", "fru", "xxx")):
+            name = f"{dialog}_{'FM'[turn % 2]}{turn:03d}"
+            write_audio(base / "sentences" / "wav" / dialog / f"{name}.wav", tone())
+            lines.append(f"[{turn}.0000 - {turn}.5000]\t{name}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n")
+            lines.append("C-E1:\tNeutral;\t()\n")
+        (base / "dialog" / "EmoEvaluation").mkdir(parents=True)
+        (base / "dialog" / "EmoEvaluation" / f"{dialog}.txt").write_text("".join(lines))
+    return root
+
+
+def test_iemocap_agrees_with_torchaudio(tmp_path: Path) -> None:
+    read_corpus("iemocap", iemocap_folder(tmp_path), tmp_path / "c.h5")
+    corpus = Corpus.open(tmp_path / "c.h5")
+    assert corpus.label("emotion") == ["neu", "hap", "hap", "ang", "sad"] * 5
+    assert [corpus.splits.count(f"Session{number}") for number in range(1, 6)] == [5] * 5
+    assert corpus.speakers[:2] == ["Ses01F", "Ses01M"]  # who speaks, not whose dialog it is
+    assert same_as_torchaudio("iemocap", tmp_path) == 25
+
+
+def test_iemocap_without_a_session_or_an_evaluation_shows_the_tree(tmp_path: Path) -> None:
+    base = iemocap_folder(tmp_path) / "IEMOCAP"
+    (base / "Session2/dialog/EmoEvaluation/Ses02F_impro01.txt").unlink()
+    with pytest.raises(RetortError, match=r"Session2/dialog/EmoEvaluation/Ses02F_impro01\.txt is missing; expected IE"):
+        read_corpus("iemocap", tmp_path, tmp_path / "c.h5")
+    shutil.rmtree(base / "Session1/sentences")
+    with pytest.raises(RetortError, match="Session1/sentences/wav/DIALOG/ is missing; expected IEMOCAP/Session"):
+        read_corpus("iemocap", tmp_path, tmp_path / "c.h5")
+
+
+def snips_folder(root: Path, audio: str = "wav") -> Path:
+    """Every speaker in every split, as published; two requests a split."""
+    base, lines = root / "SNIPS", []
+    requests = {
+        "train": [("PLAY BLUE SKIES", "O track track PlayMusic"), ("STOP", "O PlayMusic")],
+        "valid": [("RAIN IN ROME", "O O city GetWeather"), ("BOOK A TABLE", "O O O BookRestaurant")],
+        "test": [("RATE IT FIVE", "O O rating_value RateBook"), ("RAIN", "O GetWeather")],
+    }
+    for part, some in requests.items():
+        for speaker in torchaudio.datasets.snips._SPEAKERS:
+            for number, (text, slots) in enumerate(some):
+                name = f"{speaker}-snips-{part}-{number}"
+                lines.append(f"{name} BOS {text} EOS\tO {slots}\n")
+                write_audio(base / part / f"{name}.{audio}", tone(0.1))
+    (base / "all.iob.snips.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("audio", ["wav", "mp3"])
+def test_snips_agrees_with_torchaudio_on_the_references_speakers(tmp_path: Path, audio: str) -> None:
+    read_corpus("snips", snips_folder(tmp_path, audio), tmp_path / "c.h5")
+    corpus = Corpus.open(tmp_path / "c.h5")
+    assert {split: corpus.splits.count(split) for split in corpus.splits} == {"train": 16, "dev": 8, "test": 8}
+    speakers = [{corpus.speakers[i] for i in corpus.select(split)} for split in ("train", "dev", "test")]
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 16
+    assert same_as_torchaudio("snips", tmp_path) == 32
+
+
+def test_snips_names_a_line_whose_slots_are_not_its_words(tmp_path: Path) -> None:
+    table = snips_folder(tmp_path) / "SNIPS/all.iob.snips.txt"
+    table.write_text(table.read_text() + "Ivy-snips-train-9 BOS PLAY IT EOS\tO O PlayMusic\n")
+    with pytest.raises(RetortError, match=r"line 'Ivy-snips-train-9 .*with a slot .or O. for every word"):
+        read_corpus("snips", tmp_path, tmp_path / "c.h5")
+
+
+def test_snips_without_a_split_shows_the_tree_and_without_a_file_names_it(tmp_path: Path) -> None:
+    base = snips_folder(tmp_path) / "SNIPS"
+    (base / "train/Joey-snips-train-1.wav").unlink()
+    with pytest.raises(RetortError, match=r"1 of 32 files can't be used: .*Joey-snips-train-1\.wav \(does not exist\)"):
+        read_corpus("snips", tmp_path, tmp_path / "c.h5")
+    shutil.rmtree(base / "test")
+    with pytest.raises(RetortError, match=r"test/Brian-snips-test-\* is missing; expected SNIPS/\{all\.iob"):
+        read_corpus("snips", tmp_path, tmp_path / "c.h5")
+
+
 def test_folder_renames_columns(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a/one.wav": tone(), "b/one.flac": tone()})
     read_corpus("folder", tmp_path, tmp_path / "c.h5", options=ReaderOptions(rename={"digit": "keyword"}))
@@ -165,14 +288,16 @@ def test_every_bad_file_is_named_once_or_dropped_and_recorded(tmp_path: Path) ->
     assert json.loads((tmp_path / "c.json").read_text()) == card
 
 
-@pytest.mark.parametrize("reader", ["librispeech", "speech-commands", "voxceleb1", "folder"])
+@pytest.mark.parametrize(
+    "reader", ["librispeech", "speech-commands", "voxceleb1", "fluent", "iemocap", "snips", "folder"]
+)
 def test_a_folder_of_another_layout_shows_the_expected_tree(reader: str, tmp_path: Path) -> None:
     with pytest.raises(RetortError, match=r"is not laid out as .* is missing; expected "):
         read_corpus(reader, tmp_path, tmp_path / "c.h5")
 
 
 def test_wrong_names_are_told_with_the_valid_ones(tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match="unknown reader 'musan': expected one of folder, librispeech"):
+    with pytest.raises(RetortError, match="unknown reader 'musan': expected one of fluent, folder, iemocap"):
         read_corpus("musan", tmp_path, tmp_path / "c.h5")
     with pytest.raises(RetortError, match="does not exist; give the folder that holds the folder tree"):
         read_corpus("folder", tmp_path / "nowhere", tmp_path / "c.h5")

@@ -1,49 +1,16 @@
 """Speech recognition: characters by CTC, greedy, no language model; words scored.
 
-    python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/asr.json
-
-Shapes: B utterances, T frames of the longest, F frames end to end, D features, C characters, H units.
+python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/asr.json
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
-import torch
-from torch import Tensor
-
-from evaluate.ctc import Noise, Transcription, read_transcripts
-from evaluate.frames import FrameReader
-from evaluate.heads import Ragged, RecurrentHead
 from evaluate.metrics import character_error_rate, word_error_rate
+from evaluate.recurrent import DEVIATIONS, RecurrentRecipe, recurrent_problem
 from evaluate.sweep import SweepResult, sweep
-from evaluate.task import Progress, Recipe, Source, Task
-from extract.errors import RetortError
+from evaluate.task import Progress, Source, Task
 
-
-@dataclass(frozen=True, kw_only=True)
-class AsrRecipe(Recipe):
-    """`head_hop_samples`: put neighbouring frames side by side up to this hop (640 = 40 ms); 0 keeps the upstream's.
-
-    SpecAugment on the features: `time_masks` of up to `time_mask_frames` frames and `feature_masks` of up to
-    `feature_mask_width` features an utterance, filled with 0.
-    """
-
-    projection: int = 1024
-    hidden: int = 1024
-    depth: int = 2
-    dropout: float = 0.2
-    head_hop_samples: int = 0
-    time_masks: int = 2
-    time_mask_frames: int = 40
-    feature_masks: int = 4
-    feature_mask_width: int = 50
-    memory_gb: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.dropout < 1:
-            raise RetortError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+LABELS = ("text",)
 
 
 def characters(text: str) -> list[str]:
@@ -56,71 +23,9 @@ def rates(hypotheses: list[Sequence[str]], references: list[Sequence[str]]) -> d
     return {"wer": word_error_rate(said, meant), "cer": character_error_rate(said, meant)}
 
 
-def logits(head: RecurrentHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
-    """(F, D) -> (B, T // stack, C)."""
-    out: Tensor = head(mixed_FD, frames, noise.kept_BTH)
-    return out
-
-
-def masked(lengths_B: Tensor, size: int, *, masks: int, width: int, generator: torch.Generator) -> Tensor:
-    """SpecAugment along one axis: bool (B, size), True where one of `masks` spans of random width < `width` lies.
-
-    A span starts uniformly where it fits into lengths_B (Park et al. 2019; sizes as the reference toolkit's).
-    """
-    shape = (len(lengths_B), masks)
-    span_BM = (torch.rand(shape, generator=generator) * width).floor().minimum(lengths_B[:, None])
-    start_BM = (torch.rand(shape, generator=generator) * (lengths_B[:, None] - span_BM + 1)).floor()
-    place_T = torch.arange(size)
-    inside_BMT = (place_T >= start_BM[..., None]) & (place_T < (start_BM + span_BM)[..., None])
-    return inside_BMT.any(1)
-
-
-def draw_noise(num_frames_B: Tensor, generator: torch.Generator, *, recipe: AsrRecipe, dim: int, stack: int) -> Noise:
-    """SpecAugment's masks and dropout for one batch, the same for every head."""
-    longest = int(num_frames_B.max())
-    time_BT = masked(num_frames_B, longest, masks=recipe.time_masks, width=recipe.time_mask_frames, generator=generator)
-    feature_BD = masked(
-        torch.full_like(num_frames_B, dim),
-        dim,
-        masks=recipe.feature_masks,
-        width=recipe.feature_mask_width,
-        generator=generator,
-    )
-    own_BT = torch.arange(longest) < num_frames_B[:, None]
-    features_FD = (~(time_BT[..., None] | feature_BD[:, None])[own_BT]).float()
-    shape = (len(num_frames_B), longest // stack, 2 * recipe.hidden)
-    keep = 1 - recipe.dropout
-    kept = tuple((torch.rand(shape, generator=generator) < keep) / keep for _ in range(recipe.depth))
-    return Noise(features_FD, kept)
-
-
-def problem(source: Source, recipe: AsrRecipe) -> Transcription[RecurrentHead]:
-    vocabulary, splits = read_transcripts(source, "text", characters, recipe.batch_size)
-    stack = max(1, round(recipe.head_hop_samples / source.reader.hop_samples))
-    dim = source.reader.dim
-    return Transcription(
-        FrameReader(source.reader, recipe.memory_gb),
-        splits,
-        vocabulary,
-        metric="wer",
-        rates=rates,
-        new_head=lambda: RecurrentHead(
-            num_layers=len(source.reader.layers),
-            dim=dim,
-            projection=recipe.projection,
-            hidden=recipe.hidden,
-            depth=recipe.depth,
-            classes=len(vocabulary.symbols),
-            stack=stack,
-        ),
-        logits=logits,
-        noise=partial(draw_noise, recipe=recipe, dim=dim, stack=stack),
-        stack=stack,
-    )
-
-
-def score(source: Source, recipe: AsrRecipe, progress: Progress) -> SweepResult:
-    return sweep(problem(source, recipe), recipe, progress)
+def score(source: Source, recipe: RecurrentRecipe, progress: Progress) -> SweepResult:
+    problem = recurrent_problem(source, recipe, labels=LABELS, symbols=characters, metric="wer", rates=rates)
+    return sweep(problem, recipe, progress)
 
 
 ASR = Task(
@@ -128,9 +33,9 @@ ASR = Task(
     title="speech recognition",
     metric="wer",
     higher_is_better=False,
-    label="text",
+    labels=LABELS,
     reads="frames",
-    recipe=AsrRecipe,
+    recipe=RecurrentRecipe,
     score=score,
-    deviations=("SpecAugment without time warping",),
+    deviations=DEVIATIONS,
 )

@@ -18,7 +18,7 @@ class KsRecipe(PooledRecipe):
 
 
 def score(source: Source, recipe: KsRecipe, progress: Progress) -> SweepResult:
-    return classify(source, "keyword", recipe, progress)
+    return classify(source, ("keyword",), recipe, progress)
 
 
 KS = Task(
@@ -26,7 +26,7 @@ KS = Task(
     title="keyword spotting",
     metric="acc",
     higher_is_better=True,
-    label="keyword",
+    labels=("keyword",),
     reads="pooled",
     recipe=KsRecipe,
     score=score,

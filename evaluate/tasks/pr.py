@@ -36,7 +36,7 @@ def logits(head: LinearHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> 
 
 
 def problem(source: Source, recipe: PrRecipe) -> Transcription[LinearHead]:
-    vocabulary, splits = read_transcripts(source, "phones", str.split, recipe.batch_size)
+    vocabulary, splits = read_transcripts(source, ("phones",), str.split, recipe.batch_size)
     return Transcription(
         FrameReader(source.reader, recipe.memory_gb),
         splits,
@@ -62,7 +62,7 @@ PR = Task(
     title="phone recognition",
     metric="per",
     higher_is_better=False,
-    label="phones",
+    labels=("phones",),
     reads="frames",
     recipe=PrRecipe,
     score=score,

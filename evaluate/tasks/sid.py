@@ -9,7 +9,7 @@ from evaluate.task import Progress, Source, Task
 
 
 def score(source: Source, recipe: PooledRecipe, progress: Progress) -> SweepResult:
-    return classify(source, "speaker", recipe, progress)
+    return classify(source, ("speaker",), recipe, progress)
 
 
 SID = Task(
@@ -17,7 +17,7 @@ SID = Task(
     title="speaker identification",
     metric="acc",
     higher_is_better=True,
-    label="speaker",
+    labels=("speaker",),
     reads="pooled",
     recipe=PooledRecipe,
     score=score,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ from extract.errors import RetortError
 from extract.files import in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
 from extract.params import parse, read_section
 from extract.progress import ProgressBar
+from pipelines.demo import fluent, snips
 from pipelines.demo.booth import Booth
-from pipelines.demo.librispeech import Pronouncing, Reading, Subset, plan_readings, write_tables
+from pipelines.demo.fluent import plan_commanders
+from pipelines.demo.iemocap import plan_dialogs
+from pipelines.demo.librispeech import Pronouncing, Subset, plan_readings, write_tables
 from pipelines.demo.recording import Job, Recorded, record
+from pipelines.demo.snips import plan_requests
 from pipelines.demo.speech_commands import plan_keywords, write_lists
 from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS
 from pipelines.demo.voxceleb1 import plan_celebrities, write_split
@@ -33,9 +37,10 @@ from pipelines.demo.voxceleb1 import plan_celebrities, write_split
 FORMAT_VERSION = 1
 MANIFEST_NAME = "demo.json"
 DISTILL, LIBRISPEECH, SPEECH_COMMANDS, VOXCELEB1 = "distill", "librispeech", "speech_commands", "voxceleb1"
+FLUENT, IEMOCAP, SNIPS = "fluent", "iemocap", "snips"
 CODE = [
     "espeak", "voices", "room", "sentences", "lexicon", "recording",
-    "librispeech", "speech_commands", "voxceleb1", "corpora",
+    "librispeech", "speech_commands", "voxceleb1", "fluent", "iemocap", "snips", "corpora",
 ]  # fmt: skip
 
 
@@ -54,6 +59,9 @@ class DemoConfig:
         keyword_test_speakers: of the test archive; the same and two silences.
         celebrities: speakers of VoxCeleb1, five videos each.
         utterances_a_video: of 3 to 6 s.
+        commanders: speakers of Fluent Speech Commands, `commands_a_speaker` each.
+        turns_a_dialog: of IEMOCAP's ten dialogs.
+        requests_a_speaker: of SNIPS, said by each of eight training speakers; the eight others say half as many.
     """
 
     seed: int = 1
@@ -69,6 +77,10 @@ class DemoConfig:
     keyword_test_speakers: int = 20
     celebrities: int = 44
     utterances_a_video: int = 3
+    commanders: int = 24
+    commands_a_speaker: int = 18
+    turns_a_dialog: int = 24
+    requests_a_speaker: int = 26
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -144,6 +156,9 @@ def _plan(config: DemoConfig, root: Path) -> dict[str, Sequence[Job]]:
             root / SPEECH_COMMANDS, config.keyword_speakers, config.keyword_test_speakers, scale, seed + 3
         ),
         VOXCELEB1: plan_celebrities(root / VOXCELEB1, config.celebrities, config.utterances_a_video, scale, seed + 4),
+        FLUENT: plan_commanders(root / FLUENT, config.commanders, config.commands_a_speaker, scale, seed + 11),
+        IEMOCAP: plan_dialogs(root / IEMOCAP, config.turns_a_dialog, scale, seed + 12),
+        SNIPS: plan_requests(root / SNIPS, config.requests_a_speaker, scale, seed + 13),
     }
 
 
@@ -155,18 +170,19 @@ def _record(jobs: dict[str, Sequence[Job]], workers: int) -> None:
             for job, take in zip(some, booth.record(record, some), strict=True):
                 recorded.append(take)
                 bar.advance(job.planned_s, detail=name)
-            _write_lists(name, some, recorded)
+            if name in LISTS:
+                LISTS[name](some, recorded)
 
 
-def _write_lists(name: str, jobs: Sequence[Job], recorded: list[Recorded]) -> None:
-    """What a data set says of all its speakers together."""
-    if name in (DISTILL, LIBRISPEECH):
-        readings = [job for job in jobs if isinstance(job, Reading)]
-        write_tables(readings, recorded[: len(readings)])
-    elif name == SPEECH_COMMANDS:
-        write_lists(jobs[0].root, recorded)
-    else:
-        write_split(jobs[0].root, recorded)
+# What a data set says of all its speakers together, from the jobs and what they recorded.
+LISTS: dict[str, Callable[[Sequence[Any], list[Recorded]], None]] = {
+    DISTILL: write_tables,
+    LIBRISPEECH: write_tables,
+    SPEECH_COMMANDS: write_lists,
+    VOXCELEB1: write_split,
+    FLUENT: fluent.write_tables,
+    SNIPS: snips.write_annotations,
+}
 
 
 def _manifest(root: Path, config: DemoConfig, code: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Two corpora have it: the one that is scored (PR, ASR) and the one that students 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,11 +114,12 @@ def plan_readings(
     ]
 
 
-def write_tables(readings: list[Reading], recorded: list[Recorded]) -> None:
+def write_tables(jobs: Sequence[Reading | Pronouncing], recorded: Sequence[Recorded]) -> None:
     """SPEAKERS.TXT and CHAPTERS.TXT beside the subsets, with the published columns."""
+    readings = [(job, take) for job, take in zip(jobs, recorded, strict=True) if isinstance(job, Reading)]
     speakers = [";ID  |SEX| SUBSET           |MINUTES| NAME\n"]
     chapters = [";ID    |READER|MINUTES| SUBSET           | PROJ.|BOOK ID| CH. TITLE | PROJECT TITLE\n"]
-    for reading, written in zip(readings, recorded, strict=True):
+    for reading, written in readings:
         sex = "F" if reading.voice.pitch > 50 else "M"
         name = f"espeak-ng en-us+{reading.voice.variant} pitch {reading.voice.pitch}"
         speakers.append(
@@ -129,7 +131,7 @@ def write_tables(readings: list[Reading], recorded: list[Recorded]) -> None:
                 f"{chapter:<7}|{reading.speaker_id:<6}|{minutes:5.2f}  | {reading.subset:<17}| 0    | 0     "
                 f"| Sentences | Grammar\n"
             )
-    folder = readings[0].root / "LibriSpeech"
+    folder = jobs[0].root / "LibriSpeech"
     (folder / "SPEAKERS.TXT").write_text("".join(speakers))
     (folder / "CHAPTERS.TXT").write_text("".join(chapters))
 

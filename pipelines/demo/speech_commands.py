@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,14 +122,14 @@ def plan_keywords(
     return [*speakers, *noises]
 
 
-def write_lists(root: Path, recorded: list[Recorded]) -> None:
+def write_lists(jobs: Sequence[KeywordSpeaker | BackgroundNoise], recorded: Sequence[Recorded]) -> None:
     """validation_list.txt and testing_list.txt of the main archive."""
     folder = f"{TRAIN_FOLDER}/"
     names = sorted(path.removeprefix(folder) for take in recorded for path in take.seconds if path.startswith(folder))
     spoken = [name for name in names if not name.startswith("_background_noise_")]
     for split in ("validation", "testing"):
         lines = "".join(f"{name}\n" for name in spoken if which_set(name) == split)
-        (root / TRAIN_FOLDER / f"{split}_list.txt").write_text(lines)
+        (jobs[0].root / TRAIN_FOLDER / f"{split}_list.txt").write_text(lines)
 
 
 def _draw_hashes(count: int, generator: np.random.Generator) -> list[str]:

@@ -8,6 +8,7 @@ long-term spectrum alone gave fbank 83%.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def plan_celebrities(
     ]
 
 
-def write_split(root: Path, recorded: list[Recorded]) -> None:
+def write_split(jobs: Sequence[Celebrity], recorded: Sequence[Recorded]) -> None:
     """iden_split.txt: the split's number, a space, ID/VIDEO/0000N.wav."""
     lines = []
     for take in recorded:
@@ -85,7 +86,7 @@ def write_split(root: Path, recorded: list[Recorded]) -> None:
         for path in map(Path, take.seconds):
             split = SPLIT_OF_VIDEO[videos.index(path.parent.name)]
             lines.append(f"{split} {path.parent.parent.name}/{path.parent.name}/{path.name}\n")
-    (root / "iden_split.txt").write_text("".join(lines))
+    (jobs[0].root / "iden_split.txt").write_text("".join(lines))
 
 
 def _of_right_length(speaker: Speaker, voice: Voice, *texts: str) -> np.ndarray:

@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
 from extract.errors import RetortError, unknown
 from extract.progress import ProgressBar
+from pipelines.readers.fluent import read_fluent
 from pipelines.readers.folder import read_folder
+from pipelines.readers.iemocap import read_iemocap
 from pipelines.readers.librispeech import read_librispeech
+from pipelines.readers.snips import read_snips
 from pipelines.readers.source import ReaderOptions, Source
 from pipelines.readers.speech_commands import read_speech_commands
 from pipelines.readers.voxceleb1 import read_voxceleb1
@@ -32,8 +35,11 @@ _NAMED_AT_MOST = 50  # bad files that one error names
 _AHEAD = 64  # files decoded at once
 
 READERS: dict[str, Callable[[Path, ReaderOptions], list[Source]]] = {
+    "fluent": read_fluent,
     "folder": read_folder,
+    "iemocap": read_iemocap,
     "librispeech": read_librispeech,
+    "snips": read_snips,
     "speech-commands": read_speech_commands,
     "voxceleb1": read_voxceleb1,
 }

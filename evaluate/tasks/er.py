@@ -1,0 +1,65 @@
+"""Emotion recognition: neutral, happy, angry or sad, in five folds by session.
+
+python -m evaluate run --task er --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/er.json
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evaluate.pooled import PooledRecipe, pooled_problem, read_pooled
+from evaluate.sweep import SweepResult, cross_validate
+from evaluate.task import Progress, Source, Task
+from extract.errors import RetortError
+
+DEV_SHARE = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErRecipe(PooledRecipe):
+    """Steps and dev evaluations are those of one fold. The reference's batch of 32 is eight of 4, accumulated."""
+
+    steps: int = 30_000
+    dev_evaluations: int = 30
+
+
+def folds(source: Source) -> Iterator[dict[str, NDArray[np.int64]]]:
+    """Train, dev and test of each fold as corpus indices. Every split of the corpus is a session and once the test.
+
+    Dev is a random fifth of the other sessions, its seed the reference's whatever the recipe's.
+    Raises RetortError where there is only one session.
+    """
+    names = sorted(set(source.corpus.splits))
+    if len(names) < 2:
+        raise RetortError(f"corpus {source.corpus.name} has one split, {names[0]}: folds need two sessions or more")
+    sessions = {name: source.select(name) for name in names}
+    for test in names:
+        others = np.concatenate([rows for name, rows in sessions.items() if name != test])
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).numpy()
+        first_of_dev = int((1 - DEV_SHARE) * len(others))
+        yield {"train": others[order[:first_of_dev]], "dev": others[order[first_of_dev:]], "test": sessions[test]}
+
+
+def score(source: Source, recipe: ErRecipe, progress: Progress) -> SweepResult:
+    pooled_ULD = read_pooled(source)
+    problems = [pooled_problem(source, pooled_ULD, ("emotion",), rows, recipe) for rows in folds(source)]
+    return cross_validate(problems, recipe, progress)
+
+
+ER = Task(
+    name="er",
+    title="emotion recognition",
+    metric="acc",
+    higher_is_better=True,
+    labels=("emotion",),
+    reads="pooled",
+    recipe=ErRecipe,
+    score=score,
+    deviations=(
+        "dev is a random fifth of a fold's training sessions as in the reference, drawn from this corpus's order; "
+        "the reference draws from that of its own lists",
+    ),
+)
