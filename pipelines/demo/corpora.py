@@ -24,18 +24,21 @@ from extract.files import in_main_tree, read_json, sha256_file, sha256_json, wri
 from extract.params import parse, read_section
 from extract.progress import ProgressBar
 from pipelines.demo.booth import Booth
+from pipelines.demo.librimix import Mixture, plan_mixtures, write_kaldi
 from pipelines.demo.librispeech import Pronouncing, Reading, Subset, plan_readings, write_tables
+from pipelines.demo.quesst14 import Saying, plan_search, write_scoring
 from pipelines.demo.recording import Job, Recorded, record
 from pipelines.demo.speech_commands import plan_keywords, write_lists
 from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS
-from pipelines.demo.voxceleb1 import plan_celebrities, write_split
+from pipelines.demo.voxceleb1 import plan_celebrities, plan_trials, write_split, write_trials
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "demo.json"
 DISTILL, LIBRISPEECH, SPEECH_COMMANDS, VOXCELEB1 = "distill", "librispeech", "speech_commands", "voxceleb1"
+VOXCELEB1_TRIALS, LIBRIMIX, QUESST14 = "voxceleb1_trials", "librimix", "quesst14"
 CODE = [
     "espeak", "voices", "room", "sentences", "lexicon", "recording",
-    "librispeech", "speech_commands", "voxceleb1", "corpora",
+    "librispeech", "speech_commands", "voxceleb1", "librimix", "quesst14", "corpora",
 ]  # fmt: skip
 
 
@@ -54,6 +57,11 @@ class DemoConfig:
         keyword_test_speakers: of the test archive; the same and two silences.
         celebrities: speakers of VoxCeleb1, five videos each.
         utterances_a_video: of 3 to 6 s.
+        verified_speakers, verified_test_speakers: of VoxCeleb1's trials, three videos of two utterances each.
+        mixtures, mixtures_dev, mixtures_test: of LibriMix, about 6 s each.
+        mixed_speakers: who say its training mixtures; half as many say those of dev, and of test.
+        documents: of QUESST 2014, two sentences each.
+        queries: said for dev, and as many for eval; fewer where the documents have fewer words to ask for.
     """
 
     seed: int = 1
@@ -69,6 +77,14 @@ class DemoConfig:
     keyword_test_speakers: int = 20
     celebrities: int = 44
     utterances_a_video: int = 3
+    verified_speakers: int = 30
+    verified_test_speakers: int = 12
+    mixtures: int = 56
+    mixtures_dev: int = 12
+    mixtures_test: int = 20
+    mixed_speakers: int = 16
+    documents: int = 120
+    queries: int = 30
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -144,6 +160,17 @@ def _plan(config: DemoConfig, root: Path) -> dict[str, Sequence[Job]]:
             root / SPEECH_COMMANDS, config.keyword_speakers, config.keyword_test_speakers, scale, seed + 3
         ),
         VOXCELEB1: plan_celebrities(root / VOXCELEB1, config.celebrities, config.utterances_a_video, scale, seed + 4),
+        VOXCELEB1_TRIALS: plan_trials(
+            root / VOXCELEB1_TRIALS, config.verified_speakers, config.verified_test_speakers, scale, seed + 5
+        ),
+        LIBRIMIX: plan_mixtures(
+            root / LIBRIMIX,
+            (config.mixtures, config.mixtures_dev, config.mixtures_test),
+            config.mixed_speakers,
+            scale,
+            seed + 6,
+        ),
+        QUESST14: plan_search(root / QUESST14, config.documents, config.queries, scale, seed + 7),
     }
 
 
@@ -165,8 +192,14 @@ def _write_lists(name: str, jobs: Sequence[Job], recorded: list[Recorded]) -> No
         write_tables(readings, recorded[: len(readings)])
     elif name == SPEECH_COMMANDS:
         write_lists(jobs[0].root, recorded)
-    else:
+    elif name == VOXCELEB1:
         write_split(jobs[0].root, recorded)
+    elif name == VOXCELEB1_TRIALS:
+        write_trials(jobs[0].root, recorded)
+    elif name == LIBRIMIX:
+        write_kaldi([job for job in jobs if isinstance(job, Mixture)], recorded)
+    elif name == QUESST14:
+        write_scoring([job for job in jobs if isinstance(job, Saying)], recorded)
 
 
 def _manifest(root: Path, config: DemoConfig, code: str) -> dict[str, Any]:
