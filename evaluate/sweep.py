@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -50,7 +50,10 @@ class Problem(Protocol[H, Batch]):
         ...
 
     def measure(self, heads: Sequence[H], split: str, team: "Team") -> list[dict[str, float]]:
-        """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once."""
+        """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once.
+
+        What is measured on "dev" beside `metric` chooses nothing; it is in the result's `checkpoints`.
+        """
         ...
 
 
@@ -81,27 +84,40 @@ class GridPoint:
 
 
 @dataclass(frozen=True)
-class SweepResult:
-    """What was chosen on dev, and its test metrics."""
+class LayerPoint:
+    """One layer by itself, of a task without a head: its dev metric."""
 
-    chosen_lr: float
+    layer: int
+    dev: float
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What was chosen on dev, and its test metrics.
+
+    A task without a head has no learning rate: its grid has the layers, and the chosen one has all the weight.
+    `checkpoints`: what every head measured on dev, at every evaluation.
+    """
+
+    chosen_lr: float | None
     dev: float
     test: Mapping[str, float]
-    grid: tuple[GridPoint, ...]
+    grid: tuple[GridPoint, ...] | tuple[LayerPoint, ...]
     layer_weights: tuple[float, ...]
     num_test: int
     notes: tuple[str, ...] = ()
+    checkpoints: tuple[Mapping[str, float], ...] = ()
 
 
 class Adam:
-    """torch's Adam, plain (betas .9 and .999), without its `Optimizer` class.
+    """torch's Adam (betas .9 and .999), AdamW where weights decay, without its `Optimizer` class.
 
     The first `torch.optim.Optimizer` of a process imports torch.compile's machinery, which takes as long as importing
     torch: half the time of scoring a pooled task.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        self.lr = lr
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        self.lr, self.weight_decay = lr, weight_decay
         self.parameters = list(parameters)
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -122,7 +138,8 @@ class Adam:
             beta1=0.9,
             beta2=0.999,
             lr=self.lr,
-            weight_decay=0,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
             eps=1e-8,
             maximize=False,
         )
@@ -140,6 +157,7 @@ class _Runner(Generic[H]):
     dev: float
     steps: int = 0
     best: dict[str, Tensor] | None = None
+    seen: list[Mapping[str, float]] = field(default_factory=list)
     diverged: int | None = None  # the step whose loss was not finite
 
     def step(self, problem: Problem[H, Any], batch: Any, step: int, clip_norm: float) -> None:
@@ -164,7 +182,7 @@ def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> Swe
 
     Among rates with the same dev metric the lowest is chosen; within a rate the earliest checkpoint.
     """
-    runners = [_runner(problem, lr, recipe.seed) for lr in sorted(recipe.learning_rates)]
+    runners = [_runner(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
     batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
     with Team(min(len(runners), os.cpu_count() or 1)) as team:
         for step in range(1, recipe.steps + 1):
@@ -179,12 +197,13 @@ def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> Swe
         return _conclude(problem, runners, team)
 
 
-def _runner(problem: Problem[H, Batch], lr: float, seed: int) -> _Runner[H]:
+def _runner(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> _Runner[H]:
     # torch.nn initialises from the global generator: fork it, so that nothing outside is changed or read.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         head = problem.new_head()
-    return _Runner(lr, head, Adam(head.parameters(), lr), dev=-math.inf if problem.higher_is_better else math.inf)
+    optimiser = Adam(head.parameters(), lr, recipe.weight_decay)
+    return _Runner(lr, head, optimiser, dev=-math.inf if problem.higher_is_better else math.inf)
 
 
 def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: int, team: Team) -> None:
@@ -192,6 +211,7 @@ def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: i
     if not active:
         return
     for runner, measured in zip(active, problem.measure([r.head for r in active], "dev", team), strict=True):
+        runner.seen.append(measured)
         runner.consider(measured[problem.metric], step, higher_is_better=problem.higher_is_better)
 
 
@@ -223,6 +243,7 @@ def _conclude(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], team: T
         layer_weights=tuple(chosen.head.layer_weights),
         num_test=problem.num_test,
         notes=(*problem.notes, *own),
+        checkpoints=tuple(measured for runner in runners for measured in runner.seen),
     )
 
 

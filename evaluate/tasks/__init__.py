@@ -4,8 +4,11 @@ from typing import Any
 
 from evaluate.task import Task
 from evaluate.tasks.asr import ASR
+from evaluate.tasks.asv import ASV
 from evaluate.tasks.ks import KS
 from evaluate.tasks.pr import PR
+from evaluate.tasks.qbe import QBE
+from evaluate.tasks.sd import SD
 from evaluate.tasks.sid import SID
 
 TASKS: dict[str, Task[Any]] = {
@@ -13,4 +16,7 @@ TASKS: dict[str, Task[Any]] = {
     "asr": ASR,
     "ks": KS,
     "sid": SID,
+    "asv": ASV,
+    "sd": SD,
+    "qbe": QBE,
 }

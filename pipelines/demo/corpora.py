@@ -77,13 +77,13 @@ class DemoConfig:
     keyword_test_speakers: int = 20
     celebrities: int = 44
     utterances_a_video: int = 3
-    verified_speakers: int = 30
-    verified_test_speakers: int = 12
-    mixtures: int = 56
+    verified_speakers: int = 26
+    verified_test_speakers: int = 10
+    mixtures: int = 60
     mixtures_dev: int = 12
     mixtures_test: int = 20
     mixed_speakers: int = 16
-    documents: int = 120
+    documents: int = 100
     queries: int = 30
 
     def __post_init__(self) -> None:

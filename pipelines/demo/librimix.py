@@ -3,7 +3,7 @@
     Libri2Mix/wav16k/max/{train-100,dev,test}/{mix_both,s1,s2}/MIXTURE.wav
     data/{train,dev,test}/{wav.scp,segments,utt2spk,spk2utt,rttm,reco2dur}
 
-As in `max`, both sources begin with the file and the shorter one is padded. Each says up to three sentences with pauses
+As in `max`, both sources begin with the file and the shorter one is padded. Each says one or two sentences with pauses
 between, so a mixture has silence, one voice, the other, and both. Who speaks when is the synthesiser's own time line;
 SUPERB takes it from forced alignments.
 """
@@ -25,7 +25,7 @@ from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 SNR_DB = (10.0, 25.0)
 PAUSE_S = (0.2, 1.5)  # before each sentence
-SENTENCES = (1, 3)
+SENTENCES = (1, 2)
 GAP_S = 0.2  # a shorter pause is part of the turn
 LEVEL_DB = (-33.0, -25.0)  # of a source, as LibriMix draws them (there as loudness)
 WAVES = Path("Libri2Mix", "wav16k", "max")

@@ -29,8 +29,8 @@ BASE = Path("quesst14Database")
 LANGUAGE = "nnenglish"
 DOCUMENT_VOICES, QUERY_VOICES = 12, 8
 SENTENCES_A_DOCUMENT = 2
-LETTERS = 7  # the fewest of a query: a short word is found everywhere
-MOST_HOLDING = 5  # documents that hold a query
+LETTERS = 6  # the fewest of a query: a short word is found everywhere
+MOST_HOLDING = 8  # documents that hold a query
 AUDIO, DEV, EVAL = "Audio", "dev_queries", "eval_queries"
 
 
@@ -140,4 +140,4 @@ def _draw_queries(texts: list[str], count: int, generator: np.random.Generator) 
         num_holding = sum(holds(text, str(query)) for text in texts)
         if not taken & set(str(query).split()) and num_holding <= MOST_HOLDING:
             drawn.append(str(query))
-    return drawn[: count // 2 * 2]
+    return drawn[: min(count, len(drawn) // 2 * 2)]

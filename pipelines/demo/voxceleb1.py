@@ -25,7 +25,7 @@ from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 SNR_DB = (3.0, 20.0)
 UTTERANCE_S = (3.0, 6.0)
-VERIFIED_UTTERANCE_S = (2.5, 4.0)
+VERIFIED_UTTERANCE_S = (2.5, 3.5)
 VERIFIED_VIDEOS, VERIFIED_UTTERANCES_A_VIDEO = 3, 2
 SHARE_OF_TEST_FOLDER = 0.1  # the published test folder has 40 of 1,251 speakers
 SPLIT_OF_VIDEO = (1, 1, 1, 2, 3)  # 1 train, 2 dev, 3 test, as iden_split.txt has it
