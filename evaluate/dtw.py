@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def unit(frames_FD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Frames of length 1; those of length 0 stay as they are."""
+    result: NDArray[np.float32] = frames_FD / np.maximum(np.linalg.norm(frames_FD, axis=-1, keepdims=True), 1e-9)
+    return result
+
+
 def distances(query_TD: NDArray[np.float32], documents_FD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """exp(cosine distance) - 1 between all frames, float32 (T, F)."""
-    unit_TD, unit_FD = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (query_TD, documents_FD)
-    )
-    result: NDArray[np.float32] = np.expm1(1 - unit_TD @ unit_FD.T)
+    """exp(cosine distance) - 1 between all frames, which are of length 1: float32 (T, F)."""
+    result: NDArray[np.float32] = np.expm1(1 - query_TD @ documents_FD.T)
     return result
 
 

@@ -12,6 +12,7 @@ S speakers, N trials.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -119,11 +120,11 @@ class Verification:
         self.trials = {"dev": dev_trials(source), "test": test_trials(source)}
         self.num_test = len(self.trials["test"].targets_N)
         self.crop_frames = round(recipe.crop_s * SAMPLE_RATE_HZ / source.reader.hop_samples)
-        dev = self.trials["dev"]
+        num_held_out = len(set(source.labels(SPEAKER, source.select("dev"))))
         self.notes: Sequence[str] = [
-            f"dev is {len(dev.targets_N)} trials, half of them impostors, of {len(set(source.labels(SPEAKER, source.select('dev'))))} speakers held "
-            "out of training; the reference trains on them and keeps the checkpoint with the lowest EER on test, which "
-            "is eer_test_selected",
+            f"dev: {len(self.trials['dev'].targets_N)} trials, half impostors, of {num_held_out} speakers held out of "
+            "training; the reference trains on them and keeps the checkpoint with the lowest EER on test: "
+            "eer_test_selected, the lowest of all rates and checkpoints here"
         ]
         _check_lengths(
             source, np.unique(np.concatenate([self.train, *(t.pairs_N2.flat for t in self.trials.values())]))
@@ -176,13 +177,18 @@ class Verification:
         for rows_B in batches:
             hidden_LFD = self.reader.read(rows_B.tolist())
             frames = Ragged.of(torch.from_numpy(store.num_frames[rows_B]))
-            with torch.no_grad():
-                found = team.each(lambda head, x=hidden_LFD, f=frames: head.embed(head.sum_layers(x), f), heads)
+            found = team.each(partial(_embed, hidden_LFD=hidden_LFD, frames=frames), heads)
             for own, embedded_BH in zip(embedded, found, strict=True):
-                own.append(F.normalize(embedded_BH, dim=1))
+                own.append(embedded_BH)
         place_of = np.argsort(np.searchsorted(rows, np.concatenate(batches)))
         left, right = torch.from_numpy(place_of[places_N2.reshape(-1, 2)]).unbind(1)
         return [equal_error_rate((x[left] * x[right]).sum(1), trials.targets_N) for x in map(torch.cat, embedded)]
+
+
+@torch.no_grad()  # of this thread alone, so here and not around the team's work
+def _embed(head: XVectorHead, *, hidden_LFD: Tensor, frames: Ragged) -> Tensor:
+    """Embeddings of length 1, float32 (B, H)."""
+    return F.normalize(head.embed(head.sum_layers(hidden_LFD), frames), dim=1)
 
 
 def test_trials(source: Source) -> Trials:

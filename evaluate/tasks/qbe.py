@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluate.detection import max_term_weighted_value
-from evaluate.dtw import distances, row_min_max, subsequence_costs
+from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
 from evaluate.sweep import LayerPoint, SweepResult
 from evaluate.task import Progress, Settings, Source, Task
 from extract.errors import RetortError
@@ -79,7 +79,7 @@ def search(source: Source, split: str, layers: list[int]) -> NDArray[np.float64]
     mean_L1D, deviation_L1D = normalisation(source, np.concatenate([queries, documents]), layers)
 
     def normalised(block: Block) -> NDArray[np.float32]:
-        return np.asarray((block.hidden_LFD - mean_L1D) / deviation_L1D)
+        return unit((block.hidden_LFD - mean_L1D) / deviation_L1D)
 
     place_of_query = {row: place for place, row in enumerate(queries.tolist())}
     place_of_document = {row: place for place, row in enumerate(documents.tolist())}

@@ -8,6 +8,7 @@ Shapes: L layers, B chunks, T frames of the longest, F frames end to end, D feat
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -163,9 +164,7 @@ class Diarization:
         said: list[dict[int, NDArray[np.float32]]] = [{} for _ in heads]
         for rows_B in bucket(self.rows[split], self.store.num_frames, self.recipe.batch_size):
             hidden_LFD, frames, row_of_chunk = self._read(rows_B)
-            with torch.no_grad():
-                work = lambda head, x=hidden_LFD, f=frames: head(head.sum_layers(x), f).sigmoid().numpy()  # noqa: E731
-                found = team.each(work, heads)
+            found = team.each(partial(_listen, hidden_LFD=hidden_LFD, frames=frames), heads)
             for own, probability_BTS in zip(said, found, strict=True):
                 parts = zip(row_of_chunk, probability_BTS, frames.num_frames_B.tolist(), strict=True)
                 for row, group in itertools.groupby(parts, key=lambda part: part[0]):
@@ -208,6 +207,13 @@ class Diarization:
         """Where a recording's chunks begin, and its end."""
         num_frames = int(self.num_frames[row])
         return [*range(0, num_frames, self.recipe.chunk_frames), num_frames]
+
+
+@torch.no_grad()  # of this thread alone, so here and not around the team's work
+def _listen(head: DiarizationHead, *, hidden_LFD: Tensor, frames: Ragged) -> NDArray[np.float32]:
+    """The probability that each speaker speaks, (B, T, S)."""
+    probability_BTS: NDArray[np.float32] = head(head.sum_layers(hidden_LFD), frames).sigmoid().numpy()
+    return probability_BTS
 
 
 def score(source: Source, recipe: SdRecipe, progress: Progress) -> SweepResult:
