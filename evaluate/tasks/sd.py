@@ -194,9 +194,7 @@ class Diarization:
         ):
             if self.stack > 1:
                 count = max(1, own_LFD.shape[1] // self.stack)
-                own_LFD = torch.stack(
-                    [x_LFD.mean(1) for x_LFD in own_LFD[:, : count * self.stack].split(self.stack, 1)], 1
-                )
+                own_LFD = own_LFD[:, : count * self.stack].unflatten(1, (count, -1)).mean(2)
             at_F = torch.arange(int(self.num_frames[row])).clamp(max=own_LFD.shape[1] - 1)
             parts.append(own_LFD[:, at_F])
         cuts = {row: self._cuts(row) for row in rows_B.tolist()}
