@@ -74,7 +74,7 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     means = np.random.default_rng(0).normal(size=(13, 12))
 
     def hidden(index: int, frames: int) -> NDArray[np.float32]:
-        states = np.random.default_rng(index).normal(size=(2, frames, 12)) * 0.7
+        states = np.random.default_rng(index).normal(size=(2, frames, 12)) * 0.4
         states[1] += means[index // 5]
         return states.astype(np.float32)
 
@@ -171,7 +171,7 @@ def test_asv_refuses_what_it_cannot_score(tmp_path: Path) -> None:
         manifest = make_store(tmp_path / folder, card, lambda _, n: np.ones((1, n, 2), dtype=np.float32))
         return manifest, card
 
-    for folder in "abcd":
+    for folder in "abcde":
         (tmp_path / folder).mkdir()
     trials = {"trials": [[1, "utt0008", "utt0009"]]}
     two = ["a", "a", "b", "b"] * 2 + ["c", "d"]
@@ -181,6 +181,8 @@ def test_asv_refuses_what_it_cannot_score(tmp_path: Path) -> None:
         run("asv", stored("b", 20, {"trials": [[1, "utt0008", "utt0000"]]}, two))
     with pytest.raises(RetortError, match="'utt0000' of corpus tiny has 15 frames; asv needs more than 15"):
         run("asv", stored("c", CONTEXT_FRAMES, trials, two))
+    with pytest.raises(RetortError, match=r"crop_s of 0\.2 s is 10 frames; asv needs more than 15"):
+        run("asv", stored("e", 20, trials, two), crop_s=0.2)
     with pytest.raises(RetortError, match="split dev of corpus tiny gives no trials"):
         run("asv", stored("d", 20, trials, ["a"] * 8 + ["c", "d"]))
 

@@ -37,7 +37,6 @@ MOST_DEV_TRIALS = 20_000
 class AsvRecipe(Recipe):
     """The reference's batches are 10 utterances, five of them to a step. `crop_s`: training takes so much of each."""
 
-    learning_rates: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
     batch_size: int = 50
     dev_evaluations: int = 10
     clip_norm: float = 1000.0
@@ -120,6 +119,10 @@ class Verification:
         self.trials = {"dev": dev_trials(source), "test": test_trials(source)}
         self.num_test = len(self.trials["test"].targets_N)
         self.crop_frames = round(recipe.crop_s * SAMPLE_RATE_HZ / source.reader.hop_samples)
+        if self.crop_frames <= CONTEXT_FRAMES:
+            raise RetortError(
+                f"crop_s of {recipe.crop_s:g} s is {self.crop_frames} frames; asv needs more than {CONTEXT_FRAMES}"
+            )
         num_held_out = len(set(source.labels(SPEAKER, source.select("dev"))))
         self.notes: Sequence[str] = [
             f"dev: {len(self.trials['dev'].targets_N)} trials, half impostors, of {num_held_out} speakers held out of "
