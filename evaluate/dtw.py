@@ -28,8 +28,9 @@ def row_min_max(distance_TF: NDArray[np.float32], starts_N: NDArray[np.int64]) -
     counts_N = np.diff(starts_N, append=distance_TF.shape[1])
     low_TN = np.minimum.reduceat(distance_TF, starts_N, axis=1)
     range_TN = np.maximum(np.maximum.reduceat(distance_TF, starts_N, axis=1) - low_TN, 1e-9)
-    result: NDArray[np.float32] = (distance_TF - np.repeat(low_TN, counts_N, 1)) / np.repeat(range_TN, counts_N, 1)
-    return result
+    return np.asarray(
+        (distance_TF - np.repeat(low_TN, counts_N, 1)) / np.repeat(range_TN, counts_N, 1), dtype=np.float32
+    )
 
 
 def subsequence_costs(distance_TF: NDArray[np.float32], starts_N: NDArray[np.int64]) -> NDArray[np.float32]:

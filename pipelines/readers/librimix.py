@@ -47,7 +47,7 @@ _TREE = (
 
 def _read_segments(folder: Path) -> dict[str, list[Turn]]:
     """`segments` (UTTERANCE RECORDING START END) with the speakers of `utt2spk`: recording -> turns."""
-    speaker_of = dict(_fields(folder / "utt2spk", 2, "UTTERANCE SPEAKER"))
+    speaker_of = {fields[0]: fields[1] for fields in _fields(folder / "utt2spk", 2, "UTTERANCE SPEAKER")}
     turns = defaultdict(list)
     for utterance, recording, start, end in _fields(folder / "segments", 4, "UTTERANCE RECORDING START END"):
         if utterance not in speaker_of:
