@@ -19,7 +19,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--task", "name", required=True, help="pr, asr, ks, ic, sid, er or sf.")
+@click.option("--task", "name", required=True, help="pr, asr, ks, ic, sid, er, sf, asv, sd or qbe.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML whose section evaluate.TASK sets the recipe.")
 @click.option("--upstream", help="Name in the score file; by default the name of the folder of --out.")
 @click.option("--manifest", type=click.Path(path_type=Path), required=True, help="Manifest of the features.")
@@ -49,12 +49,14 @@ def run(name: str, config: Path | None, upstream: str | None, manifest: Path, co
     # fbank). Threads inherit it.
     torch.set_flush_denormal(True)
     upstream = upstream or out.resolve().parent.name
-    with ProgressBar(f"{upstream} {name}", total=recipe.steps, unit="steps") as progress:
+    with ProgressBar(f"{upstream} {name}", total=recipe.amount, unit="steps") as progress:
         score = run_task(task, recipe, upstream=upstream, manifest=manifest, corpus=corpus, progress=progress)
     write_json(out, score)
+    rate, layers = score["chosen_lr"], dict(zip(score["layers"], score["layer_weights"], strict=True))
+    chosen = f"layer {max(layers, key=layers.__getitem__)}" if rate is None else f"learning rate {rate:g}"
     click.echo(
         f"{upstream}: {task.title} {score['metric']} {score['test']:.2f}% on {score['num_test']} test utterances "
-        f"(dev {score['dev']:.2f}%, learning rate {score['chosen_lr']:g}, {score['seconds']:.0f} s) -> {out}"
+        f"(dev {score['dev']:.2f}%, {chosen}, {score['seconds']:.0f} s) -> {out}"
     )
 
 

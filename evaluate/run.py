@@ -2,12 +2,13 @@
 
 import platform
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from evaluate.sweep import SweepResult
-from evaluate.task import SPEAKER, Progress, Recipe, Source, Task, differences, recipe_dict
+from evaluate.task import SPEAKER, Progress, Settings, Source, Task, differences, recipe_dict
 from extract.corpus import Corpus
 from extract.errors import RetortError
 from extract.store import StoreReader
@@ -16,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 def run_task(
-    task: Task[Any], recipe: Recipe, *, upstream: str, manifest: Path, corpus: Path, progress: Progress
+    task: Task[Any], recipe: Settings, *, upstream: str, manifest: Path, corpus: Path, progress: Progress
 ) -> dict[str, Any]:
     """Score a task and return the score file's content.
 
@@ -48,7 +49,9 @@ def open_source(task: Task[Any], *, manifest: Path, corpus: Path) -> Source:
     return Source(reader, opened)
 
 
-def describe(task: Task[Any], recipe: Recipe, source: Source, result: SweepResult, *, upstream: str) -> dict[str, Any]:
+def describe(
+    task: Task[Any], recipe: Settings, source: Source, result: SweepResult, *, upstream: str
+) -> dict[str, Any]:
     """The score file, without the seconds."""
     reader, corpus = source.reader, source.corpus
     dropped = [f"{len(reader.manifest.dropped)} utterances are not in the store"] if reader.manifest.dropped else []
@@ -63,7 +66,7 @@ def describe(task: Task[Any], recipe: Recipe, source: Source, result: SweepResul
         "also": {name: value for name, value in result.test.items() if name != task.metric},
         "dev": result.dev,
         "chosen_lr": result.chosen_lr,
-        "grid": [{"lr": point.lr, "dev": point.dev, "steps": point.steps} for point in result.grid],
+        "grid": [asdict(point) for point in result.grid],
         "seed": recipe.seed,
         "layers": list(reader.layers),
         "layer_weights": list(result.layer_weights),

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -51,7 +51,10 @@ class Problem(Protocol[H, Batch]):
         ...
 
     def measure(self, heads: Sequence[H], split: str, team: "Team") -> list[dict[str, float]]:
-        """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once."""
+        """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once.
+
+        What is measured on "dev" beside `metric` chooses nothing; it is in the result's `checkpoints`.
+        """
         ...
 
 
@@ -82,27 +85,40 @@ class GridPoint:
 
 
 @dataclass(frozen=True)
-class SweepResult:
-    """What was chosen on dev, and its test metrics."""
+class LayerPoint:
+    """One layer by itself, of a task without a head: its dev metric."""
 
-    chosen_lr: float
+    layer: int
+    dev: float
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What was chosen on dev, and its test metrics.
+
+    A task without a head has no learning rate: its grid has the layers, and the chosen one has all the weight.
+    `checkpoints`: what every head measured on dev, at every evaluation.
+    """
+
+    chosen_lr: float | None
     dev: float
     test: Mapping[str, float]
-    grid: tuple[GridPoint, ...]
+    grid: tuple[GridPoint, ...] | tuple[LayerPoint, ...]
     layer_weights: tuple[float, ...]
     num_test: int
     notes: tuple[str, ...] = ()
+    checkpoints: tuple[Mapping[str, float], ...] = ()
 
 
 class Adam:
-    """torch's Adam, plain (betas .9 and .999), without its `Optimizer` class.
+    """torch's Adam (betas .9 and .999), AdamW where weights decay, without its `Optimizer` class.
 
     The first `torch.optim.Optimizer` of a process imports torch.compile's machinery, which takes as long as importing
     torch: half the time of scoring a pooled task.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        self.lr = lr
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        self.lr, self.weight_decay = lr, weight_decay
         self.parameters = list(parameters)
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -123,7 +139,8 @@ class Adam:
             beta1=0.9,
             beta2=0.999,
             lr=self.lr,
-            weight_decay=0,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
             eps=1e-8,
             maximize=False,
         )
@@ -141,6 +158,7 @@ class _Runner(Generic[H]):
     dev: float
     steps: int = 0
     best: dict[str, Tensor] | None = None
+    seen: list[Mapping[str, float]] = field(default_factory=list)
     diverged: int | None = None  # the step whose loss was not finite
 
     def step(self, problem: Problem[H, Any], batch: Any, step: int, clip_norm: float) -> None:
@@ -182,7 +200,7 @@ def _train(
     problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: Team, share: float
 ) -> list[_Runner[H]]:
     """Every rate trained, ascending, each with its best checkpoint on dev. `share`: of the whole progress."""
-    runners = [_runner(problem, lr, recipe.seed) for lr in sorted(recipe.learning_rates)]
+    runners = [_runner(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
     batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
     for step in range(1, recipe.steps + 1):
         active = [runner for runner in runners if runner.diverged is None]
@@ -196,12 +214,13 @@ def _train(
     return runners
 
 
-def _runner(problem: Problem[H, Batch], lr: float, seed: int) -> _Runner[H]:
+def _runner(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> _Runner[H]:
     # torch.nn initialises from the global generator: fork it, so that nothing outside is changed or read.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         head = problem.new_head()
-    return _Runner(lr, head, Adam(head.parameters(), lr), dev=-math.inf if problem.higher_is_better else math.inf)
+    optimiser = Adam(head.parameters(), lr, recipe.weight_decay)
+    return _Runner(lr, head, optimiser, dev=-math.inf if problem.higher_is_better else math.inf)
 
 
 def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: int, team: Team) -> None:
@@ -209,6 +228,7 @@ def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: i
     if not active:
         return
     for runner, measured in zip(active, problem.measure([r.head for r in active], "dev", team), strict=True):
+        runner.seen.append(measured)
         runner.consider(measured[problem.metric], step, higher_is_better=problem.higher_is_better)
 
 
@@ -245,6 +265,7 @@ def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[_Ru
         layer_weights=tuple(fmean(weights) for weights in zip(*(r.head.layer_weights for r in chosen), strict=True)),
         num_test=sum(problem.num_test for problem in folds),
         notes=(*dict.fromkeys(note for problem in folds for note in problem.notes), *own),
+        checkpoints=tuple(measured for rate in rates for runner in rate for measured in runner.seen),
     )
 
 

@@ -28,15 +28,30 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What every trained task shares. Batches hold whole utterances; Adam, no schedule, best dev checkpoint."""
+class Settings:
+    """What every task shares; what only trained ones do is in `Recipe`."""
+
+    seed: int = 0
+
+    @property
+    def amount(self) -> float:
+        """What a whole run tells its `Progress`."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """What every trained task shares. Batches hold whole utterances; Adam, no schedule, best dev checkpoint.
+
+    `weight_decay` is AdamW's.
+    """
 
     learning_rates: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
     steps: int = 200_000
     batch_size: int = 32
     dev_evaluations: int = 100  # evenly spaced over the steps, the last one at the end
     clip_norm: float = 1.0
-    seed: int = 0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
@@ -46,9 +61,15 @@ class Recipe:
             raise RetortError("learning_rates must be a list of one or more numbers above 0")
         if len(set(self.learning_rates)) != len(self.learning_rates):
             raise RetortError("learning_rates names a rate twice")
+        if self.weight_decay < 0:
+            raise RetortError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+
+    @property
+    def amount(self) -> float:
+        return self.steps
 
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=Settings)
 SPEAKER = "speaker"
 
 
@@ -102,7 +123,7 @@ def parse_recipe(task: Task[R], section: object, *, where: str) -> R:
     return parse(task.recipe, {} if section is None else section, where=where)
 
 
-def differences(recipe: Recipe) -> list[str]:
+def differences(recipe: Settings) -> list[str]:
     """What this run's recipe changes of the reference's, one note a field; nothing where they agree."""
     reference = type(recipe)()
     own = {"seed", *RUN_ONLY}
@@ -116,7 +137,7 @@ def differences(recipe: Recipe) -> list[str]:
 RUN_ONLY = frozenset({"memory_gb"})  # how a run is done, not what it computes
 
 
-def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+def recipe_dict(recipe: Settings) -> dict[str, Any]:
     """A recipe as JSON values, for the score file."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
 

@@ -5,6 +5,7 @@ Shapes: U utterances, L layers, T frames of one utterance, D features.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ def make_corpus(
     num_frames: Sequence[int],
     speakers: Sequence[str] | None = None,
     name: str = "tiny",
+    metadata: dict[str, Any] | None = None,
 ) -> Path:
     """A corpus of quiet noise; utterance u has `num_frames[u]` frames. Returns its card."""
     generator = np.random.default_rng(len(splits))
@@ -49,7 +51,7 @@ def make_corpus(
         )
         for index, (split, frames) in enumerate(zip(splits, num_frames, strict=True))
     ]
-    write_corpus(folder / f"{name}.h5", name=name, reader="folder", utterances=utterances)
+    write_corpus(folder / f"{name}.h5", name=name, reader="folder", utterances=utterances, metadata=metadata)
     return folder / f"{name}.json"
 
 

@@ -28,6 +28,7 @@ from pipelines.demo.corpora import (
 )
 from pipelines.demo.fluent import intents
 from pipelines.demo.iemocap import LEFT_OUT, PROSODY, acted
+from pipelines.demo.quesst14 import Saying
 from pipelines.demo.speech_commands import KEYWORDS, TEST_FOLDER, TRAIN_FOLDER, which_set
 from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS, Voice
 from pipelines.readers import READERS, ReaderOptions
@@ -213,6 +214,81 @@ def test_snips_has_the_references_speakers_and_no_sentence_in_two_splits(tree: P
 
 def spoken_slots(root: Path) -> list[list[str]]:
     return [source.labels["slots"].split() for source in READERS["snips"](root, ReaderOptions())]
+
+
+def test_trials_pair_speakers_who_train_nothing(tree: Path) -> None:
+    folder = tree / "voxceleb1_trials"
+    in_dev, in_test = ({path.name for path in (folder / part / "wav").iterdir()} for part in ("dev", "test"))
+    assert not in_dev & in_test
+    trials = [line.split() for line in (folder / "veri_test2.txt").read_text().splitlines()]
+    assert [label for label, _, _ in trials].count("1") == len(trials) // 2
+    for label, left, right in trials:
+        assert (label == "1") == (left.split("/")[0] == right.split("/")[0])
+        assert left.split("/")[:2] != right.split("/")[:2]  # never of one video, which a room would tell
+        assert {left.split("/")[0], right.split("/")[0]} <= in_test
+        assert 2.5 <= soundfile.info(folder / "test" / "wav" / left).duration <= 3.5
+    (folder / "wav").mkdir()  # as torchaudio wants to find it, with dev and test in one
+    theirs = torchaudio.datasets.VoxCeleb1Verification(folder, meta_url="veri_test2.txt")
+    (folder / "wav").rmdir()
+    assert [theirs.get_metadata(index)[:2] for index in range(len(theirs))] == [(a, b) for _, a, b in trials]
+
+
+def test_mixtures_are_their_sources_and_turns_cover_the_speech(tree: Path) -> None:
+    speakers = {}
+    for subset, split in (("train-100", "train"), ("dev", "dev"), ("test", "test")):
+        theirs = torchaudio.datasets.LibriMix(
+            tree / "librimix", subset=subset, sample_rate=16_000, task="sep_noisy", mode="max"
+        )
+        kaldi = tree / "librimix" / "data" / split
+        files = dict(line.split() for line in (kaldi / "wav.scp").read_text().splitlines())
+        assert len(theirs) == len(files) >= 2
+        turns: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for line in (kaldi / "rttm").read_text().splitlines():
+            _, name, _, start, duration, _, _, who, *_ = line.split()
+            turns.setdefault(name, {}).setdefault(who, []).append((float(start), float(start) + float(duration)))
+        speakers[split] = {who for said in turns.values() for who in said}
+        for index in range(len(theirs)):
+            rate, mixture, sources = theirs.get_metadata(index)
+            name = Path(mixture).stem
+            assert files[name] == f"Libri2Mix/{mixture}"
+            base = tree / "librimix" / "Libri2Mix"
+            mixed, *apart = (soundfile.read(base / path)[0] for path in (mixture, *sources))
+            assert (rate, len(mixed)) == (16_000, len(apart[0]))
+            noise = mixed - sum(apart)
+            assert 0 < np.std(noise) < np.std(mixed) / 2
+            assert list(turns[name]) == [part.split("-")[0] for part in name.split("_")]
+            for samples, said in zip(apart, turns[name].values(), strict=True):
+                spoken = np.zeros(len(samples), dtype=bool)
+                for start, end in said:
+                    spoken[int(start * rate) : int(end * rate)] = True
+                assert np.mean(samples[spoken] ** 2) > 20 * np.mean(samples[: int(said[0][0] * rate)] ** 2)
+                assert np.sum(samples[spoken] ** 2) > 0.8 * np.sum(samples**2)  # the rest is the room's
+        assert {line.split()[1] for line in (kaldi / "utt2spk").read_text().splitlines()} == speakers[split]
+    assert not (speakers["train"] & speakers["dev"]) | (speakers["train"] & speakers["test"])
+
+
+def test_queries_are_in_documents_by_other_voices(tree: Path) -> None:
+    jobs = [job for job in _plan(TINY, tree)["quesst14"] if isinstance(job, Saying)]
+    text_of = {job.name: job.text for job in jobs}
+    voices = {folder: {job.voice for job in jobs if job.folder == folder} for folder in ("Audio", "eval_queries")}
+    assert not voices["Audio"] & voices["eval_queries"]
+    queries: dict[str, set[str]] = {}
+    for subset in ("docs", "dev", "eval"):
+        theirs = torchaudio.datasets.QUESST14(tree / "quesst14", subset)
+        for index in range(len(theirs)):
+            path, rate, name = theirs.get_metadata(index)
+            assert soundfile.info(tree / "quesst14" / "quesst14Database" / path).samplerate == rate
+            queries.setdefault(subset, set()).add(name)
+    for subset in ("dev", "eval"):
+        folder = tree / "quesst14/quesst14Database/scoring" / f"groundtruth_quesst14_{subset}"
+        (rttm,) = folder.glob("*.rttm")
+        found = {(line.split()[1], line.split()[5]) for line in rttm.read_text().splitlines()}
+        said = {name: f" {text.replace('. ', ' . ')} " for name, text in text_of.items()}
+        expected = {(d, q) for d in queries["docs"] for q in queries[subset] if said[q] in said[d]}
+        assert found == expected
+        assert {query for _, query in found} == queries[subset]
+    words = [{word for name in queries[subset] for word in text_of[name].split()} for subset in ("dev", "eval")]
+    assert not words[0] & words[1]
 
 
 def test_nothing_is_clipped_or_silent(tree: Path) -> None:

@@ -65,7 +65,7 @@ def test_score_prints_a_table_and_writes_it(tmp_path: Path, ready: list[str | Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--task": "kws"}, "error: unknown task 'kws': expected one of asr, er, ic, ks, pr, sf, sid"),
+        ({"--task": "kws"}, "error: unknown task 'kws': expected one of asr, asv, er, ic, ks, pr, qbe, sd, sf, sid"),
         ({"--config": "none.yaml"}, "error: none.yaml does not exist"),
         ({"--corpus": "none.json"}, "error: none.json does not exist"),
         ({"--manifest": "none.json"}, "error: none.json does not exist"),

@@ -325,4 +325,4 @@ def test_settings_keep_the_references_values_and_take_yamls_numbers() -> None:
 
 def test_every_task_is_named_once_and_as_its_key() -> None:
     assert all(name == task.name for name, task in TASKS.items())
-    assert list(TASKS) == ["pr", "asr", "ks", "ic", "sid", "er", "sf"]
+    assert list(TASKS) == ["pr", "asr", "ks", "ic", "sid", "er", "sf", "asv", "sd", "qbe"]

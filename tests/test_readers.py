@@ -289,7 +289,19 @@ def test_every_bad_file_is_named_once_or_dropped_and_recorded(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "reader", ["librispeech", "speech-commands", "voxceleb1", "fluent", "iemocap", "snips", "folder"]
+    "reader",
+    [
+        "librispeech",
+        "speech-commands",
+        "voxceleb1",
+        "fluent",
+        "iemocap",
+        "snips",
+        "voxceleb1-trials",
+        "librimix",
+        "quesst14",
+        "folder",
+    ],
 )
 def test_a_folder_of_another_layout_shows_the_expected_tree(reader: str, tmp_path: Path) -> None:
     with pytest.raises(RetortError, match=r"is not laid out as .* is missing; expected "):

@@ -27,20 +27,23 @@ from pipelines.demo import fluent, snips
 from pipelines.demo.booth import Booth
 from pipelines.demo.fluent import plan_commanders
 from pipelines.demo.iemocap import plan_dialogs
+from pipelines.demo.librimix import plan_mixtures, write_kaldi
 from pipelines.demo.librispeech import Pronouncing, Subset, plan_readings, write_tables
+from pipelines.demo.quesst14 import plan_search, write_scoring
 from pipelines.demo.recording import Job, Recorded, record
 from pipelines.demo.snips import plan_requests
 from pipelines.demo.speech_commands import plan_keywords, write_lists
 from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS
-from pipelines.demo.voxceleb1 import plan_celebrities, write_split
+from pipelines.demo.voxceleb1 import plan_celebrities, plan_trials, write_split, write_trials
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "demo.json"
 DISTILL, LIBRISPEECH, SPEECH_COMMANDS, VOXCELEB1 = "distill", "librispeech", "speech_commands", "voxceleb1"
 FLUENT, IEMOCAP, SNIPS = "fluent", "iemocap", "snips"
+VOXCELEB1_TRIALS, LIBRIMIX, QUESST14 = "voxceleb1_trials", "librimix", "quesst14"
 CODE = [
-    "espeak", "voices", "room", "sentences", "lexicon", "recording",
-    "librispeech", "speech_commands", "voxceleb1", "fluent", "iemocap", "snips", "corpora",
+    "espeak", "voices", "room", "sentences", "lexicon", "recording", "librispeech", "speech_commands", "voxceleb1",
+    "fluent", "iemocap", "snips", "librimix", "quesst14", "corpora",
 ]  # fmt: skip
 
 
@@ -62,6 +65,11 @@ class DemoConfig:
         commanders: speakers of Fluent Speech Commands, `commands_a_speaker` each.
         turns_a_dialog: of IEMOCAP's ten dialogs.
         requests_a_speaker: of SNIPS, said by each of eight training speakers; the eight others say half as many.
+        verified_speakers, verified_test_speakers: of VoxCeleb1's trials, three videos of two utterances each.
+        mixtures, mixtures_dev, mixtures_test: of LibriMix, about 6 s each.
+        mixed_speakers: who say its training mixtures; half as many say those of dev, and of test.
+        documents: of QUESST 2014, two sentences each.
+        queries: said for dev, and as many for eval; fewer where the documents have fewer words to ask for.
     """
 
     seed: int = 1
@@ -81,6 +89,14 @@ class DemoConfig:
     commands_a_speaker: int = 18
     turns_a_dialog: int = 24
     requests_a_speaker: int = 26
+    verified_speakers: int = 26
+    verified_test_speakers: int = 10
+    mixtures: int = 60
+    mixtures_dev: int = 12
+    mixtures_test: int = 20
+    mixed_speakers: int = 16
+    documents: int = 100
+    queries: int = 30
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -159,6 +175,17 @@ def _plan(config: DemoConfig, root: Path) -> dict[str, Sequence[Job]]:
         FLUENT: plan_commanders(root / FLUENT, config.commanders, config.commands_a_speaker, scale, seed + 11),
         IEMOCAP: plan_dialogs(root / IEMOCAP, config.turns_a_dialog, scale, seed + 12),
         SNIPS: plan_requests(root / SNIPS, config.requests_a_speaker, scale, seed + 13),
+        VOXCELEB1_TRIALS: plan_trials(
+            root / VOXCELEB1_TRIALS, config.verified_speakers, config.verified_test_speakers, scale, seed + 5
+        ),
+        LIBRIMIX: plan_mixtures(
+            root / LIBRIMIX,
+            (config.mixtures, config.mixtures_dev, config.mixtures_test),
+            config.mixed_speakers,
+            scale,
+            seed + 6,
+        ),
+        QUESST14: plan_search(root / QUESST14, config.documents, config.queries, scale, seed + 7),
     }
 
 
@@ -182,6 +209,9 @@ LISTS: dict[str, Callable[[Sequence[Any], list[Recorded]], None]] = {
     VOXCELEB1: write_split,
     FLUENT: fluent.write_tables,
     SNIPS: snips.write_annotations,
+    VOXCELEB1_TRIALS: write_trials,
+    LIBRIMIX: write_kaldi,
+    QUESST14: write_scoring,
 }
 
 

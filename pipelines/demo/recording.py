@@ -19,9 +19,13 @@ from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
 
 @dataclass(frozen=True)
 class Recorded:
-    """What one job wrote: seconds of audio by path relative to the corpus's folder, in order of writing."""
+    """What one job wrote: seconds of audio by path relative to the corpus's folder, in order of writing.
+
+    `notes`: what only the speaking tells and the corpus's lists need, in the corpus's own form.
+    """
 
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
     @property
     def total_s(self) -> float:
@@ -45,15 +49,15 @@ def record(job: Job) -> Recorded:
     return job.record(Speaker())
 
 
-def write_audio(path: Path, samples: np.ndarray) -> float:
-    """Write float (n,) samples as 16-bit FLAC or WAV at 16 kHz, by the suffix; returns their seconds."""
+def write_audio(path: Path, samples: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ) -> float:
+    """Write float (n,) samples as 16-bit FLAC or WAV, by the suffix; returns their seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Encoded in memory: libsndfile calls a full disk a "System error", Python says which disk and why.
     encoded = io.BytesIO()
     values = (samples * 32767).astype(np.int16)
-    soundfile.write(encoded, values, SAMPLE_RATE_HZ, subtype="PCM_16", format=path.suffix[1:].upper())
+    soundfile.write(encoded, values, rate_hz, subtype="PCM_16", format=path.suffix[1:].upper())
     path.write_bytes(encoded.getvalue())
-    return len(samples) / SAMPLE_RATE_HZ
+    return len(samples) / rate_hz
 
 
 def scaled(count: int, scale: float, least: int) -> int:

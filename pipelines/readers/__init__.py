@@ -22,11 +22,14 @@ from extract.progress import ProgressBar
 from pipelines.readers.fluent import read_fluent
 from pipelines.readers.folder import read_folder
 from pipelines.readers.iemocap import read_iemocap
+from pipelines.readers.librimix import read_librimix
 from pipelines.readers.librispeech import read_librispeech
+from pipelines.readers.quesst14 import read_quesst14, read_scope
+from pipelines.readers.silence import without_silence
 from pipelines.readers.snips import read_snips
 from pipelines.readers.source import ReaderOptions, Source
 from pipelines.readers.speech_commands import read_speech_commands
-from pipelines.readers.voxceleb1 import read_voxceleb1
+from pipelines.readers.voxceleb1 import read_trials, read_voxceleb1, read_voxceleb1_trials
 
 __all__ = ["READERS", "ReaderOptions", "Source", "read_corpus"]
 
@@ -40,8 +43,17 @@ READERS: dict[str, Callable[[Path, ReaderOptions], list[Source]]] = {
     "iemocap": read_iemocap,
     "librispeech": read_librispeech,
     "snips": read_snips,
+    "librimix": read_librimix,
+    "quesst14": read_quesst14,
     "speech-commands": read_speech_commands,
     "voxceleb1": read_voxceleb1,
+    "voxceleb1-trials": read_voxceleb1_trials,
+}
+
+# What belongs to a corpus as a whole, of the readers that know such a thing.
+METADATA: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "quesst14": read_scope,
+    "voxceleb1-trials": read_trials,
 }
 
 
@@ -60,12 +72,13 @@ def read_corpus(
     if not root.is_dir():
         raise RetortError(f"data set folder {root} does not exist; give the folder that holds the {reader} tree")
     sources = READERS[reader](root, options or ReaderOptions())
+    metadata = METADATA[reader](root) if reader in METADATA else {}
     bad: list[str] = []
     changed: Counter[str] = Counter()
     record: dict[str, Any] = {}
     with ProgressBar(f"corpus {out.stem}", total=len(sources), unit="files") as bar:
         utterances = _decode_all(sources, bad, changed, skip_bad=skip_bad, bar=bar, record=record)
-        return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, record=record)
+        return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, metadata=metadata, record=record)
 
 
 def _decode_all(
@@ -85,6 +98,9 @@ def _decode_all(
                     bad.append(f"{source.file} ({decoded})")
                     continue
                 changed.update(decoded.changes)
+                if len(decoded.samples) < source.shortest_s * SAMPLE_RATE_HZ:
+                    changed[f"left out, shorter than {source.shortest_s:g} s"] += 1
+                    continue
                 yield Utterance(source.id, decoded.samples, source.split, source.speaker, source.labels)
             bar.advance(len(group))
     if bad and not skip_bad:
@@ -127,7 +143,10 @@ def _decode(source: Source) -> _Decoded | str:
     if source.gain_db:
         audio_T = audio_T * np.float32(10 ** (source.gain_db / 20))
         changes.append(f"gain {source.gain_db:g} dB")
-    if len(audio_T) < MIN_SAMPLES:
+    if source.trim_silence and len(kept_T := without_silence(audio_T, SAMPLE_RATE_HZ)) < len(audio_T):
+        audio_T = kept_T
+        changes.append("cut silence")
+    if len(audio_T) < MIN_SAMPLES and not source.shortest_s:
         return f"{len(audio_T)} samples at 16 kHz, one frame needs {MIN_SAMPLES}"
     return _Decoded(np.clip(np.rint(audio_T * 32_768), -32_768, 32_767).astype(np.int16), tuple(changes))
 

@@ -8,7 +8,10 @@ from extract.errors import RetortError
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One utterance as its data set holds it. `crop_s` is (start, duration) in seconds; None is the whole file."""
+    """One utterance as its data set holds it. `crop_s` is (start, duration) in seconds; None is the whole file.
+
+    `trim_silence` cuts silence after the gain; what is then shorter than `shortest_s` is left out and counted.
+    """
 
     file: Path
     id: str
@@ -17,6 +20,8 @@ class Source:
     labels: dict[str, str] = field(default_factory=dict)
     crop_s: tuple[float, float] | None = None
     gain_db: float = 0.0
+    trim_silence: bool = False
+    shortest_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
-"""VoxCeleb1: speakers."""
+"""VoxCeleb1: speaker identification by its split file, and speaker verification by its trial list."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 from extract.errors import RetortError
 from pipelines.readers.source import ReaderOptions, Source, layout_error
@@ -35,4 +37,62 @@ def read_voxceleb1(root: Path, options: ReaderOptions) -> list[Source]:
     return sources
 
 
+def read_voxceleb1_trials(root: Path, options: ReaderOptions) -> list[Source]:
+    """VoxCeleb1 for speaker verification: all of dev/wav, and of test/wav what the trial list names; -3 dB, trimmed.
+
+    The speakers of dev/wav train, in utterances of 2 s and more; 40 of them (a fifth where there are few), by the
+    digest of their names, are held out whole as split dev. The reference trains on them too and has no dev trials.
+    """
+    folder = root / "dev" / "wav"
+    files = sorted(folder.glob("*/*/*.wav"))
+    if not files:
+        raise layout_error(root, "VoxCeleb1", "dev/wav/ID/VIDEO/N.wav", _TRIALS_TREE)
+    held_out = _held_out({file.parts[-3] for file in files})
+    sources = [
+        _trimmed(file, file.relative_to(folder), "dev" if file.parts[-3] in held_out else "train") for file in files
+    ]
+    for name in sorted({name for _, *pair in read_trials(root)["trials"] for name in pair}):
+        file = root / "test" / "wav" / f"{name}.wav"
+        if not file.is_file():
+            raise layout_error(root, "VoxCeleb1", f"test/wav/{name}.wav, which the trial list names", _TRIALS_TREE)
+        sources.append(_trimmed(file, file.relative_to(root / "test" / "wav"), "test"))
+    return sources
+
+
+def read_trials(root: Path) -> dict[str, Any]:
+    """The published trial list, in its order, as the corpus's metadata: `trials` [[1 or 0, id, id], …], 1 = target."""
+    path = next((root / name for name in TRIAL_LISTS if (root / name).is_file()), None)
+    if path is None:
+        raise layout_error(root, "VoxCeleb1", TRIAL_LISTS[0], _TRIALS_TREE)
+    trials: list[list[int | str]] = []
+    for line in path.read_text().splitlines():
+        fields = line.split()
+        if len(fields) != 3 or fields[0] not in ("0", "1"):
+            raise RetortError(f"{path}: line {line!r} is no trial; expected `1 ID/VIDEO/N.wav ID/VIDEO/N.wav` or `0 …`")
+        trials.append([int(fields[0]), *(name.removesuffix(".wav") for name in fields[1:])])
+    return {"trials": trials}
+
+
+TRIAL_LISTS = ("veri_test2.txt", "voxceleb1_test_v2.txt")  # the cleaned list, as published and as SUPERB renames it
+SHORTEST_TRAINING_S = 2.0
+_GAIN_DB = -3.0
+_HELD_OUT_SPEAKERS = 40  # as many as the published test set has
 _VOXCELEB_TREE = "iden_split.txt and {dev,test}/wav/idNNNNN/VIDEO/NNNNN.wav"
+_TRIALS_TREE = "veri_test2.txt (lines of `1 ID/VIDEO/N.wav ID/VIDEO/N.wav`) and {dev,test}/wav/idNNNNN/VIDEO/NNNNN.wav"
+
+
+def _held_out(speakers: set[str]) -> set[str]:
+    shuffled = sorted(speakers, key=lambda speaker: hashlib.sha256(speaker.encode()).digest())
+    return set(shuffled[: min(_HELD_OUT_SPEAKERS, len(shuffled) // 5)])
+
+
+def _trimmed(file: Path, name: Path, split: str) -> Source:
+    return Source(
+        file=file,
+        id=name.with_suffix("").as_posix(),
+        split=split,
+        speaker=name.parts[0],
+        gain_db=_GAIN_DB,
+        trim_silence=True,
+        shortest_s=0.0 if split == "test" else SHORTEST_TRAINING_S,
+    )

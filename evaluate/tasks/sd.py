@@ -1,0 +1,236 @@
+"""Speaker diarisation: who of two speakers is heard in each 20 ms.
+
+    python -m evaluate run --task sd --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/sd.json
+
+Shapes: L layers, B chunks, T frames of the longest, F frames end to end, D features, H units, S = 2 speakers.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluate.diarization import Reference, diarization_error_rate, frame_labels, median_filtered, parse_turns
+from evaluate.frames import FrameReader, bucket, shuffled
+from evaluate.heads import Head, Ragged
+from evaluate.sweep import SweepResult, Team, sweep
+from evaluate.task import Progress, Recipe, Source, Task
+from extract.corpus import SAMPLE_RATE_HZ
+from extract.errors import RetortError
+
+SPEAKERS = 2
+FRAME_SAMPLES = 320
+FRAME_S = FRAME_SAMPLES / SAMPLE_RATE_HZ
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+MEDIAN_FRAMES = (1, 11)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdRecipe(Recipe):
+    """The reference's batches are 8 chunks, four of them to a step."""
+
+    steps: int = 30_000
+    batch_size: int = 32
+    dev_evaluations: int = 60
+    hidden: int = 512
+    chunk_frames: int = 2000
+    memory_gb: float = 2.0
+
+
+class DiarizationHead(Head):
+    """One LSTM, in the direction of time, and Linear to the two speakers."""
+
+    def __init__(self, *, num_layers: int, dim: int, hidden: int) -> None:
+        super().__init__(num_layers)
+        self.recurrent = nn.LSTM(dim, hidden, batch_first=True)
+        self.output = nn.Linear(hidden, SPEAKERS)
+
+    def forward(self, mixed_FD: Tensor, frames: Ragged) -> Tensor:
+        """Weighted sums of all frames end to end -> logits (B, T, S)."""
+        logits: Tensor = self.output(self.recurrent(mixed_FD[frames.rows_BT])[0])
+        return logits
+
+
+@dataclass(frozen=True)
+class SdBatch:
+    """Chunks end to end, hidden (L, F, D), and who speaks, (B, T, S), 0 behind a chunk's end."""
+
+    hidden_LFD: Tensor
+    frames: Ragged
+    labels_BTS: Tensor
+
+
+def permutation_free_loss(logits_BTS: Tensor, labels_BTS: Tensor, num_frames_B: Tensor) -> Tensor:
+    """Cross entropy by frame and speaker under each chunk's better order of the speakers (Fujita et al. 2019)."""
+    own_BT1 = (torch.arange(logits_BTS.shape[1]) < num_frames_B[:, None])[..., None]
+    losses_B = [
+        (F.binary_cross_entropy_with_logits(logits_BTS, labels_BTS[..., list(order)], reduction="none") * own_BT1)
+        .sum(1)
+        .mean(1)
+        for order in itertools.permutations(range(SPEAKERS))
+    ]
+    return torch.stack(losses_B).amin(0).sum() / num_frames_B.sum()
+
+
+class Diarization:
+    """Frames into speakers by one head a learning rate; see `sweep.Problem`.
+
+    A head's dev metric is its lowest DER over thresholds and median filters; test is measured with those that dev
+    chose. The reference takes the lowest on test: `der_test_selected`, which chooses nothing.
+    """
+
+    metric = "der"
+    higher_is_better = False
+
+    def __init__(self, source: Source, recipe: SdRecipe) -> None:
+        self.store, self.recipe = source.reader, recipe
+        self.reader = FrameReader(source.reader, recipe.memory_gb)
+        self.stack = max(1, FRAME_SAMPLES // source.reader.hop_samples)
+        self.rows = {split: source.select(split) for split in ("train", "dev", "test")}
+        self.num_frames = source.corpus.num_samples // FRAME_SAMPLES
+        self.labels = {
+            row: frame_labels(turns, int(self.num_frames[row]), frame_s=FRAME_S, speakers=SPEAKERS)
+            for row, turns in self._turns(source, "segments", self.rows["train"])
+        }
+        self.references = {
+            row: Reference.of(turns, int(self.num_frames[row]), frame_s=FRAME_S)
+            for split in ("dev", "test")
+            for row, turns in self._turns(source, "rttm", self.rows[split])
+        }
+        self.num_test = len(self.rows["test"])
+        self.notes: Sequence[str] = (
+            []
+            if self.stack == 1
+            else [f"{self.stack} frames of {source.reader.hop_samples / 16:g} ms are averaged to one of 20 ms"]
+        )
+
+    @staticmethod
+    def _turns(
+        source: Source, label: str, rows: NDArray[np.int64]
+    ) -> Iterator[tuple[int, list[tuple[str, float, float]]]]:
+        for row, text in zip(rows.tolist(), source.labels(label, rows), strict=True):
+            where = f"corpus {source.corpus.name}, {label} of {source.corpus.ids[row]}"
+            turns = parse_turns(text, where=where)
+            if len(speakers := {speaker for speaker, _, _ in turns}) > SPEAKERS:
+                raise RetortError(f"{where}: {len(speakers)} speakers; sd needs mixtures of {SPEAKERS} at most")
+            yield row, turns
+
+    def new_head(self) -> DiarizationHead:
+        return DiarizationHead(num_layers=len(self.store.layers), dim=self.store.dim, hidden=self.recipe.hidden)
+
+    def batches(self, generator: torch.Generator) -> Iterator[SdBatch]:
+        """Epochs in random order over recordings; longer ones than a chunk come in several."""
+        while True:
+            for rows_B in shuffled(
+                self.rows["train"], self.store.pack_of, generator, batch_size=self.recipe.batch_size
+            ):
+                hidden_LFD, frames, _ = self._read(rows_B)
+                labels = [
+                    torch.from_numpy(part_TS)
+                    for row in rows_B.tolist()
+                    for part_TS in np.split(self.labels[row], self._cuts(row)[1:-1])
+                ]
+                yield SdBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
+
+    def loss(self, head: DiarizationHead, batch: SdBatch) -> Tensor:
+        logits_BTS = head(head.sum_layers(batch.hidden_LFD), batch.frames)
+        return permutation_free_loss(logits_BTS, batch.labels_BTS, batch.frames.num_frames_B)
+
+    def measure(self, heads: Sequence[DiarizationHead], split: str, team: Team) -> list[dict[str, float]]:
+        on_dev = self._grids(heads, "dev", team)
+        if split == "dev":
+            return [{"der": min(rates.values())} for rates in on_dev]
+        measured = []
+        for dev, test in zip(on_dev, self._grids(heads, "test", team), strict=True):
+            threshold, median = chosen = min(dev, key=dev.__getitem__)
+            measured.append(
+                {
+                    "der": test[chosen],
+                    "der_test_selected": min(test.values()),
+                    "threshold": threshold,
+                    "median_frames": float(median),
+                }
+            )
+        return measured
+
+    def _grids(self, heads: Sequence[DiarizationHead], split: str, team: Team) -> list[dict[tuple[float, int], float]]:
+        """Each head's DER by threshold and median filter."""
+        said: list[dict[int, NDArray[np.float32]]] = [{} for _ in heads]
+        for rows_B in bucket(self.rows[split], self.store.num_frames, self.recipe.batch_size):
+            hidden_LFD, frames, row_of_chunk = self._read(rows_B)
+            found = team.each(partial(_listen, hidden_LFD=hidden_LFD, frames=frames), heads)
+            for own, probability_BTS in zip(said, found, strict=True):
+                parts = zip(row_of_chunk, probability_BTS, frames.num_frames_B.tolist(), strict=True)
+                for row, group in itertools.groupby(parts, key=lambda part: part[0]):
+                    own[row] = np.concatenate([probability_TS[:count] for _, probability_TS, count in group])
+
+        def grid(own: dict[int, NDArray[np.float32]]) -> dict[tuple[float, int], float]:
+            references = [self.references[row] for row in own]
+            return {
+                (threshold, median): diarization_error_rate(
+                    references, [median_filtered(x_TS > threshold, median) for x_TS in own.values()]
+                )
+                for median in MEDIAN_FRAMES
+                for threshold in THRESHOLDS
+            }
+
+        return team.each(grid, said)
+
+    def _read(self, rows_B: NDArray[np.int64]) -> tuple[Tensor, Ragged, list[int]]:
+        """Recordings as frames of 20 ms, as many as the reference's labels: the store's last frame is repeated.
+
+        Hidden (L, F, D), the frames of each chunk, and whose chunk it is.
+        """
+        hidden_LFD = self.reader.read(rows_B.tolist())
+        parts = []
+        utterances = torch.split(hidden_LFD, self.store.num_frames[rows_B].tolist(), 1)
+        for row, own_LFD in zip(rows_B.tolist(), utterances, strict=True):
+            if self.stack > 1:
+                count = max(1, own_LFD.shape[1] // self.stack)
+                own_LFD = own_LFD[:, : count * self.stack].unflatten(1, (count, -1)).mean(2)
+            at_F = torch.arange(int(self.num_frames[row])).clamp(max=own_LFD.shape[1] - 1)
+            parts.append(own_LFD[:, at_F])
+        cuts = {row: self._cuts(row) for row in rows_B.tolist()}
+        row_of_chunk = [row for row, places in cuts.items() for _ in places[1:]]
+        return torch.cat(parts, 1), Ragged.of(torch.cat([torch.tensor(c).diff() for c in cuts.values()])), row_of_chunk
+
+    def _cuts(self, row: int) -> list[int]:
+        """Where a recording's chunks begin, and its end."""
+        num_frames = int(self.num_frames[row])
+        return [*range(0, num_frames, self.recipe.chunk_frames), num_frames]
+
+
+@torch.no_grad()  # of this thread alone, so here and not around the team's work
+def _listen(head: DiarizationHead, *, hidden_LFD: Tensor, frames: Ragged) -> NDArray[np.float32]:
+    """The probability that each speaker speaks, (B, T, S)."""
+    probability_BTS: NDArray[np.float32] = head(head.sum_layers(hidden_LFD), frames).sigmoid().numpy()
+    return probability_BTS
+
+
+def score(source: Source, recipe: SdRecipe, progress: Progress) -> SweepResult:
+    result = sweep(Diarization(source, recipe), recipe, progress)
+    test = dict(result.test)
+    threshold, median = test.pop("threshold"), test.pop("median_frames")
+    note = f"threshold {threshold:g} and a median over {median:g} frames, chosen on dev; der_test_selected: on test"
+    return replace(result, test=test, notes=(*result.notes, note))
+
+
+SD = Task(
+    name="sd",
+    title="speaker diarisation",
+    metric="der",
+    higher_is_better=False,
+    labels=("rttm",),
+    reads="frames",
+    recipe=SdRecipe,
+    score=score,
+    deviations=(
+        "the checkpoint with the lowest dev DER; the reference keeps the one with the best dev accuracy by frame",
+    ),
+)

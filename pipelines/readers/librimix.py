@@ -1,0 +1,93 @@
+"""LibriMix for diarisation: two-speaker mixtures, and the Kaldi data folders that say who speaks when."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from extract.errors import RetortError
+from pipelines.readers.source import ReaderOptions, Source, layout_error
+
+
+def read_librimix(root: Path, options: ReaderOptions) -> list[Source]:
+    """Libri2Mix, 16 kHz, max, by its Kaldi folders data/{train,dev,test}; labels `segments` and `rttm`.
+
+    Both labels are lists of turns, `SPEAKER START END; …` in seconds: `segments` (with utt2spk) are what SUPERB's SD
+    trains on, `rttm` is what it is scored against. Recordings are those of wav.scp, whose paths may be of another
+    machine: what follows Libri2Mix/ in them is looked up below the folder given.
+    """
+    sources = []
+    for split in ("train", "dev", "test"):
+        folder = root / "data" / split
+        for name in ("wav.scp", "segments", "utt2spk", "rttm", "reco2dur"):
+            if not (folder / name).is_file():
+                raise layout_error(root, "LibriMix", f"data/{split}/{name}", _TREE)
+        segments, rttm = _read_segments(folder), _read_rttm(folder / "rttm")
+        for recording, path in (line.split(maxsplit=1) for line in _lines(folder / "wav.scp")):
+            for file, turns in (("segments", segments), ("rttm", rttm)):
+                if recording not in turns:
+                    raise RetortError(f"{folder / file} has no turn of recording {recording!r}, which wav.scp lists")
+            sources.append(
+                Source(
+                    file=_find(root, path, f"the file of {recording} in data/{split}/wav.scp"),
+                    id=f"{split}/{recording}",
+                    split=split,
+                    speaker=recording,
+                    labels={"segments": _as_label(segments[recording]), "rttm": _as_label(rttm[recording])},
+                )
+            )
+    return sources
+
+
+Turn = tuple[str, float, float]  # speaker, start and end in seconds
+_TREE = (
+    "data/{train,dev,test}/{wav.scp,segments,utt2spk,rttm,reco2dur} "
+    "and Libri2Mix/wav16k/max/{train-100,dev,test}/{mix_both,s1,s2}/*.wav"
+)
+
+
+def _read_segments(folder: Path) -> dict[str, list[Turn]]:
+    """`segments` (UTTERANCE RECORDING START END) with the speakers of `utt2spk`: recording -> turns."""
+    speaker_of = {fields[0]: fields[1] for fields in _fields(folder / "utt2spk", 2, "UTTERANCE SPEAKER")}
+    turns = defaultdict(list)
+    for utterance, recording, start, end in _fields(folder / "segments", 4, "UTTERANCE RECORDING START END"):
+        if utterance not in speaker_of:
+            raise RetortError(f"{folder / 'utt2spk'} does not name the speaker of {utterance!r}, a line of segments")
+        turns[recording].append((speaker_of[utterance], float(start), float(end)))
+    return turns
+
+
+def _read_rttm(path: Path) -> dict[str, list[Turn]]:
+    turns = defaultdict(list)
+    for fields in (line.split() for line in _lines(path)):
+        if fields[0] != "SPEAKER" or len(fields) < 8:
+            raise RetortError(
+                f"{path}: line {' '.join(fields)!r} is no turn; expected "
+                "`SPEAKER RECORDING 1 START DURATION <NA> <NA> SPEAKER …`"
+            )
+        start = float(fields[3])
+        turns[fields[1]].append((fields[7], start, start + float(fields[4])))
+    return turns
+
+
+def _fields(path: Path, count: int, names: str) -> Iterable[tuple[str, ...]]:
+    for line in _lines(path):
+        fields = tuple(line.split())
+        if len(fields) != count:
+            raise RetortError(f"{path}: line {line!r} has {len(fields)} fields; expected {names}")
+        yield fields
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _find(root: Path, path: str, what: str) -> Path:
+    below = root / path[max(path.find("Libri2Mix/"), 0) :]
+    for file in (root / path, below):
+        if file.is_file():
+            return file
+    raise layout_error(root, "LibriMix", f"{below.relative_to(root)}, {what},", _TREE)
+
+
+def _as_label(turns: list[Turn]) -> str:
+    return "; ".join(f"{speaker} {start:g} {end:.6g}" for speaker, start, end in turns)
