@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evaluate.interval import describe_intervals
 from evaluate.sweep import SweepResult
 from evaluate.task import SPEAKER, Progress, Recipe, Source, Task, differences, recipe_dict
 from extract.corpus import Corpus
@@ -59,6 +60,7 @@ def describe(task: Task[Any], recipe: Recipe, source: Source, result: SweepResul
         "unit": "percent",
         "test": result.test[task.metric],
         "also": {name: value for name, value in result.test.items() if name != task.metric},
+        "interval": describe_intervals(dict(result.test), task.metric),
         "dev": result.dev,
         "chosen_lr": result.chosen_lr,
         "grid": [{"lr": point.lr, "dev": point.dev, "steps": point.steps} for point in result.grid],
