@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluate.batches import steps_from
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
 from evaluate.sweep import SweepResult, Team, sweep
@@ -59,18 +60,21 @@ class PooledClassification:
         _, num_layers, dim = self.splits["train"].hidden_NLD.shape
         return LinearHead(num_layers=num_layers, dim=dim, projection=self.recipe.projection, classes=self.num_classes)
 
-    def batches(self, generator: torch.Generator) -> Iterator[PooledBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[PooledBatch]:
         """Epochs in random order; the last batch of each may be smaller."""
         train = self.splits["train"]
-        num = len(train.classes_N)
-        share_N = 1 / torch.bincount(train.classes_N).to(torch.float64)[train.classes_N]
-        while True:
-            if self.recipe.balanced:
-                order_N = torch.multinomial(share_N, num, replacement=True, generator=generator)
-            else:
-                order_N = torch.randperm(num, generator=generator)
-            for rows_B in torch.split(order_N, self.recipe.batch_size):
-                yield PooledBatch(train.hidden_NLD[rows_B].transpose(0, 1), train.classes_N[rows_B])
+        for rows_B, _ in steps_from(first, seed, self._draw_epoch):
+            yield PooledBatch(train.hidden_NLD[rows_B].transpose(0, 1), train.classes_N[rows_B])
+
+    def _draw_epoch(self, generator: torch.Generator) -> Sequence[Tensor]:
+        """Rows of the training split in batches."""
+        classes_N = self.splits["train"].classes_N
+        if self.recipe.balanced:
+            share_N = 1 / torch.bincount(classes_N).to(torch.float64)[classes_N]
+            order_N = torch.multinomial(share_N, len(classes_N), replacement=True, generator=generator)
+        else:
+            order_N = torch.randperm(len(classes_N), generator=generator)
+        return torch.split(order_N, self.recipe.batch_size)
 
     def loss(self, head: LinearHead, batch: PooledBatch) -> Tensor:
         return F.cross_entropy(head(head.sum_layers(batch.hidden_LBD)), batch.classes_B)

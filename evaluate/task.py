@@ -18,13 +18,24 @@ from extract.params import parse
 from extract.store import StoreReader
 
 if TYPE_CHECKING:  # the sweep needs torch, whose import takes seconds; --help and error lines do not
+    from evaluate.checkpoint import Checkpoint
     from evaluate.sweep import SweepResult
 
 
 class Progress(Protocol):
-    """Told after every step; `extract.progress.ProgressBar` is one."""
+    """A task under way; `evaluate.checkpoint.Sitting` is one."""
 
-    def advance(self, amount: float, *, detail: str = "") -> None: ...
+    def advance(self, amount: float, *, detail: str = "") -> None:
+        """Told after every step."""
+        ...
+
+    def skip(self, amount: float) -> None:
+        """Told of steps that an earlier sitting took."""
+        ...
+
+    def next_sweep(self) -> "Checkpoint | None":
+        """Where the sweep that begins now keeps its state; None keeps nothing."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,8 @@ class Recipe:
         for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise RetortError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if self.seed < 0:
+            raise RetortError(f"seed is {self.seed}, expected 0 or more")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise RetortError("learning_rates must be a list of one or more numbers above 0")
         if len(set(self.learning_rates)) != len(self.learning_rates):

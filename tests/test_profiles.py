@@ -15,12 +15,12 @@ import yaml
 from click.testing import CliRunner
 from dvc.repo import Repo
 
+from evaluate.corpora import corpus_of_tasks
 from evaluate.tasks import TASKS
 from extract.errors import RetortError
 from extract.params import parse
 from pipelines.__main__ import main
 from pipelines.profiles import read_profile
-from pipelines.tasks import corpus_of_tasks
 from train.config import StudentConfig, read_student
 from train.growth import plan_stages
 from train.losses import build_distiller

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from evaluate.corpora import corpus_of_tasks
 from extract.errors import RetortError
 from extract.params import parse, read_params, read_section
-from pipelines.tasks import corpus_of_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
