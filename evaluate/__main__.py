@@ -10,6 +10,8 @@ from extract.files import write_json
 from extract.params import read_section
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from evaluate.score import Summary
 
 
@@ -86,24 +88,49 @@ def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, offi
 
 
 def show(summary: "Summary") -> None:
-    """Print the table, and below it what must be known to read it."""
+    """Print the table, what each task adds to the one score, and what must be known to read them."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("upstream", *summary.tasks, title="percent on test")
-    if summary.kind != "none":
-        table.add_column(summary.kind.replace("_score", " score"))
-    order = sorted(summary.values, key=lambda name: -(summary.one_score.get(name) or 0))
+    one_score = summary.one_score
+    order = sorted(summary.values, key=lambda name: -(one_score.get(name) or 0))
+    scores = Table("upstream", title="percent on test, below it the 95% interval")
+    for heading in (*summary.tasks, *([summary.kind.replace("_score", " score")] if one_score else [])):
+        scores.add_column(heading, justify="right", no_wrap=True)
     for name in order:
-        cells = [f"{value:.2f}" if (value := summary.values[name].get(t)) is not None else "-" for t in summary.tasks]
-        if summary.kind != "none":
-            one = summary.one_score[name]
-            cells.append("-" if one is None else f"{one:.0f}")
-        table.add_row(name, *cells)
-    console = Console()
-    console.print(table)
+        cells = []
+        for term in summary.tasks:
+            value, ends = summary.values[name].get(term), summary.intervals[name].get(term)
+            below = f"\n{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
+            cells.append(Text("-") if value is None else Text.assemble(f"{value:.2f}", (below, "dim")))
+        if one_score:
+            cells.append(Text(_points(one_score[name])))
+        scores.add_row(name, *cells)
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 200)  # lines that wrap are better than figures cut off
+    console.print(scores)
+    if one_score:
+        console.print(_shares(summary, order))
     for note in summary.notes:
         console.print(note, soft_wrap=True)
+
+
+def _shares(summary: "Summary", order: list[str]) -> "Table":
+    from rich.table import Table
+
+    tasks = list(dict.fromkeys(task for own in summary.shares.values() for task in own or ()))
+    table = Table("upstream", title=f"what each task adds, of {1000 / max(1, len(tasks)):.0f} points")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for name in order:
+        own = summary.shares[name]
+        table.add_row(name, *(_points(None if own is None else own[task]) for task in tasks))
+    return table
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 if __name__ == "__main__":

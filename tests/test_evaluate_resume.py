@@ -89,9 +89,9 @@ def test_seconds_of_all_sittings_count(tmp_path: Path, monkeypatch: pytest.Monke
     job = job_of(tmp_path, "ks")
     with pytest.raises(Killed):
         score(job, Bar(5))
-    (kept,) = tmp_path.glob("checkpoints/evaluate/hand-*/*")
     load = checkpoint.read_checkpoint
-    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda *a, **k: load(*a, **k) | {"seconds": 1000.0})  # type: ignore[operator]
+    long_ago = {"seconds": 1000.0}
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path, **k: load(path, **k) | long_ago)
     assert 1000 < score(job, Bar())["seconds"] < 1100
 
 
@@ -138,18 +138,18 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(
         "evaluate: {pr: {learning_rates: [3e-2, 1e-2], steps: 400, batch_size: 4, dev_evaluations: 100}}"
     )
-    arguments = ["--task", "pr", "--config", "params.yaml", "--manifest", str(job.manifest), "--corpus",
+    arguments = ["run", "--task", "pr", "--config", "params.yaml", "--manifest", str(job.manifest), "--corpus",
                  str(job.corpus)]  # fmt: skip
-    process = Command("tests.hasty_evaluate", "run", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path)
+    process = Command("tests.hasty_evaluate", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path)
     while not list(tmp_path.glob("checkpoints/evaluate/hand-pr-*/1.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
-    done = run_command("tests.hasty_evaluate", "run", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path, check=True)
+    done = run_command("tests.hasty_evaluate", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path, check=True)
     assert "phone recognition per" in done.stdout
-    run_command("evaluate", "run", *arguments, "--out", "whole/hand/pr.json", cwd=tmp_path, check=True)
+    run_command("evaluate", *arguments, "--out", "whole/hand/pr.json", cwd=tmp_path, check=True)
     killed, whole = (json.loads((tmp_path / name / "hand/pr.json").read_text()) for name in ("killed", "whole"))
     assert without_seconds(killed) == without_seconds(whole)
     assert not list(tmp_path.glob("checkpoints/evaluate/*"))
