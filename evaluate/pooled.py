@@ -92,7 +92,12 @@ class PooledClassification:
 
 
 def classify(source: Source, label: str, recipe: PooledRecipe, progress: Progress) -> SweepResult:
-    """Score the classification of utterances by `label`. The classes are those of the training split."""
+    """Score the classification of utterances by `label`."""
+    return sweep(pooled_problem(source, label, recipe), recipe, progress)
+
+
+def pooled_problem(source: Source, label: str, recipe: PooledRecipe) -> PooledClassification:
+    """Utterances by `label`. The classes are those of the training split."""
     rows = {split: source.select(split) for split in ("train", "dev", "test")}
     names = {split: source.labels(label, rows[split]) for split in rows}
     class_of = {name: index for index, name in enumerate(sorted(set(names["train"])))}
@@ -109,5 +114,4 @@ def classify(source: Source, label: str, recipe: PooledRecipe, progress: Progres
         for split in ("dev", "test")
         if (num := int((splits[split].classes_N < 0).sum()))
     ]
-    problem = PooledClassification(splits, num_classes=len(class_of), recipe=recipe, notes=notes)
-    return sweep(problem, recipe, progress)
+    return PooledClassification(splits, num_classes=len(class_of), recipe=recipe, notes=notes)

@@ -227,7 +227,7 @@ def summarise(
     }
     terms = tuple(dict.fromkeys(term for row in values.values() for term in row))
     if official:
-        _check_sizes(table)
+        check_sizes(table)
         own: dict[str, dict[str, float] | None] = {name: superb_shares(row) for name, row in values.items()}
         return Summary("superb_s", terms, values, intervals, own, (CONSTANTS_NOTE,))
     if not (fbank and teacher):
@@ -246,7 +246,7 @@ def summarise(
     return Summary("relative_score", terms, values, intervals, own, tuple(notes))
 
 
-def _check_sizes(table: Mapping[str, Mapping[str, Score]]) -> None:
+def check_sizes(table: Mapping[str, Mapping[str, Score]]) -> None:
     """Raises RetortError for a test split that is not as large as SUPERB's own."""
     for row in table.values():
         for task, one in row.items():
