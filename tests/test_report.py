@@ -247,9 +247,7 @@ def test_results_that_do_not_belong_together_are_refused(tree: Path) -> None:
 
 def test_a_damaged_score_is_named_with_its_field(tree: Path) -> None:
     change(tree / "scores/teacher/pr.json", chosen_lr="fast")
-    with pytest.raises(
-        RetortError, match=r"teacher/pr\.json: field `chosen_lr` is 'fast', expected float or int or NoneType"
-    ):
+    with pytest.raises(RetortError, match=r"teacher/pr\.json: field `chosen_lr` is 'fast', expected float or int or"):
         read_results(tree, STUDENTS, TASKS)
 
 
@@ -339,9 +337,7 @@ def test_a_report_without_students_still_stands(tree: Path, monkeypatch: pytest.
 
 def test_intervals_stand_beside_every_score(made: Made) -> None:
     markdown = (made.root / "report/results.md").read_text()
-    caveat = (
-        "about ± 3.0 points on PR (320), 3.0 points on ASR (320), 3.0 points on KS (320) and 3.0 points on SID (320)"
-    )
+    caveat = "about ± 3.0 on PR (320), 3.0 on ASR (320), 3.0 on KS (320) and 3.0 on SID (320): points"
     line = "| demo-interleaved | 20.40 (17.15–23.15) | 31.20 (27.95–33.95) | 12.50 | 91.40 (88.15–94.15) | 83.00 (79.75"
     for text in (markdown, made.page):
         assert caveat in text
@@ -390,11 +386,11 @@ def test_official_scores_have_their_place_among_published_models(tmp_path: Path)
     (table,) = [table for table in Tables(made_in(tmp_path).page).tables if "superb_s" in table[0]]
     names = [line[0] for line in table[1:]]
     assert set(names) == {*PARAMS, *PUBLISHED}
-    scores = [float(line[2]) for line in table[1:]]
+    scores = [float(line[2].replace("−", "-")) for line in table[1:]]
     assert scores == sorted(scores, reverse=True)
     assert table[1 + names.index("DPHuBERT")][2] == "866" and table[1 + names.index("HuBERT Base")][2] == "941"
     teacher = {task: tests["teacher"] for task, (_, _, tests) in TEN_TASKS.items() if task != "sf"}
-    teacher |= {"sf_f1": TEN_TASKS["sf"][2]["teacher"], "sf_cer": 31.5}
+    teacher |= {"sf_f1": TEN_TASKS["sf"][2]["teacher"], "sf_cer": 110 - TEN_TASKS["sf"][2]["teacher"]}
     assert scores[names.index("teacher")] == pytest.approx(superb_s(teacher), abs=0.5)
 
 

@@ -130,7 +130,7 @@ def prepare(bench: Bench) -> dict[str, float]:
                 manifest=bench.folder / f"{task}-manifest.json",
                 store=bench.folder / "stores",
                 codec=asked.codec,
-                keep=frozenset({TASKS[task].reads}),
+                keep=frozenset({"pooled", TASKS[task].reads}),
                 pack_frames=asked.pack_frames,
             )
         )

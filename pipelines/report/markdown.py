@@ -7,7 +7,7 @@ from pipelines.report.published import place, shown_terms, term_title
 from pipelines.report.results import Results, TaskScore, merged_versions
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_columns, spread_markdown
-from pipelines.report.table import TASK_TITLES, Column, Row, interval_table, markdown_table
+from pipelines.report.table import TASK_TITLES, Column, Row, interval_table, markdown_table, write_relative
 
 
 def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Column], speed: Speed) -> str:
@@ -75,7 +75,7 @@ def _placed(results: Results, rows: Sequence[Row]) -> str:
     heads = ["model", "M", "superb_s", *map(term_title, terms)]
     table = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for line in lines:
-        one = "–" if line.superb_s is None else f"{line.superb_s:.0f}"
+        one = "–" if line.superb_s is None else write_relative(line.superb_s)
         name = f"**{line.name}**" if line.ours else line.name
         cells = [name, f"{line.params_m:.2f}", one, *(f"{line.values[term]:.2f}" for term in terms)]
         table.append("| " + " | ".join(cells) + " |")

@@ -84,6 +84,7 @@ def render_page(
         placed=_placed(results, rows),
         not_official=words.NOT_OFFICIAL,
         constants=words.CONSTANTS,
+        write_points=write_relative,
         versions=merged_versions(results),
         machine=speed.machine,
         params_text=params_text,

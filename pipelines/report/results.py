@@ -200,7 +200,7 @@ def _relative(
 ) -> tuple[dict[str, float | None], tuple[str, ...]]:
     """Each upstream's relative score, and the notes on it."""
     ends = [{task: table[name][task].values for task in tasks} for name in (BASELINE, TEACHER)]
-    if level := [task for task in tasks if ends[0][task] == ends[1][task]]:
+    if level := [task for task in tasks if ends[0][task].items() & ends[1][task].items()]:
         # the tables and charts of everything else are still worth having
         note = f"no relative score: fbank and the teacher score the same on {', '.join(level)}"
         return {upstream.name: None for upstream in upstreams}, (note,)

@@ -12,7 +12,7 @@ NOT_OFFICIAL = (
     "These scores have no place among published models: they are of other corpora than SUPERB’s own. Where they are of "
     "its own, `official: true` in section `report` of params.yaml shows it."
 )
-CONSTANTS = f"{CONSTANTS_NOTE[0].upper()}{CONSTANTS_NOTE[1:]}; it needs all ten tasks."
+CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -43,17 +43,18 @@ def _standing(score: float) -> str:
 
 
 def by_task(results: Results) -> str:
-    """One sentence: the best student of each task."""
-    parts = []
+    """One sentence: the tasks on which each student is the best."""
+    won: dict[str, list[str]] = {}
     for task in results.tasks:
         scores = [(upstream.scores[task].test, upstream.name) for upstream in results.by_kind("student")]
         if not scores:
             return ""
         higher = results.scores_of(task)[0].higher_is_better
         best = max(scores)[0] if higher else min(scores)[0]
-        names = [name for value, name in scores if f"{value:.2f}" == f"{best:.2f}"]
-        parts.append(f"{TASK_TITLES.get(task, task)} {' and '.join(names)}")
-    return f"Best student by task: {', '.join(parts)}."
+        for value, name in scores:
+            if f"{value:.2f}" == f"{best:.2f}":
+                won.setdefault(name, []).append(TASK_TITLES.get(task, task))
+    return f"Best student by task: {'; '.join(f'{name} on {_listed(tasks)}' for name, tasks in won.items())}."
 
 
 def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
@@ -72,11 +73,11 @@ def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
         score = results.scores_of(task)[0]
         if score.interval is not None:
             low, high = score.interval
-            widths.append(f"{(high - low) / 2:.1f} points on {TASK_TITLES.get(task, task)} ({score.num_test})")
+            widths.append(f"{(high - low) / 2:.1f} on {TASK_TITLES.get(task, task)} ({score.num_test})")
     if widths:
         lines.append(
-            f"The test sets alone leave each score uncertain by about ± {_listed(widths)}: half the width of the "
-            "teacher’s 95% bootstrap intervals, in brackets the test utterances (for some tasks, what they pair)."
+            f"The test sets alone leave scores uncertain by about ± {_listed(widths)}: points, half the width of the "
+            "teacher’s 95% bootstrap intervals, and in brackets the size of the test set."
         )
     return lines + [f"{note[0].upper()}{note[1:]}." for note in results.score_notes] + _task_notes(results)
 
