@@ -87,7 +87,8 @@ class Bench:
         return open_source(TASKS[task], manifest=self.folder / f"{task}-manifest.json", corpus=self._corpus(task))
 
     def recipe(self, task: str) -> Recipe:
-        return replace(TASKS[task].recipe(), learning_rates=(LR,), batch_size=self.asked.batch_size)
+        recipe: Recipe = replace(TASKS[task].recipe(), learning_rates=(LR,), batch_size=self.asked.batch_size)
+        return recipe
 
     def _corpus(self, task: str) -> Path:
         return self.folder / f"{task}.h5"
