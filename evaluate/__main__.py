@@ -1,15 +1,17 @@
-"""The command: `python -m evaluate run` scores one task of one upstream, `python -m evaluate score` makes one table."""
+"""`python -m evaluate run` scores one task of one upstream, `many` all of them, `score` makes one table."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from extract.errors import CommandGroup, unknown
+from extract.errors import CommandGroup, RetortError
 from extract.files import write_json
 from extract.params import read_section
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from evaluate.score import Summary
 
 
@@ -19,45 +21,51 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--task", "name", required=True, help="pr, asr, ks, ic, sid, er, sf, asv, sd or qbe.")
+@click.option("--task", "name", required=True, help="pr, asr, ks, …; an unknown one lists them.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML whose section evaluate.TASK sets the recipe.")
 @click.option("--upstream", help="Name in the score file; by default the name of the folder of --out.")
 @click.option("--manifest", type=click.Path(path_type=Path), required=True, help="Manifest of the features.")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True, help="Its corpus, .json or .h5.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Score file to write.")
 def run(name: str, config: Path | None, upstream: str | None, manifest: Path, corpus: Path, out: Path) -> None:
-    """Train a task's heads over a grid of learning rates; choose on dev, report test once."""
+    """Train a task's heads over a grid of learning rates; choose on dev, report test once.
+
+    A killed run leaves a checkpoint; the same command goes on from there.
+    """
     settings = read_section(config, "evaluate") if config else {}
     # Here, not at the top: torch takes seconds to import, and --help and a mistyped path need none of it.
-    import torch
+    from evaluate.many import job_of, score_here
+    from evaluate.run import settle_torch
 
-    from evaluate.run import run_task
-    from evaluate.task import parse_recipe
-    from evaluate.tasks import TASKS
-    from extract.memory import keep_freed_blocks
-    from extract.progress import ProgressBar
-
-    keep_freed_blocks()
-    for key in (name, *settings):
-        if key not in TASKS:
-            raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)
-    task = TASKS[name]
-    recipe = parse_recipe(task, settings.get(name), where=f"evaluate.{name}" + (f" of {config}" if config else ""))
-    # Heads have a thread each (evaluate.sweep); more of torch's own below them only wait for one another.
-    torch.set_num_threads(1)
-    # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
-    # fbank). Threads inherit it.
-    torch.set_flush_denormal(True)
+    settle_torch()
     upstream = upstream or out.resolve().parent.name
-    with ProgressBar(f"{upstream} {name}", total=recipe.amount, unit="steps") as progress:
-        score = run_task(task, recipe, upstream=upstream, manifest=manifest, corpus=corpus, progress=progress)
-    write_json(out, score)
-    rate, layers = score["chosen_lr"], dict(zip(score["layers"], score["layer_weights"], strict=True))
-    chosen = f"layer {max(layers, key=layers.__getitem__)}" if rate is None else f"learning rate {rate:g}"
-    click.echo(
-        f"{upstream}: {task.title} {score['metric']} {score['test']:.2f}% on {score['num_test']} test utterances "
-        f"(dev {score['dev']:.2f}%, {chosen}, {score['seconds']:.0f} s) -> {out}"
-    )
+    job = job_of(name, settings, config=config, upstream=upstream, manifest=manifest, corpus=corpus, out=out)
+    click.echo(score_here(job))
+
+
+_folder = click.Path(path_type=Path, file_okay=False)
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
+@click.option("--task", "tasks", multiple=True, help="Only this one of `tasks`; repeatable.")
+@click.option("--upstream", "upstreams", multiple=True, help="Only this one of `upstreams`; repeatable.")
+@click.option("--manifests", type=_folder, default=Path("manifests"), show_default=True, help="CORPUS/UPSTREAM.json")
+@click.option("--corpora", type=_folder, default=Path("corpora"), show_default=True, help="CORPUS.json")
+@click.option("--out", type=_folder, default=Path("scores"), show_default=True, help="UPSTREAM/TASK.json are written.")
+@click.option("--workers", default=0, show_default=True, help="Processes of a Dask cluster here; 0 is this one alone.")
+@click.option("--scheduler", metavar="ADDRESS", help="Dask cluster that is running, such as tcp://10.0.0.1:8786.")
+def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> None:
+    """Score every upstream on every task of the config, in parallel: one score is one Dask task.
+
+    `upstreams` and `tasks` of the config say which; its section `evaluate` has the recipes. Scores that are there and
+    were made from the same features, labels and recipe are kept; delete one to make it again.
+    """
+    if workers < 0 or (workers and scheduler):
+        raise RetortError("--workers N starts a cluster of its own, --scheduler ADDRESS uses one: give one, N above 0")
+    from evaluate.many import jobs_of, score_all
+
+    score_all(jobs_of(config, **asked), workers=workers, scheduler=scheduler, say=click.echo)
 
 
 @main.command()
@@ -80,24 +88,53 @@ def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, offi
 
 
 def show(summary: "Summary") -> None:
-    """Print the table, and below it what must be known to read it."""
+    """Print the table, what each task adds to the one score, and what must be known to read them."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("upstream", *summary.tasks, title="percent on test")
-    if summary.kind != "none":
-        table.add_column(summary.kind.replace("_score", " score"))
-    order = sorted(summary.values, key=lambda name: -(summary.one_score.get(name) or 0))
+    one_score = summary.one_score
+    order = sorted(summary.values, key=lambda name: -(one_score.get(name) or 0))
+    scores = Table("upstream")
+    for heading in (*summary.tasks, *([summary.kind.replace("_score", " score")] if one_score else [])):
+        scores.add_column(heading, justify="right", no_wrap=True)
     for name in order:
-        cells = [f"{value:.2f}" if (value := summary.values[name].get(t)) is not None else "-" for t in summary.tasks]
-        if summary.kind != "none":
-            one = summary.one_score[name]
-            cells.append("-" if one is None else f"{one:.0f}")
-        table.add_row(name, *cells)
-    console = Console()
-    console.print(table)
+        cells = []
+        for term in summary.tasks:
+            value, ends = summary.values[name].get(term), summary.intervals[name].get(term)
+            below = f"\n{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
+            cells.append(Text("-") if value is None else Text.assemble(f"{value:.2f}", (below, "dim")))
+        if one_score:
+            cells.append(Text(_points(one_score[name])))
+        scores.add_row(name, *cells)
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 200)  # lines that wrap are better than figures cut off
+    console.print("percent on test, below it the 95% interval")
+    console.print(scores)
+    if one_score:
+        table, points = _shares(summary, order)
+        console.print(f"what each task adds, of {points:.0f} points")
+        console.print(table)
     for note in summary.notes:
         console.print(note, soft_wrap=True)
+
+
+def _shares(summary: "Summary", order: list[str]) -> tuple["Table", float]:
+    """The table, and the points that a task adds at most."""
+    from rich.table import Table
+
+    tasks = list(dict.fromkeys(task for own in summary.shares.values() for task in own or ()))
+    table = Table("upstream")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for name in order:
+        own = summary.shares[name]
+        table.add_row(name, *(_points(None if own is None else own[task]) for task in tasks))
+    return table, 1000 / max(1, len(tasks))
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 if __name__ == "__main__":

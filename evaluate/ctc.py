@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluate.batches import steps_from
 from evaluate.frames import FrameReader, bucket
 from evaluate.heads import Head, Ragged
 from evaluate.sweep import Team
@@ -111,22 +112,26 @@ class Transcription(Generic[H]):
         self.num_test = len(splits["test"].references)
         self.notes: Sequence[str] = infeasible_note(splits["train"], reader, stack)
 
-    def batches(self, generator: torch.Generator) -> Iterator[CtcBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[CtcBatch]:
         """Epochs over the buckets in random order."""
         train = self.splits["train"]
-        while True:
-            for number in torch.randperm(len(train.batches), generator=generator).tolist():
-                rows_B = train.batches[number]
-                num_frames_B = torch.from_numpy(self.reader.reader.num_frames[rows_B])
-                noise = Noise() if self.noise is None else self.noise(num_frames_B, generator)
-                labels = [torch.tensor(train.labels[row]) for row in rows_B.tolist()]
-                yield CtcBatch(
-                    self.reader.read(rows_B.tolist()),
-                    Ragged.of(num_frames_B),
-                    torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
-                    torch.tensor([len(label) for label in labels]),
-                    noise,
-                )
+
+        def draw_epoch(generator: torch.Generator) -> Sequence[int]:
+            order: list[int] = torch.randperm(len(train.batches), generator=generator).tolist()
+            return order
+
+        for number, generator in steps_from(first, seed, draw_epoch):
+            rows_B = train.batches[number]
+            num_frames_B = torch.from_numpy(self.reader.reader.num_frames[rows_B])
+            noise = Noise() if self.noise is None else self.noise(num_frames_B, generator)
+            labels = [torch.tensor(train.labels[row]) for row in rows_B.tolist()]
+            yield CtcBatch(
+                self.reader.read(rows_B.tolist()),
+                Ragged.of(num_frames_B),
+                torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
+                torch.tensor([len(label) for label in labels]),
+                noise,
+            )
 
     def loss(self, head: H, batch: CtcBatch) -> Tensor:
         """CTC as the reference has it: by label, then the mean over the batch; an infeasible utterance counts 0."""
@@ -194,7 +199,7 @@ def read_transcripts(
 
     symbols: an utterance's labels -> its symbols. Raises RetortError for a split whose transcripts are all empty.
     """
-    rows = {split: source.select(split) for split in ("train", "dev", "test")}
+    rows = source.train_dev_test()
     references: dict[str, dict[int, list[str]]] = {}
     for split, indices in rows.items():
         columns = [source.labels(label, indices) for label in labels]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate.interval import Measured, rate
 from extract.errors import RetortError
 
 Turn = tuple[str, float, float]  # speaker, start and end in seconds
@@ -84,13 +85,13 @@ class Reference:
         return float(self.seconds_C @ most_C - matched)
 
 
-def diarization_error_rate(references: Sequence[Reference], systems: Sequence[NDArray[np.bool_]]) -> float:
+def diarization_error_rate(references: Sequence[Reference], systems: Sequence[NDArray[np.bool_]]) -> Measured:
     """DER in percent over all recordings: no collar, overlap scored. systems: bool (T, S) of each recording.
 
     As md-eval of NIST, which the reference's dscore calls, with -c 0. Raises ValueError where nobody speaks.
     """
-    speech_s = sum(reference.speech_s for reference in references)
-    if not speech_s:
+    speech_s_U = [reference.speech_s for reference in references]
+    if not sum(speech_s_U):
         raise ValueError("a diarisation error rate over no speech is not defined")
-    wrong_s = sum(reference.error_s(active_TS) for reference, active_TS in zip(references, systems, strict=True))
-    return 100 * wrong_s / speech_s
+    wrong_s_U = [reference.error_s(active_TS) for reference, active_TS in zip(references, systems, strict=True)]
+    return rate(wrong_s_U, speech_s_U, units="recordings")

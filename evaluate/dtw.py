@@ -46,5 +46,4 @@ def subsequence_costs(distance_TF: NDArray[np.float32], starts_N: NDArray[np.int
         by_one_F[1:], by_two_F[2:] = total_F[:-1], total_F[:-2]
         by_one_F[starts_N] = by_two_F[starts_N] = by_two_F[seconds_N] = np.inf  # nothing comes from another document
         np.add(next_F, np.minimum(np.minimum(by_one_F, by_two_F), total_F), out=total_F)
-    result: NDArray[np.float32] = np.minimum.reduceat(total_F, starts_N) / np.float32(len(distance_TF))
-    return result
+    return np.asarray(np.minimum.reduceat(total_F, starts_N) / len(distance_TF), dtype=np.float32)

@@ -7,7 +7,7 @@ Shapes: L layers, F frames end to end, D features.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,10 +73,10 @@ def bucket(rows: NDArray[np.int64], num_frames: NDArray[np.int64], batch_size: i
 
 
 def shuffled(
-    rows: NDArray[np.int64], pack_of: NDArray[np.int64], generator: torch.Generator, *, batch_size: int
-) -> Iterator[NDArray[np.int64]]:
+    rows: NDArray[np.int64], pack_of: NDArray[np.int64], batch_size: int, generator: torch.Generator
+) -> list[NDArray[np.int64]]:
     """One epoch over corpus indices in random order, but pack by pack, so that a batch touches few packs."""
     pack_at = torch.randperm(int(pack_of.max()) + 1, generator=generator).numpy()[pack_of[rows]]
     within = torch.randperm(len(rows), generator=generator).numpy()
     order = rows[np.lexsort((within, pack_at))]
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

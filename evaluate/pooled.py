@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluate.batches import steps_from
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
 from evaluate.sweep import SweepResult, Team, sweep
@@ -76,19 +77,24 @@ class PooledClassification:
         classes = sum(self.num_classes_G)
         return LinearHead(num_layers=num_layers, dim=dim, projection=self.recipe.projection, classes=classes)
 
-    def batches(self, generator: torch.Generator) -> Iterator[PooledBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[PooledBatch]:
         """Epochs in random order; the last batch of each may be smaller."""
+        for (rows_B, classes_BG), _ in steps_from(first, seed, self._draw_epoch):
+            yield PooledBatch(self.pooled_ULD[rows_B].transpose(0, 1), classes_BG)
+
+    def _draw_epoch(self, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor]]:
+        """Rows and classes of the training split in batches."""
         train = self.splits["train"]
-        num = len(train.rows_N)
-        _, kind_N, count = torch.unique(train.classes_NG, dim=0, return_inverse=True, return_counts=True)
-        share_N = 1 / count.to(torch.float64)[kind_N]
-        while True:
-            if self.recipe.balanced:
-                order_N = torch.multinomial(share_N, num, replacement=True, generator=generator)
-            else:
-                order_N = torch.randperm(num, generator=generator)
-            for picked_B in torch.split(order_N, self.recipe.batch_size):
-                yield PooledBatch(self.pooled_ULD[train.rows_N[picked_B]].transpose(0, 1), train.classes_NG[picked_B])
+        if self.recipe.balanced:
+            _, kind_N, count = torch.unique(train.classes_NG, dim=0, return_inverse=True, return_counts=True)
+            share_N = 1 / count.to(torch.float64)[kind_N]
+            order_N = torch.multinomial(share_N, len(share_N), replacement=True, generator=generator)
+        else:
+            order_N = torch.randperm(len(train.rows_N), generator=generator)
+        return [
+            (train.rows_N[picked_B], train.classes_NG[picked_B])
+            for picked_B in torch.split(order_N, self.recipe.batch_size)
+        ]
 
     def loss(self, head: LinearHead, batch: PooledBatch) -> Tensor:
         logits_BC = head(head.sum_layers(batch.hidden_LBD))
@@ -116,8 +122,8 @@ def summed_cross_entropy(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: S
 
 def classify(source: Source, labels: Sequence[str], recipe: PooledRecipe, progress: Progress) -> SweepResult:
     """Score the classification of utterances by `labels`, all of which must be right."""
-    rows = {split: source.select(split) for split in ("train", "dev", "test")}
-    return sweep(pooled_problem(source, read_pooled(source), labels, rows, recipe), recipe, progress)
+    problem = pooled_problem(source, read_pooled(source), labels, source.train_dev_test(), recipe)
+    return sweep(problem, recipe, progress)
 
 
 def read_pooled(source: Source) -> Tensor:

@@ -2,31 +2,75 @@
 
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from evaluate.checkpoint import Bar, Sitting, checkpoint_folder, run_key
+from evaluate.interval import describe_intervals
 from evaluate.sweep import SweepResult
 from evaluate.task import SPEAKER, Progress, Settings, Source, Task, differences, recipe_dict
 from extract.corpus import Corpus
 from extract.errors import RetortError
+from extract.files import write_json
+from extract.memory import keep_freed_blocks
 from extract.store import StoreReader
 
 FORMAT_VERSION = 1
 
 
-def run_task(
-    task: Task[Any], recipe: Settings, *, upstream: str, manifest: Path, corpus: Path, progress: Progress
-) -> dict[str, Any]:
-    """Score a task and return the score file's content.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One score that is asked for: one task of one upstream."""
+
+    task: Task[Any]
+    recipe: Settings
+    upstream: str
+    manifest: Path
+    corpus: Path
+    out: Path
+
+
+def score(job: Job, bar: Bar) -> dict[str, Any]:
+    """Make a score, write it to `out` and return it; go on from where the same job was killed before.
 
     Raises RetortError for a store of another corpus, one that lacks what the task reads, and a missing label.
     """
+    source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
+    key = run_key(job.task.name, recipe_dict(job.recipe), source)
+    sitting = Sitting(bar, checkpoint_folder(job.upstream, job.task.name, key), key)
+    made = _measure(job.task, job.recipe, source, job.upstream, sitting)
+    made["seconds"] = round(sitting.seconds, 2)
+    write_json(job.out, made)
+    sitting.finish()
+    return made
+
+
+def run_task(
+    task: Task[Any], recipe: Settings, *, upstream: str, manifest: Path, corpus: Path, progress: Progress
+) -> dict[str, Any]:
+    """The score file's content, from this process alone: nothing is written, nothing kept. Raises as `score`."""
     start = time.monotonic()
     source = open_source(task, manifest=manifest, corpus=corpus)
+    made = _measure(task, recipe, source, upstream, progress)
+    return made | {"seconds": round(time.monotonic() - start, 2)}
+
+
+def _measure(task: Task[Any], recipe: Settings, source: Source, upstream: str, progress: Progress) -> dict[str, Any]:
     result: SweepResult = task.score(source, recipe, progress)
-    return describe(task, recipe, source, result, upstream=upstream) | {"seconds": round(time.monotonic() - start, 2)}
+    return describe(task, recipe, source, result, upstream=upstream)
+
+
+def settle_torch() -> None:
+    """Set torch up for heads, in this thread and those that it starts; see the sweep for why one thread each."""
+    keep_freed_blocks()
+    torch.set_num_threads(1)
+    # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
+    # fbank). Threads inherit it.
+    torch.set_flush_denormal(True)
 
 
 def open_source(task: Task[Any], *, manifest: Path, corpus: Path) -> Source:
@@ -64,6 +108,7 @@ def describe(
         "unit": "percent",
         "test": result.test[task.metric],
         "also": {name: value for name, value in result.test.items() if name != task.metric},
+        "interval": describe_intervals(dict(result.test), task.metric),
         "dev": result.dev,
         "chosen_lr": result.chosen_lr,
         "grid": [asdict(point) for point in result.grid],

@@ -6,7 +6,7 @@ scores with an RMSE of 0.3, and are printed with that remark.
 
 On any other corpora the same formula runs between the measured fbank and the measured teacher, over whatever tasks
 were scored: fbank is 0, the teacher 1000. That is the *relative score*, and never called superb_s. Nothing in a score
-file proves that a corpus is SUPERB's own, so the caller has to say so.
+file proves that a corpus is SUPERB's own, so the caller has to say so; a test split of another size refutes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,12 +33,31 @@ SUPERB_CONSTANTS: dict[str, tuple[float, float]] = {
     "sf_cer": (52.94, 21.76),
     "er": (48.24, 67.62),
 }
-_WEIGHTS = {"sf_f1": 0.5, "sf_cer": 0.5}
-_NUM_TASKS = 10
+# Utterances of SUPERB's own test splits (dataset card s3prl/superb on the Hugging Face hub): they give a score on other
+# corpora away that was said to be official.
+TEST_SIZES = {"pr": 2620, "asr": 2620, "ks": 3081, "ic": 3793, "sid": 8251}
+Ends = Mapping[str, tuple[float, float]]  # term -> where it gives nothing, and where it gives all
 
 
-def superb_s(values: Mapping[str, float]) -> float:
-    """The one score of all ten tasks on SUPERB's own corpora. values: every key of SUPERB_CONSTANTS, percent.
+def task_of(term: str) -> str:
+    """The task that a term belongs to; slot filling has two."""
+    return term.partition("_")[0]
+
+
+def shares(values: Mapping[str, float], ends: Ends) -> dict[str, float]:
+    """What each task adds to the one score: of n tasks 1000 / n at the upper end, 0 at the lower, linear beyond.
+
+    values and ends: the same terms, percent, of either direction; a task of two terms has their mean.
+    """
+    parts: dict[str, list[float]] = {}
+    for term, value in values.items():
+        low, high = ends[term]
+        parts.setdefault(task_of(term), []).append((value - low) / (high - low))
+    return {task: 1000 / len(parts) * sum(own) / len(own) for task, own in parts.items()}
+
+
+def superb_shares(values: Mapping[str, float]) -> dict[str, float]:
+    """Each task's share of superb_s. values: every key of SUPERB_CONSTANTS, percent.
 
     Raises RetortError that lists missing and unknown terms.
     """
@@ -47,47 +66,52 @@ def superb_s(values: Mapping[str, float]) -> float:
             raise unknown("SUPERB term", name, SUPERB_CONSTANTS)
     if missing := [name for name in SUPERB_CONSTANTS if name not in values]:
         raise RetortError(f"superb_s needs all ten tasks, missing: {', '.join(missing)}")
-    return (
-        1000
-        / _NUM_TASKS
-        * sum(
-            _WEIGHTS.get(name, 1.0) * (values[name] - fbank) / (sota - fbank)
-            for name, (fbank, sota) in SUPERB_CONSTANTS.items()
-        )
-    )
+    return shares(values, SUPERB_CONSTANTS)
 
 
-def relative_score(values: Mapping[str, float], *, fbank: Mapping[str, float], teacher: Mapping[str, float]) -> float:
-    """superb_s's formula between the measured fbank (0) and the measured teacher (1000), over any tasks.
+def superb_s(values: Mapping[str, float]) -> float:
+    """The one score of all ten tasks on SUPERB's own corpora: the sum of `superb_shares`, which it raises as."""
+    return sum(superb_shares(values).values())
 
-    Works for metrics of either direction. Raises RetortError for differing tasks, and for a task on which fbank and
-    the teacher are equal.
+
+def relative_shares(
+    values: Mapping[str, float], *, fbank: Mapping[str, float], teacher: Mapping[str, float]
+) -> dict[str, float]:
+    """Each task's share of the relative score, which runs from the measured fbank (0) to the measured teacher (1000).
+
+    Over any tasks, in either direction. Raises RetortError for differing tasks, and for a task on which fbank and the
+    teacher are equal.
     """
     for name, other in (("fbank", fbank), ("the teacher", teacher)):
         if odd := sorted(other.keys() ^ values.keys()):
             raise RetortError(f"the relative score needs the same tasks of all; {name} differs in {', '.join(odd)}")
     if not values:
         raise RetortError("the relative score needs at least one task")
-    terms = []
-    for task, value in values.items():
+    for task in values:
         if teacher[task] == fbank[task]:
             raise RetortError(
                 f"task {task}: fbank and the teacher both score {fbank[task]:.2f}, "
                 "so no relative score lies between them"
             )
-        terms.append((value - fbank[task]) / (teacher[task] - fbank[task]))
-    return 1000 * sum(terms) / len(terms)
+    return shares(values, {task: (fbank[task], teacher[task]) for task in values})
+
+
+def relative_score(values: Mapping[str, float], *, fbank: Mapping[str, float], teacher: Mapping[str, float]) -> float:
+    """The sum of `relative_shares`, which it raises as."""
+    return sum(relative_shares(values, fbank=fbank, teacher=teacher).values())
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the one score needs of a score file. `values`: its terms (two for slot filling)."""
+    """What the one score needs of a score file. `values`: its terms (two for slot filling), `intervals` theirs."""
 
     path: Path
     task: str
     upstream: str
     higher_is_better: bool
     values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # of the terms that have one
+    num_test: int
     made_from: dict[str, Any]  # must be the same for every upstream on this task
     notes: tuple[str, ...]
 
@@ -101,15 +125,19 @@ def read_score(path: Path) -> Score:
             "make it with `python -m evaluate run`"
         )
     try:
-        values = {content["task"]: float(content["test"])}
-        if content["task"] == "sf":
-            values = {"sf_f1": float(content["test"]), "sf_cer": float(content["also"]["cer"])}
+        task, interval = content["task"], content["interval"]
+        values, found = {task: float(content["test"])}, {task: interval["test"]}
+        if task == "sf":
+            values = {"sf_f1": values["sf"], "sf_cer": float(content["also"]["cer"])}
+            found = {"sf_f1": interval["test"], "sf_cer": interval["also"].get("cer")}
         return Score(
             path,
-            content["task"],
+            task,
             content["upstream"],
             content["higher_is_better"],
             values,
+            {term: (ends[0], ends[1]) for term, ends in found.items() if ends},
+            content["num_test"],
             {key: content[key] for key in ("corpus_digest", "labels_digest", "metric", "recipe", "seed")},
             tuple(content["notes"]),
         )
@@ -144,20 +172,32 @@ def gather(paths: Sequence[Path]) -> dict[str, dict[str, Score]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of scores with the one score of each upstream; None where it lacks tasks."""
+    """A table of scores, with the one score of each upstream as what its tasks add; None where it lacks tasks."""
 
     kind: str  # "superb_s", "relative_score" or "none"
     tasks: tuple[str, ...]
     values: dict[str, dict[str, float]]  # upstream -> term -> percent
-    one_score: dict[str, float | None]
+    intervals: dict[str, dict[str, tuple[float, float]]]  # the same, low and high
+    shares: dict[str, dict[str, float] | None]  # upstream -> task -> points of its one score
     notes: tuple[str, ...]
 
+    @property
+    def one_score(self) -> dict[str, float | None]:
+        """The sum of an upstream's shares."""
+        return {name: None if own is None else sum(own.values()) for name, own in self.shares.items()}
+
     def to_dict(self) -> dict[str, Any]:
-        rows = {name: dict(values) for name, values in self.values.items()}
-        if self.kind != "none":
-            for name, row in rows.items():
-                row[self.kind] = self.one_score[name]  # type: ignore[assignment]
-        return {"format_version": 1, "kind": self.kind, "upstreams": rows, "notes": list(self.notes)}
+        rows: dict[str, dict[str, float | None]] = {name: dict(values) for name, values in self.values.items()}
+        for name, one in self.one_score.items():
+            rows[name][self.kind] = one
+        return {
+            "format_version": 2,
+            "kind": self.kind,
+            "upstreams": rows,
+            "intervals": self.intervals,
+            "shares": self.shares,
+            "notes": list(self.notes),
+        }
 
 
 def summarise(
@@ -179,27 +219,42 @@ def summarise(
     if bool(fbank) != bool(teacher):
         raise RetortError("the relative score needs both --fbank NAME and --teacher NAME")
     values = {
-        upstream: {term: v for score in row.values() for term, v in score.values.items()}
+        upstream: {term: v for one in row.values() for term, v in one.values.items()} for upstream, row in table.items()
+    }
+    intervals = {
+        upstream: {term: v for one in row.values() for term, v in one.intervals.items()}
         for upstream, row in table.items()
     }
     terms = tuple(dict.fromkeys(term for row in values.values() for term in row))
     if official:
-        scores: dict[str, float | None] = {name: superb_s(row) for name, row in values.items()}
-        return Summary("superb_s", terms, values, scores, (CONSTANTS_NOTE,))
+        check_sizes(table)
+        own: dict[str, dict[str, float] | None] = {name: superb_shares(row) for name, row in values.items()}
+        return Summary("superb_s", terms, values, intervals, own, (CONSTANTS_NOTE,))
     if not (fbank and teacher):
-        return Summary("none", terms, values, {}, ())
+        return Summary("none", terms, values, intervals, {}, ())
     for name in (fbank, teacher):
         if name not in values:
             raise unknown("upstream", name, values)
-    ends = values[fbank], values[teacher]
-    scores = {
-        name: relative_score(row, fbank=ends[0], teacher=ends[1]) if row.keys() == ends[1].keys() else None
+    low, high = values[fbank], values[teacher]
+    own = {
+        name: relative_shares(row, fbank=low, teacher=high) if row.keys() == high.keys() else None
         for name, row in values.items()
     }
     notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
-    notes += [f"{name} lacks tasks, so it has no relative score" for name, one in scores.items() if one is None]
+    notes += [f"{name} lacks tasks, so it has no relative score" for name, one in own.items() if one is None]
     notes += _no_better(table, fbank, teacher)
-    return Summary("relative_score", terms, values, scores, tuple(notes))
+    return Summary("relative_score", terms, values, intervals, own, tuple(notes))
+
+
+def check_sizes(table: Mapping[str, Mapping[str, Score]]) -> None:
+    """Raises RetortError for a test split that is not as large as SUPERB's own."""
+    for row in table.values():
+        for task, one in row.items():
+            if one.num_test != TEST_SIZES.get(task, one.num_test):
+                raise RetortError(
+                    f"{one.path} is of {one.num_test} test utterances, SUPERB's own {task} has {TEST_SIZES[task]}: "
+                    "it is no official score; without --official, --fbank and --teacher give the relative score"
+                )
 
 
 def _no_better(table: Mapping[str, Mapping[str, Score]], fbank: str, teacher: str) -> list[str]:

@@ -15,15 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from evaluate.heads import Head
+from evaluate.interval import Measured, mean_of
 from evaluate.task import Progress, Recipe
 from extract.errors import RetortError
+
+if TYPE_CHECKING:
+    from evaluate.checkpoint import Checkpoint
 
 H = TypeVar("H", bound=Head)
 Batch = TypeVar("Batch")
@@ -42,8 +46,11 @@ class Problem(Protocol[H, Batch]):
         """A head at the reference's initialisation; the sweep sets the seed around the call."""
         ...
 
-    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Training batches without end, whatever is drawn at random drawn from `generator`."""
+    def batches(self, seed: int, first: int) -> Iterator[Batch]:
+        """The training batches of the steps from `first` (from 0) on, without end.
+
+        Each is a function of seed and step (`evaluate.batches`), so that a killed run goes on with the same ones.
+        """
         ...
 
     def loss(self, head: H, batch: Batch) -> Tensor:
@@ -149,7 +156,7 @@ class Adam:
 
 
 @dataclass
-class _Runner(Generic[H]):
+class Runner(Generic[H]):
     """One learning rate under way: its head and the best state that dev has seen."""
 
     lr: float
@@ -171,6 +178,18 @@ class _Runner(Generic[H]):
         nn.utils.clip_grad_norm_(self.head.parameters(), clip_norm)
         self.optimiser.step()
 
+    def state(self) -> dict[str, Any]:
+        """All of it, as tensors and plain values; `take_up` gives it back, to a runner of the same rate."""
+        optimiser = {name: getattr(self.optimiser, name) for name in ("means", "squares", "steps")}
+        own = {name: getattr(self, name) for name in ("dev", "steps", "best", "seen", "diverged")}
+        return {"lr": self.lr, "head": self.head.state_dict(), "optimiser": optimiser, "own": own}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        assert state["lr"] == self.lr, "the checkpoint's key holds the rates"
+        self.head.load_state_dict(state["head"])
+        vars(self.optimiser).update(state["optimiser"])
+        vars(self).update(state["own"])
+
     def consider(self, value: float, step: int, *, higher_is_better: bool) -> None:
         """Keep the head's state if dev is strictly better than before."""
         if self.best is None or _better(value, self.dev, higher_is_better):
@@ -181,7 +200,8 @@ class _Runner(Generic[H]):
 def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> SweepResult:
     """Train a head for every learning rate of the recipe, choose on dev, measure test once.
 
-    Among rates with the same dev metric the lowest is chosen; within a rate the earliest checkpoint.
+    Among rates with the same dev metric the lowest is chosen; within a rate the earliest checkpoint. Goes on from where
+    an earlier sitting was killed, if `progress` kept that.
     """
     return cross_validate([problem], recipe, progress)
 
@@ -196,13 +216,14 @@ def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, progress:
         return _conclude(folds, trained, team)
 
 
-def _train(
-    problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: Team, share: float
-) -> list[_Runner[H]]:
+def _train(problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: Team, share: float) -> list[Runner[H]]:
     """Every rate trained, ascending, each with its best checkpoint on dev. `share`: of the whole progress."""
-    runners = [_runner(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
-    batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
-    for step in range(1, recipe.steps + 1):
+    runners = [begin(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
+    kept = progress.next_sweep()
+    done = _take_up(runners, kept)
+    progress.skip(share * done)
+    batches = problem.batches(recipe.seed, done)
+    for step in range(done + 1, recipe.steps + 1):
         active = [runner for runner in runners if runner.diverged is None]
         if not active:
             break
@@ -211,28 +232,41 @@ def _train(
         if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
             _evaluate(problem, runners, step, team)
         progress.advance(share, detail=_status(problem, runners))
+        if kept is not None and kept.due():
+            kept.save({"step": step, "runners": [runner.state() for runner in runners]})
     return runners
 
 
-def _runner(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> _Runner[H]:
+def _take_up(runners: Sequence[Runner[H]], kept: "Checkpoint | None") -> int:
+    """Put the runners where an earlier sitting left them; the steps that it took."""
+    found = None if kept is None else kept.load()
+    if found is None:
+        return 0
+    for runner, state in zip(runners, found["runners"], strict=True):
+        runner.take_up(state)
+    return int(found["step"])
+
+
+def begin(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> Runner[H]:
+    """A new head for one learning rate."""
     # torch.nn initialises from the global generator: fork it, so that nothing outside is changed or read.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         head = problem.new_head()
     optimiser = Adam(head.parameters(), lr, recipe.weight_decay)
-    return _Runner(lr, head, optimiser, dev=-math.inf if problem.higher_is_better else math.inf)
+    return Runner(lr, head, optimiser, dev=-math.inf if problem.higher_is_better else math.inf)
 
 
-def _evaluate(problem: Problem[H, Batch], runners: Sequence[_Runner[H]], step: int, team: Team) -> None:
+def _evaluate(problem: Problem[H, Batch], runners: Sequence[Runner[H]], step: int, team: Team) -> None:
     active = [runner for runner in runners if runner.diverged is None]
     if not active:
         return
     for runner, measured in zip(active, problem.measure([r.head for r in active], "dev", team), strict=True):
-        runner.seen.append(measured)
-        runner.consider(measured[problem.metric], step, higher_is_better=problem.higher_is_better)
+        runner.seen.append({name: float(value) for name, value in measured.items()})
+        runner.consider(runner.seen[-1][problem.metric], step, higher_is_better=problem.higher_is_better)
 
 
-def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[_Runner[H]]], team: Team) -> SweepResult:
+def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[Runner[H]]], team: Team) -> SweepResult:
     """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with those heads."""
     rates = list(zip(*trained, strict=True))  # of each rate its runner in every fold
     finished = [rate for rate in rates if all(runner.best is not None for runner in rate)]
@@ -260,7 +294,7 @@ def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[_Ru
     return SweepResult(
         chosen_lr=grid[best].lr,
         dev=grid[best].dev,
-        test={name: fmean(test[name] for test in tests) for name in tests[0]},
+        test={name: _mean([test[name] for test in tests]) for name in tests[0]},
         grid=grid,
         layer_weights=tuple(fmean(weights) for weights in zip(*(r.head.layer_weights for r in chosen), strict=True)),
         num_test=sum(problem.num_test for problem in folds),
@@ -269,11 +303,19 @@ def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[_Ru
     )
 
 
+def _mean(values: Sequence[float]) -> float:
+    """The mean over folds, which knows its test sets if each of them does."""
+    if len(values) == 1:
+        return values[0]
+    parts = [value for value in values if isinstance(value, Measured)]
+    return mean_of(parts) if len(parts) == len(values) else fmean(values)
+
+
 def _better(value: float, than: float, higher_is_better: bool) -> bool:
     return value > than if higher_is_better else value < than
 
 
-def _status(problem: Problem[H, Batch], runners: Sequence[_Runner[H]]) -> str:
+def _status(problem: Problem[H, Batch], runners: Sequence[Runner[H]]) -> str:
     """The best dev metric so far, for the progress line."""
     seen = [runner for runner in runners if runner.best is not None]
     if not seen:

@@ -18,13 +18,24 @@ from extract.params import parse
 from extract.store import StoreReader
 
 if TYPE_CHECKING:  # the sweep needs torch, whose import takes seconds; --help and error lines do not
+    from evaluate.checkpoint import Checkpoint
     from evaluate.sweep import SweepResult
 
 
 class Progress(Protocol):
-    """Told after every step; `extract.progress.ProgressBar` is one."""
+    """A task under way; `evaluate.checkpoint.Sitting` is one."""
 
-    def advance(self, amount: float, *, detail: str = "") -> None: ...
+    def advance(self, amount: float, *, detail: str = "") -> None:
+        """Told after every step."""
+        ...
+
+    def skip(self, amount: float) -> None:
+        """Told of steps that an earlier sitting took."""
+        ...
+
+    def next_sweep(self) -> "Checkpoint | None":
+        """Where the sweep that begins now keeps its state; None keeps nothing."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,10 @@ class Settings:
     """What every task shares; what only trained ones do is in `Recipe`."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise RetortError(f"seed is {self.seed}, expected 0 or more")
 
     @property
     def amount(self) -> float:
@@ -54,6 +69,7 @@ class Recipe(Settings):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise RetortError(f"{name} is {getattr(self, name)}, expected more than 0")
@@ -90,6 +106,10 @@ class Source:
                 "dropped as longer than a pack; extract again with a larger --pack-frames"
             )
         return kept
+
+    def train_dev_test(self) -> dict[str, NDArray[np.int64]]:
+        """`select` of each of the three."""
+        return {split: self.select(split) for split in ("train", "dev", "test")}
 
     def labels(self, name: str, indices: NDArray[np.int64]) -> list[str]:
         """One label of the utterances at `indices`; `speaker` is every corpus's own column.

@@ -58,6 +58,11 @@ class ProgressBar:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def skip(self, amount: float) -> None:
+        """Count `amount` more units as done before: not for the estimate of what is left."""
+        self.before += amount
+        self.done += amount
+
     def advance(self, amount: float, *, detail: str = "") -> None:
         """Count `amount` more units as done; `detail` stands beside the bar."""
         self.done += amount

@@ -20,13 +20,19 @@ Hidden = Callable[[int, int], NDArray[np.float32]]  # corpus index, frames -> (L
 
 
 class Quiet:
-    """Progress that shows nothing and counts the steps."""
+    """Progress that shows nothing, counts the steps and keeps no checkpoint."""
 
     def __init__(self) -> None:
         self.steps = 0.0
 
     def advance(self, amount: float, *, detail: str = "") -> None:
         self.steps += amount
+
+    def skip(self, amount: float) -> None:
+        self.steps += amount
+
+    def next_sweep(self) -> None:
+        return None
 
 
 def make_corpus(

@@ -157,7 +157,7 @@ def test_a_cluster_that_dies_costs_unfinished_shards_alone(
 
 
 def test_errors_of_a_worker_are_one_line(settings: Settings, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.cluster._CONNECT_S", 1)
+    monkeypatch.setattr("extract.workers._CONNECT_S", 1)
     wrong = elsewhere(settings, "wrong", scheduler=cluster.address, layers=(99,))
     with pytest.raises(RetortError, match="has no layer 99; it has 0 to 4"):
         extract(wrong)

@@ -146,7 +146,7 @@ def test_the_loss_is_am_softmax(voices: Stored) -> None:
     source = open_source(TASKS["asv"], manifest=voices[0], corpus=voices[1])
     problem = Verification(source, parse_recipe(TASKS["asv"], SHORT["asv"], where="test"))
     head = problem.new_head()
-    batch = next(problem.batches(torch.Generator().manual_seed(0)))
+    batch = next(problem.batches(0, 0))
     assert batch.frames.num_frames_B.max() == 20  # 0.4 s
     cosines = head.cosines(head.embed(head.sum_layers(batch.hidden_LFD), batch.frames))
     assert cosines.abs().max() <= 1 + 1e-6
@@ -263,7 +263,7 @@ def test_frames_are_as_many_as_labels_and_chunks_cut_both_alike(mixtures: Stored
     torch.testing.assert_close(in_pieces, hidden)
     assert int(pieces.num_frames_B.max()) == 40
     assert len(row_of_chunk) == len(pieces.num_frames_B) > 5
-    batch = next(cut.batches(torch.Generator().manual_seed(0)))
+    batch = next(cut.batches(0, 0))
     assert batch.labels_BTS.shape == (len(batch.frames.num_frames_B), 40, 2)
     assert int(batch.frames.num_frames_B.sum()) == batch.hidden_LFD.shape[1]
 

@@ -35,7 +35,7 @@ def test_run_writes_the_score_and_says_it(tmp_path: Path, ready: list[str | Path
     assert result.exit_code == 0, result.output
     score = json.loads((tmp_path / "scores/hand/ks.json").read_text())
     assert (score["upstream"], score["task"], score["metric"], score["unit"]) == ("mine", "ks", "acc", "percent")
-    assert "keyword spotting acc 100.00% on 12 test utterances" in result.stdout
+    assert "keyword spotting acc 100.00% on 12 test utterances, 95% interval 100.00 to 100.00" in result.stdout
     assert "20/20 steps" in result.stderr
     assert [path.name for path in (tmp_path / "scores/hand").iterdir()] == ["ks.json"]
 
@@ -58,6 +58,7 @@ def test_score_prints_a_table_and_writes_it(tmp_path: Path, ready: list[str | Pa
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.output.splitlines() if "65.00" in line]
     assert rows[0][-2] == "500"
+    assert "what each task adds, of 1000 points" in result.output
     assert "it is not superb_s" in result.output
     assert json.loads((tmp_path / "superb.json").read_text())["upstreams"]["small"]["relative_score"] == 500
 

@@ -1,5 +1,6 @@
 """The sweep on a problem small enough to redo by hand: one pass, chosen on dev, test once."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ from evaluate_stores import Quiet
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluate.batches import generator_of
 from evaluate.heads import LinearHead
 from evaluate.sweep import Adam, SweepResult, Team, sweep
 from evaluate.task import Recipe
@@ -36,10 +38,10 @@ class Points:
     def new_head(self) -> LinearHead:
         return LinearHead(num_layers=2, dim=3, projection=4, classes=1)
 
-    def batches(self, generator: torch.Generator) -> Iterator[Tensor]:
-        while True:
+    def batches(self, seed: int, first: int) -> Iterator[Tensor]:
+        for step in itertools.count(first):
             self.batches_given += 1
-            yield self.data["train"][:, torch.randint(0, 40, (8,), generator=generator)]
+            yield self.data["train"][:, torch.randint(0, 40, (8,), generator=generator_of(seed, step))]
 
     def target(self, points: Tensor) -> Tensor:
         return (points[0] * 0.7 + points[1] * 0.3).sum(-1)
@@ -62,7 +64,7 @@ def by_hand(lr: float, recipe: Recipe) -> list[float]:
     torch.manual_seed(recipe.seed)
     head = problem.new_head()
     optimiser = torch.optim.Adam(head.parameters(), lr=lr)
-    batches = problem.batches(torch.Generator().manual_seed(recipe.seed))
+    batches = problem.batches(recipe.seed, 0)
     dev = []
     for step in range(1, recipe.steps + 1):
         batch = next(batches)

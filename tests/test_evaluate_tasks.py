@@ -24,7 +24,7 @@ from extract.store import StoreReader
 SHORT: dict[str, dict[str, Any]] = {
     "ks": {"learning_rates": [1e-1, 1e-2, 1e-4], "steps": 40, "dev_evaluations": 4},
     "sid": {"learning_rates": [1e-2], "steps": 40, "dev_evaluations": 2},
-    "pr": {"learning_rates": [1e-2, 1e-3], "steps": 80, "batch_size": 8, "dev_evaluations": 4},
+    "pr": {"learning_rates": [3e-2, 1e-2], "steps": 80, "batch_size": 8, "dev_evaluations": 4},
     "asr": {
         "learning_rates": [3e-2],
         "steps": 90,
@@ -176,7 +176,7 @@ def test_ctc_loss_is_the_reference_toolkits(phones: tuple[Path, Path, Hidden]) -
     source = open_source(TASKS["pr"], manifest=manifest, corpus=card)
     problem = pr.problem(source, pr.PrRecipe(batch_size=8))
     heads = [LinearHead(num_layers=2, dim=12, projection=8, classes=7) for _ in range(2)]
-    batch = next(problem.batches(torch.Generator().manual_seed(0)))
+    batch = next(problem.batches(0, 0))
     counts = batch.frames.num_frames_B.tolist()
     for head in heads:
         utterances = batch.hidden_LFD.split(counts, dim=1)

@@ -15,12 +15,12 @@ import yaml
 from click.testing import CliRunner
 from dvc.repo import Repo
 
+from evaluate.corpora import corpus_of_tasks
 from evaluate.tasks import TASKS
 from extract.errors import RetortError
 from extract.params import parse
 from pipelines.__main__ import main
 from pipelines.profiles import read_profile
-from pipelines.tasks import corpus_of_tasks
 from train.config import StudentConfig, read_student
 from train.growth import plan_stages
 from train.losses import build_distiller
@@ -147,7 +147,7 @@ def test_dvc_plans_the_job_and_reads_a_folder_of_the_layout(params: Path, tmp_pa
     assert "--upstream microsoft/wavlm-large --name teacher" in commands["teach"]
     assert "--layers 8,16,24" in commands["teach"] and "--device cuda" in commands["teach"]
     assert commands["distil@gendistiller"].startswith("python -m train run --device cuda --student gendistiller")
-    assert sum(name.startswith("score-") for name in commands) == 6 * 7
+    assert sum(name.startswith("score-") for name in commands) == 6 * 10
     # Deps of `report`: the demo's speech is none of them.
     run("dvc", "repro", "corpus@distill")
     card = json.loads((place / "corpora/distill.json").read_text())

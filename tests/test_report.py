@@ -15,11 +15,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from evaluate.score import TEST_SIZES, superb_s
 from extract.errors import RetortError
 from extract.files import write_json
-from pipelines.report import report_command, speed, words
+from pipelines.report import report_command, speed
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Point, frontier, scatter, student_look
 from pipelines.report.command import read_config
+from pipelines.report.published import PUBLISHED
 from pipelines.report.results import read_curve, read_results
 from tests.report_world import (
     FINGERPRINT,
@@ -27,6 +29,7 @@ from tests.report_world import (
     PARAMS,
     STUDENTS,
     TASKS,
+    TEN_TASKS,
     invented_speed,
     write_results,
     write_tsv,
@@ -52,12 +55,17 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("made")
     write_results(root)
+    return made_in(root)
+
+
+def made_in(root: Path) -> Made:
+    """The report that the command makes of the results in a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("COLUMNS", "40")
         patch.setattr(speed, "measure_speed", lambda *args, **kwargs: invented_speed())
         result = CliRunner().invoke(report_command, catch_exceptions=False)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     return Made(root, (root / "report/index.html").read_text(), result.output)
 
 
@@ -239,7 +247,7 @@ def test_results_that_do_not_belong_together_are_refused(tree: Path) -> None:
 
 def test_a_damaged_score_is_named_with_its_field(tree: Path) -> None:
     change(tree / "scores/teacher/pr.json", chosen_lr="fast")
-    with pytest.raises(RetortError, match=r"teacher/pr\.json: field `chosen_lr` is 'fast', expected float or int"):
+    with pytest.raises(RetortError, match=r"teacher/pr\.json: field `chosen_lr` is 'fast', expected float or int or"):
         read_results(tree, STUDENTS, TASKS)
 
 
@@ -327,9 +335,76 @@ def test_a_report_without_students_still_stands(tree: Path, monkeypatch: pytest.
     assert "No student was asked for" in report_of(tree, [], ["ks"], monkeypatch)
 
 
-def test_standard_error_is_the_binomial_one() -> None:
-    hits = np.random.default_rng(0).binomial(400, 0.9, size=20_000) / 4
-    assert words.standard_error(90, 400) == pytest.approx(hits.std(), rel=0.02)
+def test_intervals_stand_beside_every_score(made: Made) -> None:
+    markdown = (made.root / "report/results.md").read_text()
+    caveat = "about ± 3.0 on PR (320), 3.0 on ASR (320), 3.0 on KS (320) and 3.0 on SID (320): points"
+    line = "| demo-interleaved | 20.40 (17.15–23.15) | 31.20 (27.95–33.95) | 12.50 | 91.40 (88.15–94.15) | 83.00 (79.75"
+    for text in (markdown, made.page):
+        assert caveat in text
+    assert line in markdown and "20.40 (17.15–23.15)" in made.page
+    assert "| upstream | PR PER % ↓ | ASR WER % ↓ | ASR CER |" in markdown
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A report of all ten tasks, the last without a head, that two of them say something beside."""
+    root = tmp_path_factory.mktemp("ten")
+    write_results(root, TEN_TASKS)
+    return made_in(root)
+
+
+def test_ten_tasks_have_columns_heat_maps_searches_and_what_was_measured_beside(ten: Made) -> None:
+    parsed = Tables(ten.page)
+    heads, *lines = parsed.tables[0]
+    titles = ["PR", "ASR", "KS", "SID", "IC", "ASV", "SD", "ER", "SF", "QbE"]
+    assert [head[: len(title)] for head, title in zip(heads[2:12], titles, strict=True)] == titles
+    assert lines[0][2:12] == [f"{tests['teacher']:.2f}" for _, _, tests in TEN_TASKS.values()]
+    heat = [table for table in parsed.tables if table[0][0] == "layer"]
+    assert [[line[0] for line in table[1:]] for table in heat] == [titles] * 6
+    assert all(sorted(line[1:])[-1] == "100" for table in heat for line in table[1:] if line[0] == "QbE")
+    assert len(list(svgs(ten.page))) == 2 + len(STUDENTS) + 10
+    markdown = (ten.root / "report/results.md").read_text()
+    assert "| ASV EER % ↓ | ASV EER, test selected |" in markdown and "| 8.75 |" in markdown
+    assert "| teacher | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | layer 6 |" in markdown
+
+
+def test_scores_of_other_corpora_have_no_place_among_published_models(ten: Made) -> None:
+    for text in (ten.page, (ten.root / "report/results.md").read_text()):
+        assert "These scores have no place among published models" in text and "DPHuBERT" not in text
+
+
+def test_official_scores_have_their_place_among_published_models(tmp_path: Path) -> None:
+    path = write_results(tmp_path, TEN_TASKS)
+    params = yaml.safe_load(path.read_text())
+    params["report"]["official"] = True
+    path.write_text(yaml.safe_dump(params))
+    with pytest.raises(RetortError, match="is of 320 test utterances, SUPERB's own pr has 2620: it is no official"):
+        read_results(tmp_path, STUDENTS, TEN_TASKS, official=True)
+    for task, size in TEST_SIZES.items():
+        for name in PARAMS:
+            change(tmp_path / "scores" / name / f"{task}.json", num_test=size)
+    (table,) = [table for table in Tables(made_in(tmp_path).page).tables if "superb_s" in table[0]]
+    names = [line[0] for line in table[1:]]
+    assert set(names) == {*PARAMS, *PUBLISHED}
+    scores = [float(line[2].replace("−", "-")) for line in table[1:]]
+    assert scores == sorted(scores, reverse=True)
+    assert table[1 + names.index("DPHuBERT")][2] == "866" and table[1 + names.index("HuBERT Base")][2] == "941"
+    teacher = {task: tests["teacher"] for task, (_, _, tests) in TEN_TASKS.items() if task != "sf"}
+    teacher |= {"sf_f1": TEN_TASKS["sf"][2]["teacher"], "sf_cer": 110 - TEN_TASKS["sf"][2]["teacher"]}
+    assert scores[names.index("teacher")] == pytest.approx(superb_s(teacher), abs=0.5)
+
+
+def test_part_of_the_tasks_stands_among_published_models_without_the_one_score(tmp_path: Path) -> None:
+    path = write_results(tmp_path)
+    params = yaml.safe_load(path.read_text())
+    params["report"]["official"] = True
+    path.write_text(yaml.safe_dump(params))
+    for task in TASKS:
+        for name in PARAMS:
+            change(tmp_path / "scores" / name / f"{task}.json", num_test=TEST_SIZES[task])
+    (table,) = [table for table in Tables(made_in(tmp_path).page).tables if "superb_s" in table[0]]
+    assert table[0] == ["model", "M", "superb_s", "PR", "ASR", "KS", "SID"]
+    assert [line[2] for line in table[1:]].count("–") == len(PARAMS)
 
 
 def luminance(colour: str) -> float:
@@ -373,7 +448,9 @@ page.onload = () => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_draws_the_page_without_error(made: Made, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tasks", [4, 10])
+def test_a_browser_draws_the_page_without_error(made: Made, ten: Made, tasks: int, width: int, tmp_path: Path) -> None:
+    made = ten if tasks == 10 else made
     (made.root / f"probe-{width}.html").write_text(PROBE.replace("WIDTH", str(width)))
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -386,6 +463,6 @@ def test_a_browser_draws_the_page_without_error(made: Made, width: int, tmp_path
     found = json.loads(re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)[1])  # type: ignore[index]
     assert found["overflow"] <= 0
     assert found["requests"] == 0
-    assert len(found["drawn"]) == 10 and min(found["drawn"]) >= 1
+    assert len(found["drawn"]) == 6 + tasks and min(found["drawn"]) >= 1
     assert min(found["widths"]) > 300
     assert set(found["inks"]) != {"rgb(0, 0, 0)"}

@@ -11,22 +11,18 @@ No random state is kept: forcing draws by step and dropout by pack (train/loop.p
 """
 
 import errno
-import io
-import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from extract.errors import RetortError
-from extract.files import in_main_tree, sha256_json, written_aside
+from extract.checkpoint import read_checkpoint, write_checkpoint
+from extract.files import in_main_tree, sha256_json
 from train.config import StudentConfig
 from train.optimiser import OptimiserState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDER = Path("checkpoints")
 
 
@@ -74,24 +70,14 @@ def others(path: Path) -> list[Path]:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the one before stays until this one is whole."""
-    value = {"format_version": FORMAT_VERSION, **vars(checkpoint), "progress": asdict(checkpoint.progress)}
-    buffer = io.BytesIO()
-    torch.save(value, buffer)  # torch hides a full disk in a RuntimeError; Python's own write does not
-    with written_aside(path) as aside:
-        aside.write_bytes(buffer.getbuffer())
+    value = {**vars(checkpoint), "progress": asdict(checkpoint.progress)}
+    write_checkpoint(path, value, format_version=FORMAT_VERSION)
 
 
 def load(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`, on the CPU, or None. Raises RetortError for an unreadable one."""
-    if not path.is_file():
-        return None
-    try:
-        value: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise RetortError(f"checkpoint {path} cannot be read; delete it to start anew") from None
-    if value.pop("format_version") != FORMAT_VERSION:
-        raise RetortError(f"checkpoint {path} is of another format; delete it to start anew")
-    return Checkpoint(**value | {"progress": Progress(**value["progress"])})
+    value = read_checkpoint(path, format_version=FORMAT_VERSION)
+    return None if value is None else Checkpoint(**value | {"progress": Progress(**value["progress"])})
 
 
 def remove(path: Path) -> None:

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evaluate.batches import steps_from
 from evaluate.detection import equal_error_rate
 from evaluate.frames import FrameReader, bucket, shuffled
 from evaluate.heads import Head, Ragged
+from evaluate.interval import Measured
 from evaluate.sweep import SweepResult, Team, sweep
 from evaluate.task import SPEAKER, Progress, Recipe, Source, Task
 from extract.corpus import SAMPLE_RATE_HZ
@@ -142,21 +144,21 @@ class Verification:
             speakers=self.num_speakers,
         )
 
-    def batches(self, generator: torch.Generator) -> Iterator[AsvBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[AsvBatch]:
         """Epochs in random order, each utterance cropped at random."""
         store = self.reader.reader
-        while True:
-            for rows_B in shuffled(self.train, store.pack_of, generator, batch_size=self.recipe.batch_size):
-                counts_B = torch.from_numpy(store.num_frames[rows_B])
-                kept_B = counts_B.clamp(max=self.crop_frames)
-                first_B = (torch.rand(len(rows_B), generator=generator) * (counts_B - kept_B + 1)).long()
-                first_B += counts_B.cumsum(0) - counts_B
-                hidden_LFD = self.reader.read(rows_B.tolist())
-                if (kept_B < counts_B).any():
-                    spans = zip(first_B.tolist(), kept_B.tolist(), strict=True)
-                    hidden_LFD = torch.cat([hidden_LFD[:, first : first + kept] for first, kept in spans], 1)
-                speakers_B = torch.tensor([self.speaker_of[row] for row in rows_B.tolist()])
-                yield AsvBatch(hidden_LFD, Ragged.of(kept_B), speakers_B)
+        draw_epoch = partial(shuffled, self.train, store.pack_of, self.recipe.batch_size)
+        for rows_B, generator in steps_from(first, seed, draw_epoch):
+            counts_B = torch.from_numpy(store.num_frames[rows_B])
+            kept_B = counts_B.clamp(max=self.crop_frames)
+            begin_B = (torch.rand(len(rows_B), generator=generator) * (counts_B - kept_B + 1)).long()
+            begin_B += counts_B.cumsum(0) - counts_B
+            hidden_LFD = self.reader.read(rows_B.tolist())
+            if (kept_B < counts_B).any():
+                spans = zip(begin_B.tolist(), kept_B.tolist(), strict=True)
+                hidden_LFD = torch.cat([hidden_LFD[:, begin : begin + kept] for begin, kept in spans], 1)
+            speakers_B = torch.tensor([self.speaker_of[row] for row in rows_B.tolist()])
+            yield AsvBatch(hidden_LFD, Ragged.of(kept_B), speakers_B)
 
     def loss(self, head: XVectorHead, batch: AsvBatch) -> Tensor:
         """AM-softmax (Wang et al. 2018): the own speaker's cosine has to be larger by a margin."""
@@ -171,7 +173,7 @@ class Verification:
         on_test = self._rates(heads, "test", team)
         return [{"eer": dev, "eer_on_test": test} for dev, test in zip(rates, on_test, strict=True)]
 
-    def _rates(self, heads: Sequence[XVectorHead], split: str, team: Team) -> list[float]:
+    def _rates(self, heads: Sequence[XVectorHead], split: str, team: Team) -> list[Measured]:
         """Each head's EER over a split's trials; whole utterances."""
         trials, store = self.trials[split], self.reader.reader
         rows, places_N2 = np.unique(trials.pairs_N2, return_inverse=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from evaluate.detection import max_term_weighted_value
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
+from evaluate.interval import Measured
 from evaluate.sweep import LayerPoint, SweepResult
 from evaluate.task import Progress, Settings, Source, Task
 from extract.errors import RetortError
@@ -128,7 +129,7 @@ class Judge:
             scope.get("documents", len(documents)),
         )
 
-    def mtwv(self, scores_QN: NDArray[np.float64]) -> float:
+    def mtwv(self, scores_QN: NDArray[np.float64]) -> Measured:
         return max_term_weighted_value(
             scores_QN,
             self.holds_QN,
@@ -137,14 +138,14 @@ class Judge:
             num_documents=self.num_documents,
         )
 
-    def own_mtwv(self, scores_QN: NDArray[np.float64]) -> float:
+    def own_mtwv(self, scores_QN: NDArray[np.float64]) -> Measured:
         return max_term_weighted_value(scores_QN, self.holds_QN)
 
 
 def score(source: Source, recipe: QbeRecipe, progress: Progress) -> SweepResult:
     layers = list(source.reader.layers)
     judge = Judge.of(source, "dev")
-    dev = [judge.mtwv(scores_QN) for scores_QN in search(source, "dev", layers)]
+    dev = [float(judge.mtwv(scores_QN)) for scores_QN in search(source, "dev", layers)]
     progress.advance(0.9)
     best = int(np.argmax(dev))
     judge = Judge.of(source, "test")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evaluate.batches import steps_from
 from evaluate.diarization import Reference, diarization_error_rate, frame_labels, median_filtered, parse_turns
 from evaluate.frames import FrameReader, bucket, shuffled
 from evaluate.heads import Head, Ragged
@@ -92,7 +93,7 @@ class Diarization:
         self.store, self.recipe = source.reader, recipe
         self.reader = FrameReader(source.reader, recipe.memory_gb)
         self.stack = max(1, FRAME_SAMPLES // source.reader.hop_samples)
-        self.rows = {split: source.select(split) for split in ("train", "dev", "test")}
+        self.rows = source.train_dev_test()
         self.num_frames = source.corpus.num_samples // FRAME_SAMPLES
         self.labels = {
             row: frame_labels(turns, int(self.num_frames[row]), frame_s=FRAME_S, speakers=SPEAKERS)
@@ -124,19 +125,17 @@ class Diarization:
     def new_head(self) -> DiarizationHead:
         return DiarizationHead(num_layers=len(self.store.layers), dim=self.store.dim, hidden=self.recipe.hidden)
 
-    def batches(self, generator: torch.Generator) -> Iterator[SdBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[SdBatch]:
         """Epochs in random order over recordings; longer ones than a chunk come in several."""
-        while True:
-            for rows_B in shuffled(
-                self.rows["train"], self.store.pack_of, generator, batch_size=self.recipe.batch_size
-            ):
-                hidden_LFD, frames, _ = self._read(rows_B)
-                labels = [
-                    torch.from_numpy(part_TS)
-                    for row in rows_B.tolist()
-                    for part_TS in np.split(self.labels[row], self._cuts(row)[1:-1])
-                ]
-                yield SdBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
+        draw_epoch = partial(shuffled, self.rows["train"], self.store.pack_of, self.recipe.batch_size)
+        for rows_B, _ in steps_from(first, seed, draw_epoch):
+            hidden_LFD, frames, _ = self._read(rows_B)
+            labels = [
+                torch.from_numpy(part_TS)
+                for row in rows_B.tolist()
+                for part_TS in np.split(self.labels[row], self._cuts(row)[1:-1])
+            ]
+            yield SdBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
 
     def loss(self, head: DiarizationHead, batch: SdBatch) -> Tensor:
         logits_BTS = head(head.sum_layers(batch.hidden_LFD), batch.frames)
@@ -193,7 +192,7 @@ class Diarization:
         for row, own_LFD in zip(rows_B.tolist(), utterances, strict=True):
             if self.stack > 1:
                 count = max(1, own_LFD.shape[1] // self.stack)
-                own_LFD = own_LFD[:, : count * self.stack].unflatten(1, (count, -1)).mean(2)
+                own_LFD = torch.unflatten(own_LFD[:, : count * self.stack], 1, (count, self.stack)).mean(2)
             at_F = torch.arange(int(self.num_frames[row])).clamp(max=own_LFD.shape[1] - 1)
             parts.append(own_LFD[:, at_F])
         cuts = {row: self._cuts(row) for row in rows_B.tolist()}

@@ -21,12 +21,12 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from evaluate.corpora import corpus_of_tasks
 from extract.codec import CODECS
 from extract.errors import RetortError, unknown
 from extract.params import read_params
 from extract.store import Manifest
 from pipelines.machine import describe_machine
-from pipelines.tasks import corpus_of_tasks
 
 
 @dataclass(frozen=True, kw_only=True)

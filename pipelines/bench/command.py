@@ -147,6 +147,30 @@ def infer_command(out: Path, students: str, **options: Any) -> None:
     _measure(out, lambda progress: run_bench(asked, progress), lambda result: [table_of(result)])
 
 
+@bench_command.command("evaluate")
+@_teacher_shape
+@click.option("--batch-size", default=8, show_default=True, help="Utterances of a step.")
+@click.option("--steps", default=2, show_default=True, help="Steps on the clock, after one that warms up.")
+@_rounds
+@_threads
+@_codec
+@click.option("--pack-frames", default=1600, show_default=True, help="As of `extract run`.")
+@click.option(
+    "--scores",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("scores"),
+    show_default=True,
+    help="Folder of scores whose seconds are listed, where there is one.",
+)
+@_out("evaluate")
+def evaluate_command(out: Path, **options: Any) -> None:
+    """A step of a SUPERB head from the cache and with the upstream in the loop: keyword spotting and phones."""
+    from pipelines.bench.evaluate import EvaluateBench, run_bench, tables
+
+    asked = EvaluateBench(**options)
+    _measure(out, lambda progress: run_bench(asked, progress), tables)
+
+
 @bench_command.command("codecs")
 @_config
 @click.option("--student", default="distilhubert", show_default=True, help="Name of a section of `train`.")

@@ -36,10 +36,11 @@ LENGTHS = {"short": Lengths(1, 3), "long": Lengths(10, 16)}
 
 def make_noise(path: Path, lengths: Lengths, *, seconds: float) -> None:
     """Write a corpus of noise that lasts `seconds`, its last utterance included."""
-    write_corpus(path, name=path.stem, reader=NOISE, utterances=_noise(lengths, seconds))
+    write_corpus(path, name=path.stem, reader=NOISE, utterances=noise(lengths, seconds))
 
 
-def _noise(lengths: Lengths, seconds: float) -> Iterator[Utterance]:
+def noise(lengths: Lengths, seconds: float) -> Iterator[Utterance]:
+    """Utterances that last `seconds` together, the last one included."""
     generator = np.random.default_rng(SEED)
     number, left = 0, seconds
     while left > 0:

@@ -198,16 +198,18 @@ def loss_curves(
         return _inline(figure, key, title, described, tips)
 
 
-def learning_rates(
+def dev_search(
     scores: Mapping[str, TaskScore], looks: Mapping[str, Look], *, key: str, title: str, y_label: str
 ) -> str:
-    """One task's sweep: the dev metric of each learning rate, a line an upstream, the chosen rate filled."""
+    """One task's search on dev: the metric of each learning rate (or layer), a line an upstream, the chosen filled."""
+    layers = any(score.chosen_lr is None for score in scores.values())
+    searched = "layer" if layers else "learning rate"
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure()
         tips: dict[str, str] = {}
         for number, (name, score) in enumerate(scores.items()):
             look = looks[name]
-            rates, devs = [point.lr for point in score.grid], [point.dev for point in score.grid]
+            rates, devs = [point.at for point in score.grid], [point.dev for point in score.grid]
             axes.plot(rates, devs, color=look.colour, linewidth=1.5, alpha=0.85)
             axes.plot(
                 rates,
@@ -219,7 +221,7 @@ def learning_rates(
                 markeredgecolor=look.colour,
             )
             axes.plot(
-                [score.chosen_lr],
+                [score.chosen],
                 [score.dev],
                 linestyle="none",
                 marker=look.marker,
@@ -229,13 +231,16 @@ def learning_rates(
                 gid=f"tip-{number}",
                 zorder=4,
             )
-            tips[f"tip-{number}"] = f"{name}: dev {score.dev:.2f} at learning rate {score.chosen_lr:g}"
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(base=10, numticks=8))
+            tips[f"tip-{number}"] = f"{name}: dev {score.dev:.2f} at {searched} {score.chosen:g}"
+        if layers:
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        else:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(base=10, numticks=8))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.06, y=0.1)
-        axes.set_xlabel("learning rate")
+        axes.set_xlabel(searched)
         axes.set_ylabel(y_label)
         return _inline(figure, key, title, "; ".join(tips.values()) + ".", tips)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from evaluate.corpora import corpus_of_tasks
 from extract.errors import RetortError
 from extract.params import parse, read_params, read_section
-from pipelines.tasks import corpus_of_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,7 @@ class ReportConfig:
     students: tuple[str, ...]
     tasks: tuple[str, ...]
     speed: "SpeedConfig"
+    official: bool  # whether the scores are of SUPERB's own corpora and splits
     text: str  # params.yaml verbatim
 
 
@@ -39,8 +40,11 @@ def read_config(path: Path) -> ReportConfig:
     from pipelines.report.speed import SpeedConfig
 
     section = read_section(path, "report")
-    if section.keys() != {"speed"}:
-        raise RetortError(f"{path}: section `report` has keys {', '.join(section) or '(none)'}, expected `speed` alone")
+    if section.keys() - {"official"} != {"speed"} or not isinstance(section.get("official", False), bool):
+        raise RetortError(
+            f"{path}: section `report` has keys {', '.join(section) or '(none)'}, expected `speed`, and `official` "
+            "(true or false) if you like"
+        )
     params = read_params(path)
     students = params.get("students")
     if not isinstance(students, list) or not all(isinstance(name, str) for name in students):
@@ -49,6 +53,7 @@ def read_config(path: Path) -> ReportConfig:
         students=tuple(students),
         tasks=tuple(corpus_of_tasks(params, path)),
         speed=parse(SpeedConfig, section["speed"], where=f"{path}: report.speed"),
+        official=section.get("official", False),
         text=path.read_text(encoding="utf-8"),
     )
 
@@ -87,7 +92,7 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
     from pipelines.report.spread import find_repeats, spread_columns, spread_terminal
     from pipelines.report.table import make_columns, make_rows, terminal_table
 
-    results = stages.read_results(root, config.students, config.tasks)
+    results = stages.read_results(root, config.students, config.tasks, official=config.official)
     errors = Console(stderr=True)
     with errors.status("measuring speed") as status:
         speed = measure_speed(results.upstreams, config.speed, progress=status.update)

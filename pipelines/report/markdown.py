@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from pipelines.report import words
-from pipelines.report.results import Results, merged_versions
+from pipelines.report.published import place, shown_terms, term_title
+from pipelines.report.results import Results, TaskScore, merged_versions
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_columns, spread_markdown
-from pipelines.report.table import TASK_TITLES, Column, Row, markdown_table
+from pipelines.report.table import TASK_TITLES, Column, Row, interval_table, markdown_table, write_relative
 
 
 def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Column], speed: Speed) -> str:
@@ -21,6 +22,8 @@ def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Col
         results.teacher_note or "",
         words.speed_sentence(speed),
         "\n".join(f"- {line}" for line in words.caveats(results, rows)),
+        "Test scores with their 95% bootstrap intervals, and what was measured beside them:\n\n" + _intervals(results),
+        _placed(results, rows),
         "Settings of the students:\n\n" + _trainings(results),
         "Learning rates chosen on dev:\n\n" + _chosen_rates(results),
         f"Teacher `{results.teacher_id}`, features {results.teacher_fingerprint[:12]}. {machine['cores']} cores, "
@@ -48,6 +51,32 @@ def _chosen_rates(results: Results) -> str:
     heads = " | ".join(TASK_TITLES.get(task, task) for task in results.tasks)
     lines = [f"| upstream | {heads} |", "|---|" + "--:|" * len(results.tasks)]
     for upstream in results.upstreams:
-        rates = " | ".join(f"{upstream.scores[task].chosen_lr:g}" for task in results.tasks)
+        rates = " | ".join(_chosen(upstream.scores[task]) for task in results.tasks)
         lines.append(f"| {upstream.name} | {rates} |")
     return "\n".join(lines)
+
+
+def _chosen(score: TaskScore) -> str:
+    return f"layer {score.chosen:g}" if score.chosen_lr is None else f"{score.chosen:g}"
+
+
+def _intervals(results: Results) -> str:
+    heads, lines = interval_table(results)
+    return "\n".join(
+        ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1), *(f"| {' | '.join(r)} |" for r in lines)]
+    )
+
+
+def _placed(results: Results, rows: Sequence[Row]) -> str:
+    if results.official is None:
+        return words.NOT_OFFICIAL
+    lines = place({row.name: (row.params / 1e6, results.official[row.name]) for row in rows})
+    terms = shown_terms(lines)
+    heads = ["model", "M", "superb_s", *map(term_title, terms)]
+    table = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    for line in lines:
+        one = "–" if line.superb_s is None else write_relative(line.superb_s)
+        name = f"**{line.name}**" if line.ours else line.name
+        cells = [name, f"{line.params_m:.2f}", one, *(f"{line.values[term]:.2f}" for term in terms)]
+        table.append("| " + " | ".join(cells) + " |")
+    return f"Among published models (ours in bold). {words.CONSTANTS}\n\n" + "\n".join(table)

@@ -14,10 +14,11 @@ from markupsafe import Markup
 
 from pipelines.report import charts, words
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
+from pipelines.report.published import place, shown_terms, term_title
 from pipelines.report.results import Results, Upstream, merged_versions
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_cell, spread_columns
-from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, metric_label, write_relative
+from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, interval_table, metric_label, write_relative
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Cell:
 
     text: str
     best: bool
+    tip: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def render_page(
         heat_maps=[_heat_map(upstream, results.tasks) for upstream in results.upstreams],
         sweeps=[_sweep(results, task, looks) for task in results.tasks],
         provenance=_provenance(results),
+        intervals=interval_table(results),
+        placed=_placed(results, rows),
+        not_official=words.NOT_OFFICIAL,
+        constants=words.CONSTANTS,
+        write_points=write_relative,
         versions=merged_versions(results),
         machine=speed.machine,
         params_text=params_text,
@@ -232,14 +239,15 @@ def _sweep(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str, 
     scores = {upstream.name: upstream.scores[task] for upstream in results.upstreams}
     first = results.scores_of(task)[0]
     title = f"{TASK_TITLES.get(task, task)}, {TASK_NAMES.get(task, task)}"
-    rates = sorted({point.lr for score in scores.values() for point in score.grid})
+    rates = sorted({point.at for score in scores.values() for point in score.grid})
     lines = []
     for name, score in scores.items():
-        devs = {point.lr: point.dev for point in score.grid}
-        cells = [Cell(f"{devs[rate]:.2f}" if rate in devs else "–", rate == score.chosen_lr) for rate in rates]
+        devs = {point.at: point.dev for point in score.grid}
+        cells = [Cell(f"{devs[rate]:.2f}" if rate in devs else "–", rate == score.chosen) for rate in rates]
         lines.append((name, cells))
-    svg = charts.learning_rates(
-        scores, looks, key=f"sweep-{task}", title=f"Learning rates of {title}", y_label=f"dev {metric_label(first)}"
+    searched = "Layers" if first.chosen_lr is None else "Learning rates"
+    svg = charts.dev_search(
+        scores, looks, key=f"sweep-{task}", title=f"{searched} of {title}", y_label=f"dev {metric_label(first)}"
     )
     return {
         "title": title,
@@ -248,6 +256,15 @@ def _sweep(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str, 
         "lines": lines,
         "metric": metric_label(first),
     }
+
+
+def _placed(results: Results, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Ours among the published models; None where the scores are not official."""
+    if results.official is None:
+        return None
+    lines = place({row.name: (row.params / 1e6, results.official[row.name]) for row in rows})
+    terms = shown_terms(lines)
+    return {"lines": lines, "terms": [(term, term_title(term)) for term in terms]}
 
 
 def _provenance(results: Results) -> list[dict[str, Any]]:

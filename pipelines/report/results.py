@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from evaluate.score import gather, summarise
+from evaluate.score import Score, check_sizes, gather, summarise
 from extract.errors import RetortError
 from extract.files import read_json
 
@@ -22,11 +22,10 @@ CURVES = ("train/loss", "dev/loss", "train/lr", "train/depth")
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One learning rate of a sweep and the dev metric that it reached."""
+    """One learning rate of a sweep, or one layer of a task that searches layers, and the dev metric that it reached."""
 
-    lr: float
+    at: float
     dev: float
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,10 @@ class TaskScore:
     unit: str
     higher_is_better: bool
     test: float
+    interval: tuple[float, float] | None  # of test, 95%
+    also: dict[str, float]  # what was measured on test beside it
     dev: float
-    chosen_lr: float
+    chosen_lr: float | None  # None for a task without a head, which chose a layer
     grid: tuple[GridPoint, ...]
     layers: tuple[int, ...]
     layer_weights: tuple[float, ...]
@@ -52,6 +53,15 @@ class TaskScore:
     labels_digest: str
     notes: tuple[str, ...]
     versions: dict[str, str]
+
+    @property
+    def chosen(self) -> float:
+        """The learning rate, or the layer, that dev chose."""
+        return self.heaviest_layer if self.chosen_lr is None else self.chosen_lr
+
+    @property
+    def heaviest_layer(self) -> int:
+        return max(zip(self.layer_weights, self.layers, strict=True))[1]
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class Results:
     tasks: tuple[str, ...]
     relative: dict[str, float | None]  # upstream -> relative score
     score_notes: tuple[str, ...]  # on the relative score
+    official: dict[str, dict[str, float]] | None  # upstream -> term -> percent, of scores said to be SUPERB's own
     teacher_id: str
     teacher_note: str | None
     teacher_fingerprint: str
@@ -141,8 +152,8 @@ class _Record:
         return float(self.get(name, float, int))
 
 
-def read_results(root: Path, students: Iterable[str], tasks: Iterable[str]) -> Results:
-    """Read what `root` holds on fbank, the teacher and `students`, for `tasks`.
+def read_results(root: Path, students: Iterable[str], tasks: Iterable[str], *, official: bool = False) -> Results:
+    """Read what `root` holds on fbank, the teacher and `students`, for `tasks`. `official`: on SUPERB's own corpora.
 
     Raises RetortError when a file is missing or damaged, or when files do not belong together.
     """
@@ -167,12 +178,16 @@ def read_results(root: Path, students: Iterable[str], tasks: Iterable[str]) -> R
         scores = _read_scores(root, name, tasks)
         upstreams.append(Upstream(name, "student", str(folder), None, scores, training))
     upstreams.append(Upstream(BASELINE, "baseline", BASELINE, None, _read_scores(root, BASELINE, tasks), None))
-    relative, score_notes = _relative(root, upstreams, tasks)
+    table = gather([root / "scores" / upstream.name / f"{task}.json" for upstream in upstreams for task in tasks])
+    relative, score_notes = _relative(table, upstreams, tasks)
+    if official:
+        check_sizes(table)
     return Results(
         upstreams=tuple(upstreams),
         tasks=tasks,
         relative=relative,
         score_notes=score_notes,
+        official=summarise(table).values if official else None,
         teacher_id=source,
         teacher_note=card.get("note"),
         teacher_fingerprint=fingerprint,
@@ -181,15 +196,11 @@ def read_results(root: Path, students: Iterable[str], tasks: Iterable[str]) -> R
 
 
 def _relative(
-    root: Path, upstreams: Sequence[Upstream], tasks: Sequence[str]
+    table: Mapping[str, Mapping[str, Score]], upstreams: Sequence[Upstream], tasks: Sequence[str]
 ) -> tuple[dict[str, float | None], tuple[str, ...]]:
-    """Each upstream's relative score, and the notes on it.
-
-    Raises RetortError for scores of one task that differ in corpus, labels, recipe or seed.
-    """
-    table = gather([root / "scores" / upstream.name / f"{task}.json" for upstream in upstreams for task in tasks])
+    """Each upstream's relative score, and the notes on it."""
     ends = [{task: table[name][task].values for task in tasks} for name in (BASELINE, TEACHER)]
-    if level := [task for task in tasks if ends[0][task] == ends[1][task]]:
+    if level := [task for task in tasks if ends[0][task].items() & ends[1][task].items()]:
         # the tables and charts of everything else are still worth having
         note = f"no relative score: fbank and the teacher score the same on {', '.join(level)}"
         return {upstream.name: None for upstream in upstreams}, (note,)
@@ -206,17 +217,24 @@ def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
     for field, expected in (("task", task), ("upstream", upstream)):
         if record.get(field, str) != expected:
             raise RetortError(f"{path}: `{field}` is {record.values[field]!r}, expected {expected!r}")
+    interval = record.get("interval", dict).get("test")
+    chosen_lr = record.get("chosen_lr", float, int, type(None))
+    searched = "layer" if chosen_lr is None else "lr"
     return TaskScore(
         task=task,
         metric=record.get("metric", str),
         unit=record.get("unit", str),
         higher_is_better=record.get("higher_is_better", bool),
         test=record.number("test"),
+        interval=(float(interval[0]), float(interval[1])) if interval else None,
+        also={name: float(value) for name, value in record.get("also", dict).items()},
         dev=record.number("dev"),
-        chosen_lr=record.number("chosen_lr"),
+        chosen_lr=None if chosen_lr is None else float(chosen_lr),
         grid=tuple(
-            GridPoint(float(point["lr"]), float(point["dev"]), int(point["steps"]))
-            for point in sorted(record.get("grid", list), key=lambda point: float(point["lr"]))
+            sorted(
+                (GridPoint(float(point[searched]), float(point["dev"])) for point in record.get("grid", list)),
+                key=lambda point: point.at,
+            )
         ),
         layers=tuple(record.get("layers", list)),
         layer_weights=tuple(record.get("layer_weights", list)),

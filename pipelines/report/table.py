@@ -38,7 +38,17 @@ TASK_NAMES = {
     "sf": "slot filling",
     "qbe": "query by example",
 }
-METRIC_TITLES = {"per": "PER", "wer": "WER", "accuracy": "acc.", "acc": "acc."}
+METRIC_TITLES = {
+    "per": "PER",
+    "wer": "WER",
+    "cer": "CER",
+    "accuracy": "acc.",
+    "acc": "acc.",
+    "f1": "F1",
+    "eer": "EER",
+    "der": "DER",
+    "mtwv": "MTWV",
+}
 
 
 @dataclass(frozen=True)
@@ -175,3 +185,27 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         ]
         lines.append("| " + " | ".join([row.name, row.upstream.kind, *cells]) + " |")
     return "\n".join(lines)
+
+
+def interval_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of every test score with its 95% interval and what was measured beside it."""
+    heads = ["upstream"]
+    for task in results.tasks:
+        score = results.scores_of(task)[0]
+        title = TASK_TITLES.get(task, task)
+        heads += [f"{title} {metric_label(score)}", *(f"{title} {_beside(name)}" for name in score.also)]
+    lines = []
+    for upstream in results.upstreams:
+        line = [upstream.name]
+        for task in results.tasks:
+            score = upstream.scores[task]
+            ends = "" if score.interval is None else f" ({score.interval[0]:.2f}–{score.interval[1]:.2f})"
+            line += [f"{score.test:.2f}{ends}", *(f"{value:.2f}" for value in score.also.values())]
+        lines.append(line)
+    return heads, lines
+
+
+def _beside(name: str) -> str:
+    """What was measured beside a task's metric, such as `cer`, or `eer_test_selected`: the reference's way."""
+    metric, _, how = name.partition("_")
+    return METRIC_TITLES.get(metric, metric) + (f", {how.replace('_', ' ')}" if how else "")

@@ -1,12 +1,18 @@
 """The sentences beside the table: who won, who lost, and what the numbers are worth."""
 
-import math
 from collections.abc import Sequence
 
+from evaluate.score import CONSTANTS_NOTE
 from pipelines.report.results import Results
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats
 from pipelines.report.table import TASK_TITLES, Row, write_relative
+
+NOT_OFFICIAL = (
+    "These scores have no place among published models: they are of other corpora than SUPERB’s own. Where they are of "
+    "its own, `official: true` in section `report` of params.yaml shows it."
+)
+CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -37,17 +43,18 @@ def _standing(score: float) -> str:
 
 
 def by_task(results: Results) -> str:
-    """One sentence: the best student of each task."""
-    parts = []
+    """One sentence: the tasks on which each student is the best."""
+    won: dict[str, list[str]] = {}
     for task in results.tasks:
         scores = [(upstream.scores[task].test, upstream.name) for upstream in results.by_kind("student")]
         if not scores:
             return ""
         higher = results.scores_of(task)[0].higher_is_better
         best = max(scores)[0] if higher else min(scores)[0]
-        names = [name for value, name in scores if f"{value:.2f}" == f"{best:.2f}"]
-        parts.append(f"{TASK_TITLES.get(task, task)} {' and '.join(names)}")
-    return f"Best student by task: {', '.join(parts)}."
+        for value, name in scores:
+            if f"{value:.2f}" == f"{best:.2f}":
+                won.setdefault(name, []).append(TASK_TITLES.get(task, task))
+    return f"Best student by task: {'; '.join(f'{name} on {_listed(tasks)}' for name, tasks in won.items())}."
 
 
 def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
@@ -61,17 +68,16 @@ def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
         if repeats
         else f"One run each, seed {seeds}: no spread over seeds is known."
     ]
-    errors = []
+    widths = []
     for task in results.tasks:
         score = results.scores_of(task)[0]
-        if score.unit == "percent" and score.higher_is_better and score.num_test > 0:
-            errors.append(
-                f"{standard_error(score.test, score.num_test):.1f} points on {TASK_TITLES.get(task, task)}"
-                f" ({score.num_test} test utterances)"
-            )
-    if errors:
+        if score.interval is not None:
+            low, high = score.interval
+            widths.append(f"{(high - low) / 2:.1f} on {TASK_TITLES.get(task, task)} ({score.num_test})")
+    if widths:
         lines.append(
-            f"The test sets alone leave a standard error of about {_listed(errors)}, at the teacher's accuracy."
+            f"The test sets alone leave scores uncertain by about ± {_listed(widths)}: points, half the width of the "
+            "teacher’s 95% bootstrap intervals, and in brackets the size of the test set."
         )
     return lines + [f"{note[0].upper()}{note[1:]}." for note in results.score_notes] + _task_notes(results)
 
@@ -89,12 +95,6 @@ def _task_notes(results: Results) -> list[str]:
         only = "" if len(names) == len(results.upstreams) else f" ({', '.join(names)})"
         lines.append(f"{', '.join(TASK_TITLES.get(task, task) for task in by_task)}{only}: {note}.")
     return lines
-
-
-def standard_error(percent: float, num_test: int) -> float:
-    """The binomial standard error of an accuracy, in percentage points."""
-    share = min(max(percent / 100, 0.0), 1.0)
-    return 100 * math.sqrt(share * (1 - share) / num_test)
 
 
 def speed_sentence(speed: Speed) -> str:

@@ -1,0 +1,294 @@
+"""`python -m pipelines bench evaluate`: a step of a head from the cache, and one with the upstream in the loop.
+
+    cached    `evaluate run`: the batch comes from the store
+    online    what people do today: the upstream, frozen, runs on the waveforms of every batch
+
+Head, seed, steps and batches are the same, trained as the sweep trains them, at one learning rate; so losses differ by
+the codec alone. Keyword spotting (utterances of 1 s) stands for the tasks on time means, phone recognition (10 to 16 s)
+for those on frames. The upstream has random weights and hears noise. They take turns in every round (measure.py), and
+each has made one step before the clock starts.
+
+A cache is made once, in the time of one pass over its corpus: its seconds stand beside, with the steps after which it
+has paid. The seconds of whole tasks, all rates, dev and test included, are those of the scores that lie in a folder.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluate.frames import FrameReader
+from evaluate.pooled import pooled_problem, read_pooled
+from evaluate.run import open_source
+from evaluate.sweep import begin
+from evaluate.task import Recipe, Source
+from evaluate.tasks import TASKS
+from evaluate.tasks.pr import problem as pr_problem
+from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
+from extract.errors import RetortError, unknown
+from extract.files import read_json
+from extract.memory import keep_freed_blocks
+from extract.run import Settings, extract
+from pipelines.bench import material
+from pipelines.bench.material import Lengths
+from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.machine import describe_machine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+LENGTHS = {"ks": Lengths(1, 1), "pr": material.LENGTHS["long"]}
+AIMS = {"ks": 100, "pr": 10}  # times as fast
+LR = 1e-4
+_PHONES_PER_S = 12
+_NUM_CLASSES = {"ks": 12, "pr": 71}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBench:
+    """What `bench evaluate` was asked for."""
+
+    shape: str
+    batch_size: int
+    steps: int
+    rounds: int
+    threads: int | None
+    codec: str
+    pack_frames: int
+    scores: Path
+
+    def __post_init__(self) -> None:
+        if self.shape not in material.SHAPES:
+            raise unknown("shape", self.shape, material.SHAPES)
+        for name in ("batch_size", "steps", "rounds"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every contender is given: an upstream and its store of a corpus for each task, in one folder."""
+
+    asked: EvaluateBench
+    folder: Path
+
+    def source(self, task: str) -> Source:
+        return open_source(TASKS[task], manifest=self.folder / f"{task}-manifest.json", corpus=self._corpus(task))
+
+    def recipe(self, task: str) -> Recipe:
+        recipe: Recipe = replace(TASKS[task].recipe(), learning_rates=(LR,), batch_size=self.asked.batch_size)
+        return recipe
+
+    def _corpus(self, task: str) -> Path:
+        return self.folder / f"{task}.h5"
+
+
+def run_bench(asked: EvaluateBench, progress: Progress) -> dict[str, Any]:
+    """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
+    load_before = os.getloadavg()[0]
+    whole = seconds_of_scores(asked.scores)
+    with TemporaryDirectory(prefix="retort-bench-") as name:
+        bench = Bench(asked, Path(name))
+        progress(f"making an upstream of {asked.shape}'s shape and its caches")
+        made_s = in_fresh_process(prepare, bench, threads=asked.threads)
+        turns = take_turns(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
+    return {
+        "benchmark": "evaluate",
+        "machine": describe_machine() | {"load_before": round(load_before, 2)},
+        "versions": {library: version(library) for library in ("torch", "transformers", "zarr", "numpy")},
+        "settings": asdict(asked) | {"scores": str(asked.scores)},
+        "lengths": {task: str(lengths) for task, lengths in LENGTHS.items()},
+        "runs": [asdict(turn) for turn in turns],
+        "tasks": {task: summarise(turns, task, steps=asked.steps, made_s=made_s[task]) for task in LENGTHS},
+        "seconds_of_scores": whole,
+    }
+
+
+def prepare(bench: Bench) -> dict[str, float]:
+    """An upstream with random weights, and a corpus and its store for each task; the seconds that the stores took."""
+    asked, made_s = bench.asked, {}
+    material.make_teacher(bench.folder / "upstream", asked.shape)
+    keep_freed_blocks()
+    for task, lengths in LENGTHS.items():
+        corpus = bench.folder / f"{task}.h5"
+        write_corpus(corpus, name=task, reader=material.NOISE, utterances=_utterances(task, lengths, asked.batch_size))
+        start = time.perf_counter()
+        extract(
+            Settings(
+                upstream=str(bench.folder / "upstream"),
+                corpus=corpus,
+                manifest=bench.folder / f"{task}-manifest.json",
+                store=bench.folder / "stores",
+                codec=asked.codec,
+                keep=frozenset({"pooled", TASKS[task].reads}),
+                pack_frames=asked.pack_frames,
+            )
+        )
+        made_s[task] = time.perf_counter() - start
+    return made_s
+
+
+def _utterances(task: str, lengths: Lengths, batch_size: int) -> Iterator[Utterance]:
+    """Two batches to train on and an utterance each for dev and test, of noise, with labels drawn at random."""
+    generator = np.random.default_rng(material.SEED)
+    splits = ["dev", "test", *["train"] * (2 * batch_size)]
+    for split, utterance in zip(splits, material.noise(lengths, len(splits) * lengths.longest_s), strict=False):
+        num = 1 if task == "ks" else round(_PHONES_PER_S * len(utterance.samples) / SAMPLE_RATE_HZ)
+        said = " ".join(f"c{index}" for index in generator.integers(_NUM_CLASSES[task], size=num))
+        yield replace(utterance, split=split, labels={"keyword" if task == "ks" else "phones": said})
+
+
+def summarise(turns: Sequence[Run], task: str, *, steps: int, made_s: float) -> dict[str, Any]:
+    """A task's step times, how many times as fast the cache is in the same round, and when it has paid."""
+    cached, online = f"{task}-cached", f"{task}-online"
+    steps_s = {name: spread(turns, name, lambda turn: turn.wall_s / steps) for name in (cached, online)}
+    return {
+        "step_s": {name.removeprefix(f"{task}-"): asdict(seconds) for name, seconds in steps_s.items()},
+        "times_as_fast": {clock: asdict(times_as_fast(turns, cached, online, clock)) for clock in ("wall_s", "cpu_s")},
+        "peak_bytes": {
+            name.removeprefix(f"{task}-"): asdict(spread(turns, name, lambda turn: turn.peak_bytes))
+            for name in (cached, online)
+        },
+        "aim": AIMS[task],
+        "cache_made_s": made_s,
+        "cache_pays_after_steps": made_s / (steps_s[online].median - steps_s[cached].median),
+    }
+
+
+def seconds_of_scores(folder: Path) -> dict[str, dict[str, float]]:
+    """Task -> upstream -> the seconds that its score took, of the score files in a folder; empty without it."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        score = read_json(path)
+        if not {"task", "upstream", "seconds"} <= score.keys():
+            raise RetortError(f"--scores {folder}: {path} is no score; name a folder of UPSTREAM/TASK.json")
+        found.setdefault(score["task"], {})[score["upstream"]] = score["seconds"]
+    return found
+
+
+def tables(result: dict[str, Any]) -> "list[Table | str]":
+    """A step of each task in one table, whole tasks in another, for the terminal."""
+    from rich.table import Table
+
+    asked = result["settings"]
+    steps = Table(
+        title=f"a step of {asked['batch_size']} utterances, upstream of {asked['shape']}'s shape, cpu",
+        title_justify="left",
+    )
+    steps.add_column("")
+    for heading in ("from the cache", "upstream in the loop", "times as fast", "by CPU time", "aim", "pays after"):
+        steps.add_column(heading, justify="right")
+    for task, figures in result["tasks"].items():
+        ratio = figures["times_as_fast"]
+        steps.add_row(
+            TASKS[task].title,
+            *(f"{figures['step_s'][name]['median'] * 1e3:,.1f} ms" for name in ("cached", "online")),
+            *(f"{ratio[clock]['median']:,.0f}" for clock in ("wall_s", "cpu_s")),
+            f"{figures['aim']}",
+            f"{figures['cache_pays_after_steps']:,.1f} steps",
+        )
+    if not result["seconds_of_scores"]:
+        return [steps, f"No scores in {asked['scores']}: whole tasks are not listed."]
+    whole = Table(title=f"whole tasks, as the scores in {asked['scores']} have it", title_justify="left")
+    for heading in ("", "upstreams", "median", "all"):
+        whole.add_column(heading, justify="right" if heading else "left")
+    for task, seconds in result["seconds_of_scores"].items():
+        values = list(seconds.values())
+        whole.add_row(task, f"{len(values)}", f"{statistics.median(values):.1f} s", f"{sum(values):.0f} s")
+    return [steps, whole]
+
+
+# The contenders: each in a process of its own.
+
+
+class Listener:
+    """The upstream in the loop: hidden states of the utterances asked for, made when they are asked for."""
+
+    def __init__(self, bench: Bench, corpus: Corpus, layers: Sequence[int]) -> None:
+        from extract.forward import Transformer, load_upstream
+        from extract.upstream import find_upstream
+
+        upstream = load_upstream(find_upstream(str(bench.folder / "upstream")))
+        assert isinstance(upstream, Transformer)
+        self.upstream: Transformer = upstream
+        self.corpus, self.layers = corpus, list(layers)
+
+    def hear(self, indices: Sequence[int]) -> list[Tensor]:
+        """Each utterance's hidden states (L, T, D), in the batches that stage one makes."""
+        waveforms = [self.corpus.waveform(index) for index in indices]
+        return [torch.from_numpy(one.hidden_LTD) for one in self.upstream.features(waveforms, self.layers)]
+
+
+class OnlineFrames(FrameReader):
+    """In the place of the store's frames."""
+
+    def __init__(self, source: Source, listener: Listener) -> None:
+        super().__init__(source.reader, memory_gb=1)
+        self.listener = listener
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return torch.cat(self.listener.hear(indices), 1)
+
+
+class OnlineMeans:
+    """In the place of the store's time means, (U, L, D), of which utterances are taken."""
+
+    def __init__(self, stored_ULD: Tensor, listener: Listener) -> None:
+        self.shape, self.listener = stored_ULD.shape, listener
+
+    def __getitem__(self, picked_B: Tensor) -> Tensor:
+        heard = self.listener.hear(picked_B.tolist())
+        return torch.stack([hidden_LTD.mean(1) for hidden_LTD in heard])
+
+
+def _keywords(bench: Bench, *, online: bool) -> Clocked:
+    source = bench.source("ks")
+    pooled_ULD: Any = read_pooled(source)
+    if online:
+        pooled_ULD = OnlineMeans(pooled_ULD, Listener(bench, source.corpus, source.reader.layers))
+    recipe: Any = bench.recipe("ks")
+    problem = pooled_problem(source, pooled_ULD, ("keyword",), source.train_dev_test(), recipe)
+    return (yield from _steps(bench, problem, "ks"))
+
+
+def _phones(bench: Bench, *, online: bool) -> Clocked:
+    source = bench.source("pr")
+    problem = pr_problem(source, bench.recipe("pr"))  # type: ignore[arg-type]
+    if online:
+        problem.reader = OnlineFrames(source, Listener(bench, source.corpus, source.reader.layers))
+    return (yield from _steps(bench, problem, "pr"))
+
+
+CONTENDERS: dict[str, Callable[[Bench], Clocked]] = {
+    "ks-cached": partial(_keywords, online=False),
+    "ks-online": partial(_keywords, online=True),
+    "pr-cached": partial(_phones, online=False),
+    "pr-online": partial(_phones, online=True),
+}
+
+
+def _steps(bench: Bench, problem: Any, task: str) -> Clocked:
+    recipe = bench.recipe(task)
+    keep_freed_blocks()
+    torch.set_flush_denormal(True)  # as the command does
+    runner = begin(problem, LR, recipe)
+    batches = problem.batches(recipe.seed, 0)
+    runner.step(problem, next(batches), 1, recipe.clip_norm)
+    yield
+    for step in range(2, bench.asked.steps + 2):
+        runner.step(problem, next(batches), step, recipe.clip_norm)
+    yield
+    with torch.no_grad():
+        loss = problem.loss(runner.head, next(batches)).item()
+    return {"loss_after": loss, "threads": torch.get_num_threads()}

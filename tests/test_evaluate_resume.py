@@ -1,0 +1,155 @@
+"""A killed task goes on: the same score, bit for bit, wherever it was killed; a damaged checkpoint is one line."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluate_stores import Quiet, class_corpus, make_store, phone_corpus
+
+from evaluate import checkpoint
+from evaluate.run import Job, run_task, score
+from evaluate.task import parse_recipe
+from evaluate.tasks import TASKS
+from extract.errors import RetortError
+from tests.processes import Command, run_command
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "ks": {"learning_rates": [1e-1, 1e-2], "steps": 12, "batch_size": 5, "dev_evaluations": 4},
+    "sid": {"learning_rates": [1e-2], "steps": 12, "dev_evaluations": 3},
+    "pr": {"learning_rates": [3e-2, 1e-2], "steps": 12, "batch_size": 4, "dev_evaluations": 4},
+    "asr": {"learning_rates": [3e-2, 1e-2], "steps": 8, "batch_size": 8, "dev_evaluations": 2, "projection": 16,
+            "hidden": 16, "time_mask_frames": 2, "feature_mask_width": 2},
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Ends a sitting as a kill does: nothing between it and the command handles it."""
+
+
+class Bar(Quiet):
+    """Kills the sitting after so many steps."""
+
+    def __init__(self, until: float = float("inf")) -> None:
+        super().__init__()
+        self.until, self.skipped = until, 0.0
+
+    def advance(self, amount: float, *, detail: str = "") -> None:
+        super().advance(amount)
+        if self.steps > self.until:
+            raise Killed
+
+    def skip(self, amount: float) -> None:
+        super().skip(amount)
+        self.skipped = amount
+
+
+@pytest.fixture(autouse=True)
+def every_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Checkpoints below tmp_path, after every step."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 1e9)
+
+
+def job_of(folder: Path, task: str, **changes: Any) -> Job:
+    card, hidden = (phone_corpus if task in ("pr", "asr") else class_corpus)(folder)
+    manifest = make_store(folder, card, hidden)
+    recipe = parse_recipe(TASKS[task], RECIPES[task] | changes, where="test")
+    return Job(task=TASKS[task], recipe=recipe, upstream="hand", manifest=manifest, corpus=card,
+               out=folder / "scores/hand" / f"{task}.json")  # fmt: skip
+
+
+def without_seconds(score: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in score.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_a_task_killed_again_and_again_scores_as_one_that_was_not(task: str, tmp_path: Path) -> None:
+    job = job_of(tmp_path, task)
+    whole = run_task(job.task, job.recipe, upstream="hand", manifest=job.manifest, corpus=job.corpus, progress=Quiet())
+    for until in (3, 4, 7, job.recipe.steps - 1):
+        with pytest.raises(Killed):
+            score(job, Bar(until))
+        assert not job.out.exists()
+    (kept,) = tmp_path.glob("checkpoints/evaluate/hand-*/*")
+    assert kept.name == "1.pt" and kept.parent.name.startswith(f"hand-{task}-")
+    last = Bar()
+    made = score(job, last)
+    # A sitting is killed on its last step, before that step is kept.
+    assert last.skipped == job.recipe.steps - 1 and last.steps == job.recipe.steps
+    assert without_seconds(made) == without_seconds(whole)
+    assert without_seconds(json.loads(job.out.read_text())) == json.loads(json.dumps(without_seconds(whole)))
+    assert not list(tmp_path.glob("checkpoints/evaluate/*"))
+
+
+def test_seconds_of_all_sittings_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(tmp_path, "ks")
+    with pytest.raises(Killed):
+        score(job, Bar(5))
+    load = checkpoint.read_checkpoint
+    long_ago = {"seconds": 1000.0}
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path, **k: load(path, **k) | long_ago)
+    assert 1000 < score(job, Bar())["seconds"] < 1100
+
+
+def test_a_diverged_rate_stays_diverged(tmp_path: Path) -> None:
+    # A rate so high that its loss is soon not finite, and one that is not.
+    job = job_of(tmp_path, "ks", learning_rates=[1e30, 1e-2], clip_norm=1e30)
+    whole = run_task(job.task, job.recipe, upstream="hand", manifest=job.manifest, corpus=job.corpus, progress=Quiet())
+    assert any("learning rate 1e+30 diverged" in note for note in whole["notes"])
+    with pytest.raises(Killed):
+        score(job, Bar(9))
+    assert without_seconds(score(job, Bar())) == without_seconds(whole)
+
+
+def test_other_settings_start_anew_and_leave_the_checkpoint_alone(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "ks")
+    with pytest.raises(Killed):
+        score(job, Bar(5))
+    other = Bar()
+    score(job_of(tmp_path / "again", "ks", seed=1), other)
+    assert other.skipped == 0
+    assert len(list(tmp_path.glob("checkpoints/evaluate/*"))) == 1
+
+
+def test_a_damaged_checkpoint_and_a_foreign_one_are_one_line(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "ks")
+    with pytest.raises(Killed):
+        score(job, Bar(5))
+    (mine,) = tmp_path.glob("checkpoints/evaluate/hand-*/*")
+    whole = mine.read_bytes()
+    mine.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RetortError, match=r"1\.pt cannot be read; delete it to start anew"):
+        score(job, Bar())
+    mine.write_bytes(whole)
+    with pytest.raises(Killed):
+        score(job_of(tmp_path / "again", "sid"), Bar(5))
+    (foreign,) = tmp_path.glob("checkpoints/evaluate/hand-sid-*/*")
+    foreign.write_bytes(whole)
+    with pytest.raises(RetortError, match=r"1\.pt is of other settings or data; delete it to start anew"):
+        score(job_of(tmp_path / "once more", "sid"), Bar())
+
+
+def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pr")
+    (tmp_path / "params.yaml").write_text(
+        "evaluate: {pr: {learning_rates: [3e-2, 1e-2], steps: 400, batch_size: 4, dev_evaluations: 100}}"
+    )
+    arguments = ["run", "--task", "pr", "--config", "params.yaml", "--manifest", str(job.manifest), "--corpus",
+                 str(job.corpus)]  # fmt: skip
+    process = Command("tests.hasty_evaluate", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path)
+    while not list(tmp_path.glob("checkpoints/evaluate/hand-pr-*/1.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    done = run_command("tests.hasty_evaluate", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path, check=True)
+    assert "phone recognition per" in done.stdout
+    run_command("evaluate", *arguments, "--out", "whole/hand/pr.json", cwd=tmp_path, check=True)
+    killed, whole = (json.loads((tmp_path / name / "hand/pr.json").read_text()) for name in ("killed", "whole"))
+    assert without_seconds(killed) == without_seconds(whole)
+    assert not list(tmp_path.glob("checkpoints/evaluate/*"))
