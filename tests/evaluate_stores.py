@@ -133,8 +133,8 @@ def class_corpus(folder: Path, *, num: int = 60, seed: int = 0, noise: float = 0
     return card, hidden
 
 
-def phone_corpus(folder: Path, *, num: int = 50, seed: int = 0) -> tuple[Path, Hidden]:
-    """Transcripts over four phones, and as text; layer 0 of two tells the phone of each frame."""
+def phone_corpus(folder: Path, *, num: int = 50, seed: int = 0, noise: float = 0.3) -> tuple[Path, Hidden]:
+    """Transcripts over four phones, and as text; layer 0 of two tells the phone of each frame, layer 1 is noise."""
     generator = np.random.default_rng(seed)
     phones = ["AA1", "B", "K", "S"]
     spoken = [generator.integers(0, 4, generator.integers(2, 5)) for _ in range(num)]
@@ -150,7 +150,7 @@ def phone_corpus(folder: Path, *, num: int = 50, seed: int = 0) -> tuple[Path, H
     means = np.random.default_rng(seed).normal(size=(5, 12)) * 2
 
     def hidden(index: int, frames: int) -> NDArray[np.float32]:
-        states = np.random.default_rng([seed, index]).normal(size=(2, frames, 12)) * 0.3
+        states = np.random.default_rng([seed, index]).normal(size=(2, frames, 12)) * [[[0.3]], [[noise]]]
         # Five frames of the phone, three of silence; silence at the end.
         per_frame = np.full(frames, 4)
         for place, symbol in enumerate(spoken[index]):
