@@ -193,13 +193,15 @@ def rates_of(**changes: object) -> list[float]:
 
 
 def test_learning_rate_warms_up_and_decays_once_or_at_every_stage() -> None:
-    rates = rates_of()
+    rates = rates_of(growth={"learning_rate": "continue"})
     assert rates[6] == pytest.approx(1e-3) and rates[0] == pytest.approx(1e-3 / 7)
     assert all(later < earlier for earlier, later in pairwise(rates[7:]))
     assert 0 < rates[-1] < 2e-5
-    again = rates_of(growth={"learning_rate": "restart"})
+    again = rates_of()
     assert [again[start + 1] for start in (0, 25, 50, 75)] == pytest.approx([1e-3] * 4)
 
 
 def test_defaults_are_the_ones_said() -> None:
-    assert GrowthConfig() == GrowthConfig(first=3, schedule="equal", optimiser="copy", intermediate="block-end")
+    assert GrowthConfig() == GrowthConfig(
+        first=3, schedule="equal", optimiser="copy", learning_rate="restart", intermediate="block-end"
+    )

@@ -169,7 +169,7 @@ def test_a_study_is_every_student_with_every_seed_over_the_params_that_are_there
     assert list(after["train"]) == after["students"]
     assert set(corpus_of_tasks(after, params)) == {"pr", "ks", "sid"}
     demo = read_student(ROOT / "params.yaml", "interleaved")
-    like = replace(demo, stem="stored", steps=195)
+    like = replace(demo, stem="stored", steps=195, growth=replace(demo.growth, learning_rate="continue"))
     for seed in (1, 2, 3):
         assert read_student(params, f"interleaved-eql-s{seed}") == replace(like, seed=seed)
         full = read_student(params, f"full-w0-s{seed}")
@@ -187,7 +187,8 @@ def test_a_study_finds_its_student_in_every_profile_by_family(tmp_path: Path) ->
         student = yaml.safe_load(params.read_text())["train"]["interleaved-12x384"]
         done = CliRunner().invoke(main, ["profile", "stacking", "--out", str(params)])
         assert done.exit_code == 0, done.output
-        expected = student | {"seed": 2, "growth": student["growth"] | {"schedule": "late"}, "family": "one-shot"}
+        expected = student | {"seed": 2, "family": "one-shot"}
+        expected |= {"growth": student["growth"] | {"schedule": "late", "learning_rate": "continue"}}
         expected |= {"stem": "stored", "optimiser": student["optimiser"] | {"stem_grad_scale": 0.0}}
         expected["steps"] = round(student["steps"] * 1.5)
         assert yaml.safe_load(params.read_text())["train"]["one-shot-s2"] == expected
