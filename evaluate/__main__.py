@@ -59,7 +59,7 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
     """Score every upstream on every task of the config, in parallel: one score is one Dask task.
 
     `upstreams` and `tasks` of the config say which; its section `evaluate` has the recipes. Scores that are there and
-    were made from the same features, labels and recipe are kept; delete one to make it again.
+    were made from the same features, labels and recipe by the same code are kept; delete one to make it again.
     """
     if workers < 0 or (workers and scheduler):
         raise RetortError("--workers N starts a cluster of its own, --scheduler ADDRESS uses one: give one, N above 0")

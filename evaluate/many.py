@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.corpora import corpus_of_tasks
-from evaluate.run import Job, open_source, score, settle_torch
+from evaluate.run import Job, code_digest, open_source, score, settle_torch
 from evaluate.task import parse_recipe, recipe_dict
 from evaluate.tasks import TASKS
 from extract.errors import RetortError, unknown
@@ -120,6 +120,7 @@ def _is_made(job: Job) -> bool:
         "store_digest": source.reader.digest,
         "corpus_digest": source.corpus.digest,
         "labels_digest": source.corpus.labels_digest,
+        "code": code_digest(),
     }.items() <= made.items()
 
 
@@ -130,11 +131,11 @@ def _absolute(job: Job) -> Job:
 
 def _line(job: Job, made: dict[str, Any]) -> str:
     """A score in one line, for people."""
-    ends = made["interval"]["test"]
+    ends, units = made["interval"]["test"], made["interval"]["of"] or "utterances"
     interval = f", {made['interval']['level_percent']}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
     rate, weights = made["chosen_lr"], made["layer_weights"]
     chosen = f"layer {made['layers'][weights.index(max(weights))]}" if rate is None else f"learning rate {rate:g}"
     return (
-        f"{job.upstream}: {job.task.title} {made['metric']} {made['test']:.2f}% on {made['num_test']} test utterances"
+        f"{job.upstream}: {job.task.title} {made['metric']} {made['test']:.2f}% on {made['num_test']} test {units}"
         f"{interval} (dev {made['dev']:.2f}%, {chosen}, {made['seconds']:.0f} s) -> {job.out}"
     )

@@ -3,6 +3,7 @@
 import platform
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from evaluate.sweep import SweepResult
 from evaluate.task import SPEAKER, Progress, Settings, Source, Task, differences, recipe_dict
 from extract.corpus import Corpus
 from extract.errors import RetortError
-from extract.files import write_json
+from extract.files import sha256_file, sha256_json, write_json
 from extract.memory import keep_freed_blocks
 from extract.store import StoreReader
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ROOT = Path(__file__).parents[1]
+CODE = ("evaluate/**/*.py", "extract/store.py", "extract/place.py", "extract/codec.py")  # what makes a score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,13 @@ def open_source(task: Task[Any], *, manifest: Path, corpus: Path) -> Source:
     return Source(reader, opened)
 
 
+@cache
+def code_digest() -> str:
+    """The digest of the code that makes a score: a score of other code is made again."""
+    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
+    return sha256_json({path.relative_to(ROOT).as_posix(): sha256_file(path) for path in files})
+
+
 def describe(
     task: Task[Any], recipe: Settings, source: Source, result: SweepResult, *, upstream: str
 ) -> dict[str, Any]:
@@ -122,6 +132,7 @@ def describe(
         "corpus_digest": corpus.digest,
         "labels_digest": corpus.labels_digest,
         "recipe": recipe_dict(recipe),
+        "code": code_digest(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         "notes": [*task.deviations, *differences(recipe), *result.notes, *dropped],
     }

@@ -119,9 +119,9 @@ class Score:
 def read_score(path: Path) -> Score:
     """Read scores/UPSTREAM/TASK.json. Raises RetortError with the field that is missing."""
     content = read_json(path)
-    if content.get("format_version") != 1:
+    if content.get("format_version") != 2:
         raise RetortError(
-            f"{path} is no score of format 1 (format_version {content.get('format_version')!r}); "
+            f"{path} is no score of format 2 (format_version {content.get('format_version')!r}); "
             "make it with `python -m evaluate run`"
         )
     try:

@@ -89,7 +89,7 @@ def score(task: str, metric: str, higher: bool, name: str, test: float) -> dict[
         grid = [{"layer": layer, "dev": test - abs(layer - round(peak))} for layer in range(layers)]
         weights, chosen_lr = np.eye(layers)[round(peak)], None
     return {
-        "format_version": 1, "task": task, "upstream": name, "metric": metric, "higher_is_better": higher,
+        "format_version": 2, "task": task, "upstream": name, "metric": metric, "higher_is_better": higher,
         "unit": "percent", "test": test, "also": also, "dev": test - 0.4, "chosen_lr": chosen_lr,
         "interval": {"test": [test - 3.25, test + 2.75], "also": {}}, "grid": grid, "seed": 7,
         "layers": list(range(layers)), "layer_weights": (weights / weights.sum()).tolist(), "num_test": 320,

@@ -109,7 +109,7 @@ def test_relative_score_refuses_other_tasks_and_equal_ends() -> None:
 def write_score(folder: Path, upstream: str, task: str, test: float, **changes: Any) -> Path:
     path = folder / upstream / f"{task}.json"
     score = {
-        "format_version": 1,
+        "format_version": 2,
         "task": task,
         "upstream": upstream,
         "metric": "per" if task == "pr" else "acc",
@@ -220,10 +220,10 @@ def test_scores_of_different_measurements_are_refused(tmp_path: Path, field: str
 def test_what_is_no_score_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match="no score files"):
         gather([tmp_path])
-    write_json(tmp_path / "a.json", {"format_version": 2})
-    with pytest.raises(RetortError, match=r"a\.json is no score of format 1"):
+    write_json(tmp_path / "a.json", {"format_version": 1})
+    with pytest.raises(RetortError, match=r"a\.json is no score of format 2"):
         gather([tmp_path])
-    write_json(tmp_path / "a.json", {"format_version": 1, "task": "pr", "interval": {}})
+    write_json(tmp_path / "a.json", {"format_version": 2, "task": "pr", "interval": {}})
     with pytest.raises(RetortError, match="has no field 'test'"):
         gather([tmp_path])
 

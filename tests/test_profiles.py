@@ -147,7 +147,7 @@ def test_dvc_plans_the_job_and_reads_a_folder_of_the_layout(params: Path, tmp_pa
     assert "--upstream microsoft/wavlm-large --name teacher" in commands["teach"]
     assert "--layers 8,16,24" in commands["teach"] and "--device cuda" in commands["teach"]
     assert commands["distil@gendistiller"].startswith("python -m train run --device cuda --student gendistiller")
-    assert sum(name.startswith("score-") for name in commands) == 6 * 10
+    assert sum(name.startswith("score@") for name in commands) == 6
     # Deps of `report`: the demo's speech is none of them.
     run("dvc", "repro", "corpus@distill")
     card = json.loads((place / "corpora/distill.json").read_text())

@@ -91,10 +91,10 @@ class DemoConfig:
     requests_a_speaker: int = 26
     verified_speakers: int = 26
     verified_test_speakers: int = 10
-    mixtures: int = 60
-    mixtures_dev: int = 12
-    mixtures_test: int = 20
-    mixed_speakers: int = 16
+    mixtures: int = 110
+    mixtures_dev: int = 20
+    mixtures_test: int = 36
+    mixed_speakers: int = 24
     documents: int = 100
     queries: int = 30
 
