@@ -79,21 +79,26 @@ def relative_shares(
 ) -> dict[str, float]:
     """Each task's share of the relative score, which runs from the measured fbank (0) to the measured teacher (1000).
 
-    Over any tasks, in either direction. Raises RetortError for differing tasks, and for a task on which fbank and the
-    teacher are equal.
+    Over any tasks of SUPERB but those without a scale (`without_scale`). Raises RetortError for differing tasks, and
+    where no task has a scale.
     """
     for name, other in (("fbank", fbank), ("the teacher", teacher)):
         if odd := sorted(other.keys() ^ values.keys()):
             raise RetortError(f"the relative score needs the same tasks of all; {name} differs in {', '.join(odd)}")
-    if not values:
-        raise RetortError("the relative score needs at least one task")
-    for task in values:
-        if teacher[task] == fbank[task]:
-            raise RetortError(
-                f"task {task}: fbank and the teacher both score {fbank[task]:.2f}, "
-                "so no relative score lies between them"
-            )
-    return shares(values, {task: (fbank[task], teacher[task]) for task in values})
+    left_out = without_scale(fbank=fbank, teacher=teacher)
+    ends = {term: (fbank[term], teacher[term]) for term in values if task_of(term) not in left_out}
+    if not ends:
+        raise RetortError("the relative score needs a task on which the teacher is better than fbank")
+    return shares({term: values[term] for term in ends}, ends)
+
+
+def without_scale(*, fbank: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, str]:
+    """Tasks on which the teacher is no better than fbank, each with the term by which: a ratio would be noise."""
+    return {
+        task_of(term): term
+        for term, (low, high) in SUPERB_CONSTANTS.items()
+        if term in teacher and (teacher[term] - fbank[term]) * (high - low) <= 0
+    }
 
 
 def relative_score(values: Mapping[str, float], *, fbank: Mapping[str, float], teacher: Mapping[str, float]) -> float:
@@ -242,7 +247,11 @@ def summarise(
     }
     notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
     notes += [f"{name} lacks tasks, so it has no relative score" for name, one in own.items() if one is None]
-    notes += _no_better(table, fbank, teacher)
+    notes += [
+        f"{task} is left out of the relative score: {teacher} ({high[term]:.2f}) is no better than {fbank} "
+        f"({low[term]:.2f})"
+        for task, term in without_scale(fbank=low, teacher=high).items()
+    ]
     return Summary("relative_score", terms, values, intervals, own, tuple(notes))
 
 
@@ -255,15 +264,3 @@ def check_sizes(table: Mapping[str, Mapping[str, Score]]) -> None:
                     f"{one.path} is of {one.num_test} test utterances, SUPERB's own {task} has {TEST_SIZES[task]}: "
                     "it is no official score; without --official, --fbank and --teacher give the relative score"
                 )
-
-
-def _no_better(table: Mapping[str, Mapping[str, Score]], fbank: str, teacher: str) -> list[str]:
-    """A note a task on which the teacher is worse than fbank: there the relative score runs backwards."""
-    notes = []
-    for task, best in table[teacher].items():
-        if task not in table[fbank]:
-            continue
-        gain = next(iter(best.values.values())) - next(iter(table[fbank][task].values.values()))
-        if (gain > 0) != best.higher_is_better:
-            notes.append(f"{teacher} is worse than {fbank} on {task}: the relative score runs backwards there")
-    return notes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from evaluate.score import Score, check_sizes, gather, summarise
+from evaluate.score import Score, check_sizes, gather, summarise, without_scale
 from extract.errors import RetortError
 from extract.files import read_json
 
@@ -199,10 +199,13 @@ def _relative(
     table: Mapping[str, Mapping[str, Score]], upstreams: Sequence[Upstream], tasks: Sequence[str]
 ) -> tuple[dict[str, float | None], tuple[str, ...]]:
     """Each upstream's relative score, and the notes on it."""
-    ends = [{task: table[name][task].values for task in tasks} for name in (BASELINE, TEACHER)]
-    if level := [task for task in tasks if ends[0][task].items() & ends[1][task].items()]:
+    low, high = (
+        {term: value for task in tasks for term, value in table[name][task].values.items()}
+        for name in (BASELINE, TEACHER)
+    )
+    if len(without_scale(fbank=low, teacher=high)) == len(tasks):
         # the tables and charts of everything else are still worth having
-        note = f"no relative score: fbank and the teacher score the same on {', '.join(level)}"
+        note = "no relative score: on no task is the teacher better than fbank"
         return {upstream.name: None for upstream in upstreams}, (note,)
     summary = summarise(table, fbank=BASELINE, teacher=TEACHER)
     return summary.one_score, summary.notes

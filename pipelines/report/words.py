@@ -24,7 +24,7 @@ def verdict(rows: Sequence[Row]) -> str:
         ((row.relative, row.name) for row in students if row.relative is not None), key=lambda pair: -pair[0]
     )
     if not known:
-        return "No student came first: on some task fbank and the teacher score the same, so there is no scale."
+        return "No student came first: on no task is the teacher better than fbank, so there is no scale."
     (score, winner), losers = known[0], known[1:]
     first = f"{winner} came first with a relative score of {write_relative(score)} (fbank 0, teacher 1000)"
     if not losers:
