@@ -10,7 +10,7 @@ from pipelines.report.table import TASK_TITLES, Row, write_relative
 
 NOT_OFFICIAL = (
     "These scores have no place among published models: they are of other corpora than SUPERB’s own. Where they are of "
-    "its own, `official: true` in section `report` of params.yaml shows it."
+    "its own, “official: true” in section “report” of params.yaml shows it."
 )
 CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
