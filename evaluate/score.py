@@ -248,7 +248,7 @@ def summarise(
     notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
     notes += [f"{name} lacks tasks, so it has no relative score" for name, one in own.items() if one is None]
     notes += [
-        f"{task} is left out of the relative score: {teacher} ({high[term]:.2f}) is no better than {fbank} "
+        f"left out of the relative score: {task}, where {teacher} ({high[term]:.2f}) is no better than {fbank} "
         f"({low[term]:.2f})"
         for task, term in without_scale(fbank=low, teacher=high).items()
     ]

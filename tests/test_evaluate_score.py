@@ -108,7 +108,7 @@ def test_tasks_on_which_the_teacher_is_no_better_than_fbank_are_left_out(tmp_pat
             write_score(tmp_path, name, task, value)
     summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
     assert summary.one_score["small"] == 500
-    assert "sd is left out of the relative score: teacher (11.00) is no better than fbank (10.00)" in summary.notes
+    assert "left out of the relative score: sd, where teacher (11.00) is no better than fbank (10.00)" in summary.notes
 
 
 def test_relative_score_refuses_other_tasks_and_no_scale_at_all() -> None:
