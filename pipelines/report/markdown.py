@@ -22,6 +22,8 @@ def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Col
         results.teacher_note or "",
         words.speed_sentence(speed),
         "\n".join(f"- {line}" for line in words.caveats(results, rows)),
+        "How the tasks were run, where that is not SUPERB's own way:\n\n"
+        + "\n".join(f"- {line}" for line in words.task_notes(results)),
         "Test scores with their 95% bootstrap intervals, and what was measured beside them:\n\n" + _intervals(results),
         _placed(results, rows),
         "Settings of the students:\n\n" + _trainings(results),

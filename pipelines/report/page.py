@@ -68,6 +68,7 @@ def render_page(
         names=[upstream.name for upstream in results.upstreams],
         by_task=words.by_task(results),
         caveats=words.caveats(results, rows),
+        task_notes=words.task_notes(results),
         repeats=repeats,
         spread_columns=spread_columns(columns, repeats),
         spread_cell=spread_cell,

@@ -79,22 +79,24 @@ def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
             f"The test sets alone leave scores uncertain by about ± {_listed(widths)}: points, half the width of the "
             "teacher’s 95% bootstrap intervals, and in brackets the size of the test set."
         )
-    return lines + [f"{note[0].upper()}{note[1:]}." for note in results.score_notes] + _task_notes(results)
+    return lines + [f"{note[0].upper()}{note[1:]}." for note in results.score_notes]
 
 
-def _task_notes(results: Results) -> list[str]:
-    """Every note of a score file once, with the tasks and, where it is not all, the upstreams that it holds for."""
-    holders: dict[str, dict[str, list[str]]] = {}
+def task_notes(results: Results) -> list[str]:
+    """The notes of the score files, one line for tasks and upstreams that share them; all upstreams are not listed."""
+    tasks_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for task in results.tasks:
+        by_note: dict[str, list[str]] = {}
         for upstream in results.upstreams:
             for note in upstream.scores[task].notes:
-                holders.setdefault(note.rstrip("."), {}).setdefault(task, []).append(upstream.name)
-    lines = []
-    for note, by_task in holders.items():
-        names = sorted({name for upstreams in by_task.values() for name in upstreams})
-        only = "" if len(names) == len(results.upstreams) else f" ({', '.join(names)})"
-        lines.append(f"{', '.join(TASK_TITLES.get(task, task) for task in by_task)}{only}: {note}.")
-    return lines
+                by_note.setdefault(note.rstrip("."), []).append(upstream.name)
+        for note, holders in by_note.items():
+            tasks_of.setdefault((note, tuple(holders)), []).append(TASK_TITLES.get(task, task))
+    notes_of: dict[str, list[str]] = {}
+    for (note, names), tasks in tasks_of.items():
+        only = "" if len(names) == len(results.upstreams) else f" ({', '.join(sorted(names))})"
+        notes_of.setdefault(f"{', '.join(tasks)}{only}", []).append(note)
+    return [f"{who}: {'; '.join(notes)}." for who, notes in notes_of.items()]
 
 
 def speed_sentence(speed: Speed) -> str:
