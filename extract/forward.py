@@ -124,11 +124,16 @@ class Transformer(Upstream):
             )
         # Late: transformers takes seconds to import, and fbank does without.
         from transformers import AutoModel, logging
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        kind: Any = AutoModel
+        if own := config.get("auto_map", {}).get("AutoModel"):
+            # Of two students in folders of one name AutoModel opens the second as the first's class, weights random.
+            kind = get_class_from_dynamic_module(own, card.folder)
         # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
-        model = AutoModel.from_pretrained(card.folder, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        model = kind.from_pretrained(card.folder, trust_remote_code=trust_remote_code, dtype=torch.float32)
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.normalise = card.normalise
         self.device = device

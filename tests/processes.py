@@ -80,6 +80,7 @@ def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], file
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     module, *sys.argv[1:] = arguments
+    sys.path.insert(0, cwd)  # as `python -m` does
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

@@ -25,6 +25,9 @@ from extract.errors import RetortError
 from extract.forward import load_upstream
 from extract.upstream import find_upstream
 from tests.conftest import TINY, save_teacher
+from tests.train_world import student
+from train.losses import build_distiller
+from train.student_folder import save_student
 
 LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
 # WavLM's own attention passes masks of two types to torch, which warns; its result is what is tested here.
@@ -107,3 +110,13 @@ def test_identity_follows_weights_config_and_normalisation_only(teacher: Path, t
     other = find_upstream(str(save_teacher(HubertModel(HubertConfig(**TINY)), tmp_path)))
     assert other.identity["weights_sha256"] != here.identity["weights_sha256"]
     assert other.identity["config_sha256"] == here.identity["config_sha256"]
+
+
+def test_students_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """AutoModel takes the second for the first one's class, because their configs' class is the same."""
+    for family, depth in (("layerwise", 12), ("gendistiller", 3)):
+        distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=False)
+        save_student(tmp_path / family / "student", distiller.student, {})
+        upstream = load_upstream(find_upstream(str(tmp_path / family / "student")), trust_remote_code=True)
+        assert upstream.num_layers == depth + 1
+        assert upstream.num_parameters == sum(value.numel() for value in distiller.student.parameters())
