@@ -210,7 +210,7 @@ def test_the_command_measures_three_contenders_on_the_same_utterances(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "pr,sing"], "unknown task 'sing': expected one of asr, ks, pr, sid"),
+        (["--tasks", "pr,sing"], "unknown task 'sing': expected one of asr, asv, er, ic, ks, pr, qbe, sd, sf, sid"),
         (["--student", "hubert"], "unknown student (section `train` of params.yaml) 'hubert': expected one of"),
         (["--seeds", "0"], "--seeds 0: expected at least 1"),
     ],
