@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from extract.checks import check_fields, check_name
 from extract.errors import RetortError
 from extract.files import in_main_tree, read_json, sha256_json, write_json, written_aside
 
@@ -73,10 +74,10 @@ class Corpus:
         expected = None
         if path.suffix == ".json":
             card = read_json(path)
-            if "file" not in card:
-                raise RetortError(
-                    f"{path} is no corpus card: it has no `file`; make one with `python -m pipelines corpus`"
-                )
+            try:
+                check_fields({"file": str, "digest": str}, card, where=str(path))
+            except RetortError as error:
+                raise RetortError(f"{error}: no corpus card; make one with `python -m pipelines corpus`") from None
             path, expected = in_main_tree(card["file"]), card["digest"]
         if not path.is_file():
             raise RetortError(
@@ -84,10 +85,14 @@ class Corpus:
             )
         try:
             corpus = cls._read(path)
-        except (OSError, KeyError) as error:
+        except RetortError:
+            raise
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise RetortError(
                 f"{path} is no readable corpus ({error}); make it again with `python -m pipelines corpus`"
             ) from None
+        check_name(corpus.name, where=f"{path}: name")  # stores lie below a folder of this name
+        corpus._check_table()
         if expected is not None and corpus.digest != expected:
             raise RetortError(
                 f"corpus {path} has digest {corpus.digest[:12]}, its card says {expected[:12]}: "
@@ -124,6 +129,27 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def _check_table(self) -> None:
+        columns = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
+        columns |= {"speaker": self.speakers} | self.labels
+        if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
+            raise RetortError(f"{self.path} is no readable corpus: {odd[0]} is not of its {len(self.ids)} utterances")
+        with h5py.File(self.path, "r") as file:
+            # The audio of a stranger's corpus lies in its own file: HDF5 can point anywhere on this machine.
+            if "samples" in file and file.get("samples", getlink=True).__class__ is not h5py.HardLink:
+                raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
+            samples = file.get("samples")
+            if samples is None:
+                return
+            if samples.external or samples.is_virtual:
+                raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
+            last = int((self.start + self.num_samples).max(initial=0))
+            if samples.dtype != np.int16 or samples.ndim != 1 or last > len(samples) or self.start.min(initial=0) < 0:
+                raise RetortError(
+                    f"{self.path} is no readable corpus: its table names {last} int16 samples, it holds "
+                    f"{samples.dtype} {samples.shape}; make it again with `python -m pipelines corpus`"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # h5py handles survive neither fork nor pickling: every process opens its own.
