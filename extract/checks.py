@@ -30,16 +30,21 @@ def check_fields(fields: Mapping[str, Any], value: Mapping[str, object], *, wher
         check_type(hint, value[name], where=f"{where}.{name}")
 
 
+def is_plain(text: str) -> bool:
+    """Whether a text is there and holds neither control characters nor halves of a surrogate pair."""
+    return bool(text) and not re.search("[\x00-\x1f\x7f\ud800-\udfff]", text)
+
+
 def check_name(name: str, *, where: str) -> None:
     """Raises RetortError for a name that is no single part of a path: it would lead out of the folder it is for."""
-    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+    if name in (".", "..") or not is_plain(name) or re.search(r"[/\\]", name):
         raise RetortError(f"{where}: got {name!r}, expected a plain name without slashes")
 
 
 def check_below(path: str, *, where: str) -> None:
     """Raises RetortError for a path that is absolute or leads upwards."""
     for part in path.split("/"):
-        if part in ("", ".", "..") or re.search(r"[\\\x00-\x1f]", part):
+        if part in (".", "..") or not is_plain(part) or "\\" in part:
             raise RetortError(f"{where}: got {path!r}, expected a path below the root, without `..`")
 
 

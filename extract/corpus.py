@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.checks import check_fields, check_name
+from extract.checks import check_fields, check_name, is_plain
 from extract.errors import RetortError
 from extract.files import in_main_tree, read_json, sha256_json, write_json, written_aside
 
@@ -133,6 +133,8 @@ class Corpus:
     def _check_table(self) -> None:
         columns = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
         columns |= {"speaker": self.speakers} | self.labels
+        if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):
+            raise RetortError(f"{self.path} is no readable corpus: its ids are not unique names")
         if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
             raise RetortError(f"{self.path} is no readable corpus: {odd[0]} is not of its {len(self.ids)} utterances")
         with h5py.File(self.path, "r") as file:
@@ -229,7 +231,7 @@ def _write(
     with tempfile.TemporaryFile(dir=path.parent) as spool, h5py.File(path, "w") as file:
         for utterance in utterances:
             block = np.ascontiguousarray(utterance.samples, dtype="<i2")
-            digest.update(f"{utterance.id}\0{len(block)}\0".encode())
+            digest.update(f"{utterance.id}\0{len(block)}\0".encode(errors="replace"))  # odd ids are refused below
             digest.update(block.tobytes())
             spool.write(block.tobytes())
             lengths.append(len(block))
@@ -267,8 +269,15 @@ def _write(
 def _check(rows: list[Utterance]) -> None:
     if not rows:
         raise RetortError("the corpus would be empty: the reader found no utterance")
+    for label in rows[0].labels:
+        check_name(label, where="a label's name")
     seen: set[str] = set()
     for row in rows:
+        if not is_plain(row.id):
+            raise RetortError(f"utterance id {row.id!r} is empty or holds control characters; give it another")
+        for name, text in {"split": row.split, "speaker": row.speaker, **row.labels}.items():
+            if text and not is_plain(text.replace("\n", " ").replace("\t", " ")):
+                raise RetortError(f"utterance {row.id!r}: its {name} {text!r} is no text that UTF-8 and HDF5 can hold")
         if row.id in seen:
             raise RetortError(f"utterance id {row.id!r} occurs twice; ids must be unique in a corpus")
         seen.add(row.id)

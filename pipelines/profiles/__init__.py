@@ -23,7 +23,7 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from extract.errors import unknown
+from extract.errors import RetortError, unknown
 from extract.files import check_out, written_aside
 from extract.params import read_params
 
@@ -65,6 +65,8 @@ def _spread_out(profile: Any, name: str, params: Path) -> Any:
     yaml.preserve_quotes = True
     base, study = yaml.load(params), profile.pop("study")
     students, wanted = base.get("train", {}), study["like"]
+    if not isinstance(students, dict) or not all(isinstance(section, dict) for section in students.values()):
+        raise RetortError(f"{params}: section `train` is no section a student; `python -m pipelines profile demo`")
     like = next((section for key, section in students.items() if wanted in (key, section.get("family"))), None)
     if like is None:
         raise unknown(f"student of profile {name} (section `train` of {params})", wanted, students)

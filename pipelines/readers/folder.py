@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from extract.checks import is_plain
 from extract.errors import RetortError
 from pipelines.readers.source import ReaderOptions, Source, layout_error, read_table
 
@@ -18,6 +19,8 @@ def read_folder(root: Path, options: ReaderOptions) -> list[Source]:
     columns = rows[0].keys() if rows else set()
     if "file" not in columns:
         raise RetortError(f"{table} has columns {', '.join(columns) or '(none)'}; expected one named `file`")
+    if odd := [row["file"] for row in rows if not is_plain(row["file"].strip())]:
+        raise RetortError(f"{table}: column `file` holds {odd[0]!r}, expected a path below {root}")
     if missing := [old for old, new in options.rename.items() if new not in columns]:
         raise RetortError(f"--rename {missing[0]}: {table} has no such column; it has {', '.join(columns)}")
     return [

@@ -48,7 +48,7 @@ def _annotations(table: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
     """Id, speaker, part and labels of every line: ID BOS WORD … EOS<TAB>O SLOT … INTENT."""
     for line in read_lines(table):
         said, _, slots = line.strip().partition("\t")
-        name, *words = said.split()
+        name, *words = said.split() or [""]
         *tags, intent = slots.split() or [""]
         if len(words) != len(tags) + 1 or len(words) < 2 or len(parts := name.split("-")) != 4:
             raise RetortError(
