@@ -74,7 +74,7 @@ def extract(settings: Settings) -> tuple[Manifest, bool]:
     """
     check_out(settings.manifest, "--manifest")
     if not is_url(root_text(settings.store)):
-        check_out(in_main_tree(root_text(settings.store)) / "new", "--store")
+        check_out(in_main_tree(root_text(settings.store)), "--store", folder_with=".")  # whatever else it holds
     corpus = Corpus.open(settings.corpus)
     card = find_upstream(
         settings.upstream, revision=settings.revision, normalise=settings.normalise, name=settings.name

@@ -6,12 +6,16 @@ manifests/  of them, with the teacher's seed                               score
 params.yaml                                                                data/      a data set folder that is read
 """
 
+import atexit
 import hashlib
 import json
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +59,11 @@ TRAIN = "train run --student tiny --manifest manifests/teacher.json --corpus cor
 SCORE = "evaluate run --task ks --config params.yaml --manifest manifests/teacher.json --corpus corpora/tiny.json"
 
 
-def make_world(folder: Path) -> Path:
-    """Everything, made by the commands themselves with `folder` as the working folder."""
+@cache
+def _whole_world() -> Path:
+    """The world as it should be, made once a process: by the commands themselves, with it as the working folder."""
+    folder = Path(tempfile.mkdtemp(prefix="retort-bad-input-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, seed in (("tiny", 0), ("other", 1)):
@@ -82,13 +89,19 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
+def enter_world(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Copy the world to `folder`, which must not exist, and make it the working folder."""
+    shutil.copytree(_whole_world(), folder)
+    patch.chdir(folder)
+
+
 def run(line: str) -> Result:
     """A command line without its `python -m`, in this process."""
     room, *arguments = shlex.split(line)
     return CliRunner().invoke(ROOMS[room], arguments)
 
 
-def tree(folder: Path) -> dict[str, str]:
+def tree(folder: Path = Path()) -> dict[str, str]:
     """Every file of a folder with the digest of its bytes, and every folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "/"
@@ -112,7 +125,7 @@ class Row:
 def check_refused(row: Row) -> None:
     """Exit status 1, one line that says what is wrong, and not one byte changed. The working folder is the world."""
     row.damage()
-    before = tree(Path())
+    before = tree()
     done = run(row.line)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -120,7 +133,7 @@ def check_refused(row: Row) -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and done.stderr.count("error: ") == 1
     assert re.search(row.message, last), last
-    assert tree(Path()) == before
+    assert tree() == before
 
 
 def write(path: str, text: str | bytes) -> Damage:
@@ -137,26 +150,32 @@ def remove(*paths: str) -> Damage:
     return lambda: [Path(path).unlink() for path in paths]
 
 
-def folder(path: str) -> Damage:
+def folder(pattern: str) -> Damage:
     """A folder where a file is expected."""
 
     def damage() -> None:
-        Path(path).unlink(missing_ok=True)
-        Path(path).mkdir(parents=True)
+        path = _first(pattern)
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
 
     return damage
 
 
-def cut(path: str, kept: int) -> Damage:
+def cut(pattern: str, kept: int) -> Damage:
     """Only the first bytes of a file."""
-    return lambda: Path(path).write_bytes(Path(path).read_bytes()[:kept])
+    return lambda: _first(pattern).write_bytes(_first(pattern).read_bytes()[:kept])
+
+
+def _first(pattern: str) -> Path:
+    """The first file that a pattern finds, or the one to be made."""
+    return min(Path().glob(pattern), default=Path(pattern))
 
 
 def flip(pattern: str, place: int) -> Damage:
     """One bit of the first file that the pattern finds."""
 
     def damage() -> None:
-        path = sorted(Path().glob(pattern))[0]
+        path = _first(pattern)
         content = bytearray(path.read_bytes())
         content[place] ^= 64
         path.write_bytes(content)
@@ -199,9 +218,8 @@ def change_array(name: str, **changes: Any) -> Damage:
         place = Path(manifest["store"]["root"]) / manifest["store"]["path"]
         group = zarr.open_group(place, mode="r+")
         array = group[name]
-        settings = {"shape": array.shape, "dtype": array.dtype, "chunks": array.shape} | changes
-        group.create_array(name, overwrite=True, compressors=None, fill_value=1, **settings)
-        group[name][:] = np.zeros(settings["shape"], settings["dtype"]) + 1
+        made = np.ones(changes.get("shape", array.shape), changes.get("dtype", array.dtype))
+        group.create_array(name, data=made, chunks=made.shape, overwrite=True, compressors=None)
         objects = {key: value for key, value in manifest["objects"].items() if not key.startswith(f"{name}/")}
         for file in (place / name).rglob("*"):
             if file.is_file():
