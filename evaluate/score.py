@@ -132,6 +132,8 @@ def read_score(path: Path) -> Score:
             "make it with `python -m evaluate run`"
         )
     check_fields(_FIELDS, content, where=str(path))
+    if content["task"] not in (tasks := {task_of(term) for term in SUPERB_CONSTANTS}):
+        raise unknown(f"task in {path}:", content["task"], tasks)
     try:
         task, interval = content["task"], content["interval"]
         values, found = {task: float(content["test"])}, {task: interval["test"]}
@@ -146,7 +148,7 @@ def read_score(path: Path) -> Score:
             content["upstream"],
             content["higher_is_better"],
             values,
-            {term: (ends[0], ends[1]) for term, ends in found.items() if ends},
+            {term: (float(ends[0]), float(ends[1])) for term, ends in found.items() if ends},
             content["num_test"],
             {key: content[key] for key in ("corpus_digest", "labels_digest", "metric", "recipe", "seed")},
             tuple(content["notes"]),
@@ -157,9 +159,9 @@ def read_score(path: Path) -> Score:
 
 _FIELDS: dict[str, Any] = {
     "task": str,
-    "upstream": str,
-    "test": float,
     "interval": dict,
+    "test": float,
+    "upstream": str,
     "higher_is_better": bool,
     "num_test": int,
     "corpus_digest": str,

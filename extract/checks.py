@@ -26,7 +26,7 @@ def check_fields(fields: Mapping[str, Any], value: Mapping[str, object], *, wher
     """Raises RetortError unless all `fields` (name -> type) are there and of their types; others may be there too."""
     for name, hint in fields.items():
         if name not in value:
-            raise RetortError(f"{where} has no `{name}`; expected {', '.join(fields)}")
+            raise RetortError(f"{where} has no field {name!r}; expected {', '.join(fields)}")
         check_type(hint, value[name], where=f"{where}.{name}")
 
 

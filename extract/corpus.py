@@ -77,7 +77,9 @@ class Corpus:
             try:
                 check_fields({"file": str, "digest": str}, card, where=str(path))
             except RetortError as error:
-                raise RetortError(f"{error}: no corpus card; make one with `python -m pipelines corpus`") from None
+                raise RetortError(
+                    f"{path} is no corpus card ({error}); make one with `python -m pipelines corpus`"
+                ) from None
             path, expected = in_main_tree(card["file"]), card["digest"]
         if not path.is_file():
             raise RetortError(

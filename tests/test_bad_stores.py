@@ -71,10 +71,10 @@ MANIFESTS = [
     says(INFO, "unknown codec in .*'zip': expected one of float16, int4, int8", "codec", to="zip"),
     says(INFO, "codec: got .'zip'., expected str", "codec", to=["zip"]),
     says(STATS, "unknown part .*'x': expected one of frames, pooled, stem", "keep", to=["frames", "x"]),
-    says(INFO, "upstream has no `id`; expected id, name", "upstream", to={}),
+    says(INFO, "upstream has no field 'id'; expected id, name", "upstream", to={}),
     says(INFO, "upstream.num_parameters: got 'many', expected int", "upstream", "num_parameters", to="many"),
     says(INFO, "plan: got 'x', expected dict", "plan", to="x"),
-    says(STATS, "plan has no `num_packs`; expected pack_frames", "plan", "num_packs", drop=True),
+    says(STATS, "plan has no field 'num_packs'; expected pack_frames", "plan", "num_packs", drop=True),
     says(STATS, "plan.shard_packs: got 0, expected at least 1", "plan", "shard_packs", to=0),
     says(STATS, "does not fit 10 utterances and 2 shards", "plan", "num_packs", to=10**12),
     says(MIRROR, "does not fit 10 utterances and 2 shards", "plan", "num_shards", to=10**12),
@@ -89,7 +89,7 @@ MANIFESTS = [
     says(MIRROR, "store.path: got '../../etc', expected a path below the root", "store", "path", to="../../etc"),
     says(VERIFY, "store.path: got '/etc', expected a path below the root", "store", "path", to="/etc"),
     says(VERIFY, "store.path: got '', expected a path below the root", "store", "path", to=""),
-    says(VERIFY, "store has no `root`", "store", "root", drop=True),
+    says(VERIFY, "store has no field 'root'", "store", "root", drop=True),
     says(VERIFY, "Protocol not known: nope; expected a local folder or a URL", "store", "root", to="nope://x/y"),
     says(MIRROR, "digest: got '../../x', expected a sha256", "digest", to="../../x"),
     says(INFO, "corpus.name: got '../x', expected a plain name", "corpus", "name", to="../x"),
@@ -113,7 +113,7 @@ STORES = [
     Row("scale's type", STATS, "scale .* is int8 .* says float32", change_array("scale", dtype="int8")),
     Row("means", SCORE + " --out n.json", r"pooled .* is float32 \(3,", change_array("pooled", shape=(3, 3, 32))),
     Row("index's shape", STATS, r"index/pack .* is int32 \(3,\)", change_array("index/pack", shape=(3,))),
-]  # fmt: skip
+]
 
 OPTIONS = [
     Row("no pack", f"{STATS} --max-packs 0", "--max-packs 0: expected at least 1"),
