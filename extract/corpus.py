@@ -133,7 +133,7 @@ class Corpus:
         return len(self.ids)
 
     def _check_table(self) -> None:
-        columns = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
+        columns: dict[str, Any] = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
         columns |= {"speaker": self.speakers} | self.labels
         if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):
             raise RetortError(f"{self.path} is no readable corpus: its ids are not unique names")

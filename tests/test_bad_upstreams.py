@@ -142,8 +142,10 @@ OPTIONS = [
     asked("odd option", "--fast", "No such option '--fast'"),
     instead("manifest a folder", "new.json", "corpora", "--manifest corpora is a folder; give a file"),
     instead("manifest below a file", "new.json", "params.yaml/x.json", "params.yaml is no folder"),
-    instead(
-        "fbank's stem", "teacher", "fbank --keep pooled,stem --drop-long", "--layers: upstream fbank has no layer 4"
+    Row(
+        "fbank's stem",
+        EXTRACT.replace("teacher", "fbank").replace("0,2,4", "0") + " --keep pooled,stem --drop-long",
+        "upstream fbank has no convolution stem; keep frames,pooled",
     ),
     instead("fbank's blocks", "teacher", "fbank --seed-blocks 1", "upstream fbank has no blocks to seed"),
     Row("plan: rate", "extract plan --upstream teacher --corpus corpora/tiny.json --rate nan", "--rate nan: expected"),
@@ -278,7 +280,7 @@ def test_weights_that_are_a_program_are_not_run(trust: str) -> None:
     Path(WEIGHTS).unlink()
     torch.save({"weight": _Touches()}, "teacher/pytorch_model.bin")
     check_refused(Row("pickle", EXTRACT + trust, "transformers can't open"))
-    Path("teacher/pytorch_model.bin").write_bytes(pickle.dumps(_Touches()))
+    Path("teacher/pytorch_model.bin").write_bytes(pickle.dumps(_Touches(), protocol=2))
     check_refused(Row("bare pickle", EXTRACT + trust, "transformers can't open"))
     assert not Path("ran").exists()
 

@@ -97,16 +97,16 @@ def read_student_folder(folder: Path) -> RetortStudent:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         # Our own class: the code that lies in the folder is not run.
-        student, loading = kinds[names[0]].from_pretrained(folder, output_loading_info=True)
+        opened: Any = kinds[names[0]].from_pretrained(folder, output_loading_info=True)
     except _UNREADABLE as error:
         raise RetortError(
             f"{folder} can't be opened as a student ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
             "train it again"
         ) from None
-    if missing := sorted(loading["missing_keys"]):
+    student: RetortStudent = opened[0]
+    if missing := sorted(opened[1]["missing_keys"]):
         raise RetortError(f"{folder}: the weights lack {len(missing)}, such as {missing[0]}; train the student again")
-    opened: RetortStudent = student
-    return opened
+    return student
 
 
 # What transformers raises for a config or weights that are damaged or of something else.

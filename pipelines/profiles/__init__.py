@@ -66,7 +66,7 @@ def _spread_out(profile: Any, name: str, params: Path) -> Any:
     base, study = yaml.load(params), profile.pop("study")
     students, wanted = base.get("train", {}), study["like"]
     if not isinstance(students, dict) or not all(isinstance(section, dict) for section in students.values()):
-        raise RetortError(f"{params}: section `train` is no section a student; `python -m pipelines profile demo`")
+        raise RetortError(f"{params}: section `train` is {students!r:.60}, expected a section for each student")
     like = next((section for key, section in students.items() if wanted in (key, section.get("family"))), None)
     if like is None:
         raise unknown(f"student of profile {name} (section `train` of {params})", wanted, students)

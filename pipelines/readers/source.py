@@ -55,7 +55,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         reader = csv.DictReader(read_lines(path), strict=True)
         for row in reader:
             if None in row or None in row.values():
-                count = len(row) if None not in row else len(row) - 1 + len(row[None])  # type: ignore[index]
+                count = len(row) if None not in row else len(row) - 1 + len(row[None])
                 count -= sum(value is None for value in row.values())
                 raise RetortError(
                     f"{path}: line {reader.line_num} has {count} columns, expected {len(reader.fieldnames or ())}"
