@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from extract.errors import CommandGroup, RetortError
-from extract.files import write_json
+from extract.files import check_out, write_json
 from extract.params import read_section
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, offi
     """One table of SCORES (files, or folders of them), with one score an upstream."""
     from evaluate.score import gather, summarise
 
+    check_out(out, "--out")
     summary = summarise(gather(scores), fbank=fbank, teacher=teacher, official=official)
     write_json(out, summary.to_dict())
     show(summary)

@@ -14,6 +14,7 @@ from evaluate.corpora import corpus_of_tasks
 from evaluate.run import Job, code_digest, open_source, score, settle_torch
 from evaluate.task import parse_recipe, recipe_dict
 from evaluate.tasks import TASKS
+from extract.checks import check_name
 from extract.errors import RetortError, unknown
 from extract.files import read_json
 from extract.params import read_params, read_section
@@ -27,6 +28,7 @@ def job_of(
     for key in (name, *settings):
         if key not in TASKS:
             raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)
+    check_name(upstream, where="--upstream")  # checkpoints lie below a folder of this name
     task = TASKS[name]
     recipe = parse_recipe(task, settings.get(name), where=f"evaluate.{name}" + (f" of {config}" if config else ""))
     return Job(task=task, recipe=recipe, upstream=upstream, manifest=manifest, corpus=corpus, out=out)

@@ -16,7 +16,7 @@ from evaluate.sweep import SweepResult
 from evaluate.task import SPEAKER, Progress, Settings, Source, Task, differences, recipe_dict
 from extract.corpus import Corpus
 from extract.errors import RetortError
-from extract.files import sha256_file, sha256_json, write_json
+from extract.files import check_out, sha256_file, sha256_json, write_json
 from extract.memory import keep_freed_blocks
 from extract.store import StoreReader
 
@@ -42,6 +42,7 @@ def score(job: Job, bar: Bar) -> dict[str, Any]:
 
     Raises RetortError for a store of another corpus, one that lacks what the task reads, and a missing label.
     """
+    check_out(job.out, "--out")
     source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
     key = run_key(job.task.name, recipe_dict(job.recipe), source)
     sitting = Sitting(bar, checkpoint_folder(job.upstream, job.task.name, key), key)

@@ -9,11 +9,13 @@ were scored: fbank is 0, the teacher 1000. That is the *relative score*, and nev
 file proves that a corpus is SUPERB's own, so the caller has to say so; a test split of another size refutes it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from extract.checks import check_fields
 from extract.errors import RetortError, unknown
 from extract.files import read_json
 
@@ -129,25 +131,46 @@ def read_score(path: Path) -> Score:
             f"{path} is no score of format 2 (format_version {content.get('format_version')!r}); "
             "make it with `python -m evaluate run`"
         )
+    check_fields(_FIELDS, content, where=str(path))
+    if content["task"] not in (tasks := {task_of(term) for term in SUPERB_CONSTANTS}):
+        raise unknown(f"task in {path}:", content["task"], tasks)
     try:
         task, interval = content["task"], content["interval"]
         values, found = {task: float(content["test"])}, {task: interval["test"]}
         if task == "sf":
             values = {"sf_f1": values["sf"], "sf_cer": float(content["also"]["cer"])}
             found = {"sf_f1": interval["test"], "sf_cer": interval["also"].get("cer")}
+        if odd := [term for term, value in values.items() if not math.isfinite(value)]:
+            raise ValueError(f"{odd[0]} is {values[odd[0]]}")
         return Score(
             path,
             task,
             content["upstream"],
             content["higher_is_better"],
             values,
-            {term: (ends[0], ends[1]) for term, ends in found.items() if ends},
+            {term: (float(ends[0]), float(ends[1])) for term, ends in found.items() if ends},
             content["num_test"],
             {key: content[key] for key in ("corpus_digest", "labels_digest", "metric", "recipe", "seed")},
             tuple(content["notes"]),
         )
-    except KeyError as error:
-        raise RetortError(f"{path} has no field {error}; make it again with `python -m evaluate run`") from None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RetortError(f"{path} is no score ({error!r}); make it again with `python -m evaluate run`") from None
+
+
+_FIELDS: dict[str, Any] = {
+    "task": str,
+    "interval": dict,
+    "test": float,
+    "upstream": str,
+    "higher_is_better": bool,
+    "num_test": int,
+    "corpus_digest": str,
+    "labels_digest": str,
+    "metric": str,
+    "recipe": dict,
+    "seed": int,
+    "notes": list[str],
+}
 
 
 def gather(paths: Sequence[Path]) -> dict[str, dict[str, Score]]:

@@ -226,7 +226,7 @@ def info(manifest: Path) -> None:
             errors = Table(*columns, title=f"what {lost} lost", title_justify="left")
             for name in map(str, (*it.layers, "stem")):  # JSON has them in the order of their names
                 if figures := by_layer.get(name):
-                    errors.add_row(name, str(figures["snr_db"]), str(figures["max_abs_error"]))
+                    errors.add_row(name, str(figures.get("snr_db")), str(figures.get("max_abs_error")))
             console.print(errors)
 
 
@@ -253,13 +253,16 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
     """Norms, spread and likeness (linear CKA) of a store's layers, out of core: a table, a JSON and two figures."""
     from rich.console import Console
 
+    from extract.files import check_out
     from extract.stats import measure, table_of, write_stats
     from extract.store import StoreReader
 
+    out = out or Path("stats") / manifest.stem
+    check_out(out.with_name(f"{out.name}.json"), "--out")
     reader = StoreReader.open(manifest)
     found = measure(reader, max_packs=max_packs)
     Console().print(table_of(found))
-    for path in write_stats(found, reader, out or Path("stats") / manifest.stem):
+    for path in write_stats(found, reader, out):
         click.echo(path)
 
 

@@ -27,6 +27,7 @@ Array = Any  # a numpy array or a torch tensor; both of a call are of one kind
 
 _BLOCK_FRAMES = 256
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
+_FLOAT32_TINY = np.finfo(np.float32).tiny  # the smallest normal number
 
 
 class Codec(ABC):
@@ -108,6 +109,8 @@ class Int8(Codec):
         # Encoding runs beside the forward pass: blocks that stay in the cache take three fifths of the time.
         for hidden_FD, codes_FD, scale_D in zip(hidden_LFD, codes_LFD, scale_LD, strict=True):
             scale_D[:] = np.abs(np.maximum(hidden_FD.max(axis=0), -hidden_FD.min(axis=0))) / np.float32(127)
+            # Below it a scale is too coarse to hold 127 steps, and codes would wrap: such features are 0.
+            scale_D[scale_D < _FLOAT32_TINY] = 0
             divisor_D = np.where(scale_D > 0, scale_D, np.float32(1))
             for first in range(0, len(hidden_FD), _BLOCK_FRAMES):
                 block_FD = hidden_FD[first : first + _BLOCK_FRAMES] / divisor_D

@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from extract.checks import check_fields, check_name, is_plain
 from extract.errors import RetortError
 from extract.files import in_main_tree, read_json, sha256_json, write_json, written_aside
 
@@ -73,10 +74,12 @@ class Corpus:
         expected = None
         if path.suffix == ".json":
             card = read_json(path)
-            if "file" not in card:
+            try:
+                check_fields({"file": str, "digest": str}, card, where=str(path))
+            except RetortError as error:
                 raise RetortError(
-                    f"{path} is no corpus card: it has no `file`; make one with `python -m pipelines corpus`"
-                )
+                    f"{path} is no corpus card ({error}); make one with `python -m pipelines corpus`"
+                ) from None
             path, expected = in_main_tree(card["file"]), card["digest"]
         if not path.is_file():
             raise RetortError(
@@ -84,10 +87,14 @@ class Corpus:
             )
         try:
             corpus = cls._read(path)
-        except (OSError, KeyError) as error:
+        except RetortError:
+            raise
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise RetortError(
                 f"{path} is no readable corpus ({error}); make it again with `python -m pipelines corpus`"
             ) from None
+        check_name(corpus.name, where=f"{path}: name")  # stores lie below a folder of this name
+        corpus._check_table()
         if expected is not None and corpus.digest != expected:
             raise RetortError(
                 f"corpus {path} has digest {corpus.digest[:12]}, its card says {expected[:12]}: "
@@ -124,6 +131,29 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def _check_table(self) -> None:
+        columns: dict[str, Any] = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
+        columns |= {"speaker": self.speakers} | self.labels
+        if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):
+            raise RetortError(f"{self.path} is no readable corpus: its ids are not unique names")
+        if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
+            raise RetortError(f"{self.path} is no readable corpus: {odd[0]} is not of its {len(self.ids)} utterances")
+        with h5py.File(self.path, "r") as file:
+            # The audio of a stranger's corpus lies in its own file: HDF5 can point anywhere on this machine.
+            if "samples" in file and file.get("samples", getlink=True).__class__ is not h5py.HardLink:
+                raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
+            samples = file.get("samples")
+            if samples is None:
+                return
+            if samples.external or samples.is_virtual:
+                raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
+            last = int((self.start + self.num_samples).max(initial=0))
+            if samples.dtype != np.int16 or samples.ndim != 1 or last > len(samples) or self.start.min(initial=0) < 0:
+                raise RetortError(
+                    f"{self.path} is no readable corpus: its table names {last} int16 samples, it holds "
+                    f"{samples.dtype} {samples.shape}; make it again with `python -m pipelines corpus`"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # h5py handles survive neither fork nor pickling: every process opens its own.
@@ -203,7 +233,7 @@ def _write(
     with tempfile.TemporaryFile(dir=path.parent) as spool, h5py.File(path, "w") as file:
         for utterance in utterances:
             block = np.ascontiguousarray(utterance.samples, dtype="<i2")
-            digest.update(f"{utterance.id}\0{len(block)}\0".encode())
+            digest.update(f"{utterance.id}\0{len(block)}\0".encode(errors="replace"))  # odd ids are refused below
             digest.update(block.tobytes())
             spool.write(block.tobytes())
             lengths.append(len(block))
@@ -241,8 +271,15 @@ def _write(
 def _check(rows: list[Utterance]) -> None:
     if not rows:
         raise RetortError("the corpus would be empty: the reader found no utterance")
+    for label in rows[0].labels:
+        check_name(label, where="a label's name")
     seen: set[str] = set()
     for row in rows:
+        if not is_plain(row.id):
+            raise RetortError(f"utterance id {row.id!r} is empty or holds control characters; give it another")
+        for name, text in {"split": row.split, "speaker": row.speaker, **row.labels}.items():
+            if text and not is_plain(text.replace("\n", " ").replace("\t", " ")):
+                raise RetortError(f"utterance {row.id!r}: its {name} {text!r} is no text that UTF-8 and HDF5 can hold")
         if row.id in seen:
             raise RetortError(f"utterance id {row.id!r} occurs twice; ids must be unique in a corpus")
         seen.add(row.id)

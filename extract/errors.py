@@ -1,8 +1,8 @@
 """What a user is told when something is wrong, and how every command says it.
 
 A mistake of the user's is a `RetortError`: one line with what is wrong, where, what was expected and how to mend it.
-`CommandGroup` prints that line to stderr and exits with status 1; so do a full disk and Ctrl-C. Anything else is a
-mistake of ours and keeps its traceback.
+`CommandGroup` prints that line to stderr and exits with status 1; so do a full disk, a path that the system refuses,
+too little memory and Ctrl-C. Anything else is a mistake of ours and keeps its traceback.
 """
 
 import errno
@@ -10,6 +10,12 @@ import sys
 from typing import Any
 
 import click
+
+# What a path that a user gave may meet: not there, not a folder, not a file, not allowed, too long.
+_REFUSED = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY,
+)  # fmt: skip
 
 
 class RetortError(ValueError):
@@ -43,6 +49,8 @@ class CommandGroup(click.Group):
         except (click.Abort, KeyboardInterrupt):
             _stop("interrupted; what was finished is kept, the same command goes on from there")
         except OSError as error:
+            if error.errno in _REFUSED and error.filename:
+                _stop(f"{error.filename2 or error.filename}: {error.strerror}; give another path, or mend that one")
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             full = error.filename2 or error.filename  # of a copy, the second is the one that is written
@@ -50,6 +58,8 @@ class CommandGroup(click.Group):
                 f"no space left on the disk{f' at {full}' if full else ''}: nothing half-written "
                 "was kept; make room and run the same command again, it goes on from there"
             )
+        except MemoryError as error:
+            _stop(f"not enough memory ({error}): give smaller packs or batches, or a machine with more")
 
 
 def _stop(message: str) -> None:

@@ -53,6 +53,30 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_out(path: Path, option: str, *, folder_with: str | None = None) -> None:
+    """Refuse a place that can't be written, or holds something else: told before the work, not after it.
+
+    folder_with: a folder will stand at `path`; one that is there may be replaced if it is empty or holds this file.
+    Raises RetortError, which names the `option`.
+    """
+    if folder_with is None and path.is_dir():
+        raise RetortError(f"{option} {path} is a folder; give a file")
+    if folder_with is not None and path.is_dir() and any(path.iterdir()) and not (path / folder_with).exists():
+        raise RetortError(
+            f"{option} {path} is a folder that holds something else (no {folder_with}), which would be replaced; give "
+            "a new folder"
+        )
+    if folder_with is not None and path.exists() and not path.is_dir():
+        raise RetortError(f"{option} {path} is a file; give a folder")
+    above = path.absolute().parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise RetortError(f"{option} {path}: {above} is no folder, so nothing can be written below it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RetortError(f"{option} {path}: {above} is not writable; give another place")
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON with sorted keys, atomically."""
     with written_aside(Path(path)) as aside:
@@ -70,6 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise RetortError(f"{path} does not exist; run the stage that makes it (`dvc repro` runs all)") from None
+    except IsADirectoryError:
+        raise RetortError(f"{path} is a folder; give the JSON file") from None
     return parse_json(data, where=str(path))
 
 
@@ -77,7 +103,7 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     """Bytes as a JSON object. Raises RetortError, which names `where` they came from, when they are none."""
     try:
         value = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RetortError(f"{where} is not JSON ({error}); delete it and run the stage that makes it again") from None
     if not isinstance(value, dict):
         raise RetortError(f"{where} holds a JSON {type(value).__name__}, expected an object")

@@ -5,7 +5,7 @@ run over time, and data2vec-audio's stack of positional convolutions. Both are m
 model's own code under its attention mask. Shapes: B batch, C channels, T frames, D features.
 """
 
-import json
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torchaudio
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.errors import RetortError
+from extract.files import read_json
 from extract.plan import count_frames
-from extract.upstream import FBANK, FBANK_SHAPE, UpstreamCard, receptive_field
+from extract.upstream import FBANK, FBANK_SHAPE, UpstreamCard, brings_code, receptive_field
 
 CONVENTION = (
     "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
@@ -115,26 +118,9 @@ class Transformer(Upstream):
 
     def __init__(self, card: UpstreamCard, *, device: str, dtype: str, trust_remote_code: bool) -> None:
         assert card.folder is not None
-        config = json.loads((card.folder / "config.json").read_text())
-        remote = "auto_map" in config
-        if remote and not trust_remote_code:
-            raise RetortError(
-                f"upstream {card.id} brings its own code (config.json's auto_map); "
-                "read it, then give --trust-remote-code"
-            )
-        # Late: transformers takes seconds to import, and fbank does without.
-        from transformers import AutoModel, logging
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        kind: Any = AutoModel
-        if own := config.get("auto_map", {}).get("AutoModel"):
-            # Of two students in folders of one name AutoModel opens the second as the first's class, weights random.
-            kind = get_class_from_dynamic_module(own, card.folder)
-        # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
-        model = kind.from_pretrained(card.folder, trust_remote_code=trust_remote_code, dtype=torch.float32)
-        self.model: Any = model.eval().requires_grad_(False).to(device)
+        remote = "auto_map" in read_json(card.folder / "config.json")
+        model = _open_model(card, trust_remote_code=trust_remote_code)
+        self.model: Any = model.eval().requires_grad_(False).to(find_device(device))
         self.normalise = card.normalise
         self.device = device
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -203,6 +189,74 @@ class Transformer(Upstream):
             )
         # transformers 5 gives Large models' last hidden state before the final LayerNorm: take the model's own output.
         return [*output.hidden_states[:-1], output.last_hidden_state]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name. Raises RetortError for one that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise RetortError(f"--device {name!r}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RetortError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
+    """The model of an upstream's folder, every weight of it from there. Raises RetortError for a folder that is none.
+
+    transformers itself warns of weights that are missing and goes on with random ones.
+    """
+    assert card.folder is not None
+    config = read_json(card.folder / "config.json")
+    if brings_code(config) and not trust_remote_code:
+        raise RetortError(
+            f"upstream {card.id} brings its own code (config.json's auto_map, or a kernel for attention); "
+            "read it, then give --trust-remote-code"
+        )
+    if "auto_map" not in config and config["model_type"] == "retort-student":
+        raise RetortError(
+            f"upstream {card.id}: config.json is a student's but has no auto_map, which names its code; train the "
+            "student again with `python -m train run`"
+        )
+    # Late: transformers takes seconds to import, and fbank does without.
+    from transformers import AutoModel, logging
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        kind: Any = AutoModel
+        if own := config.get("auto_map", {}).get("AutoModel"):
+            # Of two students in folders of one name AutoModel opens the second as the first's class, weights random.
+            kind = get_class_from_dynamic_module(own, card.folder)
+        # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
+        model, loading = kind.from_pretrained(
+            card.folder, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
+        )
+    except _UNREADABLE as error:
+        raise RetortError(
+            f"upstream {card.id}: transformers can't open {card.folder} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); download or train it again"
+        ) from None
+    # What only pre-training uses may be missing, and is not used here.
+    if missing := sorted(set(loading["missing_keys"]) - {"masked_spec_embed"}):
+        raise RetortError(
+            f"upstream {card.id}: the weights in {card.folder} lack {len(missing)} that config.json asks for, such as "
+            f"{missing[0]}; config and weights are not of one model"
+        )
+    return model
+
+
+# What transformers raises for a config or weights that are damaged or of something else.
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, ImportError, ZeroDivisionError,
+    AssertionError, pickle.UnpicklingError, EOFError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from extract.codec import CodecError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.errors import RetortError
 from extract.place import RemotePlace, place_of
 from extract.plan import Plan, count_frames, plan_packs
 from extract.upstream import UpstreamCard, check_layers, check_stem
@@ -215,6 +216,11 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         shard_packs=request.shard_packs,
         drop_long=request.drop_long,
     )
+    if not plan.num_packs:
+        raise RetortError(
+            f"every utterance of {corpus.path} is longer than a pack of {request.pack_frames} frames and would be "
+            "dropped; give a larger --pack-frames"
+        )
     place = place_of(request.root, request.path)
     return StoreWriter(
         location=place.workshop(),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from extract.errors import RetortError
-from extract.files import json_text, parse_json, write_json, written_aside
+from extract.files import check_out, json_text, parse_json, write_json, written_aside
 from extract.place import Expected, LocalPlace, Place, RemotePlace, check_bytes, passing_folder, root_text
 from extract.progress import ProgressBar
 from extract.store import MANIFEST_NAME, Manifest, card_name, check_sizes
@@ -50,6 +50,8 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
     Raises RetortError for a store that is incomplete or damaged, a root that is the old one or holds another store of
     the same name, and a place that can't be reached or written.
     """
+    if new_manifest:
+        check_out(new_manifest, "--manifest")
     old = Manifest.read(manifest)
     new = replace(old, store={"root": root_text(root), "path": old.store["path"]})
     source, target = old.place, new.place
@@ -107,8 +109,12 @@ def _cards(manifest: Manifest, place: Place) -> dict[str, dict[str, list[object]
     names = [name for shard in range(manifest.plan["num_shards"]) if place.size(name := card_name(shard)) is not None]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cards = zip(names, pool.map(place.read, names), strict=True)
-        read = {name: parse_json(data, where=f"{place}/{name}")["objects"] for name, data in cards}
-    return {name: objects for name, objects in read.items() if objects.items() <= manifest.objects.items()}
+        read = {name: parse_json(data, where=f"{place}/{name}").get("objects") for name, data in cards}
+    return {
+        name: objects
+        for name, objects in read.items()
+        if isinstance(objects, dict) and all(manifest.objects.get(one) == value for one, value in objects.items())
+    }
 
 
 def _there(manifest: Manifest, target: Place) -> set[str]:

@@ -23,7 +23,7 @@ def read_params(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RetortError(f"{path} does not exist; give the params file with --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise RetortError(f"{path} is not YAML: {error}") from None
     if not isinstance(value, dict):
         raise RetortError(f"{path} holds a {type(value).__name__}, expected sections such as `train` and `evaluate`")
@@ -79,7 +79,7 @@ def _scalar(kind: type, value: object, where: str) -> Any:
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:  # PyYAML reads 5e-4 as a string, YAML 1.2 (and DVC) as a number
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number

@@ -47,7 +47,9 @@ def is_url(root: Path | str) -> bool:
 
 
 def root_text(root: Path | str) -> str:
-    """A root of stores as manifests have it."""
+    """A root of stores as manifests have it. Raises RetortError for an empty one, which would be the current folder."""
+    if not str(root):
+        raise RetortError("the ROOT of all stores is empty; give a folder such as stores, or a URL")
     return str(root).rstrip("/") if is_url(root) else Path(root).as_posix()
 
 

@@ -88,8 +88,9 @@ def plan_packs(
     num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame, and for one longer than a
     pack unless `drop_long`.
     """
-    if pack_frames < 1 or shard_packs < 1:
-        raise RetortError(f"--pack-frames {pack_frames} and --shard-packs {shard_packs} must both be at least 1")
+    for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
+        if not 1 <= count < 1 << 31:  # the index is int32
+            raise RetortError(f"{option} {count}: expected at least 1, and less than 2^31")
     if len(empty := np.flatnonzero(num_frames < 1)):
         raise RetortError(
             f"utterance {ids[empty[0]]!r} is too short for one frame ({len(empty)} such); "

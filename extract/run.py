@@ -14,7 +14,7 @@ import numpy as np
 from extract.codec import CODECS
 from extract.corpus import Corpus
 from extract.errors import RetortError, unknown
-from extract.files import in_main_tree, parse_json, sha256_json, write_json
+from extract.files import check_out, in_main_tree, parse_json, sha256_json, write_json
 from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_of
 from extract.place import is_url, place_of, root_text
 from extract.progress import ProgressBar
@@ -60,8 +60,9 @@ class Settings:
         check_keep(self.keep)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        if self.workers < 0 or self.threads < 0:
-            raise RetortError(f"--workers {self.workers} and --threads {self.threads}: neither may be negative")
+        for option in ("workers", "threads", "seed_blocks"):
+            if getattr(self, option) < 0:
+                raise RetortError(f"--{option.replace('_', '-')} {getattr(self, option)}: expected 0 or more")
         if self.workers and self.scheduler:
             raise RetortError("--workers starts a cluster of its own, --scheduler uses one that runs: give one of them")
 
@@ -71,6 +72,9 @@ def extract(settings: Settings) -> tuple[Manifest, bool]:
 
     Raises RetortError for an upstream, layer or corpus that can't be used.
     """
+    check_out(settings.manifest, "--manifest")
+    if not is_url(root_text(settings.store)):
+        check_out(in_main_tree(root_text(settings.store)), "--store", folder_with=".")  # whatever else it holds
     corpus = Corpus.open(settings.corpus)
     card = find_upstream(
         settings.upstream, revision=settings.revision, normalise=settings.normalise, name=settings.name
@@ -146,6 +150,8 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
     """Make the store and the manifest of `settings` with hands that have their upstream; finished shards are kept."""
     facts = hands.facts()
     writer = open_writer(hands.request, corpus, facts)
+    if settings.seed_blocks >= facts.num_layers:
+        raise RetortError(f"--seed-blocks {settings.seed_blocks}: the upstream has {facts.num_layers - 1} blocks")
     writer.create()
     if settings.seed_blocks:
         _write_seed(settings, card)

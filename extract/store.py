@@ -16,7 +16,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,97 +27,19 @@ from numpy.typing import NDArray
 
 from extract.codec import CODECS, Codes, Scale
 from extract.corpus import Corpus
-from extract.errors import RetortError, unknown
-from extract.files import read_json
-from extract.place import CachedPlace, Expected, Place, RemotePlace, place_of
+from extract.errors import RetortError
+from extract.manifest import FORMAT_VERSION, KEEP, KEEP_DEFAULT, Manifest, check_keep
+from extract.place import CachedPlace, Expected, LocalPlace, Place, check_bytes
 from extract.plan import group_by_pack
 
-FORMAT_VERSION = 2
+__all__ = ["FORMAT_VERSION", "KEEP", "KEEP_DEFAULT", "Manifest", "StoreReader", "check_keep", "check_sizes"]
+
 MANIFEST_NAME = "manifest.json"
-KEEP = frozenset({"frames", "pooled", "stem"})  # what a store may hold of an utterance
-KEEP_DEFAULT = frozenset({"frames", "pooled"})
-
-
-def check_keep(keep: frozenset[str]) -> None:
-    """Raises RetortError for a `--keep` that no store has."""
-    if odd := keep - KEEP:
-        raise unknown("--keep", min(odd), KEEP)
-    if "pooled" not in keep:
-        raise RetortError(f"--keep {','.join(sorted(keep))}: `pooled` costs little and is always kept; add it")
 
 
 def card_name(shard: int) -> str:
     """The object that says that a shard is finished."""
     return f"shards/{shard:05d}.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a finished store is made of. `objects` maps each file below the store to [bytes, sha256]."""
-
-    format_version: int
-    complete: bool
-    fingerprint: str  # upstream, layers, codec, precision and plan settings
-    digest: str  # of everything in the store
-    upstream: dict[str, Any]
-    layers: tuple[int, ...]
-    dim: int
-    convention: str
-    hop_samples: int
-    receptive_samples: int
-    keep: tuple[str, ...]
-    codec: str
-    codec_error: dict[str, dict[str, Any]]  # by layer, and of "stem" when it is kept
-    dtype: str
-    dtype_error: dict[str, dict[str, Any]]  # by layer against fp32; empty for fp32
-    threads: int  # torch's, in every worker: another number of them changes the last bits
-    attention: str
-    plan: dict[str, Any]
-    corpus: dict[str, Any]
-    dropped: tuple[str, ...]
-    store: dict[str, str]  # root as given, path below it
-    objects: dict[str, list[Any]]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any], *, path: Path | str) -> "Manifest":
-        """Strict: every field, no other. Raises RetortError that names what differs."""
-        if value.get("format_version") != FORMAT_VERSION or not value.get("complete"):
-            raise RetortError(
-                f"{path} is no complete manifest of format {FORMAT_VERSION} (format_version "
-                f"{value.get('format_version')!r}, complete {value.get('complete')!r}); "
-                "run `python -m extract run` again"
-            )
-        names = {field.name for field in fields(cls)}
-        if odd := sorted(names ^ value.keys()):
-            raise RetortError(
-                f"{path} is no manifest: field {odd[0]!r} is {'missing' if odd[0] in names else 'unknown'}"
-            )
-        if value["codec"] not in CODECS:
-            raise unknown(f"codec in {path}:", value["codec"], CODECS)
-        tuples = {key: tuple(value[key]) for key in ("layers", "keep", "dropped")}
-        return cls(**value | tuples)
-
-    @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        return cls.from_dict(read_json(path), path=path)
-
-    @property
-    def place(self) -> Place:
-        """Where the store's objects lie."""
-        return place_of(self.store["root"], self.store["path"])
-
-    @property
-    def location(self) -> Path:
-        """The store's folder. Raises RetortError for a store at a URL."""
-        if isinstance(place := self.place, RemotePlace):
-            raise RetortError(
-                f"this needs a store in a folder, not at {place}; copy it with `python -m extract mirror`"
-            )
-        return place.folder
 
 
 def check_sizes(objects: Mapping[str, Expected], place: Place | CachedPlace, *, source: object) -> None:
@@ -164,6 +86,7 @@ class StoreReader:
         self.keep = frozenset(manifest.keep)
         self.num_packs: int = manifest.plan["num_packs"]
         self.pack_frames: int = manifest.plan["pack_frames"]
+        self.num_utterances: int = manifest.corpus["num_utterances"]
         # `rows/` is the writer's: what no reader asks for need be neither looked for nor fetched.
         self._objects = {name: expected for name, expected in manifest.objects.items() if not name.startswith("rows/")}
         self._place = manifest.place.cached(manifest.digest, self._objects)
@@ -196,12 +119,40 @@ class StoreReader:
 
     @cached_property
     def _group(self) -> zarr.Group:
+        self._check_small_objects()
         return zarr.open_group(self._place.zarr_store(), mode="r")
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
+    def _check_small_objects(self) -> None:
+        """What says where everything lies is compared byte for byte; the rest is by size, and by `extract verify`."""
+        if not isinstance(self._place, LocalPlace):
+            return  # the cache checks what it fetches
+        for name, expected in self._objects.items():
+            if name.endswith("zarr.json") or name.startswith("index/"):
+                check_bytes(self._place.folder / name, expected, what=f"the store of {self.source}: {name}")
+
+    def _array(self, name: str, dtype: str, *shape: int | None) -> zarr.Array[Any]:
+        """An array of the group. Raises RetortError unless it is what the manifest says; None is any number."""
+        array = self._group.get(name)
+        if not isinstance(array, zarr.Array) or array.dtype != dtype or not _agree(array.shape, shape):
+            found = f"{array.dtype} {array.shape}" if isinstance(array, zarr.Array) else "nothing"
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            raise RetortError(
+                f"the store of {self.source}: {name} at {self._place} is {found}, the manifest says {dtype} "
+                f"({expected}); run `python -m extract run` again"
+            )
         return array
+
+    def _read(self, array: zarr.Array[Any], *where: "int | slice") -> NDArray[Any]:
+        """A part of an array. Raises RetortError where the bytes are no shard of it."""
+        try:
+            return np.asarray(array[where])
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RetortError):
+                raise
+            raise RetortError(
+                f"the store of {self.source} is damaged: {array.path} can't be read ({error}); `python -m extract "
+                f"verify {self.source}` names what is damaged, `python -m extract run` then makes it again"
+            ) from None
 
     @cached_property
     def _hidden(self) -> zarr.Array[Any]:
@@ -209,11 +160,15 @@ class StoreReader:
             raise RetortError(
                 f"{self.source} keeps {', '.join(sorted(self.keep))} and no frames; extract with --keep frames,pooled"
             )
-        return self._array("hidden")
+        width = self.codec.width(self.dim)
+        return self._array("hidden", self.codec.dtype, self.num_packs, len(self.layers), self.pack_frames, width)
 
     @cached_property
     def _scale(self) -> "zarr.Array[Any] | None":
-        return None if self.codec.scale_dtype is None else self._array("scale")
+        shape = self.codec.scale_shape(self.pack_frames, self.dim)
+        if shape is None or self.codec.scale_dtype is None:
+            return None
+        return self._array("scale", self.codec.scale_dtype, self.num_packs, len(self.layers), *shape)
 
     @cached_property
     def _pooled(self) -> zarr.Array[Any]:
@@ -221,7 +176,7 @@ class StoreReader:
             raise RetortError(
                 f"{self.source} keeps {', '.join(sorted(self.keep))} and no pooled; extract with --keep frames,pooled"
             )
-        return self._array("pooled")
+        return self._array("pooled", "float32", self.num_utterances, len(self.layers), self.dim)
 
     @cached_property
     def _stem(self) -> zarr.Array[Any]:
@@ -230,11 +185,14 @@ class StoreReader:
                 f"{self.source} keeps {', '.join(sorted(self.keep))} and no stem; extract with "
                 "--keep frames,pooled,stem"
             )
-        return self._array("stem")
+        return self._array("stem", self.codec.dtype, self.num_packs, self.pack_frames, None)
 
     @cached_property
     def _stem_scale(self) -> "zarr.Array[Any] | None":
-        return None if self.codec.scale_dtype is None else self._array("stem_scale")
+        shape = self.codec.scale_shape(self.pack_frames, self.stem_dim)
+        if shape is None or self.codec.scale_dtype is None:
+            return None
+        return self._array("stem_scale", self.codec.scale_dtype, self.num_packs, *shape)
 
     @property
     def stem_dim(self) -> int:
@@ -244,14 +202,14 @@ class StoreReader:
     @cached_property
     def ids(self) -> list[str]:
         """Utterance ids in corpus order."""
-        return bytes(np.asarray(self._array("index/ids")[:])).decode().split("\n")
+        return bytes(self._read(self._array("index/ids", "uint8", None), slice(None))).decode().split("\n")
 
     @cached_property
     def _index_of(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.ids)}
 
     def _column(self, name: str) -> NDArray[np.int64]:
-        return np.asarray(self._array(f"index/{name}")[:]).astype(np.int64)
+        return self._read(self._array(f"index/{name}", "int32", self.num_utterances), slice(None)).astype(np.int64)
 
     @cached_property
     def pack_of(self) -> NDArray[np.int64]:
@@ -303,8 +261,8 @@ class StoreReader:
         tail = () if frames is None else (frames,)
         rows = self._rows(layers)
         if isinstance(rows, slice):
-            return np.asarray(array[(pack, rows, *tail)])
-        return np.stack([np.asarray(array[(pack, row, *tail)]) for row in rows])
+            return self._read(array, pack, rows, *tail)
+        return np.stack([self._read(array, pack, row, *tail) for row in rows])
 
     def hidden(self, utterance_id: str, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Hidden states of one utterance, float32 (layers, frames, dim). Raises RetortError for an unknown id."""
@@ -314,14 +272,14 @@ class StoreReader:
 
     def stem_pack(self, index: int) -> tuple[Codes, Scale | None]:
         """The stem's output of one pack as stored: codes (1, pack_frames, width) and scale (1, ...), as of a layer."""
-        scale = None if self._stem_scale is None else np.asarray(self._stem_scale[index])[None]
-        return np.asarray(self._stem[index])[None], scale
+        scale = None if self._stem_scale is None else self._read(self._stem_scale, index)[None]
+        return self._read(self._stem, index)[None], scale
 
     def stem_at(self, index: int) -> NDArray[np.float32]:
         """The stem's output for the utterance at a corpus index, float32 (frames, channels)."""
         pack, first, count = self._span_of(index)
-        codes_1FW = np.asarray(self._stem[pack, first : first + count])[None]
-        scale = None if self._stem_scale is None else np.asarray(self._stem_scale[pack])[None]
+        codes_1FW = self._read(self._stem, pack, slice(first, first + count))[None]
+        scale = None if self._stem_scale is None else self._read(self._stem_scale, pack)[None]
         stem_FC: NDArray[np.float32] = self.codec.decode(codes_1FW, scale, first_frame=first)[0]
         return stem_FC
 
@@ -350,7 +308,13 @@ class StoreReader:
         self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None
     ) -> NDArray[np.float32]:
         """Time means of utterances (all, or those at `indices`), float32 (utterances, layers, dim)."""
-        values: NDArray[np.float32] = np.asarray(self._pooled[:])
+        values: NDArray[np.float32] = self._read(self._pooled, slice(None))
         if indices is not None:
             values = values[indices]
         return values[:, self._rows(layers)]
+
+
+def _agree(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        size in (found, None) for found, size in zip(shape, expected, strict=True)
+    )

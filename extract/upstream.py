@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from extract.checks import check_fields, check_name, check_type
 from extract.errors import RetortError
 from extract.files import read_json, sha256_file
 
@@ -67,9 +68,6 @@ def read_shape(upstream: str, *, revision: str | None = None) -> UpstreamShape:
         return FBANK_SHAPE
     folder = _folder_of(upstream, revision, weights=False)
     config = _read_config(upstream, folder)
-    needed = ("num_hidden_layers", "hidden_size", "conv_kernel", "conv_stride", "conv_dim")
-    if missing := [key for key in needed if key not in config]:
-        raise RetortError(f"{folder / 'config.json'} has no {missing[0]!r}; expected {', '.join(needed)}")
     return UpstreamShape(
         num_layers=config["num_hidden_layers"] + 1,
         dim=config["hidden_size"],
@@ -117,20 +115,32 @@ def find_upstream(
     Raises RetortError when it can't be found or is of no supported family.
     """
     if upstream == FBANK:
-        return UpstreamCard(name or FBANK, FBANK, None, FBANK, "", _sha256_text(_FBANK_RECIPE), False, None, None)
+        if name is not None:
+            check_name(name, where="--name")
+        return UpstreamCard(
+            FBANK if name is None else name, FBANK, None, FBANK, "", _sha256_text(_FBANK_RECIPE), False, None, None
+        )
     folder = _folder_of(upstream, revision, weights=True)
     config = _read_config(upstream, folder)
+    name = Path(upstream).name if name is None else name
+    check_name(name, where=f"--name of upstream {upstream!r}")  # its store's folder begins with it
     return UpstreamCard(
-        name=name or Path(upstream).name,
+        name=name,
         id=upstream,
         revision=revision,
         family=config["model_type"],
         weights_sha256=_weights_digest(folder),
         config_sha256=_config_digest(folder, config),
         normalise=_own_normalisation(folder) if normalise is None else normalise,
-        note=config.get("retort_note"),
+        note=_note(config, folder),
         folder=folder,
     )
+
+
+def _note(config: dict[str, Any], folder: Path) -> str | None:
+    note: str | None = config.get("retort_note")
+    check_type(str | None, note, where=f"{folder / 'config.json'}: retort_note")
+    return note
 
 
 _FBANK_RECIPE = "kaldi 80 mel 25/10 ms, deltas 2 x window 5; layer 0 raw, layer 1 CMVN per utterance"
@@ -143,7 +153,30 @@ def _read_config(upstream: str, folder: Path) -> dict[str, Any]:
         raise RetortError(
             f"upstream {upstream} has model_type {family!r}; expected one of {', '.join(FAMILIES)}, or `fbank`"
         )
+    check_fields(_SHAPE, config, where=str(folder / "config.json"))
+    lengths = {key: len(config[key]) for key in ("conv_kernel", "conv_stride", "conv_dim")}
+    if len(set(lengths.values())) > 1 or not all(lengths.values()):
+        raise RetortError(f"{folder / 'config.json'}: the convolutions' lists differ in length: {lengths}")
+    sizes = [config["num_hidden_layers"], config["hidden_size"], *(size for key in lengths for size in config[key])]
+    if min(sizes) < 1:
+        raise RetortError(f"{folder / 'config.json'}: {', '.join(_SHAPE)}: expected numbers of at least 1")
     return config
+
+
+_SHAPE = {
+    "num_hidden_layers": int,
+    "hidden_size": int,
+    "conv_kernel": list[int],
+    "conv_stride": list[int],
+    "conv_dim": list[int],
+}
+
+
+def brings_code(config: dict[str, Any]) -> bool:
+    """Whether opening a model of this config.json would run code that is not transformers' own."""
+    # An attention `OWNER/NAME` is a kernel that transformers fetches from the hub.
+    kernels = [value for key, value in config.items() if "attn_implementation" in key]
+    return "auto_map" in config or any("/" in str(value) for value in kernels)
 
 
 def _folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
@@ -176,12 +209,24 @@ def _weights_digest(folder: Path) -> str:
         if (folder / name).is_file():
             files = [folder / name]
             if name.endswith(".index.json"):
-                files += [folder / part for part in sorted(set(read_json(folder / name)["weight_map"].values()))]
+                files += _parts_of(folder, name)
             digest = hashlib.sha256()
             for file in files:
                 digest.update(sha256_file(file).encode())
             return digest.hexdigest()
     raise RetortError(f"upstream folder {folder} holds no weights; expected one of {', '.join(_WEIGHTS)}")
+
+
+def _parts_of(folder: Path, index: str) -> list[Path]:
+    """The files of weights that an index names: of this folder, since transformers would open any other as well."""
+    content = read_json(folder / index)
+    check_fields({"weight_map": dict[str, str]}, content, where=str(folder / index))
+    parts = sorted(set(content["weight_map"].values()))
+    for part in parts:
+        check_name(part, where=f"{folder / index}: weight_map")
+        if not (folder / part).is_file():
+            raise RetortError(f"{folder / part} does not exist, and {index} names it; download the upstream again")
+    return [folder / part for part in parts]
 
 
 def _config_digest(folder: Path, config: dict[str, Any]) -> str:
@@ -198,7 +243,9 @@ def _own_normalisation(folder: Path) -> bool:
             f"upstream folder {folder} has no preprocessor_config.json, which says whether waveforms are normalised; "
             "place it there or give --normalise or --no-normalise"
         )
-    return bool(read_json(path).get("do_normalize", True))
+    wanted = read_json(path).get("do_normalize", True)
+    check_type(bool, wanted, where=f"{path}: do_normalize")
+    return bool(wanted)
 
 
 def _sha256_text(text: str) -> str:

@@ -21,6 +21,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
+from extract.checks import check_fields
 from extract.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.errors import RetortError
 from extract.files import parse_json, sha256_file, sha256_json, write_json, written_aside
@@ -288,7 +289,10 @@ class StoreWriter:
             index.create_array(name, data=values, chunks=values.shape, compressors=None, overwrite=True)
 
     def _read_card(self, shard: int) -> dict[str, Any]:
-        return parse_json(self.place.read(card_name(shard)), where=f"{self.place}/{card_name(shard)}")
+        where = f"{self.place}/{card_name(shard)}"
+        card = parse_json(self.place.read(card_name(shard)), where=where)
+        check_fields({"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}, card, where=where)
+        return card
 
     def _rows(self, shard: int) -> Path:
         return self.location / "rows" / f"{shard:05d}.npy"

@@ -56,7 +56,7 @@ def test_ratios_follow_from_the_runs() -> None:
 
 
 def test_a_wrong_request_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match="--packs 0: expected at least 1"):
+    with pytest.raises(RetortError, match="--packs 0: expected more than 0"):
         bench(tmp_path, packs=0)
 
 

@@ -56,8 +56,10 @@ def _float16_bound(hidden_LFD: Hidden) -> Hidden:
 
 
 def _int8_bound(hidden_LFD: Hidden) -> Hidden:
-    """Half a step of the feature's own 127 a side."""
-    return np.broadcast_to(np.abs(hidden_LFD).max(axis=1, keepdims=True) / 254, hidden_LFD.shape)
+    """Half a step of the feature's own 127 a side; a feature whose step would be no normal float32 is 0."""
+    peak_L1D = np.abs(hidden_LFD).max(axis=1, keepdims=True)
+    tiny = 127 * np.finfo(np.float32).tiny
+    return np.broadcast_to(np.where(peak_L1D < tiny * (1 + 2.0**-20), tiny, peak_L1D / 254), hidden_LFD.shape)
 
 
 def _int4_bound(hidden_LFD: Hidden) -> Hidden:
@@ -112,7 +114,7 @@ def test_any_number_of_frames(codec: Codec) -> None:
 any_hidden = arrays(
     np.float32,
     st.tuples(st.integers(1, 2), st.integers(1, 2 * GROUP + 3), st.integers(1, 3).map(lambda half: 2 * half)),
-    elements=st.floats(-65504, 65504, width=32, allow_subnormal=False),
+    elements=st.floats(-65504, 65504, width=32) | st.floats(-(2.0**-120), 2.0**-120, width=32),
 )
 
 
@@ -121,6 +123,27 @@ any_hidden = arrays(
 @given(hidden_LFD=any_hidden)
 def test_round_trip_property(name: str, hidden_LFD: Hidden) -> None:
     check_contract(CODECS[name], hidden_LFD)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(CODECS)),
+    odd=st.sampled_from([np.nan, np.inf, -np.inf]),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
+    name: str, odd: float, lengths: list[int], data: st.DataObject
+) -> None:
+    plan = plan_packs(np.array(lengths), ids=[str(i) for i in range(len(lengths))], pack_frames=128, shard_packs=1)
+    writer = StoreWriter(Path("unused"), plan, (0, 1), 4, name, frozenset({"frames", "pooled"}))
+    hidden_LFD = np.zeros((2, 128, 4), np.float32)
+    hidden_LFD[:, : sum(lengths)] = normal(sum(lengths), dim=4)[:2]
+    writer.encode_pack(0, hidden_LFD)
+    where = [data.draw(st.integers(0, size - 1)) for size in (2, sum(lengths), 4)]
+    hidden_LFD[tuple(where)] = odd
+    with pytest.raises(RetortError, match="not finite in pack 0; try --dtype fp32"):
+        writer.encode_pack(0, hidden_LFD)
 
 
 def test_zeros_stay_exactly_zero(codec: Codec) -> None:

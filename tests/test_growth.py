@@ -4,12 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from extract.errors import RetortError
 from tests.train_world import TARGETS, student
 from train.config import Family, GrowthConfig, StudentConfig
-from train.growth import grow_layers, growth_tables, matched_position, plan_stages
+from train.growth import METHODS, grow_layers, growth_tables, matched_position, plan_stages
 from train.losses import LayerDistiller, build_distiller
 from train.optimiser import grown_state, learning_rate, make_optimiser, read_state, write_state
 from train.run import deepen
@@ -77,6 +79,55 @@ def test_each_step_copies_the_weights_of_that_moment(method: Family) -> None:
         assert sum(any(layer is old for old in layers) for layer in grown) == len(layers)
         # Training moves every layer apart before the next growth: renumber by position.
         layers = marked([float(position) for position in range(len(grown))])
+
+
+@given(method=st.sampled_from(sorted(METHODS)), first=st.integers(1, 5), times=st.integers(1, 6))
+def test_any_depth_that_growth_reaches_keeps_originals_and_descends_from_them_all(
+    method: Family, first: int, times: int
+) -> None:
+    full = first * (2 ** (times - 1) if method == "progressive" else times)
+    tables = growth_tables(method, first, full)
+    ancestors, layers = list(range(first)), marked([float(layer) for layer in range(first)])
+    originals = list(layers)
+    for sources in tables:
+        assert len(sources) > len(layers) and set(sources) == set(range(len(layers)))
+        firsts = [sources.index(source) for source in range(len(layers))]
+        assert firsts == sorted(firsts), "originals keep their order"
+        ancestors = [ancestors[source] for source in sources]
+        grown = grow_layers(layers, sources)
+        assert [grown[place] for place in firsts] == list(layers), "originals stay the same modules"
+        layers = grown
+    assert len(layers) == full and marks(layers) == ancestors
+    assert [ancestors.count(layer) for layer in range(first)] == [full // first] * first
+    if method in ("interleaved", "one-shot"):
+        assert ancestors == sorted(ancestors)
+    else:
+        assert ancestors == list(range(first)) * (full // first)
+    assert all(any(layer is one for one in layers) for layer in originals)
+
+
+@given(
+    method=st.sampled_from(sorted(METHODS)),
+    steps=st.integers(1, 60),
+    schedule=st.sampled_from(["equal", "proportional", "late"]),
+    exponent=st.floats(0, 4),
+)
+def test_stages_take_every_step_once_and_know_where_originals_are(
+    method: Family, steps: int, schedule: str, exponent: float
+) -> None:
+    config = student(method, steps, growth={"schedule": schedule, "exponent": exponent})
+    try:
+        stages = plan_stages(config)
+    except RetortError as error:
+        assert "raise `steps`" in str(error)
+        return
+    ends = [stage.first_step + stage.num_steps for stage in stages]
+    assert [stage.first_step for stage in stages] == [0, *ends[:-1]] and ends[-1] == steps
+    layers = marked([1, 2, 3])
+    originals = list(layers)
+    for stage in stages:
+        layers = layers if stage.sources is None else grow_layers(layers, stage.sources)
+        assert len(layers) == stage.depth and [layers[place] for place in stage.originals] == originals
 
 
 def test_a_clone_shares_no_weight_with_its_original() -> None:

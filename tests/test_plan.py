@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extract.errors import RetortError
-from extract.plan import count_frames, plan_packs
+from extract.plan import Plan, count_frames, plan_packs, spread_packs
 
 
 @given(
@@ -41,6 +41,51 @@ def test_packs_are_filled_one_utterance_after_the_other(lengths: list[int], pack
             pack, filled = pack + 1, 0
         assert (plan.pack[index], plan.first_frame[index]) == (pack, filled)
         filled += lengths[index]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 900), max_size=60),
+    pack_frames=st.integers(1, 1_000),
+    shard_packs=st.integers(1, 4),
+)
+def test_every_row_of_a_pack_is_of_one_utterance_at_most_and_the_plan_is_the_same_again(
+    lengths: list[int], pack_frames: int, shard_packs: int
+) -> None:
+    def plan_again() -> Plan:
+        ids = [str(index) for index in range(len(lengths))]
+        array = np.array(lengths, dtype=np.int64)
+        return plan_packs(array, ids=ids, pack_frames=pack_frames, shard_packs=shard_packs, drop_long=True)
+
+    plan = plan_again()
+    owner = np.full((plan.num_packs, pack_frames), -1)
+    for index, length in enumerate(lengths):
+        if length > pack_frames:
+            assert plan.pack[index] == -1
+            continue
+        rows = owner[plan.pack[index], plan.first_frame[index] : plan.first_frame[index] + length]
+        assert len(rows) == length and (rows == -1).all()
+        rows[:] = index
+    assert (owner >= 0).sum() == plan.summary()["num_frames"] == sum(one for one in lengths if one <= pack_frames)
+    assert (owner >= 0).any(axis=1).all(), "no pack is empty"
+    again = plan_again()
+    for name in ("pack", "first_frame", "num_frames"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(again, name))
+
+
+@given(num_packs=st.integers(0, 400), count=st.integers(0, 500))
+def test_packs_are_spread_evenly(num_packs: int, count: int) -> None:
+    chosen = spread_packs(num_packs, count)
+    assert len(chosen) == min(num_packs, count)
+    bounds = np.concatenate([[-1], chosen, [num_packs]]) if len(chosen) else np.array([0])
+    assert (np.diff(bounds) > 0).all()
+    assert len(chosen) < 2 or np.ptp(np.diff(chosen)) <= 1
+
+
+@given(num_samples=st.integers(0, 3_000), hop=st.integers(1, 400), receptive=st.integers(1, 800))
+def test_frames_are_those_that_fit(num_samples: int, hop: int, receptive: int) -> None:
+    fitting = sum(start + receptive <= num_samples for start in range(0, num_samples, hop))
+    counted = count_frames(np.array([num_samples]), hop_samples=hop, receptive_samples=receptive)
+    assert counted.tolist() == [fitting]
 
 
 def test_a_pack_is_nearly_padding_free() -> None:

@@ -49,6 +49,12 @@ class ShapeConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "ffn", "heads", "stem_channels", "position_kernel", "position_groups"):
+            _check_range(self, name, low=1)
+        for name in ("dropout", "attention_dropout"):
+            _check_range(self, name, low=0, below=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
@@ -65,6 +71,18 @@ class OptimiserConfig:
     stem_grad_scale: float = 0.1  # gradients of the convolution stem; 0 freezes it
     stem_frozen: float = 0.0  # share of the steps, from the first on, in which it is frozen all the same
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"{name}: got {getattr(self, name):g}, expected more than 0")
+        for name in ("weight_decay", "stem_grad_scale"):
+            _check_range(self, name, low=0)
+        if not 0 <= self.warmup <= 1:
+            raise RetortError(f"warmup: got {self.warmup:g}, expected a share of the steps, 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RetortError(f"betas: got {list(self.betas)}, expected two numbers from 0 to below 1")
+        _check_range(self, "accumulate", low=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig:
@@ -78,6 +96,12 @@ class GrowthConfig:
     fresh_warmup_steps: int = 20
     learning_rate: Literal["continue", "restart"] = "restart"  # at every stage; lower losses in all seeds (RESULTS.md)
     intermediate: Literal["block-end", "original"] = "block-end"
+
+    def __post_init__(self) -> None:
+        _check_range(self, "first", low=1)
+        _check_range(self, "exponent", low=0, below=100)
+        _check_range(self, "late_share", low=0, below=1)
+        _check_range(self, "fresh_warmup_steps", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +146,17 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         shape = self.shape
-        for name, value in (("steps", self.steps), ("log_every", self.log_every), ("dev_every", self.dev_every)):
-            if value < 1:
-                raise RetortError(f"{name}: got {value}, expected at least 1")
+        for name in ("steps", "log_every", "dev_every", "checkpoint_every_steps"):
+            _check_range(self, name, low=1)
+        for name in ("seed", "checkpoint_every_s", "intermediate_weight"):
+            _check_range(self, name, low=0)
         for name, divisor in (("heads", shape.heads), ("position_groups", shape.position_groups)):
-            if divisor < 1 or shape.dim % divisor:
+            if shape.dim % divisor:
                 raise RetortError(f"shape.dim: got {shape.dim}, expected a multiple of shape.{name} ({divisor})")
         if self.targets is not None and (
             not self.targets or list(self.targets) != sorted(set(self.targets)) or self.targets[0] < 1
         ):
             raise RetortError(f"targets: got {list(self.targets)}, expected ascending layers from 1 up")
-        if self.optimiser.accumulate < 1 or len(self.optimiser.betas) != 2:
-            raise RetortError("optimiser: expected accumulate of at least 1 and two betas")
         self._check_stem()
         if not 0 <= self.optimiser.ema < 1:
             raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
@@ -169,6 +192,13 @@ class StudentConfig:
     def seed_layers(self) -> int:
         """How many Transformer blocks may start as the teacher's first ones."""
         return self.shape.layers if self.family in ("distilhubert", *GENERATING) else 0
+
+
+def _check_range(section: object, name: str, *, low: float, below: float = math.inf) -> None:
+    value = getattr(section, name)
+    if not low <= value < below:
+        end = "" if math.isinf(below) else f" and below {below:g}"
+        raise RetortError(f"{name}: got {value:g}, expected at least {low:g}{end}")
 
 
 def read_student(params: Path, name: str) -> StudentConfig:

@@ -10,6 +10,7 @@ student, and needs no package but onnx. What it could get wrong, a shape frozen 
 every file is run at other batch sizes, lengths and paddings than it was traced with, and compared with the student.
 """
 
+import pickle
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from extract.errors import RetortError
-from extract.files import read_json, written_aside
+from extract.files import check_out, read_json, written_aside
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -52,6 +56,7 @@ def export_onnx(folder: Path, out: Path) -> float:
 
     Raises RetortError when onnx or onnxruntime is not installed, and when `folder` is no student's.
     """
+    check_out(out, "--out")
     for library in ("onnx", "onnxruntime"):
         if find_spec(library) is None:
             raise RetortError(f"exporting to ONNX needs {library}, which is not installed: pip install -e '.[export]'")
@@ -86,8 +91,29 @@ def read_student_folder(folder: Path) -> RetortStudent:
             f"expected {RetortStudentConfig.model_type!r}"
         )
     kinds = {kind.__name__: kind for kind in (RetortStackedStudent, RetortGenStudent, RetortGen2dStudent)}
-    student: RetortStudent = kinds[config["architectures"][0]].from_pretrained(folder)
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in kinds:
+        raise RetortError(f"{folder / 'config.json'}: architectures is {names!r}, expected one of {', '.join(kinds)}")
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        # Our own class: the code that lies in the folder is not run.
+        opened: Any = kinds[names[0]].from_pretrained(folder, output_loading_info=True)
+    except _UNREADABLE as error:
+        raise RetortError(
+            f"{folder} can't be opened as a student ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "train it again"
+        ) from None
+    student: RetortStudent = opened[0]
+    if missing := sorted(opened[1]["missing_keys"]):
+        raise RetortError(f"{folder}: the weights lack {len(missing)}, such as {missing[0]}; train the student again")
     return student
+
+
+# What transformers raises for a config or weights that are damaged or of something else.
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError,
+    pickle.UnpicklingError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from extract.errors import RetortError
-from extract.files import write_json
+from extract.files import check_out, write_json
 from train import checkpoint
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
@@ -27,7 +27,7 @@ from train.display import Display
 from train.losses import GenerationDistiller, LayerError, layer_errors
 from train.optimiser import learning_rate, update_average
 from train.run import Job, Run, begin, grow, snapshot, stage_at, thaw
-from train.student_folder import save_student, versions
+from train.student_folder import MADE_FROM, save_student, versions
 
 _RECENT = 50  # steps that the reported training loss is a mean of
 _NAMED = 8  # utterances that an error names
@@ -41,6 +41,8 @@ def train(job: Job) -> dict[str, Any]:
     Goes on from the newest checkpoint of the same settings; on a CPU the result is bit-identical to an uninterrupted
     run. Raises RetortError for settings that do not fit the store and for a loss that is not finite.
     """
+    check_out(job.out, "--out", folder_with=MADE_FROM)
+    check_out(job.run / "metrics.json", "--run")
     run = begin(job)
     config, progress, ranks = job.config, run.progress, job.ranks
     display = Display(

@@ -47,7 +47,9 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RetortError(f"--device {name!r}: expected cpu, cuda, cuda:N or auto") from None
+        device = torch.device("meta")  # a device without data: as useless
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise RetortError(f"--device {name!r}: expected cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and local_rank() is not None:
         if device.index is not None:
             raise RetortError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
@@ -151,6 +153,11 @@ def begin(job: Job) -> Run:
 
 def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]:
     """The teacher's layers to predict. Raises RetortError for layers that the store has not."""
+    if "frames" not in store.keep:
+        raise RetortError(
+            f"{store.source} keeps {', '.join(sorted(store.keep))} and no frames to learn from; run `python -m extract "
+            "run` again with --keep frames,pooled"
+        )
     targets = config.targets or tuple(layer for layer in store.layers if layer > 0)
     if missing := [layer for layer in targets if layer not in store.layers]:
         raise RetortError(

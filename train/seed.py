@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from extract.errors import RetortError
@@ -39,9 +39,15 @@ def read_seed(manifest: Path) -> Seed:
             f"{path} does not exist and `init: teacher` needs it; "
             "run `python -m extract run` again with --seed-blocks 2, or set `init: random`"
         )
-    with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {}).get("config", "{}"))
-        return Seed({name: file.get_tensor(name) for name in file.keys()}, config)  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RetortError(
+            f"{path} is no readable seed ({error}); delete it and run `python -m extract run` again with --seed-blocks"
+        ) from None
+    return Seed(tensors, config if isinstance(config, dict) else {})
 
 
 @torch.no_grad()

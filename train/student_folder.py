@@ -26,6 +26,9 @@ _PREPROCESSOR = {
 }
 
 
+MADE_FROM = "train_config.json"
+
+
 def save_student(out: Path, student: RetortStudent, made_from: dict[str, Any]) -> None:
     """Write a folder that AutoModel opens with trust_remote_code=True, aside and renamed; an older one is replaced."""
     student.cpu().eval()  # type: ignore[no-untyped-call]
@@ -39,7 +42,7 @@ def save_student(out: Path, student: RetortStudent, made_from: dict[str, Any]) -
                 raise full_disk(out) from None
             raise
         write_json(aside / "preprocessor_config.json", _PREPROCESSOR | {"do_normalize": student.config.do_normalize})
-        write_json(aside / "train_config.json", made_from)
+        write_json(aside / MADE_FROM, made_from)
         # transformers writes the version of the day into the config; the digest of a student must not hang on it.
         config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
         write_json(

@@ -24,7 +24,7 @@ from rich.table import Table
 from evaluate.corpora import corpus_of_tasks
 from extract.codec import CODECS
 from extract.errors import RetortError, unknown
-from extract.params import read_params
+from extract.params import read_params, read_section
 from extract.store import Manifest
 from pipelines.machine import describe_machine
 
@@ -45,7 +45,7 @@ class CodecStudy:
 
 def run_study(study: CodecStudy, progress: Callable[[str], None]) -> dict[str, Any]:
     """Train and score every codec's students; return losses, scores and sizes, ready for JSON."""
-    params = read_params(study.params)
+    params = read_params(study.params) | {"train": read_section(study.params, "train")}
     if study.student not in params["train"]:
         raise unknown(f"student (section `train` of {study.params})", study.student, params["train"])
     corpora = corpus_of_tasks(params, study.params)

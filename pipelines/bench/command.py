@@ -210,8 +210,9 @@ def _measure(
     show: "Callable[[dict[str, Any]], list[Table | str]]",
 ) -> None:
     """Run a benchmark, write its figures to `out`, print its tables and sentences."""
-    from extract.files import write_json
+    from extract.files import check_out, write_json
 
+    check_out(out, "--out")
     with _progress() as progress:
         result = run(progress)
     write_json(out, result)

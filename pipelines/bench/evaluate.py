@@ -41,7 +41,16 @@ from extract.memory import keep_freed_blocks
 from extract.run import Settings, extract
 from pipelines.bench import material
 from pipelines.bench.material import Lengths
-from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import (
+    Clocked,
+    Progress,
+    Run,
+    check_asked,
+    in_fresh_process,
+    spread,
+    take_turns,
+    times_as_fast,
+)
 from pipelines.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -71,9 +80,7 @@ class EvaluateBench:
     def __post_init__(self) -> None:
         if self.shape not in material.SHAPES:
             raise unknown("shape", self.shape, material.SHAPES)
-        for name in ("batch_size", "steps", "rounds"):
-            if getattr(self, name) <= 0:
-                raise RetortError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
+        check_asked(self, "batch_size", "steps", "rounds", "pack_frames")
 
 
 @dataclass(frozen=True)

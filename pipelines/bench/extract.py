@@ -28,7 +28,16 @@ from extract.run import Settings, make_store, request_of
 from extract.store import StoreReader
 from extract.upstream import find_upstream
 from pipelines.bench import material
-from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import (
+    Clocked,
+    Progress,
+    Run,
+    check_asked,
+    in_fresh_process,
+    spread,
+    take_turns,
+    times_as_fast,
+)
 from pipelines.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -61,9 +70,7 @@ class ExtractBench:
             raise RetortError(f"--upstream {self.upstream} and --shape {self.shape} exclude each other; give one")
         if self.shape and self.shape not in material.SHAPES:
             raise unknown("shape", self.shape, material.SHAPES)
-        for name in ("seconds", "rounds"):
-            if getattr(self, name) <= 0:
-                raise RetortError(f"--{name} {getattr(self, name)}: expected more than 0")
+        check_asked(self, "seconds", "rounds", "pack_frames", "shard_packs")
 
 
 def run_bench(bench: ExtractBench, progress: Progress) -> dict[str, Any]:

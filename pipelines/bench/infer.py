@@ -21,7 +21,16 @@ from ruamel.yaml import YAML
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.errors import RetortError, unknown
 from pipelines.bench import material
-from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import (
+    Clocked,
+    Progress,
+    Run,
+    check_asked,
+    in_fresh_process,
+    spread,
+    take_turns,
+    times_as_fast,
+)
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
 from pipelines.machine import describe_machine
 from pipelines.profiles import read_profile
@@ -47,9 +56,7 @@ class InferBench:
     def __post_init__(self) -> None:
         if self.shape not in PROFILES:
             raise unknown("shape", self.shape, PROFILES)
-        for name in ("seconds", "utterances", "rounds"):
-            if getattr(self, name) <= 0:
-                raise RetortError(f"--{name} {getattr(self, name)}: expected more than 0")
+        check_asked(self, "seconds", "utterances", "rounds")
         if self.seconds < 0.025:
             raise RetortError(f"--seconds {self.seconds:g}: a frame needs 0.025 s of audio")
 

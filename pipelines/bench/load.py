@@ -19,15 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extract.codec import CODECS
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError
 from extract.job import Request, UpstreamFacts, open_writer
 from extract.memory import keep_freed_blocks
 from extract.run import Settings, make_store, request_of
 from extract.store import StoreReader
 from extract.upstream import find_upstream
 from pipelines.bench import material
-from pipelines.bench.measure import Clocked, Progress, Run, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import (
+    Clocked,
+    Progress,
+    Run,
+    check_asked,
+    in_fresh_process,
+    spread,
+    take_turns,
+    times_as_fast,
+)
 from pipelines.machine import describe_machine
 from train.config import read_student
 
@@ -55,9 +64,8 @@ class LoadBench:
     threads: int | None
 
     def __post_init__(self) -> None:
-        for name in ("packs", "dim", "rounds"):
-            if getattr(self, name) < 1:
-                raise RetortError(f"--{name} {getattr(self, name)}: expected at least 1")
+        check_asked(self, "packs", "dim", "rounds", "pack_frames")
+        CODECS[self.codec].width(self.dim)
 
 
 @dataclass(frozen=True, kw_only=True)

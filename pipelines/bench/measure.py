@@ -7,6 +7,7 @@ The order turns round in every round (A B C, C B A, …), so that a machine that
 process a run, because the peak of a process never falls and no contender is to find another's caches warm.
 """
 
+import math
 import os
 import resource
 import statistics
@@ -21,12 +22,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from extract.errors import RetortError
+from extract.codec import CODECS
+from extract.errors import RetortError, unknown
 
 Clocked = Generator[None, None, dict[str, Any]]
 Progress = Callable[[str], None]
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
+
+
+def check_asked(asked: object, *above_zero: str) -> None:
+    """Raises RetortError unless options are above 0 and finite, and a codec is one, before anything is made."""
+    for name in above_zero:
+        if not 0 < getattr(asked, name) < math.inf:
+            raise RetortError(f"--{name.replace('_', '-')} {getattr(asked, name)}: expected more than 0")
+    if (codec := getattr(asked, "codec", None)) is not None and codec not in CODECS:
+        raise unknown("codec", codec, CODECS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,12 @@ import torch
 from ruamel.yaml import YAML
 
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError, unknown
+from extract.errors import unknown
 from extract.memory import keep_freed_blocks
 from extract.run import Settings, extract
 from extract.store import KEEP
 from pipelines.bench import material
-from pipelines.bench.measure import Clocked, Progress, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import Clocked, Progress, check_asked, in_fresh_process, spread, take_turns, times_as_fast
 from pipelines.bench.measure import Run as Turn
 from pipelines.machine import describe_machine
 from pipelines.profiles import read_profile
@@ -74,9 +74,7 @@ class TrainBench:
             raise unknown("shape", self.shape, PROFILES)
         if self.dtype not in _DTYPES:
             raise unknown("dtype", self.dtype, _DTYPES)
-        for name in ("seconds", "steps", "rounds"):
-            if getattr(self, name) <= 0:
-                raise RetortError(f"--{name} {getattr(self, name)}: expected more than 0")
+        check_asked(self, "seconds", "steps", "rounds", "pack_frames")
 
 
 @dataclass(frozen=True)

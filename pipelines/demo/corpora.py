@@ -20,7 +20,7 @@ import espeakng_loader
 import soundfile
 
 from extract.errors import RetortError
-from extract.files import in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
+from extract.files import check_out, in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
 from extract.params import parse, read_section
 from extract.progress import ProgressBar
 from pipelines.demo import fluent, snips
@@ -262,7 +262,10 @@ def _seconds(path: Path) -> float:
 )  # fmt: skip
 def demo_command(out: Path, params: Path) -> None:
     """Speak the embedded corpora with espeak-ng, in the layouts of the real data sets."""
-    manifest = speak_corpora(read_config(params), in_main_tree(out))
+    config = read_config(params)
+    check_out(in_main_tree(out), "--out", folder_with=MANIFEST_NAME)
+    check_out(out.with_suffix(".json"), "--out")
+    manifest = speak_corpora(config, in_main_tree(out))
     write_json(out.with_suffix(".json"), manifest)
     for name, corpus in manifest["corpora"].items():
         click.echo(f"{name}: {corpus['seconds'] / 60:.1f} min in {corpus['files']} files")

@@ -24,7 +24,7 @@ import click
 from ruamel.yaml import YAML
 
 from extract.errors import RetortError, unknown
-from extract.files import written_aside
+from extract.files import check_out, written_aside
 from extract.params import read_params
 
 _FOLDER = Path(__file__).parent
@@ -65,6 +65,8 @@ def _spread_out(profile: Any, name: str, params: Path) -> Any:
     yaml.preserve_quotes = True
     base, study = yaml.load(params), profile.pop("study")
     students, wanted = base.get("train", {}), study["like"]
+    if not isinstance(students, dict) or not all(isinstance(section, dict) for section in students.values()):
+        raise RetortError(f"{params}: section `train` is {students!r:.60}, expected a section for each student")
     like = next((section for key, section in students.items() if wanted in (key, section.get("family"))), None)
     if like is None:
         raise unknown(f"student of profile {name} (section `train` of {params})", wanted, students)
@@ -109,13 +111,12 @@ def _fill(section: Any, base: Any) -> None:
 )
 def profile_command(name: str, out: Path) -> None:
     """Write a ready params.yaml, for a real teacher on LibriSpeech 960 h or for a study; the old one is kept."""
+    check_out(out, "--out")
     profile = read_profile(name, out)
-    if out.is_dir():
-        raise RetortError(f"--out {out} is a folder; give a file such as params.yaml")
-    if out.is_file():
-        out.replace(out.with_name(f"{out.name}.before"))
     with written_aside(out) as aside:
         yaml = YAML()
         yaml.width = 120
         yaml.dump(profile, aside)
+        if out.is_file():
+            out.replace(out.with_name(f"{out.name}.before"))
     click.echo(f"{out}: profile {name}; see its comments for what must lie where, then run `dvc repro report`")

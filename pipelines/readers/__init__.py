@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
 from extract.errors import RetortError, unknown
+from extract.files import check_out, in_main_tree
 from extract.progress import ProgressBar
 from pipelines.readers.fluent import read_fluent
 from pipelines.readers.folder import read_folder
@@ -69,9 +70,19 @@ def read_corpus(
         raise unknown("reader", reader, READERS)
     if out.suffix != ".h5":
         raise RetortError(f"--out {out}: a corpus is an .h5 file, such as corpora/{out.stem}.h5")
+    check_out(in_main_tree(out), "--out")
+    check_out(out.with_suffix(".json"), "--out")
     if not root.is_dir():
         raise RetortError(f"data set folder {root} does not exist; give the folder that holds the {reader} tree")
-    sources = READERS[reader](root, options or ReaderOptions())
+    options = options or ReaderOptions()
+    for option, given, takes in (
+        ("--part", options.parts, "librispeech"),
+        ("--lexicon", options.lexicon, "librispeech"),
+        ("--rename", options.rename, "folder"),
+    ):
+        if given and reader != takes:
+            raise RetortError(f"{option} is for the reader `{takes}`; `{reader}` takes none")
+    sources = READERS[reader](root, options)
     metadata = METADATA[reader](root) if reader in METADATA else {}
     bad: list[str] = []
     changed: Counter[str] = Counter()

@@ -1,10 +1,8 @@
 """Fluent Speech Commands: what a spoken command asks for."""
 
-import csv
 from pathlib import Path
 
-from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, check_columns, layout_error, read_table
 
 
 def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
@@ -17,20 +15,18 @@ def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
         table = base / "data" / f"{part}_data.csv"
         if not table.is_file():
             raise layout_error(root, "Fluent Speech Commands", f"data/{table.name}", _FLUENT_TREE)
-        with table.open(newline="", encoding="utf-8") as lines:
-            rows = csv.DictReader(lines)
-            if missing := [column for column in _COLUMNS if column not in (rows.fieldnames or ())]:
-                raise RetortError(f"{table} has no column {missing[0]!r}; expected {', '.join(_COLUMNS)}")
-            sources += [
-                Source(
-                    file=base / row["path"],
-                    id=f"{row['speakerId']}/{Path(row['path']).stem}",
-                    split=split,
-                    speaker=row["speakerId"],
-                    labels={"text": row["transcription"]} | {slot: row[slot] for slot in INTENT},
-                )
-                for row in rows
-            ]
+        rows = read_table(table)
+        check_columns(table, rows, _COLUMNS)
+        sources += [
+            Source(
+                file=base / row["path"],
+                id=f"{row['speakerId']}/{Path(row['path']).stem}",
+                split=split,
+                speaker=row["speakerId"],
+                labels={"text": row["transcription"]} | {slot: row[slot] for slot in INTENT},
+            )
+            for row in rows
+        ]
     return sources
 
 

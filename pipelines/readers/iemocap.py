@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 
 def read_iemocap(root: Path, options: ReaderOptions) -> list[Source]:
@@ -46,6 +46,6 @@ _IEMOCAP_TREE = "IEMOCAP/Session{1..5}/{sentences/wav/DIALOG/TURN.wav,dialog/Emo
 
 def _evaluations(table: Path) -> Iterator[tuple[str, str]]:
     """Turn and emotion of every turn of a dialog."""
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(table):
         if found := _EVALUATION.match(line):
             yield found[1], found[2]

@@ -1,11 +1,12 @@
 """LibriMix for diarisation: two-speaker mixtures, and the Kaldi data folders that say who speaks when."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 
 def read_librimix(root: Path, options: ReaderOptions) -> list[Source]:
@@ -22,7 +23,10 @@ def read_librimix(root: Path, options: ReaderOptions) -> list[Source]:
             if not (folder / name).is_file():
                 raise layout_error(root, "LibriMix", f"data/{split}/{name}", _TREE)
         segments, rttm = _read_segments(folder), _read_rttm(folder / "rttm")
-        for recording, path in (line.split(maxsplit=1) for line in _lines(folder / "wav.scp")):
+        for line in _lines(folder / "wav.scp"):
+            recording, _, path = line.strip().partition(" ")
+            if not path:
+                raise RetortError(f"{folder / 'wav.scp'}: line {line!r} is not `RECORDING PATH`")
             for file, turns in (("segments", segments), ("rttm", rttm)):
                 if recording not in turns:
                     raise RetortError(f"{folder / file} has no turn of recording {recording!r}, which wav.scp lists")
@@ -52,8 +56,18 @@ def _read_segments(folder: Path) -> dict[str, list[Turn]]:
     for utterance, recording, start, end in _fields(folder / "segments", 4, "UTTERANCE RECORDING START END"):
         if utterance not in speaker_of:
             raise RetortError(f"{folder / 'utt2spk'} does not name the speaker of {utterance!r}, a line of segments")
-        turns[recording].append((speaker_of[utterance], float(start), float(end)))
+        turns[recording].append((speaker_of[utterance], _seconds(start, folder), _seconds(end, folder)))
     return turns
+
+
+def _seconds(text: str, where: Path) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise RetortError(f"{where}: {text!r} is no time in seconds")
+    return value
 
 
 def _read_rttm(path: Path) -> dict[str, list[Turn]]:
@@ -64,8 +78,8 @@ def _read_rttm(path: Path) -> dict[str, list[Turn]]:
                 f"{path}: line {' '.join(fields)!r} is no turn; expected "
                 "`SPEAKER RECORDING 1 START DURATION <NA> <NA> SPEAKER …`"
             )
-        start = float(fields[3])
-        turns[fields[1]].append((fields[7], start, start + float(fields[4])))
+        start = _seconds(fields[3], path)
+        turns[fields[1]].append((fields[7], start, start + _seconds(fields[4], path)))
     return turns
 
 
@@ -78,7 +92,7 @@ def _fields(path: Path, count: int, names: str) -> Iterable[tuple[str, ...]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in read_lines(path) if line.strip()]
 
 
 def _find(root: Path, path: str, what: str) -> Path:

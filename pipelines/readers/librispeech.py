@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 
 def read_librispeech(root: Path, options: ReaderOptions) -> list[Source]:
@@ -27,7 +27,7 @@ def read_librispeech(root: Path, options: ReaderOptions) -> list[Source]:
                 base / part, "LibriSpeech", "SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt", _LIBRISPEECH_TREE
             )
         for transcript in transcripts:
-            for line in transcript.read_text(encoding="utf-8").splitlines():
+            for line in read_lines(transcript):
                 name, _, text = line.partition(" ")
                 labels = {"text": text.strip()}
                 if lexicon is not None:
@@ -54,8 +54,10 @@ def _read_lexicon(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise RetortError(f"lexicon {path} does not exist; expected lines of WORD<TAB>PHONE PHONE …")
     lexicon: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        word, *phones = line.split()
+    for line in read_lines(path):
+        word, *phones = line.split() or [""]
+        if not phones:
+            raise RetortError(f"{path}: line {line!r} is not WORD<TAB>PHONE PHONE …")
         lexicon.setdefault(word, " ".join(phones))
     return lexicon
 

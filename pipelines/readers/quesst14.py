@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 LANGUAGE = "nnenglish"
 KEYS = {"docs": "utterances", "dev": "dev", "test": "eval"}  # split -> scoring/language_key_*.lst
@@ -69,7 +69,7 @@ def _language_key(base: Path, split: str) -> list[tuple[str, str]]:
     """Lines of `quesst14Database/FOLDER/NAME.wav LANGUAGE` -> path below the base, language."""
     path = base / "scoring" / _key_name(split)
     rows = []
-    for line in path.read_text().splitlines():
+    for line in read_lines(path):
         fields = line.split()
         if len(fields) != 2 or "/" not in fields[0]:
             raise RetortError(f"{path}: line {line!r} is not `quesst14Database/FOLDER/NAME.wav LANGUAGE`")
@@ -86,10 +86,10 @@ def _holding(base: Path, folder: str) -> dict[str, set[str]]:
     try:
         terms = ElementTree.parse(lists[0]).getroot().iter("term")
         query_of = {term.findtext("termtext", default=""): term.attrib["termid"] for term in terms}
-    except (ElementTree.ParseError, KeyError) as error:
+    except (ElementTree.ParseError, KeyError, ValueError) as error:
         raise RetortError(f"{lists[0]} is no list of terms ({error}); expected NIST's tlist.xml") from None
     holding: dict[str, set[str]] = defaultdict(set)
-    for fields in (line.split() for line in rttms[0].read_text().splitlines()):
+    for fields in (line.split() for line in read_lines(rttms[0])):
         if fields and fields[0] == "LEXEME":
             if len(fields) < 6:
                 raise RetortError(

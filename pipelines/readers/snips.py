@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 
 def read_snips(root: Path, options: ReaderOptions) -> list[Source]:
@@ -46,9 +46,9 @@ _SNIPS_TREE = "SNIPS/{all.iob.snips.txt,{train,valid,test}/SPEAKER-snips-SPLIT-N
 
 def _annotations(table: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
     """Id, speaker, part and labels of every line: ID BOS WORD … EOS<TAB>O SLOT … INTENT."""
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(table):
         said, _, slots = line.strip().partition("\t")
-        name, *words = said.split()
+        name, *words = said.split() or [""]
         *tags, intent = slots.split() or [""]
         if len(words) != len(tags) + 1 or len(words) < 2 or len(parts := name.split("-")) != 4:
             raise RetortError(

@@ -1,5 +1,7 @@
 """What a reader gives: one `Source` an utterance, without opening its audio."""
 
+import csv
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,3 +38,38 @@ class ReaderOptions:
 def layout_error(root: Path, what: str, missing: str, tree: str) -> RetortError:
     """The one line for a folder that is no such data set: what is missing, and the tree that was expected."""
     return RetortError(f"{root} is not laid out as {what}: {missing} is missing; expected {tree}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a data set's text file. Raises RetortError when it can't be read or is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RetortError(f"{path} can't be read as text in UTF-8 ({error})") from None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header. Raises RetortError, which names the line, where a row has other columns."""
+    rows: list[dict[str, str]] = []
+    try:
+        reader = csv.DictReader(read_lines(path), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                count = len(row) if None not in row else len(row) - 1 + len(row[None])
+                count -= sum(value is None for value in row.values())
+                raise RetortError(
+                    f"{path}: line {reader.line_num} has {count} columns, expected {len(reader.fieldnames or ())}"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise RetortError(f"{path} is no CSV file ({error})") from None
+    return rows
+
+
+def check_columns(path: Path, rows: Iterable[dict[str, str]], columns: Iterable[str]) -> None:
+    """Raises RetortError unless the rows of a table have all `columns`, and there is a row."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise RetortError(f"{path} has no row; expected columns {', '.join(columns)}")
+    if missing := [column for column in columns if column not in first]:
+        raise RetortError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}")

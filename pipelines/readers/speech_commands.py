@@ -6,7 +6,7 @@ from pathlib import Path
 import soundfile
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 
 def read_speech_commands(root: Path, options: ReaderOptions) -> list[Source]:
@@ -20,8 +20,8 @@ def read_speech_commands(root: Path, options: ReaderOptions) -> list[Source]:
     for needed in (base / "validation_list.txt", base / "testing_list.txt", base / "_background_noise_", test):
         if not needed.exists():
             raise layout_error(root, "Speech Commands", needed.relative_to(root).as_posix(), _SPEECH_COMMANDS_TREE)
-    dev = set((base / "validation_list.txt").read_text().split())
-    held_out = set((base / "testing_list.txt").read_text().split())
+    dev = set(" ".join(read_lines(base / "validation_list.txt")).split())
+    held_out = set(" ".join(read_lines(base / "testing_list.txt")).split())
     sources = []
     for file in sorted(base.glob("[!_]*/*.wav")):
         name = file.relative_to(base).as_posix()

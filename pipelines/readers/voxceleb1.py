@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
 
 
 def read_voxceleb1(root: Path, options: ReaderOptions) -> list[Source]:
@@ -15,7 +15,7 @@ def read_voxceleb1(root: Path, options: ReaderOptions) -> list[Source]:
         raise layout_error(root, "VoxCeleb1", "iden_split.txt", _VOXCELEB_TREE)
     splits = {"1": "train", "2": "dev", "3": "test"}
     sources = []
-    for line in split_file.read_text().splitlines():
+    for line in read_lines(split_file):
         number, _, name = line.strip().partition(" ")
         if number not in splits:
             raise RetortError(f"{split_file}: line {line!r} does not begin with 1 (train), 2 (dev) or 3 (test)")
@@ -65,7 +65,7 @@ def read_trials(root: Path) -> dict[str, Any]:
     if path is None:
         raise layout_error(root, "VoxCeleb1", TRIAL_LISTS[0], _TRIALS_TREE)
     trials: list[list[int | str]] = []
-    for line in path.read_text().splitlines():
+    for line in read_lines(path):
         fields = line.split()
         if len(fields) != 3 or fields[0] not in ("0", "1"):
             raise RetortError(f"{path}: line {line!r} is no trial; expected `1 ID/VIDEO/N.wav ID/VIDEO/N.wav` or `0 …`")

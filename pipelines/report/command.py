@@ -14,6 +14,7 @@ import click
 
 from evaluate.corpora import corpus_of_tasks
 from extract.errors import RetortError
+from extract.files import check_out
 from extract.params import parse, read_params, read_section
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def report_command(config: Path, out: Path) -> None:
     Reads students/, runs/, scores/ and manifests/ below the current folder, and measures the speed of every
     upstream on this machine.
     """
-    make_report(Path(), read_config(config), out)
+    settings = read_config(config)
+    check_out(out / "index.html", "--out")
+    make_report(Path(), settings, out)
 
 
 def make_report(root: Path, config: ReportConfig, out: Path) -> None:

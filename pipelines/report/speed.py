@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.errors import RetortError
+from extract.files import read_json
 from extract.upstream import find_upstream
 from pipelines.machine import describe_machine
 from pipelines.report.results import Upstream
@@ -99,7 +100,29 @@ def _load(upstream: Upstream) -> "LoadedUpstream":
     from extract.forward import load_upstream
 
     card = find_upstream(upstream.source, revision=upstream.revision, name=upstream.name)
-    return load_upstream(card, trust_remote_code=upstream.kind == "student")
+    ours = upstream.kind == "student" and card.folder is not None and _is_ours(card.folder)
+    if upstream.kind == "student" and not ours:
+        raise RetortError(
+            f"{card.folder} brings other code than this repository's {_CODE}, and the report runs no other; make the "
+            f"student again with `dvc repro -f distil@{upstream.name}`"
+        )
+    return load_upstream(card, trust_remote_code=ours)
+
+
+_CODE = Path("train/modeling_retort.py")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a student's code is this repository's own, byte for byte: only that is run unasked."""
+    own = Path(__file__).parents[2] / _CODE
+    code = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    named = read_json(folder / "config.json").get("auto_map")
+    # A name such as OWNER/REPO--MODULE.CLASS would come from the hub.
+    return (
+        code == {own.name: own.read_bytes()}
+        and isinstance(named, dict)
+        and all(str(name).startswith(f"{own.stem}.") for name in named.values())
+    )
 
 
 def _take_turns(

@@ -1,0 +1,234 @@
+"""A small world that the tables of wrong inputs damage, copy by copy, and what a refused command must have left.
+
+corpora/    tiny (yes and no, train, dev and test), and another one        teacher/   a HuBERT with random weights
+stores/     the teacher's features, int8                                   student/   a Retort student
+manifests/  of them, with the teacher's seed                               scores/    of one task, by two upstreams
+params.yaml                                                                data/      a data set folder that is read
+"""
+
+import atexit
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import zarr
+from click.testing import CliRunner, Result
+from transformers import HubertConfig, HubertModel
+
+from evaluate.__main__ import main as evaluate_main
+from extract.__main__ import main as extract_main
+from extract.corpus import write_corpus
+from pipelines.__main__ import main as pipelines_main
+from tests.conftest import TINY, noise_utterances, save_teacher
+from train.__main__ import main as train_main
+from train.modeling_retort import RetortStackedStudent, RetortStudentConfig
+from train.student_folder import save_student
+
+ROOMS = {"extract": extract_main, "train": train_main, "evaluate": evaluate_main, "pipelines": pipelines_main}
+PARAMS = """\
+students: [tiny]
+upstreams: [fbank, teacher]
+tasks: {tiny: [ks]}
+demo: {scale: 0.02}
+train:
+  tiny:
+    family: distilhubert
+    steps: 4
+    shape: {layers: 2, dim: 32, ffn: 64, heads: 2, stem_channels: 16, position_kernel: 16, position_groups: 4}
+evaluate:
+  ks: {learning_rates: [0.01], steps: 2, batch_size: 4, dev_evaluations: 1}
+report:
+  speed: {corpus: corpora/tiny.json, split: test, audio_seconds: 1, threads: 1, rounds: 1}
+"""
+EXTRACT = (
+    "extract run --upstream teacher --corpus corpora/tiny.json --manifest new.json --layers 0,2,4 --pack-frames 96"
+)
+TRAIN = "train run --student tiny --manifest manifests/teacher.json --corpus corpora/tiny.json --out out --device cpu"
+SCORE = "evaluate run --task ks --config params.yaml --manifest manifests/teacher.json --corpus corpora/tiny.json"
+
+
+@cache
+def _whole_world() -> Path:
+    """The world as it should be, made once a process: by the commands themselves, with it as the working folder."""
+    folder = Path(tempfile.mkdtemp(prefix="retort-bad-input-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, seed in (("tiny", 0), ("other", 1)):
+            utterances = noise_utterances(10, seed=seed, longest=20_000)
+            write_corpus(Path(f"corpora/{name}.h5"), name=name, reader="folder", utterances=utterances)
+        torch.manual_seed(0)
+        save_teacher(HubertModel(HubertConfig(**TINY)), Path("teacher"))
+        shape = {key: value for key, value in TINY.items() if key != "num_hidden_layers"}
+        student = RetortStackedStudent(RetortStudentConfig(**shape, num_hidden_layers=2))
+        save_student(Path("student"), student, made_from={})
+        Path("params.yaml").write_text(PARAMS)
+        for place in ("data/mine", "data/empty", "scores"):
+            Path(place).mkdir(parents=True)
+        soundfile.write("data/mine/one.wav", np.random.default_rng(0).normal(size=8_000) * 0.1, 16_000)
+        Path("data/mine/metadata.csv").write_text("file,speaker,keyword\none.wav,ann,yes\n")
+        for line in (
+            f"{EXTRACT.replace('new.json', 'manifests/teacher.json')} --seed-blocks 2 --shard-packs 2",
+            f"{SCORE} --out scores/teacher/ks.json",
+            f"{SCORE} --out scores/again/ks.json",
+        ):
+            done = run(line)
+            assert done.exit_code == 0, done.output
+    return folder
+
+
+def enter_world(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Copy the world to `folder`, which must not exist, and make it the working folder."""
+    shutil.copytree(_whole_world(), folder)
+    patch.chdir(folder)
+
+
+def run(line: str) -> Result:
+    """A command line without its `python -m`, in this process."""
+    room, *arguments = shlex.split(line)
+    return CliRunner().invoke(ROOMS[room], arguments)
+
+
+def tree(folder: Path = Path()) -> dict[str, str]:
+    """Every file of a folder with the digest of its bytes, and every folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "/"
+        for path in folder.rglob("*")
+    }
+
+
+Damage = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One wrong input: what is done to the world, the command, and a pattern that its one line must match."""
+
+    name: str
+    line: str
+    message: str
+    damage: Damage = lambda: None
+
+
+def check_refused(row: Row) -> None:
+    """Exit status 1, one line that says what is wrong, and not one byte changed. The working folder is the world."""
+    row.damage()
+    before = tree()
+    done = run(row.line)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 1, done.output
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and done.stderr.count("error: ") == 1
+    assert re.search(row.message, last), last
+    assert tree() == before
+
+
+def write(path: str, text: str | bytes) -> Damage:
+    """Put a file, whatever was there."""
+
+    def damage() -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(text.encode() if isinstance(text, str) else text)
+
+    return damage
+
+
+def remove(*paths: str) -> Damage:
+    return lambda: [Path(path).unlink() for path in paths]
+
+
+def folder(pattern: str) -> Damage:
+    """A folder where a file is expected."""
+
+    def damage() -> None:
+        path = _first(pattern)
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
+
+    return damage
+
+
+def cut(pattern: str, kept: int) -> Damage:
+    """Only the first bytes of a file."""
+    return lambda: _first(pattern).write_bytes(_first(pattern).read_bytes()[:kept])
+
+
+def _first(pattern: str) -> Path:
+    """The first file that a pattern finds, or the one to be made."""
+    return min(Path().glob(pattern), default=Path(pattern))
+
+
+def flip(pattern: str, place: int) -> Damage:
+    """One bit of the first file that the pattern finds."""
+
+    def damage() -> None:
+        path = _first(pattern)
+        content = bytearray(path.read_bytes())
+        content[place] ^= 64
+        path.write_bytes(content)
+
+    return damage
+
+
+def change_json(path: str, *keys: str, to: Any = None, drop: bool = False) -> Damage:
+    """One value of a JSON file, found by its keys."""
+
+    def damage() -> None:
+        whole = value = json.loads(Path(path).read_text())
+        for key in keys[:-1]:
+            value = value[key]
+        if drop:
+            del value[keys[-1]]
+        else:
+            value[keys[-1]] = to
+        Path(path).write_text(json.dumps(whole))
+
+    return damage
+
+
+def change_params(old: str, new: str) -> Damage:
+    """A text of params.yaml."""
+
+    def damage() -> None:
+        text = Path("params.yaml").read_text()
+        assert old in text
+        Path("params.yaml").write_text(text.replace(old, new))
+
+    return damage
+
+
+def change_array(name: str, **changes: Any) -> Damage:
+    """An array of the store made anew with another shape or type; its manifest says the sizes that are there now."""
+
+    def damage() -> None:
+        manifest = json.loads(Path("manifests/teacher.json").read_text())
+        place = Path(manifest["store"]["root"]) / manifest["store"]["path"]
+        group = zarr.open_group(place, mode="r+")
+        array = group[name]
+        made = np.ones(changes.get("shape", array.shape), changes.get("dtype", array.dtype))
+        group.create_array(name, data=made, chunks=made.shape, overwrite=True, compressors=None)
+        objects = {key: value for key, value in manifest["objects"].items() if not key.startswith(f"{name}/")}
+        for file in (place / name).rglob("*"):
+            if file.is_file():
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                objects[file.relative_to(place).as_posix()] = [file.stat().st_size, digest]
+        Path("manifests/teacher.json").write_text(json.dumps(manifest | {"objects": objects}))
+
+    return damage
+
+
+def both(*damages: Damage) -> Damage:
+    return lambda: [damage() for damage in damages]

@@ -1,0 +1,257 @@
+"""Data set trees of another layout, audio that is none, and the other commands of `pipelines` asked in vain."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from extract.upstream import find_upstream
+from pipelines.readers import READERS
+from tests.bad_input_world import Row, change_params, check_refused, enter_world, folder, tree, write
+
+MINE, TABLE, ONE = (
+    "pipelines corpus folder data/mine --out corpora/mine.h5",
+    "data/mine/metadata.csv",
+    "data/mine/one.wav",
+)
+BYTES = b"\xff\xfe\xfa"
+TRANSCRIPT = "LibriSpeech/train-clean-100/1/2/1-2.trans.txt"
+LIBRIMIX = {
+    f"data/{split}/{name}": ""
+    for split in ("train", "dev", "test")
+    for name in ("wav.scp", "segments", "utt2spk", "rttm", "reco2dur")
+}
+QUESST = {f"scoring/language_key_{name}.lst": "" for name in ("utterances", "dev", "eval")}
+TERMS = {f"scoring/groundtruth_quesst14_{part}/a.tlist.xml": "<terms/>" for part in ("dev", "eval")}
+RTTMS = {f"scoring/groundtruth_quesst14_{part}/a.rttm": "" for part in ("dev", "eval")}
+FLUENT = [f"data/{part}_data.csv" for part in ("train", "valid", "test")]
+TURNS = {f"Session{number}/sentences/wav/d/t.wav": "" for number in range(1, 6)}
+EVALUATIONS = [f"Session{number}/dialog/EmoEvaluation/d.txt" for number in range(1, 6)]
+COMMANDS = {
+    "speech_commands_v0.01/validation_list.txt": "",
+    "speech_commands_v0.01/testing_list.txt": "",
+    "speech_commands_v0.01/_background_noise_/a.wav": "no audio",
+    "speech_commands_test_set_v0.01/readme": "",
+}
+TRIALS = {"dev/wav/a/b/c.wav": ""}
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_world(tmp_path / "world", monkeypatch)
+
+
+def holds(
+    name: str, reader: str, files: dict[str, str] | dict[str, str | bytes], message: str, options: str = ""
+) -> Row:
+    """A row whose data set folder holds these files."""
+
+    def damage() -> None:
+        for file, text in files.items():
+            write(f"data/set/{file}", text)()
+
+    return Row(
+        f"{reader} {name}", f"pipelines corpus {reader} data/set --out corpora/set.h5 {options}", message, damage
+    )
+
+
+def lists(name: str, text: str | bytes, message: str) -> Row:
+    """A row of the reader `folder` with this metadata.csv."""
+    return Row(f"table {name}", MINE, message, write(TABLE, text))
+
+
+def sounds(name: str, samples: np.ndarray, message: str) -> Row:
+    return Row(f"audio {name}", MINE, message, lambda: soundfile.write(ONE, samples, 16_000, subtype="FLOAT"))
+
+
+def asked(line: str, message: str) -> Row:
+    return Row(line, line, message)
+
+
+TREES = [
+    *(asked(f"pipelines corpus {reader} data/empty --out corpora/x.h5", "is missing; expected") for reader in READERS),
+    asked("pipelines corpus folder data/none --out corpora/x.h5", "data set folder data/none does not exist"),
+    asked("pipelines corpus folder params.yaml --out corpora/x.h5", "data set folder params.yaml does not exist"),
+    asked("pipelines corpus musan data/mine --out corpora/x.h5", "unknown reader 'musan': expected one of fluent"),
+    holds("bytes", "librispeech", {TRANSCRIPT: BYTES}, "1-2.trans.txt can't be read as text in UTF-8"),
+    holds(
+        "no audio", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "1 of 1 files can't be used: .*1-2-3.flac .does not exist"
+    ),
+    holds("silent", "librispeech", {TRANSCRIPT: ""}, "the corpus would be empty"),
+    holds("part", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "train-other-9/ is missing", "--part train-other-9"),
+    holds("no lexicon", "librispeech", {TRANSCRIPT: ""}, "lexicon none does not exist", "--lexicon none"),
+    holds(
+        "lexicon", "librispeech", {TRANSCRIPT: "1-2-3 A\n", "librispeech-lexicon.txt": "\nA\n"}, "line '' is not WORD"
+    ),
+    holds(
+        "word",
+        "librispeech",
+        {TRANSCRIPT: "1-2-3 A B\n", "librispeech-lexicon.txt": "A x\n"},
+        "'B' is not in the lexicon",
+    ),
+    holds("bytes", "voxceleb1", {"iden_split.txt": BYTES}, "iden_split.txt can't be read as text"),
+    holds("line", "voxceleb1", {"iden_split.txt": "9 a/b/c.wav\n"}, "does not begin with 1 .train., 2 .dev. or 3"),
+    holds(
+        "no audio", "voxceleb1", {"iden_split.txt": "1 a/b/c.wav\n"}, "a/b/c.wav, which iden_split.txt lists is missing"
+    ),
+    holds("no list", "voxceleb1-trials", TRIALS, "veri_test2.txt is missing"),
+    holds("line", "voxceleb1-trials", TRIALS | {"veri_test2.txt": "1 a\n"}, "line '1 a' is no trial; expected"),
+    holds("columns", "fluent", dict.fromkeys(FLUENT, "a,b\n1,2\n"), "has no column 'path'; expected path, speakerId"),
+    holds("bytes", "fluent", dict.fromkeys(FLUENT, BYTES), "train_data.csv can't be read as text"),
+    holds("no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv has no row; expected columns path"),
+    holds("line", "snips", {"all.iob.snips.txt": "x\n"}, "line 'x' is not SPEAKER-snips-SPLIT-N"),
+    holds("blank line", "snips", {"all.iob.snips.txt": "\n"}, "line '' is not SPEAKER-snips-SPLIT-N"),
+    holds("nothing", "snips", {"all.iob.snips.txt": ""}, "is missing; expected SNIPS/"),
+    holds("no evaluation", "iemocap", TURNS, "Session1/dialog/EmoEvaluation/d.txt is missing"),
+    holds("bytes", "iemocap", TURNS | dict.fromkeys(EVALUATIONS, BYTES), "d.txt can't be read as text"),
+    holds("no emotion", "iemocap", TURNS | dict.fromkeys(EVALUATIONS, ""), "the corpus would be empty"),
+    holds("nothing", "librimix", LIBRIMIX, "the corpus would be empty"),
+    holds("wav.scp", "librimix", LIBRIMIX | {"data/train/wav.scp": "x\n"}, "line 'x' is not `RECORDING PATH`"),
+    holds("segments", "librimix", LIBRIMIX | {"data/train/segments": "a b c\n"}, "has 3 fields; expected UTTERANCE"),
+    holds("speaker", "librimix", LIBRIMIX | {"data/train/segments": "a b 0 1\n"}, "does not name the speaker of 'a'"),
+    holds(
+        "seconds",
+        "librimix",
+        LIBRIMIX | {"data/train/rttm": "SPEAKER r 1 zz 1 <NA> <NA> s\n"},
+        "'zz' is no time in seconds",
+    ),
+    holds(
+        "endless",
+        "librimix",
+        LIBRIMIX | {"data/train/rttm": "SPEAKER r 1 0 inf <NA> <NA> s\n"},
+        "'inf' is no time in seconds",
+    ),
+    holds("turn", "librimix", LIBRIMIX | {"data/train/rttm": "SPEAKER x\n"}, "line 'SPEAKER x' is no turn"),
+    holds("no scoring", "quesst14", QUESST, "scoring/groundtruth_quesst14_dev/.*is missing"),
+    holds("terms", "quesst14", QUESST | RTTMS | dict.fromkeys(TERMS, "<x"), "a.tlist.xml is no list of terms"),
+    holds("lexeme", "quesst14", QUESST | TERMS | dict.fromkeys(RTTMS, "LEXEME a\n"), "'LEXEME a' is no occurrence"),
+    holds(
+        "key", "quesst14", QUESST | TERMS | RTTMS | {"scoring/language_key_dev.lst": "a b c\n"}, "line 'a b c' is not"
+    ),
+    holds("noise", "speech-commands", COMMANDS, "a.wav can't be read as audio"),
+    holds(
+        "list", "speech-commands", COMMANDS | {"speech_commands_v0.01/testing_list.txt": BYTES}, "can't be read as text"
+    ),
+]
+
+FOLDERS = [
+    lists("empty", "", "has columns .none.; expected one named `file`"),
+    lists("without file", "path\na\n", "has columns path; expected one named `file`"),
+    lists("short row", "file,speaker\none.wav\n", "line 2 has 1 columns, expected 2"),
+    lists("long row", "file,speaker\none.wav,a,b,c\n", "line 2 has 4 columns, expected 2"),
+    lists("bytes", BYTES, "metadata.csv can't be read as text in UTF-8"),
+    lists("open quote", 'file,x\n"one.wav,b\n', "is no CSV file .unexpected end of data"),
+    lists("NUL", "file\none.wav\0\n", "column `file` holds 'one.wav.x00', expected a path"),
+    lists("no name", "file,x\n,1\n", "column `file` holds '', expected a path below"),
+    lists("twice", "file\none.wav\none.wav\n", "utterance id 'one' occurs twice"),
+    lists("odd id", "file,id\none.wav,a\tb\n", "utterance id 'a.tb' is empty or holds control characters"),
+    lists("odd label", "file,a/b\none.wav,x\n", "a label's name: got 'a/b', expected a plain name"),
+    lists("no audio", "file\ntwo.wav\n", "data/mine/two.wav .does not exist.. Mend them, or drop"),
+    Row("audio text", MINE, "one.wav .unreadable", write(ONE, "no audio")),
+    Row("audio empty", MINE, "one.wav .unreadable", write(ONE, "")),
+    Row("audio a folder", MINE, "one.wav .unreadable", folder(ONE)),
+    Row("nothing left", f"{MINE} --skip-bad", "the corpus would be empty", write(ONE, "no audio")),
+    sounds("short", np.zeros(100), "100 samples at 16 kHz, one frame needs 400"),
+    sounds("without samples", np.zeros(0), "one.wav .empty"),
+    sounds("NaN", np.full(9_000, np.nan), "holds NaN or infinite samples"),
+    asked(f"{MINE} --rename a", "--rename 'a': expected OLD=NEW"),
+    asked(f"{MINE} --rename a=b", "--rename a: .* has no such column; it has file, speaker, keyword"),
+    asked(f"{MINE} --rename keyword=", "a label's name: got '', expected a plain name"),
+    asked(f"{MINE} --part x", "--part is for the reader `librispeech`; `folder` takes none"),
+    asked(f"{MINE} --lexicon params.yaml", "--lexicon is for the reader `librispeech`"),
+    asked(MINE.replace("mine.h5", "mine.json"), "a corpus is an .h5 file, such as corpora/mine.h5"),
+    asked(MINE.replace("corpora", "params.yaml"), "params.yaml is no folder, so nothing can be written"),
+    Row("out a folder", MINE, "mine.h5 is a folder; give a file", folder("corpora/mine.h5")),
+    Row("card a folder", MINE, "mine.json is a folder; give a file", folder("corpora/mine.json")),
+]
+
+OTHERS = [
+    asked("pipelines demo --config none --out demo", "none does not exist; give the params file"),
+    asked("pipelines demo --out data", "--out .*data is a folder that holds something else .no demo.json."),
+    asked("pipelines demo --out params.yaml", "params.yaml is a file; give a folder"),
+    Row("demo scale", "pipelines demo --out d", "scale: got 0.0, expected more than 0", change_params("0.02", "0")),
+    Row("demo NaN", "pipelines demo --out d", "scale: got nan, expected float", change_params("0.02", ".nan")),
+    Row("demo key", "pipelines demo --out d", "unknown key .*'scales'", change_params("scale: 0.02", "scales: 1")),
+    Row("demo section", "pipelines demo --out d", "no section `demo`", change_params("demo: {scale: 0.02}", "demo: 3")),
+    asked("pipelines profile none", "unknown profile 'none': expected one of generation"),
+    asked("pipelines profile stacking --out corpora", "--out corpora is a folder; give a file"),
+    asked("pipelines profile stacking --out params.yaml/x", "params.yaml is no folder"),
+    asked("pipelines profile stacking --out none.yaml", "none.yaml does not exist"),
+    asked("pipelines profile stacking", "unknown student of profile stacking"),
+    Row(
+        "study of a number",
+        "pipelines profile stacking",
+        "section .train. is 3, expected a section for each",
+        write("params.yaml", "train: 3"),
+    ),
+    asked("pipelines report --config none", "none does not exist; give the params file"),
+    asked("pipelines report", "manifests/distill/teacher.json is missing; `dvc repro"),
+    asked("pipelines report --out params.yaml", "'params.yaml' is a file"),
+    Row("report section", "pipelines report", "has no section `report`", change_params("report:", "repot:")),
+    Row("report key", "pipelines report", "unknown key .*'audio'", change_params("audio_seconds: 1", "audio: 1")),
+    Row(
+        "report value",
+        "pipelines report",
+        "rounds: got 0, expected more than 0",
+        change_params("rounds: 1", "rounds: 0"),
+    ),
+    Row(
+        "report students",
+        "pipelines report",
+        "`students` is 'tiny'",
+        change_params("students: [tiny]", "students: tiny"),
+    ),
+    Row("report manifest", "pipelines report", "is not JSON", write("manifests/distill/teacher.json", "{")),
+    Row("report fields", "pipelines report", "field `upstream` is None", write("manifests/distill/teacher.json", "{}")),
+    asked("pipelines bench nothing", "No such command 'nothing'"),
+    asked("pipelines bench extract --seconds nan", "--seconds nan: expected more than 0"),
+    asked("pipelines bench extract --rounds 0", "--rounds 0: expected more than 0"),
+    asked("pipelines bench extract --shape big", "unknown shape 'big': expected one of hubert-base"),
+    asked("pipelines bench extract --shape hubert-demo --upstream teacher", "exclude each other; give one"),
+    asked("pipelines bench extract --codec zip", "unknown codec 'zip': expected one of float16"),
+    asked("pipelines bench extract --out corpora", "--out corpora is a folder; give a file"),
+    asked("pipelines bench extract --threads 0", "0 is not in the range x>=1"),
+    asked("pipelines bench train --steps 0", "--steps 0: expected more than 0"),
+    asked("pipelines bench train --codec zip", "unknown codec 'zip'"),
+    asked("pipelines bench train --dtype fp8", "unknown dtype 'fp8'"),
+    asked("pipelines bench growth --rounds -1", "--rounds -1: expected more than 0"),
+    asked("pipelines bench infer --seconds inf", "--seconds inf: expected more than 0"),
+    asked("pipelines bench evaluate --batch-size 0", "--batch-size 0: expected more than 0"),
+    asked("pipelines bench evaluate --codec zip", "unknown codec 'zip'"),
+    asked("pipelines bench codecs --seeds 0", "--seeds 0: expected at least 1"),
+    asked("pipelines bench codecs --student none", "unknown student .*'none'"),
+    Row("study of codecs", "pipelines bench codecs", "no section `train`", change_params("train:", "trains:")),
+    asked("pipelines bench load --packs 0", "--packs 0: expected more than 0"),
+    asked("pipelines bench load --dim 7 --codec int4", "needs a dim that divides by 2, got 7; use --codec int8"),
+    asked("pipelines bench load --student none", "unknown student .*'none'"),
+]
+
+
+@pytest.mark.parametrize("row", [*TREES, *FOLDERS, *OTHERS], ids=lambda row: row.name)
+def test_refused(row: Row) -> None:
+    check_refused(row)
+
+
+@pytest.mark.parametrize("change", ["its code", "its map", "one file more"])
+def test_the_report_runs_no_code_but_this_repositorys(change: str) -> None:
+    # Late: it imports torch, and no other row of this file does.
+    from extract.errors import RetortError
+    from pipelines.report.results import Upstream
+    from pipelines.report.speed import _load
+
+    student = Upstream("student", "student", "student", None, {}, None)
+    assert _load(student).dim == 32
+    assert find_upstream("student").family == "retort-student"
+    code, config = Path("student/modeling_retort.py"), Path("student/config.json")
+    touches = "\nfrom pathlib import Path\nPath('ran').touch()\n"
+    if change == "its code":
+        code.write_text(code.read_text() + touches)
+    elif change == "its map":
+        config.write_text(config.read_text().replace('"modeling_retort.', '"somebody/thing--modeling_retort.'))
+    else:
+        Path("student/more.py").write_text(touches)
+    before = tree()
+    with pytest.raises(RetortError, match="brings other code than this repository"):
+        _load(student)
+    assert tree() == before and not Path("ran").exists()

@@ -1,0 +1,154 @@
+"""Manifests and stores that are damaged, changed by hand or a stranger's: one line, exit status 1, nothing touched."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bad_input_world import (
+    SCORE,
+    Row,
+    change_array,
+    change_json,
+    check_refused,
+    cut,
+    enter_world,
+    flip,
+    folder,
+    run,
+    tree,
+    write,
+)
+
+M = "manifests/teacher.json"
+INFO, VERIFY, STATS, MIRROR = (
+    f"extract info {M}",
+    f"extract verify {M}",
+    f"extract stats {M}",
+    f"extract mirror {M} far",
+)
+SHARD = "stores/*/*/hidden/c/0/0/0/0"
+SHA = "0" * 64
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_world(tmp_path / "world", monkeypatch)
+
+
+def says(line: str, message: str, *keys: str, to: Any = None, drop: bool = False) -> Row:
+    """A row whose manifest has another value, or none."""
+    name = f"{'.'.join(keys)} {'missing' if drop else json.dumps(to)[:30]}"
+    return Row(name, line, message, change_json(M, *keys, to=to, drop=drop))
+
+
+def without_shards() -> None:
+    shutil.rmtree("stores")
+
+
+MANIFESTS = [
+    Row("no manifest", "extract info manifests/none.json", "manifests/none.json does not exist; run the stage"),
+    Row("a folder", "extract info manifests", "manifests is a folder; give the JSON file"),
+    Row("empty", INFO, "is not JSON .*delete it and run", write(M, "")),
+    Row("cut off", VERIFY, "is not JSON", cut(M, 300)),
+    Row("a list", INFO, "holds a JSON list, expected an object", write(M, "[1]")),
+    Row("NaN", INFO, "holds a JSON float, expected an object", write(M, "NaN")),
+    Row("nested too deep", INFO, "is not JSON", write(M, "[" * 100_000)),
+    Row("bytes", INFO, "is not JSON", write(M, b"\xff\xfe\x00")),
+    Row("another object", INFO, "no complete manifest of format 2", write(M, '{"a": 1}')),
+    says(INFO, "no complete manifest of format 2 .format_version 1", "format_version", to=1),
+    says(INFO, "complete False", "complete", to=False),
+    says(INFO, "complete 'yes'", "complete", to="yes"),
+    says(INFO, "field 'dim' is missing", "dim", drop=True),
+    says(INFO, "field 'extra' is unknown", "extra", to=1),
+    says(INFO, "layers: got 3, expected tuple", "layers", to=3),
+    says(INFO, "layers: got .'a'., expected tuple", "layers", to=["a"]),
+    says(INFO, r"layers: got \[4, 2\], expected ascending numbers", "layers", to=[4, 2]),
+    says(STATS, "dim: got '7', expected int", "dim", to="7"),
+    says(STATS, "dim: got -1, expected at least 1", "dim", to=-1),
+    says(INFO, "unknown codec in .*'zip': expected one of float16, int4, int8", "codec", to="zip"),
+    says(INFO, "codec: got .'zip'., expected str", "codec", to=["zip"]),
+    says(STATS, "unknown part .*'x': expected one of frames, pooled, stem", "keep", to=["frames", "x"]),
+    says(INFO, "upstream has no field 'id'; expected id, name", "upstream", to={}),
+    says(INFO, "upstream.num_parameters: got 'many', expected int", "upstream", "num_parameters", to="many"),
+    says(INFO, "plan: got 'x', expected dict", "plan", to="x"),
+    says(STATS, "plan has no field 'num_packs'; expected pack_frames", "plan", "num_packs", drop=True),
+    says(STATS, "plan.shard_packs: got 0, expected at least 1", "plan", "shard_packs", to=0),
+    says(STATS, "does not fit 10 utterances and 2 shards", "plan", "num_packs", to=10**12),
+    says(MIRROR, "does not fit 10 utterances and 2 shards", "plan", "num_shards", to=10**12),
+    says(INFO, "objects: got .*, expected dict", "objects", to=[]),
+    says(VERIFY, "objects: got .*, expected dict", "objects", to={"zarr.json": 1}),
+    says(VERIFY, r"objects.zarr.json: got \[1, 'x'\], expected .bytes, sha256", "objects", "zarr.json", to=[1, "x"]),
+    # What leads out of the store: verify renames, mirror and the cache write by these names.
+    says(VERIFY, "'../../../params.yaml' is no name of an object", "objects", "../../../params.yaml", to=[5, SHA]),
+    says(MIRROR, "'../../../params.yaml' is no name of an object", "objects", "../../../params.yaml", to=[5, SHA]),
+    says(VERIFY, "'/etc/hostname' is no name of an object", "objects", "/etc/hostname", to=[5, SHA]),
+    says(VERIFY, "'index/../../x' is no name of an object", "objects", "index/../../x", to=[5, SHA]),
+    says(MIRROR, "store.path: got '../../etc', expected a path below the root", "store", "path", to="../../etc"),
+    says(VERIFY, "store.path: got '/etc', expected a path below the root", "store", "path", to="/etc"),
+    says(VERIFY, "store.path: got '', expected a path below the root", "store", "path", to=""),
+    says(VERIFY, "store has no field 'root'", "store", "root", drop=True),
+    says(VERIFY, "Protocol not known: nope; expected a local folder or a URL", "store", "root", to="nope://x/y"),
+    says(MIRROR, "digest: got '../../x', expected a sha256", "digest", to="../../x"),
+    says(INFO, "corpus.name: got '../x', expected a plain name", "corpus", "name", to="../x"),
+]
+
+STORES = [
+    Row("store gone", VERIFY, "the store of .* is gone: nothing lies at", without_shards),
+    Row("shard cut off", STATS, "has 100 bytes, expected .*`python -m extract run` repairs it", cut(SHARD, 100)),
+    Row("shard missing", STATS, "hidden/c/0/0/0/0 has no file", lambda: next(Path().glob(SHARD)).unlink()),
+    Row("shard a folder", STATS, "hidden/c/0/0/0/0 has no file", folder(SHARD)),
+    Row("shard's own index", STATS, "hidden can't be read .*`python -m extract verify", flip(SHARD, -20)),
+    Row("shard's checksum", STATS, "hidden can't be read .*`python -m extract verify", flip(SHARD, -2)),
+    Row("array's zarr.json", STATS, "hidden/zarr.json is damaged: sha256", flip("stores/*/*/hidden/zarr.json", 3)),
+    Row("group's zarr.json", STATS, "zarr.json is damaged: sha256", flip("stores/*/*/zarr.json", 30)),
+    Row("index of packs", STATS, "index/pack/c/0 is damaged: sha256", flip("stores/*/*/index/pack/c/0", 0)),
+    Row("index of ids", SCORE + " --out n.json", "index/ids/c/0 is damaged", flip("stores/*/*/index/ids/c/0", 3)),
+    says(STATS, r"hidden .* is int8 \(4, 3, 96, 32\), the manifest says int8 \(4, 3, 96, 7\)", "dim", to=7),
+    says(STATS, r"hidden .* is int8 .*, the manifest says float16", "codec", to="float16"),
+    Row("other shape", STATS, r"hidden .* is int8 \(4, 3, 96, 16\)", change_array("hidden", shape=(4, 3, 96, 16))),
+    Row("other type", STATS, "hidden .* is float64", change_array("hidden", dtype="float64")),
+    Row("scale's type", STATS, "scale .* is int8 .* says float32", change_array("scale", dtype="int8")),
+    Row("means", SCORE + " --out n.json", r"pooled .* is float32 \(3,", change_array("pooled", shape=(3, 3, 32))),
+    Row("index's shape", STATS, r"index/pack .* is int32 \(3,\)", change_array("index/pack", shape=(3,))),
+]
+
+OPTIONS = [
+    Row("no pack", f"{STATS} --max-packs 0", "--max-packs 0: expected at least 1"),
+    Row("out below a file", f"{STATS} --out params.yaml/x", "--out params.yaml/x.json: .* is no folder"),
+    Row("out a folder", f"{STATS} --out s", "--out s.json is a folder; give a file", folder("s.json")),
+    Row("mirror to itself", f"extract mirror {M} stores", "the store already lies at .*give another root"),
+    Row("mirror to a file", f"extract mirror {M} params.yaml", "NEWROOT: can't write to the folder"),
+    Row("mirror to nothing", f"extract mirror {M} ''", "the ROOT of all stores is empty"),
+    Row("mirror to an odd URL", f"extract mirror {M} nope://a/b", "Protocol not known: nope"),
+    Row("mirror to no bucket", f"extract mirror {M} s3:///b", "names no bucket; expected a URL"),
+    Row("manifest a folder", f"{MIRROR} --manifest corpora", "--manifest corpora is a folder; give a file"),
+    Row("manifest below a file", f"{MIRROR} --manifest params.yaml/x", "params.yaml is no folder"),
+]
+
+
+@pytest.mark.parametrize("row", [*MANIFESTS, *STORES, *OPTIONS], ids=lambda row: row.name)
+def test_refused(row: Row) -> None:
+    check_refused(row)
+
+
+def test_a_mirror_of_a_damaged_store_is_never_finished() -> None:
+    flip(SHARD, 50)()
+    before = tree()
+    done = run(MIRROR)
+    assert done.exit_code == 1 and "hidden/c/0/0/0/0 is damaged: sha256" in done.stderr
+    after = tree()
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after if name.endswith(("manifest.json", ".aside")) and name not in before]
+
+
+def test_what_verify_sets_aside_lies_in_the_store_and_comes_back() -> None:
+    flip(SHARD, 50)()
+    before = tree()
+    done = run(VERIFY)
+    assert done.exit_code == 1 and "1 of" in done.stderr and "set aside as NAME.damaged" in done.stderr
+    after = tree()
+    (moved,) = before.keys() - after.keys()
+    assert after.keys() - before.keys() == {f"{moved}.damaged"} and moved.startswith("stores/")
