@@ -22,6 +22,8 @@ _folder = Path(tempfile.mkdtemp(prefix="retort-tests-"))
 atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 _numbers = itertools.count()
 
+ROOMS = ("extract", "train", "evaluate", "pipelines")
+
 
 class Command:
     """`python -m MODULE ARGUMENTS`, running, with the methods of subprocess.Popen that tests use."""
@@ -81,6 +83,9 @@ def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], file
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     module, *sys.argv[1:] = arguments
     sys.path.insert(0, cwd)  # as `python -m` does
+    # The server may have imported our code for other processes of the tests; the command's lies in its working folder.
+    for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:
+        del sys.modules[name]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
