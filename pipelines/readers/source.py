@@ -70,6 +70,6 @@ def check_columns(path: Path, rows: Iterable[dict[str, str]], columns: Iterable[
     """Raises RetortError unless the rows of a table have all `columns`, and there is a row."""
     first = next(iter(rows), None)
     if first is None:
-        raise RetortError(f"{path} has no row; expected one or more, of the columns {', '.join(columns)}")
+        raise RetortError(f"{path} has no row; expected columns {', '.join(columns)}")
     if missing := [column for column in columns if column not in first]:
         raise RetortError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}")
