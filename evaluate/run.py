@@ -22,7 +22,13 @@ from extract.store import StoreReader
 
 FORMAT_VERSION = 2
 ROOT = Path(__file__).parents[1]
-CODE = ("evaluate/**/*.py", "extract/store.py", "extract/place.py", "extract/codec.py")  # what makes a score
+CODE = (
+    "evaluate/**/*.py",
+    "extract/store.py",
+    "extract/manifest.py",
+    "extract/place.py",
+    "extract/codec.py",
+)  # what makes a score
 
 
 @dataclass(frozen=True, kw_only=True)
