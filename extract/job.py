@@ -216,6 +216,8 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         shard_packs=request.shard_packs,
         drop_long=request.drop_long,
     )
+    if request.pack_frames >= 1 << 31:
+        raise RetortError(f"--pack-frames {request.pack_frames}: a store's index is int32, expected less than 2^31")
     if not plan.num_packs:
         raise RetortError(
             f"every utterance of {corpus.path} is longer than a pack of {request.pack_frames} frames and would be "

@@ -89,8 +89,8 @@ def plan_packs(
     pack unless `drop_long`.
     """
     for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
-        if not 1 <= count < 1 << 31:  # the index is int32
-            raise RetortError(f"{option} {count}: expected at least 1, and less than 2^31")
+        if not 1 <= count < 1 << 53:
+            raise RetortError(f"{option} {count}: expected at least 1, and a number that a machine can count to")
     if len(empty := np.flatnonzero(num_frames < 1)):
         raise RetortError(
             f"utterance {ids[empty[0]]!r} is too short for one frame ({len(empty)} such); "

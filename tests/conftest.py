@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test workers share the cores
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from extract.corpus import Corpus, Utterance, write_corpus
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> Iterator[None]:
+    """Commands that a test runs in this process flush them to zero for good; Hypothesis and the next test want them."""
+    yield
+    torch.set_flush_denormal(False)
+
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

@@ -99,7 +99,7 @@ TREES = [
     holds("line", "voxceleb1-trials", TRIALS | {"veri_test2.txt": "1 a\n"}, "line '1 a' is no trial; expected"),
     holds("columns", "fluent", dict.fromkeys(FLUENT, "a,b\n1,2\n"), "has no column 'path'; expected path, speakerId"),
     holds("bytes", "fluent", dict.fromkeys(FLUENT, BYTES), "train_data.csv can't be read as text"),
-    holds("no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv has no row; expected columns path"),
+    holds("no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv has no column 'path'; expected path"),
     holds("line", "snips", {"all.iob.snips.txt": "x\n"}, "line 'x' is not SPEAKER-snips-SPLIT-N"),
     holds("blank line", "snips", {"all.iob.snips.txt": "\n"}, "line '' is not SPEAKER-snips-SPLIT-N"),
     holds("nothing", "snips", {"all.iob.snips.txt": ""}, "is missing; expected SNIPS/"),

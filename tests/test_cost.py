@@ -264,8 +264,8 @@ def test_room_is_looked_for_where_the_store_will_lie(base_folder: Path, corpus: 
     assert free > 0
     assert free_bytes("s3://bucket/stores") is None
     arguments = ["--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, "--store", tmp_path / "stores"]
-    # One pack of two thousand million frames, nearly all of them padding, to outgrow any disk.
-    huge = plan(*arguments, "--pack-frames", 2_000_000_000)
+    # One pack of two hundred thousand million frames, nearly all of them padding, to outgrow any disk.
+    huge = plan(*arguments, "--pack-frames", 200_000_000_000)
     assert "warning: " in huge.output
     assert "do not fit in" in huge.output
     assert "warning" not in plan(*arguments, "--keep", "pooled", "--layers", "12").output

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.readers.source import ReaderOptions, Source, check_columns, layout_error, read_table
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_table
 
 
 def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
@@ -15,8 +15,6 @@ def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
         table = base / "data" / f"{part}_data.csv"
         if not table.is_file():
             raise layout_error(root, "Fluent Speech Commands", f"data/{table.name}", _FLUENT_TREE)
-        rows = read_table(table)
-        check_columns(table, rows, _COLUMNS)
         sources += [
             Source(
                 file=base / row["path"],
@@ -25,7 +23,7 @@ def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
                 speaker=row["speakerId"],
                 labels={"text": row["transcription"]} | {slot: row[slot] for slot in INTENT},
             )
-            for row in rows
+            for row in read_table(table, _COLUMNS)
         ]
     return sources
 

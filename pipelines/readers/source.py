@@ -48,28 +48,21 @@ def read_lines(path: Path) -> list[str]:
         raise RetortError(f"{path} can't be read as text in UTF-8 ({error})") from None
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header. Raises RetortError, which names the line, where a row has other columns."""
+def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, which has all `columns`.
+
+    Raises RetortError for a column that is missing, and for a line that has more or fewer than the header.
+    """
     rows: list[dict[str, str]] = []
     try:
-        reader = csv.DictReader(read_lines(path), strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                count = len(row) if None not in row else len(row) - 1 + len(row[None])
-                count -= sum(value is None for value in row.values())
-                raise RetortError(
-                    f"{path}: line {reader.line_num} has {count} columns, expected {len(reader.fieldnames or ())}"
-                )
-            rows.append(row)
+        reader = csv.reader(read_lines(path), strict=True)
+        header = next(reader, [])
+        if missing := [column for column in columns if column not in header]:
+            raise RetortError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise RetortError(f"{path}: line {reader.line_num} has {len(row)} columns, expected {len(header)}")
+            rows.append(dict(zip(header, row, strict=True)))
     except csv.Error as error:
         raise RetortError(f"{path} is no CSV file ({error})") from None
     return rows
-
-
-def check_columns(path: Path, rows: Iterable[dict[str, str]], columns: Iterable[str]) -> None:
-    """Raises RetortError unless the rows of a table have all `columns`, and there is a row."""
-    first = next(iter(rows), None)
-    if first is None:
-        raise RetortError(f"{path} has no row; expected columns {', '.join(columns)}")
-    if missing := [column for column in columns if column not in first]:
-        raise RetortError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}")
