@@ -15,9 +15,9 @@ from evaluate.run import run_task
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from extract.corpus import Corpus
-from extract.progress import ProgressBar
 from extract.run import Settings, extract
 from pipelines.readers import ReaderOptions, read_corpus
+from tests.evaluate_stores import Quiet
 from train.config import StudentConfig, parse
 from train.loop import train
 from train.run import Job, find_device
@@ -104,8 +104,7 @@ def features(upstream: Path | str, corpus: Path, folder: Path, **changes: Any) -
 
 def score(task: str, manifest: Path, corpus: Path, **recipe: Any) -> dict[str, Any]:
     parsed = parse_recipe(TASKS[task], recipe, where=f"evaluate.{task}")
-    with ProgressBar(task, total=parsed.steps, unit="steps") as progress:
-        return run_task(TASKS[task], parsed, upstream="x", manifest=manifest, corpus=corpus, progress=progress)
+    return run_task(TASKS[task], parsed, upstream="x", manifest=manifest, corpus=corpus, progress=Quiet())
 
 
 @pytest.fixture(scope="module")
