@@ -5,24 +5,24 @@ run over time, and data2vec-audio's stack of positional convolutions. Both are m
 model's own code under its attention mask. Shapes: B batch, C channels, T frames, D features.
 """
 
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torchaudio
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from extract.corpus import SAMPLE_RATE_HZ
+from extract.device import check_there, named_device
 from extract.errors import RetortError
 from extract.files import read_json
 from extract.plan import count_frames
+from extract.pretrained import open_pretrained
 from extract.upstream import FBANK, FBANK_SHAPE, UpstreamCard, brings_code, receptive_field
 
 CONVENTION = (
@@ -120,7 +120,9 @@ class Transformer(Upstream):
         assert card.folder is not None
         remote = "auto_map" in read_json(card.folder / "config.json")
         model = _open_model(card, trust_remote_code=trust_remote_code)
-        self.model: Any = model.eval().requires_grad_(False).to(find_device(device))
+        place = named_device(device, expected="cpu, cuda or cuda:N")
+        check_there(place)
+        self.model: Any = model.eval().requires_grad_(False).to(place)
         self.normalise = card.normalise
         self.device = device
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -191,26 +193,8 @@ class Transformer(Upstream):
         return [*output.hidden_states[:-1], output.last_hidden_state]
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name. Raises RetortError for one that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise RetortError(f"--device {name!r}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RetortError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device
-
-
 def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
-    """The model of an upstream's folder, every weight of it from there. Raises RetortError for a folder that is none.
-
-    transformers itself warns of weights that are missing and goes on with random ones.
-    """
+    """The model of an upstream's folder. Raises RetortError for a folder that is none."""
     assert card.folder is not None
     config = read_json(card.folder / "config.json")
     if brings_code(config) and not trust_remote_code:
@@ -224,39 +208,31 @@ def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
             "student again with `python -m train run`"
         )
     # Late: transformers takes seconds to import, and fbank does without.
-    from transformers import AutoModel, logging
+    from transformers import AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    def opener(folder: Path, **options: Any) -> Any:
         kind: Any = AutoModel
         if own := config.get("auto_map", {}).get("AutoModel"):
             # Of two students in folders of one name AutoModel opens the second as the first's class, weights random.
-            kind = get_class_from_dynamic_module(own, card.folder)
-        # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
-        model, loading = kind.from_pretrained(
-            card.folder, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
-        )
-    except _UNREADABLE as error:
-        raise RetortError(
-            f"upstream {card.id}: transformers can't open {card.folder} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); download or train it again"
-        ) from None
-    # What only pre-training uses may be missing, and is not used here.
-    if missing := sorted(set(loading["missing_keys"]) - {"masked_spec_embed"}):
+            kind = get_class_from_dynamic_module(own, folder)
+        return kind.from_pretrained(folder, **options)
+
+    # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
+    model, missing = open_pretrained(
+        opener,
+        card.folder,
+        refusal=f"upstream {card.id}: transformers can't open {card.folder}",
+        mend="download or train it again",
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+    )
+    if missing:
         raise RetortError(
             f"upstream {card.id}: the weights in {card.folder} lack {len(missing)} that config.json asks for, such as "
             f"{missing[0]}; config and weights are not of one model"
         )
     return model
-
-
-# What transformers raises for a config or weights that are damaged or of something else.
-_UNREADABLE = (
-    OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, ImportError, ZeroDivisionError,
-    AssertionError, pickle.UnpicklingError, EOFError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
 
 
 @contextmanager

@@ -10,7 +10,6 @@ student, and needs no package but onnx. What it could get wrong, a shape frozen 
 every file is run at other batch sizes, lengths and paddings than it was traced with, and compared with the student.
 """
 
-import pickle
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from extract.errors import RetortError
 from extract.files import check_out, read_json, written_aside
+from extract.pretrained import open_pretrained
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -94,26 +91,14 @@ def read_student_folder(folder: Path) -> RetortStudent:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in kinds:
         raise RetortError(f"{folder / 'config.json'}: architectures is {names!r}, expected one of {', '.join(kinds)}")
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        # Our own class: the code that lies in the folder is not run.
-        opened: Any = kinds[names[0]].from_pretrained(folder, output_loading_info=True)
-    except _UNREADABLE as error:
-        raise RetortError(
-            f"{folder} can't be opened as a student ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "train it again"
-        ) from None
-    student: RetortStudent = opened[0]
-    if missing := sorted(opened[1]["missing_keys"]):
+    # Our own class: the code that lies in the folder is not run.
+    opened, missing = open_pretrained(
+        kinds[names[0]].from_pretrained, folder, refusal=f"{folder} can't be opened as a student", mend="train it again"
+    )
+    if missing:
         raise RetortError(f"{folder}: the weights lack {len(missing)}, such as {missing[0]}; train the student again")
+    student: RetortStudent = opened
     return student
-
-
-# What transformers raises for a config or weights that are damaged or of something else.
-_UNREADABLE = (
-    OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError,
-    pickle.UnpicklingError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from extract.corpus import Corpus
+from extract.device import check_there, named_device
 from extract.errors import RetortError
 from extract.store import StoreReader
 from train import checkpoint
@@ -44,21 +45,12 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # a device without data: as useless
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise RetortError(f"--device {name!r}: expected cpu, cuda, cuda:N or auto")
+    device = named_device(name, expected="cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and local_rank() is not None:
         if device.index is not None:
             raise RetortError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
         device = torch.device("cuda", local_rank())
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RetortError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-            + ("" if local_rank() is None else ", or fewer processes")
-        )
+    check_there(device, or_else="" if local_rank() is None else ", or fewer processes")
     return device
 
 

@@ -1,0 +1,38 @@
+"""Opening a folder of weights by transformers, and what it lacks."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from extract.errors import RetortError
+
+# What transformers raises for a config or weights that are damaged or of something else.
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, ImportError, ZeroDivisionError,
+    AssertionError, EOFError, pickle.UnpicklingError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+_UNUSED = {"masked_spec_embed"}  # what only pre-training uses may be missing
+
+
+def open_pretrained(
+    opener: Callable[..., Any], folder: Path, *, refusal: str, mend: str, **options: Any
+) -> tuple[Any, list[str]]:
+    """The model in a folder, and the weights that the folder lacks: those are random, so the caller refuses.
+
+    opener: a `from_pretrained` of transformers, which itself warns of weights that are missing and goes on. Raises
+    RetortError, which begins with `refusal` and ends with `mend`, for a folder that can't be opened.
+    """
+    from transformers import logging  # late: it takes seconds to import
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model, loading = opener(folder, output_loading_info=True, **options)
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RetortError(f"{refusal} ({reason}); {mend}") from None
+    return model, sorted(set(loading["missing_keys"]) - _UNUSED)
