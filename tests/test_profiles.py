@@ -70,7 +70,7 @@ def test_a_profile_says_only_what_differs(tmp_path: Path) -> None:
     assert base["teacher"].pop("upstream") == "facebook/hubert-base-ls960"
     assert other == base
     with pytest.raises(
-        RetortError, match="expected one of generation, hubert-base-ls960, stacking, wavlm-base-plus, wavlm-large"
+        RetortError, match="expected one of generation, hubert-base-ls960, real-speech, seeds, stacking,"
     ):
         read_profile("whisper")
 
@@ -209,6 +209,35 @@ def test_the_study_of_generation_changes_one_thing_at_a_time(tmp_path: Path) -> 
     two = read_student(params, "two-dimensional-s1")
     assert (two.family, two.generation.layer_embedding, two.steps) == ("gendistiller-2d", None, 195)
     assert yaml.safe_load(params.read_text())["teacher"]["layers"] == "1,2,3,4,5,6,7,8,9,10,11,12"
+
+
+def test_seeds_are_the_demo_itself_but_for_the_seed(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    CliRunner().invoke(main, ["profile", "seeds", "--out", str(params)])
+    before, after = (yaml.safe_load(path.read_text()) for path in (ROOT / "params.yaml", params))
+    assert after["students"] == [f"{student}-s{seed}" for student in before["students"] for seed in (1, 2, 3)]
+    for student in after["students"]:
+        name, _, seed = student.rpartition("-s")
+        assert after["train"][student] == before["train"][name] | {"seed": int(seed)}
+    unchanged = before.keys() - {"students", "upstreams", "train"}
+    assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
+
+
+def test_real_speech_changes_corpora_and_nobody_who_is_trained(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", params)
+    CliRunner().invoke(main, ["profile", "real-speech", "--out", str(params)])
+    before, after = (yaml.safe_load(path.read_text()) for path in (ROOT / "params.yaml", params))
+    for kept in ("teacher", "students", "upstreams", "train", "demo"):
+        assert after[kept] == before[kept]
+    assert after["corpora"]["distill"] == before["corpora"]["distill"]
+    assert corpus_of_tasks(after, params) == {
+        "pr": "librispeech",
+        "asr": "librispeech",
+        "ks": "speech-commands",
+        "sid": "voxceleb1",
+    }
 
 
 def test_a_study_of_a_student_that_is_not_there_is_one_line(tmp_path: Path) -> None:

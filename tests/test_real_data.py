@@ -3,8 +3,6 @@
 Short by design: it shows that real recordings go through and that what comes out beats chance, not how good it gets.
 """
 
-import csv
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ from extract.corpus import Corpus
 from extract.run import Settings, extract
 from pipelines.readers import ReaderOptions, read_corpus
 from tests.evaluate_stores import Quiet
+from tests.real_speech import DATA, an4_rows, fsdd_rows, write_folder
 from train.config import StudentConfig, parse
 from train.loop import train
 from train.run import Job, find_device
 
-ROOT = Path(__file__).parent.parent
-DATA = Path(os.environ.get("RETORT_REAL_DATA", ROOT.parent / "shared" / "data"))
-TEACHER = ROOT / "pipelines" / "demo" / "teacher"
+TEACHER = Path(__file__).parent.parent / "pipelines" / "demo" / "teacher"
 
 pytestmark = [
     pytest.mark.real_data,
@@ -32,60 +29,24 @@ pytestmark = [
 ]
 
 
-def write_metadata(folder: Path, rows: list[dict[str, str]]) -> None:
-    folder.mkdir(parents=True)
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0].keys())
-        table.writeheader()
-        table.writerows(rows)
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FSDD with its official test indices 0-4, 5-9 for dev and every third of the others for training."""
+    """FSDD with every third of its training indices."""
     folder = tmp_path_factory.mktemp("fsdd")
-    rows = []
-    with (DATA / "fsdd" / "metadata.csv").open() as table:
-        for row in csv.DictReader(table):
-            index = int(row["index"])
-            split = "test" if index < 5 else "dev" if index < 10 else "train"
-            if split != "train" or index % 3 == 0:
-                rows.append(
-                    {"file": str(DATA / "fsdd" / row["file"]), "id": Path(row["file"]).stem, "split": split}
-                    | {key: row[key] for key in ("speaker", "digit")}
-                )
-    write_metadata(folder / "data", rows)
+    rows = [row for row in fsdd_rows() if row["split"] != "train" or int(row["id"].rpartition("_")[2]) % 3 == 0]
     options = ReaderOptions(rename={"digit": "keyword"})
-    read_corpus("folder", folder / "data", folder / "fsdd.h5", options=options)
+    read_corpus("folder", write_folder(folder / "data", rows), folder / "fsdd.h5", options=options)
     return folder / "fsdd.json"
 
 
 @pytest.fixture(scope="module")
 def census(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AN4: its own test speakers; of the others every eighth for dev, every other one of the rest for training."""
+    """AN4 with every other one of its training speakers."""
     folder = tmp_path_factory.mktemp("an4")
-    lexicon: dict[str, str] = {}
-    for line in (DATA / "an4" / "an4.dic").read_text().splitlines():
-        word, *phones = line.split()
-        lexicon.setdefault(word, " ".join(phones))
-    rows = []
-    with (DATA / "an4" / "transcripts.tsv").open() as table:
-        lines = list(csv.DictReader(table, delimiter="\t"))
-    place = {speaker: rank for rank, speaker in enumerate(sorted({row["speaker"] for row in lines}))}
-    for row in lines:
-        rank = place[row["speaker"]]
-        split = "test" if row["split"] == "test" else "dev" if rank % 8 == 0 else "train"
-        words = row["text"].split()
-        if (split == "train" and rank % 2) or not words or any(word not in lexicon for word in words):
-            continue
-        phones = " ".join(lexicon[word] for word in words)
-        file = str(DATA / "an4" / row["file"])
-        rows.append(
-            {"file": file, "id": row["utt_id"], "split": split, "speaker": row["speaker"], "text": row["text"]}
-            | {"phones": phones}
-        )
-    write_metadata(folder / "data", rows)
-    read_corpus("folder", folder / "data", folder / "an4.h5")
+    rows = an4_rows()
+    speakers = sorted({row["speaker"] for row in rows})
+    rows = [row for row in rows if row["split"] != "train" or speakers.index(row["speaker"]) % 2 == 0]
+    read_corpus("folder", write_folder(folder / "data", rows), folder / "an4.h5")
     return folder / "an4.json"
 
 

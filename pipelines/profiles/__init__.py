@@ -4,11 +4,11 @@ A profile is a YAML file here. One with `base: NAME` is that profile with what i
 profile says only what is different about it. So does a student: a section of `train` with `base: NAME` gets from that
 section whatever it does not set itself. What is written for the user has every value written out.
 
-A profile with a `study` is laid over the params.yaml that is there, whatever its teacher and corpora, and compares
-students:
+`base: params.yaml` is the file that is there, whatever its teacher and corpora. Over it, a `study` compares students:
 
     study:
-      like: interleaved            # name or family of a section of `train`; every student is this but for
+      like: interleaved            # name or family of a section of `train`; every student is this but for (or, without
+                                   # `like`, is the section of its own name but for)
       all: {stem: stored}          # what all of them change,
       seeds: [1, 2, 3]
       students:
@@ -48,30 +48,40 @@ def _read(name: str, params: Path) -> Any:
     if name not in names:
         raise unknown("profile", name, names)
     profile = YAML().load(_FOLDER / f"{name}.yaml")
-    if "study" in profile:
-        return _spread_out(profile, name, params)
     if "base" not in profile:
         return profile
-    base = _read(profile.pop("base"), params)
+    if (name_of_base := profile.pop("base")) == "params.yaml":
+        base = _read_there(params)
+    else:
+        base = _read(name_of_base, params)
+    if "study" in profile:
+        _spread_out(profile.pop("study"), base, name, params)
+    if "tasks" in profile:  # not laid over what was scored before
+        base["tasks"] = profile.pop("tasks")
     _lay_over(base, profile)
     base.yaml_set_start_comment(f"The profile {name}: python -m pipelines profile {name}")
     return base
 
 
-def _spread_out(profile: Any, name: str, params: Path) -> Any:
-    """The params.yaml of a study: a section of `train` for every student and seed."""
+def _read_there(params: Path) -> Any:
     read_params(params)  # one line for a file that is not there or not YAML
     yaml = YAML()
     yaml.preserve_quotes = True
-    base, study = yaml.load(params), profile.pop("study")
-    students, wanted = base.get("train", {}), study["like"]
+    base = yaml.load(params)
+    students = base.get("train", {})
     if not isinstance(students, dict) or not all(isinstance(section, dict) for section in students.values()):
         raise RetortError(f"{params}: section `train` is {students!r:.60}, expected a section for each student")
-    like = next((section for key, section in students.items() if wanted in (key, section.get("family"))), None)
-    if like is None:
-        raise unknown(f"student of profile {name} (section `train` of {params})", wanted, students)
-    base["train"] = {}
+    return base
+
+
+def _spread_out(study: Any, base: Any, name: str, params: Path) -> None:
+    """The students of a study, one for every seed, in place of those of `base`."""
+    there, base["train"] = base.get("train", {}), {}
     for student, changes in study["students"].items():
+        wanted = study.get("like", student)
+        like = next((section for key, section in there.items() if wanted in (key, section.get("family"))), None)
+        if like is None:
+            raise unknown(f"student of profile {name} (section `train` of {params})", wanted, there)
         for seed in study["seeds"]:
             section = copy.deepcopy(like)
             for change in (study.get("all", {}), changes):
@@ -80,10 +90,6 @@ def _spread_out(profile: Any, name: str, params: Path) -> Any:
             base["train"][f"{student}-s{seed}"] = section | {"seed": seed}
     base["students"] = list(base["train"])
     base["upstreams"] = ["fbank", "teacher", *base["train"]]
-    base["tasks"] = profile.pop("tasks")
-    _lay_over(base, profile)
-    base.yaml_set_start_comment(f"The profile {name} over what stood here: python -m pipelines profile {name}")
-    return base
 
 
 def _lay_over(base: Any, profile: Any) -> None:
