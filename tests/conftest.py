@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test workers share the cores
 
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2FeatureExtractor, logging
 
+import tests.processes  # noqa: F401  # says what a fork server imports
 from extract.corpus import Corpus, Utterance, write_corpus
 
+forkserver.ensure_running()  # before the demo's booth starts one that has imported less
 logging.disable_progress_bar()
 torch.set_num_threads(1)
 
