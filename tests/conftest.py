@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test workers share the 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,9 @@ import torch
 from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2FeatureExtractor, logging
 
 from extract.corpus import Corpus, Utterance, write_corpus
+
+if TYPE_CHECKING:
+    from tests.report_world import Made
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -77,3 +80,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A HuBERT of Base's kind (group norm in the stem) with random weights: 4 blocks of 32."""
     torch.manual_seed(0)
     return save_teacher(HubertModel(HubertConfig(**TINY)), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """A report of four tasks."""
+    from tests.report_world import TASKS, make_whole
+
+    return make_whole(tmp_path_factory.mktemp("made"), TASKS)
+
+
+@pytest.fixture(scope="session")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """A report of all ten tasks, the last without a head, that two of them say something beside."""
+    from tests.report_world import TEN_TASKS, make_whole
+
+    return make_whole(tmp_path_factory.mktemp("ten"), TEN_TASKS)

@@ -15,8 +15,15 @@ from typing import Any
 
 import networkx as nx
 
+from extract.errors import RetortError
+
 BOX_HEIGHT, ROW_HEIGHT = 34, 62
-LETTER, PADDING, GAP, LANE = 6.9, 22, 14, 26  # widths: of a letter at 12.5 px, a box's margins, between boxes, of an arrow
+LETTER, PADDING, GAP, LANE = (
+    6.9,
+    22,
+    14,
+    26,
+)  # widths: of a letter at 12.5 px, a box's margins, between boxes, of an arrow
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,11 @@ class Drawing:
 
 
 def read_stages(root: Path) -> tuple[Stage, ...]:
-    """The stages of the DVC repository that `root` belongs to, in order of work; none where it belongs to none."""
-    from dvc.exceptions import NotDvcRepoError
+    """The stages of the DVC repository that `root` belongs to, in order of work; none where it belongs to none.
+
+    Raises RetortError for stages that DVC can't read.
+    """
+    from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
     try:
@@ -66,6 +76,8 @@ def read_stages(root: Path) -> tuple[Stage, ...]:
             described = {name: stage.desc or "" for stage, name in found.items()}
     except NotDvcRepoError:
         return ()
+    except DvcException as error:
+        raise RetortError(f"dvc.yaml can't be read: {error}; `dvc dag` says more") from None
     counts = Counter(found.values())
     graph: Any = nx.DiGraph()
     graph.add_nodes_from(sorted(counts))
@@ -144,7 +156,10 @@ def _places(
 
 
 def _pack(
-    row: list[Hashable], wanted: Mapping[Hashable, float], wide: Mapping[Hashable, float], centres: dict[Hashable, float]
+    row: list[Hashable],
+    wanted: Mapping[Hashable, float],
+    wide: Mapping[Hashable, float],
+    centres: dict[Hashable, float],
 ) -> None:
     """Order a row by where its nodes want to be, and put them as near to that as their widths allow."""
     row.sort(key=lambda node: (wanted[node], str(node)))

@@ -92,9 +92,7 @@ def _spread(count: int, most: int) -> NDArray[np.int64]:
 
 def _check_same_frames(student: StoreReader, teacher: StoreReader, indices: NDArray[np.int64]) -> None:
     if student.hop_samples != teacher.hop_samples:
-        raise RetortError(
-            f"its frames are {student.hop_samples} samples apart, its teacher's {teacher.hop_samples}"
-        )
+        raise RetortError(f"its frames are {student.hop_samples} samples apart, its teacher's {teacher.hop_samples}")
     if not np.array_equal(student.num_frames[indices], teacher.num_frames[indices]):
         raise RetortError("its utterances have other numbers of frames than its teacher's")
 

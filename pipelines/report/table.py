@@ -128,7 +128,7 @@ def make_columns(results: Results) -> tuple[Column, ...]:
         *columns,
         Column("params", "M", "low", lambda row: row.params / 1e6, _write_size),
         Column("size", "MB, fp32", "low", lambda row: row.megabytes, _write_size),
-        Column("MACs", "G a second", "low", lambda row: row.macs_per_audio_s / 1e9, _write_size),
+        Column("MACs", "G/s", "low", lambda row: row.macs_per_audio_s / 1e9, _write_size),
         Column("speed", "× real time", "high", lambda row: 1 / row.rtf, lambda value: f"{value:,.0f}"),
     )
 

@@ -12,6 +12,10 @@ NOT_OFFICIAL = (
     "These scores have no place among published models: they are of other corpora than SUPERB’s own. Where they are of "
     "its own, “official: true” in section “report” of params.yaml shows it."
 )
+MACS = (
+    "MACs are multiply-accumulates for a second of audio, counted by torch at the matrix products and convolutions; a "
+    "Fourier transform counts nothing, so fbank has next to none."
+)
 CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
