@@ -51,7 +51,7 @@ def test_a_browser_draws_the_page_without_error(made: Made, ten: Made, tasks: in
     assert found["requests"] == 0
     trade_offs, curves, searches, pipeline = [len(STUDENTS) + 2] * 3, [1] * 4, [len(STUDENTS) + 2] * tasks, [4]
     assert found["marks"] == [*trade_offs, *curves, *searches, *pipeline]
-    assert min(found["widths"]) > 200
+    assert min(found["widths"][:-1]) > 300  # the pipeline is as wide as its stages need
     assert set(found["outside"]) == {0}
     assert set(found["collisions"]) == {0}
     assert min(found["letters"]) >= 9

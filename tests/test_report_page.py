@@ -93,7 +93,8 @@ def test_depths_of_many_growth_steps_are_written_where_there_is_room() -> None:
     growth = [Growth(step, 3 + number) for number, step in enumerate([0, 11, 22, 33, 44, 55, 56, 57, 58, 59])]
     (chart,) = svgs(loss_curves(curves, growth, TEACHER_LOOK, key="k", title="t"))
     texts = [element.text for element in chart.iter(f"{SVG}text")]
-    assert [text for text in texts if text in ("3 layers", *map(str, range(4, 13)))] == ["3 layers", "5", "6", "7", "8"]
+    written = [text for text in texts if text in ("3 layers", *map(str, range(4, 13)))]
+    assert written == ["3 layers", "5", "6", "7", "8", "12"]
     assert sum(group.get("class") == "grown" for group in chart.iter(f"{SVG}g")) == 9
 
 
@@ -123,10 +124,10 @@ def test_students_stand_beside_their_teacher_layer_by_layer(page: str) -> None:
         assert [line[0] for line in table[1:]] == [str(layer) for layer in range(depth + 1)]
         # first and last layers are of one signal each, the same for all and each other's opposite
         shown = np.array([[int(cell) for cell in line[1:]] for line in table[1:]])
-        assert shown[0].argmax() == 0 and shown[-1].argmax() == 12
-        assert shown[0, 0] > 60 > 20 > shown[0, 12] and shown[-1, 12] > 60 > 20 > shown[-1, 0]
+        assert shown[0].max() == shown[0, 0] > 50 > 10 > shown[0, 12]
+        assert shown[-1].max() == shown[-1, 12] > 50 > 10 > shown[-1, 0]
     assert part.count('class="learned"') == 3 * 3  # layers 4, 8 and 12 of the teacher
-    assert "Demo-gendistiller is left out:" in part and "keeps pooled and no frames" in part
+    assert "is left out: manifests/speech/demo-gendistiller.json" in part and "keeps pooled and no frames" in part
     assert "frames of 8 utterances of speech, split test" in part
 
 

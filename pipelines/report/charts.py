@@ -137,7 +137,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """Write each name beside its point, towards the middle, clear of the frontier, pushed up where names would overlap."""
+    """Write each name beside its point, towards the middle, clear of the frontier, pushed up where names overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     line = 0.062 * (high - low)

@@ -6,7 +6,7 @@ ordered by the places of what its boxes lead to. Units are those of the drawing,
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,8 @@ LETTER, PADDING, GAP, LANE = (
     14,
     26,
 )  # widths: of a letter at 12.5 px, a box's margins, between boxes, of an arrow
+
+Node = str | tuple[str, str, int]  # a stage, or the place that an arrow keeps in a row it passes
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,17 @@ def read_stages(root: Path) -> tuple[Stage, ...]:
 
 
 def draw_stages(stages: Sequence[Stage]) -> Drawing:
-    """Rows from top to bottom. An arrow that others imply is not drawn: what a stage also needs, it needs through them."""
+    """Rows from top to bottom. An arrow that others imply is not drawn: a stage needs that one through them, too."""
     of_name = {stage.name: stage for stage in stages}
     graph: Any = nx.DiGraph()
     graph.add_nodes_from(of_name)
     graph.add_edges_from((need, stage.name) for stage in stages for need in stage.needs)
     graph = nx.transitive_reduction(graph)
     rows, chains = _rows(graph)
-    widths = {name: LETTER * len(stage.label) + PADDING for name, stage in of_name.items()}
+    widths: dict[Node, float] = {name: LETTER * len(stage.label) + PADDING for name, stage in of_name.items()}
     centres = _places(rows, chains, widths)
-    left = min(centres[name] - widths[name] / 2 for name in of_name)
-    right = max(centres[name] + widths[name] / 2 for name in of_name)
-    lanes = [centres[node] for row in rows for node in row]
-    left, right = min(left, *lanes) - 2, max(right, *lanes) + 2
+    left = min(centre - widths.get(node, 0) / 2 for node, centre in centres.items()) - 2
+    right = max(centre + widths.get(node, 0) / 2 for node, centre in centres.items()) + 2
     at = {node: (centres[node] - left, number * ROW_HEIGHT + BOX_HEIGHT / 2 + 1) for number, row in enumerate(rows)
           for node in row}  # fmt: skip
     return Drawing(
@@ -112,36 +112,37 @@ def draw_stages(stages: Sequence[Stage]) -> Drawing:
     )
 
 
-def _rows(graph: Any) -> tuple[list[list[Hashable]], list[list[Hashable]]]:
+def _rows(graph: Any) -> tuple[list[list[Node]], list[list[Node]]]:
     """Nodes by row, the first row on top, and every edge as the chain of nodes it passes, one a row."""
     height: dict[str, int] = {}
     for name in reversed(list(nx.lexicographical_topological_sort(graph))):
         height[name] = 1 + max((height[after] for after in graph.successors(name)), default=-1)
     top = max(height.values())
-    rows: list[list[Hashable]] = [[] for _ in range(top + 1)]
-    for name in graph.nodes:
+    rows: list[list[Node]] = [[] for _ in range(top + 1)]
+    for name in sorted(graph.nodes):
         rows[top - height[name]].append(name)
-    chains = []
-    for one, other in graph.edges:
-        passed: list[Hashable] = [(one, other, level) for level in range(height[one] - 1, height[other], -1)]
-        for node, level in zip(passed, range(height[one] - 1, height[other], -1), strict=True):
+    chains: list[list[Node]] = []
+    for one, other in sorted(graph.edges):
+        levels = range(height[one] - 1, height[other], -1)
+        passed: list[Node] = [(one, other, level) for level in levels]
+        for node, level in zip(passed, levels, strict=True):
             rows[top - level].append(node)
         chains.append([one, *passed, other])
     return rows, chains
 
 
 def _places(
-    rows: Sequence[list[Hashable]], chains: Sequence[Sequence[Hashable]], widths: Mapping[str, float]
-) -> dict[Hashable, float]:
+    rows: Sequence[list[Node]], chains: Sequence[Sequence[Node]], widths: Mapping[Node, float]
+) -> dict[Node, float]:
     """The centre of every node: rows are swept up and down, each node drawn to the mean of what it is joined to."""
-    above: dict[Hashable, list[Hashable]] = {}
-    below: dict[Hashable, list[Hashable]] = {}
+    above: dict[Node, list[Node]] = {}
+    below: dict[Node, list[Node]] = {}
     for chain in chains:
         for one, other in pairwise(chain):
             below.setdefault(one, []).append(other)
             above.setdefault(other, []).append(one)
-    wide = {node: widths[node] if isinstance(node, str) else LANE for row in rows for node in row}
-    centres: dict[Hashable, float] = {}
+    wide = {node: widths.get(node, LANE) for row in rows for node in row}
+    centres: dict[Node, float] = {}
     for row in rows:
         _pack(row, {node: float(place) for place, node in enumerate(row)}, wide, centres)
     for sweep in range(13):  # the last goes up, so that long arrows come straight down
@@ -156,14 +157,14 @@ def _places(
 
 
 def _pack(
-    row: list[Hashable],
-    wanted: Mapping[Hashable, float],
-    wide: Mapping[Hashable, float],
-    centres: dict[Hashable, float],
+    row: list[Node],
+    wanted: Mapping[Node, float],
+    wide: Mapping[Node, float],
+    centres: dict[Node, float],
 ) -> None:
     """Order a row by where its nodes want to be, and put them as near to that as their widths allow."""
     row.sort(key=lambda node: (wanted[node], str(node)))
-    runs: list[tuple[list[Hashable], float]] = []  # nodes that touch, and the centre that suits them best
+    runs: list[tuple[list[Node], float]] = []  # nodes that touch, and the centre that suits them best
     for node in row:
         run, centre = [node], wanted[node]
         while runs and centre - _width(run, wide) / 2 < runs[-1][1] + _width(runs[-1][0], wide) / 2 + GAP:
@@ -176,11 +177,11 @@ def _pack(
             centres[node] = centre + offset
 
 
-def _width(run: Sequence[Hashable], wide: Mapping[Hashable, float]) -> float:
+def _width(run: Sequence[Node], wide: Mapping[Node, float]) -> float:
     return sum(wide[node] for node in run) + GAP * (len(run) - 1)
 
 
-def _offsets(run: Sequence[Hashable], wide: Mapping[Hashable, float]) -> list[tuple[Hashable, float]]:
+def _offsets(run: Sequence[Node], wide: Mapping[Node, float]) -> list[tuple[Node, float]]:
     """Every node of a run with its distance from the run's centre."""
     found, edge = [], -_width(run, wide) / 2
     for node in run:

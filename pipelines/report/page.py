@@ -77,7 +77,6 @@ def render_page(
         repeats=repeats,
         spread_columns=spread_columns(columns, repeats),
         spread_cell=spread_cell,
-        macs_sentence=words.MACS,
         speed_sentence=words.speed_sentence(speed),
         highlights=_highlights(rows),
         columns=columns,

@@ -45,7 +45,7 @@ def measure_similarity(manifests: Path, students: Sequence[str], corpus: Corpus,
         indices = choose_utterances(teacher, corpus, split)
         teacher_LND = unit_energy(read_frames(teacher, indices))
     except RetortError as error:
-        return Similarities({}, (f"no student is compared with its teacher: {error}",), "")
+        return Similarities({}, (f"No student is compared with its teacher: {error}",), "")
     by_student, notes = {}, []
     for name in students:
         try:
@@ -99,7 +99,8 @@ def _check_same_frames(student: StoreReader, teacher: StoreReader, indices: NDAr
 
 def unit_energy(hidden_LND: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each layer centred over its frames and scaled to ||X'X||_F = 1, which is all that linear CKA asks of one side."""
-    centred_LND = hidden_LND - hidden_LND.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    mean_L1D = hidden_LND.mean(axis=1, keepdims=True, dtype=np.float64)
+    centred_LND: NDArray[np.float32] = hidden_LND - np.asarray(mean_L1D, dtype=np.float32)
     for layer_ND in centred_LND:
         with np.errstate(invalid="ignore", divide="ignore"):
             layer_ND /= np.sqrt(np.linalg.norm(layer_ND.T @ layer_ND))

@@ -104,12 +104,12 @@ def task_notes(results: Results) -> list[str]:
 
 
 def speed_sentence(speed: Speed) -> str:
-    """How the speed column was measured."""
+    """How the columns of speed and MACs were measured."""
     threads = "one thread" if speed.threads == 1 else f"{speed.threads} threads"
     return (
         f"Speed is a forward pass over {speed.audio_seconds:.1f} s of audio ({speed.num_utterances} utterances of "
         f"{speed.corpus}, one at a time) with {threads}, the upstreams taking turns, median of {speed.rounds} rounds, "
-        f"on {speed.machine['processor']}."
+        f"on {speed.machine['processor']}. {MACS}"
     )
 
 
