@@ -15,4 +15,5 @@ def count_macs(forward: Callable[[], object]) -> int:
     # The counter does not know the CPU's fused attention: in plain products it sees all of it.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward()
-    return counter.get_total_flops() // 2
+    macs: int = counter.get_total_flops() // 2
+    return macs
