@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test workers share the 
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2Fea
 
 import tests.processes  # noqa: F401  # says what a fork server imports
 from extract.corpus import Corpus, Utterance, write_corpus
+
+if TYPE_CHECKING:
+    from tests.report_world import Made
 
 forkserver.ensure_running()  # before the demo's booth starts one that has imported less
 logging.disable_progress_bar()
@@ -80,3 +83,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A HuBERT of Base's kind (group norm in the stem) with random weights: 4 blocks of 32."""
     torch.manual_seed(0)
     return save_teacher(HubertModel(HubertConfig(**TINY)), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """A report of four tasks."""
+    from tests.report_world import TASKS, make_whole
+
+    return make_whole(tmp_path_factory.mktemp("made"), TASKS)
+
+
+@pytest.fixture(scope="session")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """A report of all ten tasks, the last without a head, that two of them say something beside."""
+    from tests.report_world import TEN_TASKS, make_whole
+
+    return make_whole(tmp_path_factory.mktemp("ten"), TEN_TASKS)

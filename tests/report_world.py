@@ -1,15 +1,28 @@
-"""Invented results of four students on four tasks, as all stages would leave them in a folder."""
+"""Invented results of four students on four tasks, as all stages would leave them in a folder, and their report."""
 
+import json
 import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 import yaml
+from click.testing import CliRunner
+from dvc.repo import Repo
+from numpy.typing import NDArray
 
 from extract.files import write_json
 from pipelines.machine import describe_machine
+from pipelines.report import report_command, speed
 from pipelines.report.speed import Speed
+from tests.evaluate_stores import make_corpus, make_store
 
 TASKS = {
     "pr": ("per", False, {"teacher": 14.2, "demo-layerwise": 21.9, "demo-interleaved": 20.4, "demo-distilhubert": 30.1,
@@ -51,7 +64,7 @@ FINGERPRINT = "f1" * 32
 
 
 def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]]] = TASKS) -> Path:
-    """A folder as all stages would leave it; returns params.yaml."""
+    """A folder as all stages would leave it, without stores; returns params.yaml."""
     write_json(
         root / "manifests/distill/teacher.json",
         {"fingerprint": FINGERPRINT, "digest": "d1" * 32, "layers": [4, 8, 12], "codec": "int8",
@@ -64,6 +77,8 @@ def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]
     for name in STUDENTS:
         write_json(root / "students" / name / "config.json", {"model_type": "retort-student"})
         write_training(root / "runs" / name, name)
+    splits, frames = [("train", "test", "test")[number % 3] for number in range(12)], range(30, 54, 2)
+    make_corpus(root / "corpora", labels={}, splits=splits, num_frames=frames, name="speech")
     params = {
         "students": list(STUDENTS),
         "tasks": {"speech": list(tasks)},
@@ -124,5 +139,118 @@ def write_tsv(path: Path, points: list[tuple[int, float]]) -> None:
 
 def invented_speed() -> Speed:
     rtf = {name: 0.002 + params / 4e8 for name, params in PARAMS.items()} | {"fbank": 0.0004}
-    return Speed(rtf=rtf, params=PARAMS, audio_seconds=20.4, num_utterances=5, corpus="speech", threads=1, rounds=5,
-                 machine=describe_machine())  # fmt: skip
+    macs = {name: 60 * params + 20_000_000 for name, params in PARAMS.items()}
+    return Speed(rtf=rtf, params=PARAMS, macs_per_audio_s=macs, audio_seconds=20.4, num_utterances=5, corpus="speech",
+                 threads=1, rounds=5, machine=describe_machine())  # fmt: skip
+
+
+def write_stores(root: Path) -> None:
+    """Stores of the corpus for the teacher and its students; the layers of each are the sum of two signals' shares.
+
+    The first layer of each is all of the first signal, the last all of the second; demo-gendistiller keeps no frames.
+    """
+    for name in ("teacher", *STUDENTS):
+        num_layers = 13 if name == "teacher" else STUDENTS[name][2][-1][1] + 1
+        dim = 12 if name == "teacher" else 8
+        mixing = np.random.default_rng(len(name)).normal(size=(2, 4, dim))
+
+        def hidden(index: int, frames: int, *, mixing: Any = mixing, count: int = num_layers) -> NDArray[np.float32]:
+            signals = np.random.default_rng(index).normal(size=(2, frames, 4))
+            shares = np.linspace(0, 1, count)[:, None, None]
+            layers: NDArray[np.float32] = (1 - shares) * (signals[0] @ mixing[0]) + shares * (signals[1] @ mixing[1])
+            return layers.astype(np.float32)
+
+        keep = ("pooled",) if name == "demo-gendistiller" else ("frames", "pooled")
+        made = make_store(root / name, root / "corpora/speech.json", hidden, keep=keep)
+        (root / "manifests/speech").mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, root / f"manifests/speech/{name}.json")
+
+
+def write_pipeline(root: Path) -> None:
+    """A DVC repository with a stage for every corpus and student, and two that wait for them."""
+    Repo.init(str(root), no_scm=True).close()
+    stages = {
+        "corpus": {"foreach": ["speech", "words"], "do": {"cmd": "x", "outs": ["c/${item}"], "desc": "reads <audio>"}},
+        "distil": {"matrix": {"student": list(STUDENTS)}, "cmd": "x", "deps": ["c/speech"],
+                   "outs": ["s/${item.student}"], "desc": "makes a student"},
+        "score": {"cmd": "x", "deps": ["s", "c"], "outs": ["scored"]},
+        "show": {"cmd": "x", "deps": ["scored", "c/words"], "desc": "this page"},
+    }  # fmt: skip
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+
+
+def change(path: Path, **values: object) -> None:
+    write_json(path, json.loads(path.read_text()) | values)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report as the command made it, once for all tests that read it."""
+
+    root: Path
+    page: str
+    terminal: str
+
+
+def make_whole(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]]]) -> Made:
+    """The report of a folder with everything in it: results, stores and a pipeline."""
+    write_results(root, tasks)
+    write_stores(root)
+    write_pipeline(root)
+    return made_in(root)
+
+
+def made_in(root: Path) -> Made:
+    """The report that the command makes of the results in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("COLUMNS", "40")
+        patch.setattr(speed, "measure_speed", lambda *args, **kwargs: invented_speed())
+        result = CliRunner().invoke(report_command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return Made(root, (root / "report/index.html").read_text(), result.output)
+
+
+class Tables(HTMLParser):
+    """Every table of a page as rows of cell texts, and every attribute that could fetch something."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self._in_cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "srcset", "data")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.tables[-1][-1][-1] += data
+
+
+def section(page: str, name: str) -> str:
+    """The HTML of one section."""
+    found = re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+    assert found, name
+    return found[0]
+
+
+def svgs(page: str) -> Iterator[ElementTree.Element]:
+    """The drawings of a page that are named, as charts are."""
+    for text in re.findall(r"<svg[^>]*role=\"img\".*?</svg>", page, re.DOTALL):
+        yield ElementTree.fromstring(text)

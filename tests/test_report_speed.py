@@ -48,4 +48,9 @@ def test_speed_of_real_models_is_measured_side_by_side(tmp_path: Path) -> None:
     assert measured.params["fbank"] == 0
     assert measured.params["three"] == sum(parameter.numel() for parameter in model.parameters())
     assert all(value > 0 for value in measured.rtf.values())
+    # a second has 50 frames: four projections and the feed-forward layer for each, and attention between all pairs
+    block = 50 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 50 * 50 * 16
+    macs = measured.macs_per_audio_s
+    assert macs["three"] - macs["one"] == 2 * block
+    assert macs["fbank"] == 98 * (257 * 80 + 2 * 5 * 80)  # frames; bins of the spectrum to filters, and two deltas
     assert seen[-1] == "timing, round 3 of 3"

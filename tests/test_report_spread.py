@@ -1,6 +1,5 @@
 """Students that differ in their seed alone become one line with mean and standard deviation."""
 
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -9,13 +8,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from extract.files import write_json
 from pipelines.report import report_command, speed
 from pipelines.report.results import read_results
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_cell, spread_columns
 from pipelines.report.table import make_columns, make_rows
-from tests.report_world import TASKS, invented_speed, write_results
+from tests.report_world import TASKS, change, invented_speed, write_results
 
 SEEDS = {1: 20.0, 2: 23.0, 4: 21.5}  # seed -> phone error rate
 
@@ -38,14 +36,10 @@ def copy_student(root: Path, name: str, *, seed: int, per: float, config: dict[s
         change(root / "scores" / name / f"{task}.json", upstream=name, **({"test": per} if task == "pr" else {}))
 
 
-def change(path: Path, **fields: object) -> None:
-    write_json(path, json.loads(path.read_text()) | fields)
-
-
 def speed_of(students: list[str]) -> Speed:
     made = invented_speed()
     for name in students:
-        made.rtf[name], made.params[name] = 0.004, 963_040
+        made.rtf[name], made.params[name], made.macs_per_audio_s[name] = 0.004, 963_040, 5_000_000
     return made
 
 

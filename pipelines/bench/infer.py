@@ -2,7 +2,7 @@
 
 Each model is `AutoModel.from_pretrained` of a folder, as a user opens it, and hears one utterance at a time. *Real-time
 factor* is seconds of computing for a second of audio, *latency* the median time for one utterance of a stated length.
-MACs are of a second of audio, counted by torch at the matrix products and convolutions, half of its FLOPs.
+MACs are of a second of audio (`pipelines.macs`).
 """
 
 import os
@@ -33,6 +33,7 @@ from pipelines.bench.measure import (
 )
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
 from pipelines.machine import describe_machine
+from pipelines.macs import count_macs
 from pipelines.profiles import read_profile
 
 if TYPE_CHECKING:
@@ -118,15 +119,10 @@ def _open(folder: Path) -> Any:
 
 def _size(folder: Path) -> dict[str, int]:
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
 
     model = _open(folder)
-    # The counter does not know the CPU's fused attention: in plain products it sees all of it.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, SAMPLE_RATE_HZ))
     params = sum(parameter.numel() for parameter in model.parameters())
-    return {"params": params, "macs_per_audio_s": counter.get_total_flops() // 2}
+    return {"params": params, "macs_per_audio_s": count_macs(lambda: model(torch.zeros(1, SAMPLE_RATE_HZ)))}
 
 
 def _listen(asked: InferBench, *, folder: Path) -> Clocked:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pipelines.report.results import Growth, TaskScore
 
@@ -93,19 +93,17 @@ class Point:
     tip: str
 
 
-def scatter(
-    points: Sequence[Point], *, key: str, title: str, description: str, x_label: str, larger_is_better: bool
-) -> str:
-    """Relative score (y) against a cost or a speed (x): every point named, the frontier drawn in."""
+def scatter(points: Sequence[Point], *, key: str, title: str, description: str, x_label: str) -> str:
+    """Relative score (y) against a cost (x): every point named, the frontier drawn in."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(height=280)
+        figure, axes = _figure(width=300, height=270)  # a laptop shows three beside each other
         width = max(point.x for point in points) or 1.0
         axes.set_xlim(-0.06 * width, 1.08 * width)
         low, high = min(0.0, *(point.y for point in points)), max(1000.0, *(point.y for point in points))
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         for level in (0, 1000):
             axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-        front = frontier(points, larger_is_better=larger_is_better)
+        front = frontier(points)
         axes.plot([p.x for p in front], [p.y for p in front], color=MUTED, linewidth=1.2, alpha=0.7, zorder=2)
         for number, point in enumerate(points):
             axes.plot(
@@ -120,7 +118,7 @@ def scatter(
                 gid=f"tip-{number}",
                 zorder=4,
             )
-        _name_points(axes, points)
+        _name_points(axes, points, front)
         axes.set_xlabel(x_label)
         axes.set_ylabel("relative score")
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -128,9 +126,9 @@ def scatter(
         return _inline(figure, key, title, description, {f"tip-{n}": p.tip for n, p in enumerate(points)})
 
 
-def frontier(points: Sequence[Point], *, larger_is_better: bool) -> list[Point]:
-    """The points that no other point beats in both directions, from the cheapest (or fastest) on."""
-    ordered = sorted(points, key=lambda point: (-point.x if larger_is_better else point.x, -point.y))
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other point beats in both directions, from the cheapest on."""
+    ordered = sorted(points, key=lambda point: (point.x, -point.y))
     front: list[Point] = []
     for point in ordered:
         if not front or point.y > front[-1].y:
@@ -138,20 +136,23 @@ def frontier(points: Sequence[Point], *, larger_is_better: bool) -> list[Point]:
     return front
 
 
-def _name_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write each name beside its point, towards the middle, pushed up where names would overlap."""
+def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Write each name beside its point, towards the middle, clear of the frontier, pushed up where names overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     line = 0.062 * (high - low)
     placed: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: point.y):
         on_the_left = point.x > left + 0.6 * (right - left)
-        x, y = point.x + (-1 if on_the_left else 1) * 0.03 * (right - left), point.y
+        aside = -1 if on_the_left else 1
+        # the frontier rises to the right: names on its right lie below it, those on its left above
+        wanted = point.y - (aside * 0.5 * line if point in front else 0)
+        x, y = point.x + aside * 0.035 * (right - left), wanted
         for other_x, other_y in sorted(placed, key=lambda place: place[1]):
             if abs(other_x - x) < 0.4 * (right - left) and abs(other_y - y) < line:
                 y = other_y + line
         placed.append((x, y))
-        if y - point.y > 0.4 * line:
+        if y - wanted > 0.4 * line:
             axes.plot([point.x, x], [point.y, y], color=MUTED, linewidth=0.7, zorder=3)
         side = "right" if on_the_left else "left"
         axes.text(x, y, point.name, va="center", ha=side, gid=f"halo-{point.name}", zorder=5)
@@ -171,31 +172,43 @@ def loss_curves(
         figure, axes = _figure()
         axes.plot(*_xy(train), color=look.colour, linewidth=1.2, alpha=0.45)
         axes.plot(*_xy(dev), color=look.colour, linewidth=2.2, marker=look.marker, markersize=4.5, gid="tip-dev")
-        for stage in growth if len(growth) > 1 else ():
-            if stage.step > 0:
-                axes.axvline(stage.step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-            axes.annotate(
-                f"{stage.layers} layers",
-                (stage.step, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, -3),
-                textcoords="offset points",
-                va="top",
-                fontsize=10,
-                color=MUTED,
-                gid=f"halo-{stage.step}",
-            )
+        axes.set_xlim(0, 1.03 * max([step for step, _ in (*train, *dev)], default=1))
+        _mark_growth(axes, growth)
         values = [value for _, value in [*train, *dev]]
         if values and min(values) > 0 and max(values) / min(values) > 20:
             axes.set_yscale("log")
         axes.set_xlabel("optimiser steps")
         axes.set_ylabel("loss")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.margins(x=0.02, y=0.14)
+        axes.margins(y=0.14)
         tips = {"tip-dev": f"dev loss, {dev[0][1]:.3f} at first, {dev[-1][1]:.3f} at last" if dev else "dev loss"}
         grown = ", ".join(f"{stage.layers} layers from step {stage.step}" for stage in growth)
         described = f"{tips['tip-dev']}. {grown}." if grown else f"{tips['tip-dev']}."
         return _inline(figure, key, title, described, tips)
+
+
+def _mark_growth(axes: Axes, growth: Sequence[Growth]) -> None:
+    """A line where the student grew, and its depth from there on, written where there is room for it."""
+    written_to = -1.0
+    for stage in growth if len(growth) > 1 else ():
+        if stage.step > 0:
+            axes.axvline(stage.step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), gid=f"grown-{stage.step}")
+        label = f"{stage.layers} layers" if len(growth) <= 4 or stage.step == 0 else f"{stage.layers}"
+        place = stage.step / axes.get_xlim()[1]
+        if place < written_to:
+            continue
+        written_to = place + (4 + 5.6 * len(label)) / (0.85 * WIDTH)
+        axes.annotate(
+            label,
+            (stage.step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=10,
+            color=MUTED,
+            gid=f"halo-{stage.step}",
+        )
 
 
 def dev_search(
@@ -236,7 +249,8 @@ def dev_search(
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         else:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(base=10, numticks=8))
+            tried = sorted({point.at for score in scores.values() for point in score.grid})
+            axes.xaxis.set_major_locator(FixedLocator(tried) if len(tried) <= 5 else LogLocator(base=10, numticks=8))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.06, y=0.1)
@@ -245,9 +259,9 @@ def dev_search(
         return _inline(figure, key, title, "; ".join(tips.values()) + ".", tips)
 
 
-def _figure(height: int = HEIGHT) -> tuple[Figure, Axes]:
+def _figure(width: int = WIDTH, height: int = HEIGHT) -> tuple[Figure, Axes]:
     # 72 points an inch: one point of the drawing is one unit of the SVG's view box
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -268,8 +282,10 @@ def _inline(figure: Figure, key: str, title: str, description: str, tips: Mappin
         name = element.get("id", "")
         if name in tips:
             element.insert(0, _text("title", tips[name]))
-        if name.startswith("halo-"):
-            element.set("class", "halo")
+            element.set("class", "mark")
+        for kind in ("halo", "grown"):
+            if name.startswith(f"{kind}-"):
+                element.set("class", kind)
         if element.tag == f"{{{_SVG}}}g" and name:
             del element.attrib["id"]
     for attribute in ("width", "height", "version"):

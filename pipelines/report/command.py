@@ -1,7 +1,8 @@
 """`python -m pipelines report --config params.yaml --out report`: the results, as a table and as one page.
 
-Reads what the stages left behind (results.py), measures speed (speed.py), and writes to the folder given:
-index.html (page.py), results.md and results.json, a flat DVC metric. Every import that costs seconds is late, since
+Reads what the stages left behind (results.py) and how they follow from each other (graph.py), compares layers
+(similarity.py), measures speed (speed.py), and writes to the folder given: index.html (page.py), results.md and
+results.json, a flat DVC metric. Every import that costs seconds is late, since
 this module is loaded with every `python -m pipelines …`.
 """
 
@@ -77,8 +78,8 @@ def read_config(path: Path) -> ReportConfig:
 def report_command(config: Path, out: Path) -> None:
     """Print the results table and write it as one self-contained HTML page.
 
-    Reads students/, runs/, scores/ and manifests/ below the current folder, and measures the speed of every
-    upstream on this machine.
+    Reads students/, runs/, scores/ and manifests/ below the current folder, compares layers from the stores that the
+    manifests name, and measures the speed of every upstream on this machine.
     """
     settings = read_config(config)
     check_out(out / "index.html", "--out")
@@ -89,18 +90,46 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
     """Read, measure, print, write. Raises RetortError naming the stage that makes what is missing."""
     from rich.console import Console
 
-    from pipelines.report import results as stages
-    from pipelines.report import words
+    from extract.corpus import Corpus
+    from extract.files import write_json, written_aside
+    from pipelines.report.graph import read_stages
+    from pipelines.report.markdown import render_markdown
+    from pipelines.report.page import render_page
+    from pipelines.report.results import read_results
+    from pipelines.report.similarity import measure_similarity
     from pipelines.report.speed import measure_speed
-    from pipelines.report.spread import find_repeats, spread_columns, spread_terminal
-    from pipelines.report.table import make_columns, make_rows, terminal_table
+    from pipelines.report.table import make_columns, make_rows
 
-    results = stages.read_results(root, config.students, config.tasks, official=config.official)
-    errors = Console(stderr=True)
-    with errors.status("measuring speed") as status:
+    results = read_results(root, config.students, config.tasks, official=config.official)
+    with Console(stderr=True).status("comparing layers") as status:
+        corpus = Corpus.open(Path(config.speed.corpus))
+        manifests = root / "manifests" / Path(config.speed.corpus).stem
+        similarities = measure_similarity(manifests, config.students, corpus, config.speed.split)
         speed = measure_speed(results.upstreams, config.speed, progress=status.update)
     rows, columns = make_rows(results, speed), make_columns(results)
-    _write(out, results, rows, columns, speed, config)
+    made_at = datetime.now(UTC).strftime("%Y-%m-%d, %H:%M UTC")
+    texts = {
+        "index.html": render_page(
+            results, rows, columns, speed, similarities, read_stages(root), params_text=config.text, made_at=made_at
+        ),
+        "results.md": render_markdown(results, rows, columns, speed),
+    }
+    for name, text in texts.items():
+        with written_aside(out / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    write_json(out / "results.json", {"upstreams": {row.name: _metric(row, results.tasks) for row in rows}})
+    _print(results, rows, columns, speed)
+    Console(highlight=False, markup=False).print(f"\nThe page: {out / 'index.html'}", soft_wrap=True)
+
+
+def _print(results: "Results", rows: "Sequence[Row]", columns: "Sequence[Column]", speed: "Speed") -> None:
+    """The tables and sentences, for the terminal."""
+    from rich.console import Console
+
+    from pipelines.report import words
+    from pipelines.report.spread import find_repeats, spread_columns, spread_terminal
+    from pipelines.report.table import terminal_table
+
     tables = {"": terminal_table(rows, columns)}
     if repeats := find_repeats(rows):
         tables["\nMean ± standard deviation over seeds:\n\n"] = spread_terminal(
@@ -114,31 +143,8 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
         console.print(heading, end="")
         console.print(table)
     sentences = [words.verdict(rows), words.by_task(results), results.teacher_note, words.speed_sentence(speed)]
-    for line in [*filter(None, sentences), f"The page: {out / 'index.html'}"]:
+    for line in filter(None, sentences):
         console.print("\n" + line, soft_wrap=True)
-
-
-def _write(
-    out: Path,
-    results: "Results",
-    rows: "Sequence[Row]",
-    columns: "Sequence[Column]",
-    speed: "Speed",
-    config: ReportConfig,
-) -> None:
-    from extract.files import write_json, written_aside
-    from pipelines.report.markdown import render_markdown
-    from pipelines.report.page import render_page
-
-    made_at = datetime.now(UTC).strftime("%Y-%m-%d, %H:%M UTC")
-    texts = {
-        "index.html": render_page(results, rows, columns, speed, params_text=config.text, made_at=made_at),
-        "results.md": render_markdown(results, rows, columns, speed),
-    }
-    for name, text in texts.items():
-        with written_aside(out / name) as aside:
-            aside.write_text(text, encoding="utf-8")
-    write_json(out / "results.json", {"upstreams": {row.name: _metric(row, results.tasks) for row in rows}})
 
 
 def _metric(row: "Row", tasks: tuple[str, ...]) -> dict[str, Any]:
@@ -148,6 +154,7 @@ def _metric(row: "Row", tasks: tuple[str, ...]) -> dict[str, Any]:
     return {
         "kind": row.upstream.kind,
         "params": row.params,
+        "macs_per_audio_s": row.macs_per_audio_s,
         "relative_score": relative,
         "rtf": round(row.rtf, 6),
         **scores,

@@ -4,18 +4,21 @@ What it says is put together here; how it looks stands in page.html and page.css
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipelines.report import charts, words
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
+from pipelines.report.graph import Stage, draw_stages
 from pipelines.report.published import place, shown_terms, term_title
 from pipelines.report.results import Results, Upstream, merged_versions
+from pipelines.report.similarity import LayerSimilarity, Similarities
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_cell, spread_columns
 from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, interval_table, metric_label, write_relative
@@ -32,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heat:
-    """One layer weight: percent as text, and how strongly the cell is shaded (0 to 100)."""
+    """One cell of a heat map: its number as text, and how strongly it is shaded (0 to 100)."""
 
     text: str
     shade: int
@@ -44,6 +47,8 @@ def render_page(
     rows: Sequence[Row],
     columns: Sequence[Column],
     speed: Speed,
+    similarities: Similarities,
+    stages: Sequence[Stage],
     *,
     params_text: str,
     made_at: str,
@@ -76,9 +81,15 @@ def render_page(
         highlights=_highlights(rows),
         columns=columns,
         table=_table(rows, columns),
-        trade_offs=[_trade_off_params(rows, looks), _trade_off_speed(rows, looks)],
+        trade_offs=_trade_offs(rows, looks) if any(row.relative is not None for row in rows) else [],
         trainings=[_training(upstream, looks[upstream.name]) for upstream in results.by_kind("student")],
         closeness=_closeness(results),
+        similarities=similarities,
+        similarity_maps=[
+            _similarity_map(upstream, similarities.by_student[upstream.name])
+            for upstream in results.by_kind("student")
+            if upstream.name in similarities.by_student
+        ],
         heat_maps=[_heat_map(upstream, results.tasks) for upstream in results.upstreams],
         sweeps=[_sweep(results, task, looks) for task in results.tasks],
         provenance=_provenance(results),
@@ -87,6 +98,8 @@ def render_page(
         not_official=words.NOT_OFFICIAL,
         constants=words.CONSTANTS,
         write_points=write_relative,
+        stages=stages,
+        graph=draw_stages(stages) if stages else None,
         versions=merged_versions(results),
         machine=speed.machine,
         params_text=params_text,
@@ -136,45 +149,28 @@ def _highlights(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _tip(row: Row) -> str:
     score = "no relative score" if row.relative is None else f"relative score {row.relative:.0f}"
-    return f"{row.name}: {score}, {row.params / 1e6:.3f} M parameters, {1 / row.rtf:,.0f} × real time"
-
-
-def _trade_off(
-    rows: Sequence[Row], looks: Mapping[str, Look], x: Mapping[str, float], *, key: str, title: str, x_label: str
-) -> Markup | None:
-    points = [
-        Point(row.name, x[row.name], row.relative, looks[row.name], _tip(row))
-        for row in rows
-        if row.relative is not None
-    ]
-    if not points:
-        return None
-    description = "; ".join(point.tip for point in points) + "."
-    svg = charts.scatter(
-        points,
-        key=key,
-        title=title,
-        description=description,
-        x_label=x_label,
-        larger_is_better=key == "by-speed",
+    return (
+        f"{row.name}: {score}, {row.params / 1e6:.3f} M parameters, {row.macs_per_audio_s / 1e9:.3f} G MACs a second, "
+        f"real-time factor {row.rtf:.4f}"
     )
-    return Markup(svg)
 
 
-def _trade_off_params(rows: Sequence[Row], looks: Mapping[str, Look]) -> dict[str, Any]:
-    title = "Relative score against parameters"
-    x = {row.name: row.params / 1e6 for row in rows}
-    svg = _trade_off(rows, looks, x, key="by-params", title=title, x_label="parameters, millions")
-    return {"title": title, "svg": svg, "caption": "Up and to the left is better."}
-
-
-def _trade_off_speed(rows: Sequence[Row], looks: Mapping[str, Look]) -> dict[str, Any]:
-    title = "Relative score against speed"
-    x = {row.name: 1 / row.rtf for row in rows if row.upstream.kind != "baseline"}
-    # fbank is so fast that it would push all the models to one edge: it stays in the table
-    models = [row for row in rows if row.upstream.kind != "baseline"]
-    svg = _trade_off(models, looks, x, key="by-speed", title=title, x_label="speed, × real time")
-    return {"title": title, "svg": svg, "caption": "Up and to the right is better. Without fbank, which runs no model."}
+def _trade_offs(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """The relative score against each cost; all three read alike, up and to the left is better."""
+    costs: tuple[tuple[str, str, str, Callable[[Row], float]], ...] = (
+        ("params", "parameters", "parameters, millions", lambda row: row.params / 1e6),
+        ("macs", "MACs", "MACs for a second of audio, 10⁹", lambda row: row.macs_per_audio_s / 1e9),
+        ("rtf", "real-time factor", "real-time factor, s for a second of audio", lambda row: row.rtf),
+    )
+    scored = [(row, row.relative) for row in rows if row.relative is not None]
+    charts_of = []
+    for key, name, x_label, cost in costs:
+        title = f"Relative score against {name}"
+        points = [Point(row.name, cost(row), score, looks[row.name], _tip(row)) for row, score in scored]
+        description = "; ".join(point.tip for point in points) + "."
+        svg = charts.scatter(points, key=f"by-{key}", title=title, description=description, x_label=x_label)
+        charts_of.append({"title": f"Against {name}", "svg": Markup(svg)})
+    return charts_of
 
 
 def _training(upstream: Upstream, look: Look) -> dict[str, Any]:
@@ -234,6 +230,21 @@ def _heat_map(upstream: Upstream, tasks: Sequence[str]) -> dict[str, Any]:
         ]
         lines.append((task, cells))
     return {"upstream": upstream, "layers": layers, "lines": lines}
+
+
+def _similarity_map(upstream: Upstream, found: LayerSimilarity) -> dict[str, Any]:
+    """One student's CKA in hundredths, a line for each of its layers; the teacher's layers that it learned are marked.
+
+    Most values are between 0.5 and 0.9: shading by the square tells them apart.
+    """
+    lines = []
+    for layer, cka_L in zip(found.layers, found.cka_SL, strict=True):
+        top = np.nanmax(cka_L, initial=0.0)
+        cells = [Heat("–", 0, top=False) if np.isnan(cka) else Heat(f"{100 * cka:.0f}", round(100 * cka**2), cka == top)
+                 for cka in cka_L.tolist()]  # fmt: skip
+        lines.append((layer, cells))
+    learned = set(upstream.training.dev_by_layer) if upstream.training else set()
+    return {"upstream": upstream, "layers": found.teacher_layers, "learned": learned, "lines": lines}
 
 
 def _sweep(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str, Any]:

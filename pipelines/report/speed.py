@@ -1,4 +1,4 @@
-"""How fast each upstream is on this machine, measured through the same path as stage one.
+"""How fast each upstream is on this machine, and what it computes, measured through the same path as stage one.
 
 All upstreams are loaded, warmed up, and then take turns on the same utterances, one at a time, in every round.
 So a machine that slows down slows them all, and the median over rounds drops a hiccup.
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from extract.errors import RetortError
 from extract.files import read_json
 from extract.upstream import find_upstream
 from pipelines.machine import describe_machine
+from pipelines.macs import count_macs
 from pipelines.report.results import Upstream
 
 if TYPE_CHECKING:  # the module imports torch, which only a measurement needs
@@ -43,10 +45,11 @@ class SpeedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What was measured. `rtf`: seconds of computing a second of audio, by upstream; smaller is faster."""
+    """What was measured, by upstream. `rtf`: seconds of computing a second of audio; smaller is faster."""
 
     rtf: dict[str, float]
     params: dict[str, int]
+    macs_per_audio_s: dict[str, int]  # of an utterance of one second (`pipelines.macs`)
     audio_seconds: float
     num_utterances: int
     corpus: str
@@ -56,7 +59,7 @@ class Speed:
 
 
 def measure_speed(upstreams: Sequence[Upstream], config: SpeedConfig, progress: Callable[[str], None]) -> Speed:
-    """Load every upstream and time its forward pass. Raises RetortError when one can't be loaded."""
+    """Load every upstream, count and time its forward pass. Raises RetortError when one can't be loaded."""
     import torch
 
     corpus = Corpus.open(Path(config.corpus))
@@ -68,6 +71,9 @@ def measure_speed(upstreams: Sequence[Upstream], config: SpeedConfig, progress: 
         for upstream in upstreams:
             progress(f"loading {upstream.name}")
             loaded[upstream.name] = _load(upstream)
+        progress("counting multiply-accumulates")
+        second = [np.zeros(SAMPLE_RATE_HZ, dtype=np.float32)]
+        macs = {name: count_macs(partial(model.hidden_states, second, _last(model))) for name, model in loaded.items()}
         seconds = _take_turns(loaded, waveforms, config.rounds, progress)
     finally:
         torch.set_num_threads(before)
@@ -75,6 +81,7 @@ def measure_speed(upstreams: Sequence[Upstream], config: SpeedConfig, progress: 
     return Speed(
         rtf={name: statistics.median(times) / audio_seconds for name, times in seconds.items()},
         params={name: model.num_parameters for name, model in loaded.items()},
+        macs_per_audio_s=macs,
         audio_seconds=audio_seconds,
         num_utterances=len(waveforms),
         corpus=corpus.name,
@@ -135,10 +142,13 @@ def _take_turns(
     for number in range(rounds + 1):
         progress("warming up" if number == 0 else f"timing, round {number} of {rounds}")
         for name, model in loaded.items():
-            last_layer = [model.num_layers - 1]
             start = time.perf_counter()
             for waveform in waveforms:
-                model.hidden_states([waveform], last_layer)
+                model.hidden_states([waveform], _last(model))
             if number > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _last(model: "LoadedUpstream") -> list[int]:
+    return [model.num_layers - 1]

@@ -43,7 +43,7 @@ def spread_columns(columns: Sequence[Column], repeats: Sequence[Repeats]) -> tup
     trained = [_training(row) for one in repeats for row in one.rows]
     layers = sorted({layer for training in trained for layer in training.dev_by_layer})
     return (
-        *(column for column in columns if column.title not in ("params", "size", "speed")),
+        *(column for column in columns if column.title not in ("params", "size", "MACs", "speed")),
         Column("dev loss", "own", "low", lambda row: _training(row).dev_loss, lambda value: f"{value:.3f}"),
         *(
             Column(

@@ -57,6 +57,7 @@ class Row:
 
     upstream: Upstream
     params: int
+    macs_per_audio_s: int
     rtf: float
     relative: float | None
 
@@ -101,6 +102,7 @@ def make_rows(results: Results, speed: Speed) -> tuple[Row, ...]:
         Row(
             upstream,
             params=speed.params[upstream.name],
+            macs_per_audio_s=speed.macs_per_audio_s[upstream.name],
             rtf=speed.rtf[upstream.name],
             relative=results.relative[upstream.name],
         )
@@ -126,6 +128,7 @@ def make_columns(results: Results) -> tuple[Column, ...]:
         *columns,
         Column("params", "M", "low", lambda row: row.params / 1e6, _write_size),
         Column("size", "MB, fp32", "low", lambda row: row.megabytes, _write_size),
+        Column("MACs", "G/s", "low", lambda row: row.macs_per_audio_s / 1e9, _write_size),
         Column("speed", "× real time", "high", lambda row: 1 / row.rtf, lambda value: f"{value:,.0f}"),
     )
 

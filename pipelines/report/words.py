@@ -12,6 +12,10 @@ NOT_OFFICIAL = (
     "These scores have no place among published models: they are of other corpora than SUPERB’s own. Where they are of "
     "its own, “official: true” in section “report” of params.yaml shows it."
 )
+MACS = (
+    "MACs are multiply-accumulates for a second of audio, counted by torch at the matrix products and convolutions; a "
+    "Fourier transform counts nothing, so fbank has next to none."
+)
 CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
@@ -100,12 +104,12 @@ def task_notes(results: Results) -> list[str]:
 
 
 def speed_sentence(speed: Speed) -> str:
-    """How the speed column was measured."""
+    """How the columns of speed and MACs were measured."""
     threads = "one thread" if speed.threads == 1 else f"{speed.threads} threads"
     return (
         f"Speed is a forward pass over {speed.audio_seconds:.1f} s of audio ({speed.num_utterances} utterances of "
         f"{speed.corpus}, one at a time) with {threads}, the upstreams taking turns, median of {speed.rounds} rounds, "
-        f"on {speed.machine['processor']}."
+        f"on {speed.machine['processor']}. {MACS}"
     )
 
 

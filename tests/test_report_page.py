@@ -1,0 +1,224 @@
+"""The page: what it holds and how it draws it. All results here are invented."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Point, frontier, loss_curves, scatter, student_look
+from pipelines.report.results import Growth
+from tests.report_world import (
+    PARAMS,
+    STUDENTS,
+    TASKS,
+    TEN_TASKS,
+    Made,
+    Tables,
+    invented_speed,
+    section,
+    svgs,
+)
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def page(made: Made) -> str:
+    return made.page
+
+
+def test_the_headline_table_holds_every_measured_number(page: str) -> None:
+    heads, *lines = Tables(page).tables[0]
+    titles = ["upstream", "relative", "PR", "ASR", "KS", "SID", "params", "size", "MACs", "speed"]
+    assert len(heads) == len(titles)
+    assert all(head.startswith(title) for head, title in zip(heads, titles, strict=True))
+    assert len(lines) == 6
+    for line in lines:
+        name = next(name for name in PARAMS if name in line[0])
+        assert line[2:6] == [f"{tests[name]:.2f}" for _, _, tests in TASKS.values()]
+        assert float(line[6]) == pytest.approx(PARAMS[name] / 1e6, abs=0.005)
+        assert float(line[7]) == pytest.approx(4 * PARAMS[name] / 1e6, abs=0.005)
+        assert float(line[8]) == pytest.approx(invented_speed().macs_per_audio_s[name] / 1e9, abs=0.005)
+        assert float(line[9].replace(",", "")) == pytest.approx(1 / invented_speed().rtf[name], abs=0.5)
+
+
+def test_the_page_asks_for_nothing_and_has_no_id_twice(page: str) -> None:
+    parsed = Tables(page)
+    outside = [link for link in parsed.links if not link.startswith(("#", "data:"))]
+    assert outside == []
+    assert "script" not in parsed.tags
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    anchors = [link[1:] for link in parsed.links if link.startswith("#")]
+    assert anchors and set(anchors) <= set(parsed.ids)
+
+
+def test_charts_are_named_and_take_their_colours_from_the_page(page: str) -> None:
+    charts = list(svgs(page))
+    assert len(charts) == 3 + len(STUDENTS) + len(TASKS) + 1
+    for chart in charts:
+        names = {element.get("id"): element.text for element in chart.iter() if element.get("id")}
+        for key in chart.get("aria-labelledby", "").split():
+            assert names[key]
+        assert chart.find(".//{http://www.w3.org/2000/svg}text") is not None
+    assert not re.search(r"#010[12]0", page)
+    assert "font: " not in "".join(re.findall(r"<text[^>]*>", page))
+
+
+def place_of(element: ElementTree.Element) -> float:
+    """The x of a vertical line, or of the first point of a path."""
+    path = element.find(f".//{SVG}path")
+    assert path is not None
+    return float(path.get("d", "").split()[1])
+
+
+def test_growth_is_marked_where_the_student_grew(page: str) -> None:
+    (chart,) = [chart for chart in svgs(page) if "demo-interleaved" in "".join(chart[0].itertext())]
+    texts = [element.text for element in chart.iter(f"{SVG}text")]
+    labels = ["3 layers", "6 layers", "9 layers", "12 layers"]
+    assert [text for text in texts if text and text.endswith("layers")] == labels
+    lines = [place_of(group) for group in chart.iter(f"{SVG}g") if group.get("class") == "grown"]
+    # the dev curve has a point every sixty steps: where it is at 60 and 120, the student grew at 90 halfway between
+    (dev,) = [group for group in chart.iter(f"{SVG}g") if group.get("class") == "mark"]
+    (path,) = [element for element in dev.iter(f"{SVG}path") if element.get("d", "").count("L") > 3]
+    steps = [float(x) for x in re.findall(r"[ML] ([0-9.]+)", path.get("d", ""))]
+    assert len(steps) == 7
+    assert lines == pytest.approx([(steps[1] + steps[2]) / 2, steps[3], (steps[4] + steps[5]) / 2], abs=0.1)
+
+
+def test_depths_of_many_growth_steps_are_written_where_there_is_room() -> None:
+    curves = {"train/loss": [(step, 1.0 + 1 / (1 + step)) for step in range(101)]}
+    growth = [Growth(step, 3 + number) for number, step in enumerate([0, 11, 22, 33, 44, 55, 56, 57, 58, 59])]
+    (chart,) = svgs(loss_curves(curves, growth, TEACHER_LOOK, key="k", title="t"))
+    texts = [element.text for element in chart.iter(f"{SVG}text")]
+    written = [text for text in texts if text in ("3 layers", *map(str, range(4, 13)))]
+    assert written == ["3 layers", "5", "6", "7", "8", "12"]
+    assert sum(group.get("class") == "grown" for group in chart.iter(f"{SVG}g")) == 9
+
+
+def test_every_cost_has_every_upstream_at_its_place(page: str) -> None:
+    charts = list(svgs(section(page, "trade-off")))
+    made = invented_speed()
+    costs = (made.params, made.macs_per_audio_s, made.rtf)
+    for chart, cost in zip(charts, costs, strict=True):
+        marks = [group for group in chart.iter(f"{SVG}g") if group.get("class") == "mark"]
+        tips = [mark.findtext(f"{SVG}title", "") for mark in marks]
+        names = [tip.partition(":")[0] for tip in tips]
+        assert names == ["teacher", *STUDENTS, "fbank"]
+        places = [float(mark.find(f".//{SVG}use").get("x")) for mark in marks]  # type: ignore[union-attr, arg-type]
+        ends = places[names.index("fbank")], places[names.index("teacher")]
+        for name, place in zip(names, places, strict=True):
+            share = (cost[name] - cost["fbank"]) / (cost["teacher"] - cost["fbank"])
+            assert (place - ends[0]) / (ends[1] - ends[0]) == pytest.approx(share, abs=0.005), name
+
+
+def test_students_stand_beside_their_teacher_layer_by_layer(page: str) -> None:
+    part = section(page, "layers")
+    tables = Tables(part).tables
+    assert len(tables) == 3
+    for table, name in zip(tables, [name for name in STUDENTS if name != "demo-gendistiller"], strict=True):
+        depth = STUDENTS[name][2][-1][1]
+        assert table[0] == ["layer", *map(str, range(13))]
+        assert [line[0] for line in table[1:]] == [str(layer) for layer in range(depth + 1)]
+        # first and last layers are of one signal each, the same for all and each other's opposite
+        shown = np.array([[int(cell) for cell in line[1:]] for line in table[1:]])
+        assert shown[0].max() == shown[0, 0] > 50 > 10 > shown[0, 12]
+        assert shown[-1].max() == shown[-1, 12] > 50 > 10 > shown[-1, 0]
+    assert part.count('class="learned"') == 3 * 3  # layers 4, 8 and 12 of the teacher
+    assert "demo-gendistiller is left out: manifests/speech/demo-gendistiller.json keeps pooled and no frames" in part
+    assert "frames of 8 utterances of speech, split test" in part
+
+
+def test_the_pipeline_is_drawn_with_the_numbers_of_its_stages(page: str) -> None:
+    part = section(page, "made")
+    (graph,) = svgs(part)
+    texts = [element.text for element in graph.iter(f"{SVG}text")]
+    assert texts == ["corpus × 2", "distil × 4", "score", "show"]
+    arrows = [element for element in graph.iter(f"{SVG}path") if element.get("class") == "arrow"]
+    assert len(arrows) == 3  # corpus, distil, score, show: the others follow
+    assert "distil × 4 follows from corpus" in part and "reads &lt;audio&gt;" in part
+
+
+def test_layer_weights_are_shown_for_every_upstream_and_task(page: str, made: Made) -> None:
+    heat = Tables(section(page, "weights")).tables
+    for table, name in zip(heat, ["teacher", *STUDENTS, "fbank"], strict=True):
+        for line, task in zip(table[1:], TASKS, strict=True):
+            weights = json.loads((made.root / "scores" / name / f"{task}.json").read_text())["layer_weights"]
+            assert line == [task.upper(), *(f"{100 * weight:.0f}" for weight in weights)]
+
+
+def test_texts_from_files_are_escaped(page: str) -> None:
+    assert "time line &amp; its speech is &lt;synthetic&gt;" in page
+    assert "# made for a test &lt;b&gt;" in page
+
+
+def test_the_frontier_holds_exactly_what_nothing_beats() -> None:
+    generator = np.random.default_rng(5)
+    points = [Point(str(n), x, y, TEACHER_LOOK, "") for n, (x, y) in enumerate(generator.random((60, 2)))]
+    unbeaten = {p.name for p in points if not any(q.x < p.x and q.y > p.y for q in points)}
+    front = frontier(points)
+    assert {point.name for point in front} == unbeaten
+    assert [point.x for point in front] == sorted(point.x for point in front)
+
+
+def test_names_of_points_on_one_spot_do_not_overlap() -> None:
+    points = [Point(f"twin{n}", 1.0, 500.0, student_look(n), "") for n in range(3)]
+    points.append(Point("far", 4.0, 900.0, BASELINE_LOOK, ""))
+    svg = scatter(points, key="k", title="t", description="d", x_label="x")
+    heights = sorted(
+        float(y)
+        for y in re.findall(r"translate\([0-9.]+ ([0-9.]+)\)[^>]*>twin|y=\"([0-9.]+)\"[^>]*>twin", svg)
+        for y in y
+        if y
+    )
+    assert len(heights) == 3
+    assert min(np.diff(heights)) >= 10  # a line of type is 10.5 high
+
+
+def test_looks_differ_while_colours_last() -> None:
+    looks = [TEACHER_LOOK, BASELINE_LOOK, *(student_look(number) for number in range(6))]
+    assert len({look.colour for look in looks}) == len(looks)
+    assert len({student_look(number) for number in range(30)}) == 30
+
+
+def test_ten_tasks_have_columns_heat_maps_searches_and_what_was_measured_beside(ten: Made) -> None:
+    parsed = Tables(ten.page)
+    heads, *lines = parsed.tables[0]
+    titles = ["PR", "ASR", "KS", "SID", "IC", "ASV", "SD", "ER", "SF", "QbE"]
+    assert [head[: len(title)] for head, title in zip(heads[2:12], titles, strict=True)] == titles
+    assert lines[0][2:12] == [f"{tests['teacher']:.2f}" for _, _, tests in TEN_TASKS.values()]
+    heat = Tables(section(ten.page, "weights")).tables
+    assert [[line[0] for line in table[1:]] for table in heat] == [titles] * 6
+    assert all(sorted(line[1:])[-1] == "100" for table in heat for line in table[1:] if line[0] == "QbE")
+    assert len(list(svgs(ten.page))) == 3 + len(STUDENTS) + 10 + 1
+    markdown = (ten.root / "report/results.md").read_text()
+    assert "| ASV EER % ↓ | ASV EER, test selected |" in markdown and "| 8.75 |" in markdown
+    assert "| teacher | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | layer 6 |" in markdown
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_meets_wcag_in_light_and_dark(page: str) -> None:
+    modes = [
+        dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root {(.*?)}", page, re.DOTALL)
+    ]
+    assert len(modes) == 2
+    for colours in modes:
+        for text in ("ink", "muted", "accent", "best"):
+            for ground in ("surface", "raised", "tint"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        assert contrast(colours["ink"], colours["heat"]) >= 4.5
+        for number in range(8):
+            assert contrast(colours[f"series-{number}"], colours["surface"]) >= 3, number
