@@ -198,8 +198,10 @@ def test_the_study_of_generation_changes_one_thing_at_a_time(tmp_path: Path) -> 
     params = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", params)
     CliRunner().invoke(main, ["profile", "generation", "--out", str(params)])
-    like = replace(read_student(ROOT / "params.yaml", "gendistiller"), stem="stored", steps=195)
-    choices = like.generation
+    demo = read_student(ROOT / "params.yaml", "gendistiller")
+    choices = replace(demo.generation, forcing_first=1.0)
+    like = replace(demo, stem="stored", steps=195, generation=choices)
+    assert read_student(params, "free-s1") == replace(like, generation=demo.generation)
     assert read_student(params, "scheduled-s1") == like
     assert read_student(params, "forced-s1") == replace(like, generation=replace(choices, forcing_last=1.0))
     assert read_student(params, "targets-12-s1") == replace(like, targets=tuple(range(1, 13)))

@@ -198,8 +198,10 @@ def test_share_of_teacher_forcing() -> None:
     config = student("gendistiller", 1000, generation={"forcing_first": 1.0, "forcing_last": 0.0})
     draws = [draws_forcing(config, step) for step in range(1000)]
     assert 430 < sum(draws) < 570 and sum(draws[:200]) > 160 and sum(draws[-200:]) < 40
-    always = student("gendistiller", 50, generation={"forcing_last": 1.0})
+    always = student("gendistiller", 50, generation={"forcing_first": 1.0, "forcing_last": 1.0})
     assert all(draws_forcing(always, step) for step in range(50))
+    never = student("gendistiller", 50, generation={})
+    assert not any(draws_forcing(never, step) for step in range(50))
     assert draws_forcing(student("gendistiller-2d", 50), 0) and not draws_forcing(student("distilhubert", 50), 0)
 
 

@@ -112,6 +112,8 @@ def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
         "log_every": 2,
         "dev_every": 3,
     }
+    if family in GENERATING:  # histories of both kinds
+        section["generation"] = {"forcing_first": 1.0, "forcing_last": 0.0}
     return parse(StudentConfig, section | changes, where="test")
 
 

@@ -110,7 +110,7 @@ class GenerationConfig:
 
     skip: Literal["start", "previous", "none"] = "start"
     layer_embedding: bool | None = None  # None: on where a layer attends to others, as in gendistiller-2d
-    forcing_first: float = 1.0  # share of steps with the teacher's layers as history, at the first step
+    forcing_first: float = 0.0  # share of steps with the teacher's layers as history, at the first step
     forcing_last: float = 0.0  # and at the last
 
     def __post_init__(self) -> None:
