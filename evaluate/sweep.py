@@ -131,12 +131,26 @@ class Adam:
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.steps = [torch.zeros(()) for _ in self.parameters]
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """Scale all gradients so that together their norm is at most `norm`.
+
+        The sums of torch.nn.utils.clip_grad_norm_, bit for bit, without its search for parameters, devices and kinds,
+        which was a tenth of a step of a head on time means.
+        """
+        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients)))
+        torch._foreach_mul_(self.gradients, (norm / (total + 1e-6)).clamp(max=1.0))
+
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients, and forget the gradients."""
         adam(
             list[Tensor](self.parameters),
-            [parameter.grad for parameter in self.parameters if parameter.grad is not None],
+            self.gradients,
             self.means,
             self.squares,
             [],
@@ -175,7 +189,7 @@ class Runner(Generic[H]):
             self.diverged = step
             return
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.head.parameters(), clip_norm)
+        self.optimiser.clip(clip_norm)
         self.optimiser.step()
 
     def state(self) -> dict[str, Any]:

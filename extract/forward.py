@@ -135,6 +135,7 @@ class Transformer(Upstream):
         if not remote:
             _mend_stem(self.model)
             _mend_positional_stack(self.model)
+        self._mended = [one for one in self.model.modules() if isinstance(one, OwnFramesGroupNorm | _OwnFrames)]
         # A student's config need not say how many states it gives: a generator gives more than it has blocks.
         probe = self.forward([np.zeros(self.receptive_samples + self.hop_samples, dtype=np.float32)])
         self.num_layers, self.dim = len(probe), probe[0].shape[-1]
@@ -180,9 +181,8 @@ class Transformer(Upstream):
         for row, waveform in enumerate(waveforms):
             batch[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
             mask[row, : len(waveform)] = 1
-        for module in self.model.modules():
-            if isinstance(module, OwnFramesGroupNorm | _OwnFrames):
-                module.num_samples, module.num_frames = num_samples, self._num_frames(waveforms)
+        for module in self._mended:
+            module.num_samples, module.num_frames = num_samples, self._num_frames(waveforms)
         with torch.autocast(torch.device(self.device).type, dtype=self.autocast, enabled=self.autocast is not None):
             output = self.model(
                 torch.from_numpy(batch).to(self.device),
@@ -247,7 +247,7 @@ def _stem_of(model: Any) -> Iterator[list[Tensor]]:
 
 
 class OwnFramesGroupNorm(nn.Module):
-    """The first convolution's group norm, with statistics over each utterance's own frames."""
+    """The first convolution's group norm, with statistics over each utterance's own frames. Changes its input."""
 
     def __init__(self, norm: nn.GroupNorm, kernel: int, stride: int) -> None:
         super().__init__()
@@ -256,7 +256,6 @@ class OwnFramesGroupNorm(nn.Module):
         self.num_frames: list[int] = []
 
     def forward(self, hidden_BCT: Tensor) -> Tensor:
-        hidden_BCT = hidden_BCT.clone()
         for row, num_samples in enumerate(self.num_samples):
             own = (num_samples - self.kernel) // self.stride + 1
             # Frames past its own stay as they are: finite, and masked before anything reads them.

@@ -125,7 +125,7 @@ class Job:
                 for pack, waveforms_of_pack in zip(self.writer.plan.packs_of(shard), waveforms, strict=True):
                     if self.stopped.is_set():
                         return
-                    features = self._run_pack(pack, waveforms_of_pack)
+                    features = self.run_pack(pack, waveforms_of_pack)
                     encoding.append(encoder.submit(self.writer.encode_pack, pack, *features))
                     if len(encoding) > 2:
                         encoding[-3].result()  # bounds memory: at most two packs wait to be encoded
@@ -134,20 +134,19 @@ class Job:
 
     def _read_ahead(self, reader: ThreadPoolExecutor, shard: int) -> Iterator[list[NDArray[np.float32]]]:
         """The waveforms of a shard's packs, each read while the one before it is run."""
-        plan, corpus = self.writer.plan, self.corpus
-
-        def read(pack: int) -> list[NDArray[np.float32]]:
-            return [corpus.waveform(int(index)) for index in plan.by_pack[pack]]
-
-        packs = plan.packs_of(shard)
-        ahead = reader.submit(read, packs[0])
+        packs = self.writer.plan.packs_of(shard)
+        ahead = reader.submit(self.read_pack, packs[0])
         for following in [*packs[1:], None]:
             current = ahead.result()
             if following is not None:
-                ahead = reader.submit(read, following)
+                ahead = reader.submit(self.read_pack, following)
             yield current
 
-    def _run_pack(
+    def read_pack(self, pack: int) -> list[NDArray[np.float32]]:
+        """The waveforms of a pack's utterances, each float32 (samples,)."""
+        return [self.corpus.waveform(int(index)) for index in self.writer.plan.by_pack[pack]]
+
+    def run_pack(
         self, pack: int, waveforms: list[NDArray[np.float32]]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """float32 (layers, pack_frames, dim), and the stem's (pack_frames, channels) if kept; rows past the last 0."""

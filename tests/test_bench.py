@@ -241,13 +241,14 @@ def test_a_training_step_is_measured_with_four_contenders_on_the_same_batches(tm
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
     result = json.loads((tmp_path / "train.json").read_text())
     runs = {run["contender"]: run for run in result["runs"]}
-    assert runs.keys() == result["contenders"].keys() == {"online", "cached", "frozen", "stored"}
+    assert runs.keys() == result["contenders"].keys() == {"online", "cached", "frozen", "stored", "ready"}
     assert len({str(run["did"]["utterances"]) for run in runs.values()}) == 1 and 10 <= result["step_audio_s"] <= 16
     # The same student and the same batch: targets differ by the codec, the stem by it and not by being frozen.
     losses = {name: run["did"]["losses"][0] for name, run in runs.items()}
     assert losses["cached"] == pytest.approx(losses["online"], rel=0.01)
     assert losses["stored"] == pytest.approx(losses["frozen"], rel=0.01)
-    for one, other in (("cached", "online"), ("stored", "online"), ("stored", "frozen")):
+    assert losses["ready"] == losses["stored"]  # the same values, decoded before the clock starts
+    for one, other in (("cached", "online"), ("stored", "online"), ("stored", "frozen"), ("stored", "ready")):
         ratio = result["times_as_fast"][f"{one}/{other}"]["wall_s"]["median"]
         assert ratio == pytest.approx(runs[other]["wall_s"] / runs[one]["wall_s"])
     assert result["contenders"]["online"]["step_s"]["median"] == pytest.approx(runs["online"]["wall_s"])

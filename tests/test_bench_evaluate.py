@@ -22,12 +22,15 @@ def test_the_cache_and_the_upstream_in_the_loop_train_the_same_head(tmp_path: Pa
     )  # fmt: skip
     result = json.loads((tmp_path / "evaluate.json").read_text())
     runs = {run["contender"]: run for run in result["runs"]}
-    assert runs.keys() == {"ks-cached", "ks-online", "pr-cached", "pr-online"}
+    assert runs.keys() == {f"{task}-{kind}" for task in ("ks", "pr") for kind in ("cached", "online", "ready")}
     for task, title in (("ks", "keyword spotting"), ("pr", "phone recognition")):
         cached, online = runs[f"{task}-cached"], runs[f"{task}-online"]
         # The same head after the same steps, on the same batch: float16 frames, float32 means.
         assert cached["did"]["loss_after"] == pytest.approx(online["did"]["loss_after"], rel=1e-3)
+        ready = runs[f"{task}-ready"]
+        assert ready["did"]["loss_after"] == cached["did"]["loss_after"]
         figures = result["tasks"][task]
+        assert figures["of_limit"]["cpu_s"]["median"] == pytest.approx(ready["cpu_s"] / cached["cpu_s"])
         assert figures["times_as_fast"]["wall_s"]["median"] == pytest.approx(online["wall_s"] / cached["wall_s"])
         saved_s = online["wall_s"] - cached["wall_s"]
         assert figures["cache_pays_after_steps"] == pytest.approx(figures["cache_made_s"] / saved_s)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from extract.errors import RetortError
-from pipelines.bench.growth import CONTENDERS, METHODS, ONLINE, GrowthBench, run_bench, summarise, table_of
+from pipelines.bench.growth import CONTENDERS, METHODS, ONLINE, GrowthBench, run_bench, shown, summarise, table_of
 from pipelines.bench.measure import Run
 from pipelines.bench.train import Bench, TrainBench, prepare
 
@@ -81,9 +81,10 @@ def test_speed_ups_stand_beside_the_ideal_and_what_a_step_allows() -> None:
         assert grown[clock]["times_as_fast_as_full"]["median"] == pytest.approx(grown[clock]["bound"])
         assert grown[clock]["times_as_fast_as_online"]["median"] == pytest.approx(3 * grown[clock]["bound"])
     assert grown["cpu_s"]["seconds"]["median"] == pytest.approx(2 * grown["wall_s"]["seconds"]["median"])
-    table = table_of(
-        result | {"settings": {"steps": 8, "student": "s", "shape": "x", "device": "cpu", "dtype": "fp32"}}
-    )
+    result |= {"settings": {"steps": 8, "student": "s", "shape": "x", "device": "cpu", "dtype": "fp32"}}
+    table, (_, said) = table_of(result), shown(result)
+    assert "1.47 times as fast as full depth, 92% of the ideal and 100% of what a step's time allows" in str(said)
+    assert "it is 4.42 times as fast as full depth with the teacher online, in 1.00 of the memory" in str(said)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert [row[0] for row in rows[::2]] == list(CONTENDERS)
     assert rows[0][3:7] == ("", "", "", "")

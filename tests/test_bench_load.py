@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from extract.errors import RetortError
-from pipelines.bench.load import LoadBench, Place, loader, make_material, memmap, summarise
+from pipelines.bench.load import LoadBench, Place, files, loader, make_material, memmap, summarise
 from pipelines.bench.measure import Clocked, Run
 from tests.bench_world import run_bench_command
 from tests.train_world import SHAPE
@@ -34,6 +34,9 @@ def test_both_read_the_same_bytes(tmp_path: Path, codec: str) -> None:
     flat, batches = did(memmap(place)), did(loader(place))
     assert flat == batches and flat["packs"] == packs["number"] >= 3
     assert flat["bytes"] == place.flat.stat().st_size == pytest.approx(packs["bytes"] * packs["number"])
+    audio = round(packs["samples"] * packs["number"])
+    values = (flat["bytes"] - audio) * {"int8": 1, "float16": 0.5, "int4": 1.6}[codec]  # but for scales
+    assert did(files(place))["bytes"] == pytest.approx(2 * values + audio, rel=0.05)
     assert packs["samples"] == pytest.approx(packs["audio_s"] * 32_000)
     assert np.memmap(place.flat, dtype=np.uint8, mode="r").std() > 1
 
@@ -42,6 +45,7 @@ def test_ratios_follow_from_the_runs() -> None:
     figures = [
         ("memmap", 1.0, {"bytes": 4_000, "packs": 4}),
         ("loader", 5.0, {"bytes": 4_000, "packs": 4}),
+        ("files", 10.0, {"bytes": 8_000, "packs": 4}),
         ("train", 90.0, {"steps": 9, "seconds_per_step": 10.0, "loader_wait_share": 0.25}),
     ]
     runs = [
@@ -49,7 +53,8 @@ def test_ratios_follow_from_the_runs() -> None:
         for name, wall_s, what in figures
     ]
     made = summarise(runs)
-    assert made["times_as_fast"]["wall_s"]["median"] == 0.2
+    assert made["times_as_fast"]["loader/memmap"]["wall_s"]["median"] == 0.2
+    assert made["times_as_fast"]["files/memmap"]["cpu_s"]["median"] == 0.1
     assert made["contenders"]["loader"]["seconds_per_pack"]["median"] == 1.25
     assert made["contenders"]["memmap"]["bytes_per_s"]["median"] == 4_000
     assert made["train"]["loader_wait_share"]["median"] == 0.25
@@ -71,4 +76,7 @@ def test_the_command(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "load.json").read_text())
     assert 0 <= result["train"]["loader_wait_share"]["median"] <= 1
     runs = {run["contender"]: run for run in result["runs"]}
-    assert result["times_as_fast"]["wall_s"]["median"] == runs["memmap"]["wall_s"] / runs["loader"]["wall_s"]
+    assert (
+        result["times_as_fast"]["loader/memmap"]["wall_s"]["median"]
+        == runs["memmap"]["wall_s"] / runs["loader"]["wall_s"]
+    )

@@ -87,6 +87,21 @@ def test_a_grid_equals_heads_trained_one_by_one_by_torch() -> None:
     assert len({point.dev for point in result.grid}) == 3
 
 
+@pytest.mark.parametrize("norm", [0.5, 1e6], ids=["scaled", "left"])
+def test_clipped_gradients_are_torchs_bit_for_bit(norm: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(13,), (256, 160), (256,), (12, 256), (12,)]
+    ours, torchs = ([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
+    for one, other in zip(ours, torchs, strict=True):
+        one.grad = torch.randn(one.shape, generator=generator)
+        other.grad = one.grad.clone()
+    Adam(ours, 1e-3).clip(norm)
+    torch.nn.utils.clip_grad_norm_(torchs, norm)
+    for one, other in zip(ours, torchs, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
 def test_a_grid_equals_grids_of_one() -> None:
     together = {point.lr: point for point in run(Points()).grid}
     for lr in RECIPE.learning_rates:

@@ -22,7 +22,7 @@ from transformers import (
 
 from extract.corpus import Corpus
 from extract.errors import RetortError
-from extract.forward import load_upstream
+from extract.forward import OwnFramesGroupNorm, load_upstream
 from extract.upstream import find_upstream
 from tests.conftest import TINY, save_teacher
 from tests.train_world import student
@@ -65,6 +65,20 @@ def test_batched_equals_alone(
         expected = torch.stack([alone.hidden_states[0], alone.hidden_states[2], alone.last_hidden_state])[:, 0]
         assert states_LTD.shape == expected.shape
         assert np.abs(states_LTD - expected.numpy()).max() <= 1e-4
+
+
+def test_the_mended_group_norm_is_the_norm_of_each_utterances_own_frames_bit_for_bit() -> None:
+    norm = torch.nn.GroupNorm(6, 6).requires_grad_(False)
+    mended = OwnFramesGroupNorm(norm, kernel=10, stride=5)
+    mended.num_samples = [400, 260, 33]
+    own_frames = [79, 51, 5]
+    hidden_BCT = torch.randn(3, 6, 79, generator=torch.Generator().manual_seed(0))
+    before_BCT = hidden_BCT.clone()
+    found_BCT = mended(hidden_BCT)
+    for row, own in enumerate(own_frames):
+        alone_1CT = norm(before_BCT[row : row + 1, :, :own])
+        assert torch.equal(found_BCT[row, :, :own], alone_1CT[0])
+        assert torch.equal(found_BCT[row, :, own:], before_BCT[row, :, own:])
 
 
 def test_the_mended_group_norm_matters(teacher: Path, corpus: Corpus) -> None:

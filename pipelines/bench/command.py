@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipelines.bench.measure import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
+Asked = TypeVar("Asked")
 _STUDENT_HELP = "A section of `train` in its ready params.yaml."
 
 
@@ -45,13 +46,19 @@ _codec = click.option("--codec", default="int8", show_default=True, help="As of 
 _config = click.option(
     "--config", "params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True
 )
-_teacher_shape = click.option(
-    "--shape",
-    default="hubert-base",
-    show_default=True,
-    metavar="NAME",
-    help="The teacher, with random weights: hubert-base, wavlm-base-plus, wavlm-large or hubert-demo.",
-)
+
+
+def _shape(default: str) -> "Callable[[F], F]":
+    return click.option(
+        "--shape",
+        default=default,
+        show_default=True,
+        metavar="NAME",
+        help="The teacher, with random weights: hubert-base, wavlm-base-plus, wavlm-large or hubert-demo.",
+    )
+
+
+_teacher_shape, _demo_shape = _shape("hubert-base"), _shape("hubert-demo")
 _training = together(
     _teacher_shape,
     click.option("--seconds", default=120.0, show_default=True, help="Seconds of audio in the corpus."),
@@ -85,15 +92,14 @@ _training = together(
 @click.option("--pack-frames", default=8192, show_default=True, help="As of `extract run`.")
 @click.option("--shard-packs", default=4, show_default=True, help="As of `extract run`.")
 @_out("extract")
-def extract_command(out: Path, **options: Any) -> None:
+def extract_command(out: Path, **options: Any) -> dict[str, Any]:
     """`extract run` against the bare forward pass and against a script that dumps one utterance at a time.
 
     Stores, dumps and made teachers go to a temporary folder (TMPDIR says where) and are removed.
     """
-    from pipelines.bench.extract import ExtractBench, run_bench, tables, verdict
+    from pipelines.bench.extract import ExtractBench, run_bench, shown
 
-    asked = ExtractBench(**options)
-    _measure(out, lambda progress: run_bench(asked, progress), lambda result: [*tables(result), *verdict(result)])
+    return _measure(out, run_bench, ExtractBench(**options), shown)
 
 
 @bench_command.command("train")
@@ -101,12 +107,11 @@ def extract_command(out: Path, **options: Any) -> None:
 @click.option("--steps", default=2, show_default=True, help="Steps on the clock, after one that warms up.")
 @_training
 @_out("train")
-def train_command(out: Path, **options: Any) -> None:
+def train_command(out: Path, **options: Any) -> dict[str, Any]:
     """A training step with the cached teacher, from waveforms and from the stored stem, beside the teacher online."""
-    from pipelines.bench.train import TrainBench, run_bench, table_of
+    from pipelines.bench.train import TrainBench, run_bench, shown
 
-    asked = TrainBench(**options)
-    _measure(out, lambda progress: run_bench(asked, progress), lambda result: [table_of(result)])
+    return _measure(out, run_bench, TrainBench(**options), shown)
 
 
 @bench_command.command("growth")
@@ -116,13 +121,12 @@ def train_command(out: Path, **options: Any) -> None:
 @click.option("--steps", default=20, show_default=True, help="Steps of a whole run, growth included.")
 @_training
 @_out("growth")
-def growth_command(out: Path, **options: Any) -> None:
+def growth_command(out: Path, **options: Any) -> dict[str, Any]:
     """Whole runs of stackings beside full depth, from waveforms and the stored stem, and beside the teacher online."""
-    from pipelines.bench.growth import run_bench, table_of
+    from pipelines.bench.growth import run_bench, shown
     from pipelines.bench.train import TrainBench
 
-    asked = TrainBench(**options)
-    _measure(out, lambda progress: run_bench(asked, progress), lambda result: [table_of(result)])
+    return _measure(out, run_bench, TrainBench(**options), shown)
 
 
 @bench_command.command("infer")
@@ -139,12 +143,11 @@ def growth_command(out: Path, **options: Any) -> None:
 @_device
 @_threads
 @_out("infer")
-def infer_command(out: Path, students: str, **options: Any) -> None:
+def infer_command(out: Path, students: str, **options: Any) -> dict[str, Any]:
     """Students beside their teacher at inference: real-time factor, latency, MACs, parameters, memory."""
-    from pipelines.bench.infer import InferBench, run_bench, table_of
+    from pipelines.bench.infer import InferBench, run_bench, shown
 
-    asked = InferBench(students=tuple(students.split(",")), **options)
-    _measure(out, lambda progress: run_bench(asked, progress), lambda result: [table_of(result)])
+    return _measure(out, run_bench, InferBench(students=tuple(students.split(",")), **options), shown)
 
 
 @bench_command.command("evaluate")
@@ -163,12 +166,74 @@ def infer_command(out: Path, students: str, **options: Any) -> None:
     help="Folder of scores whose seconds are listed, where there is one.",
 )
 @_out("evaluate")
-def evaluate_command(out: Path, **options: Any) -> None:
+def evaluate_command(out: Path, **options: Any) -> dict[str, Any]:
     """A step of a SUPERB head from the cache and with the upstream in the loop: keyword spotting and phones."""
-    from pipelines.bench.evaluate import EvaluateBench, run_bench, tables
+    from pipelines.bench.evaluate import EvaluateBench, run_bench, shown
 
-    asked = EvaluateBench(**options)
-    _measure(out, lambda progress: run_bench(asked, progress), tables)
+    return _measure(out, run_bench, EvaluateBench(**options), shown)
+
+
+@bench_command.command("scaling")
+@_demo_shape
+@click.option("--seconds", default=60.0, show_default=True, help="Seconds of audio of the smallest size.")
+@_rounds
+@_threads
+@_codec
+@click.option("--pack-frames", default=1600, show_default=True, help="As of `extract run`.")
+@_out("scaling")
+def scaling_command(out: Path, **options: Any) -> dict[str, Any]:
+    """How extraction, its bytes and reading grow with hours of audio, layers and utterances: three sizes each."""
+    from pipelines.bench.scaling import ScalingBench, run_bench, shown
+
+    return _measure(out, run_bench, ScalingBench(**options), shown)
+
+
+@bench_command.command("profile")
+@_demo_shape
+@click.option("--student", default="distilhubert", show_default=True, help=_STUDENT_HELP)
+@click.option("--seconds", default=90.0, show_default=True, help="Seconds of audio in the corpus.")
+@click.option("--steps", default=3, show_default=True, help="Steps of training and of scoring.")
+@_rounds
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch and numpy.")
+@_codec
+@click.option("--pack-frames", default=1600, show_default=True, help="As of `extract run`.")
+@_out("profile")
+def profile_command(out: Path, **options: Any) -> dict[str, Any]:
+    """Where the time of extraction, of training and of scoring goes, by named parts of the code."""
+    from pipelines.bench.hotpath import ProfileBench, run_bench, shown
+
+    return _measure(out, run_bench, ProfileBench(**options), shown)
+
+
+@bench_command.command("all")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("BENCHMARKS.md"),
+    show_default=True,
+    help="The page, whose sections are filled in; the figures go to a .json beside it.",
+)
+@click.option(
+    "--size",
+    default="small",
+    show_default=True,
+    help="small: the demo's shapes, about 20 minutes on two "
+    "cores. base: HuBERT Base's, hours on a CPU. tiny: a trial of a minute or two; give it another --out.",
+)
+@click.option("--only", default="", metavar="NAME,…", help="These benchmarks alone [default: all of them].")
+@click.option("--again", is_flag=True, help="Measure what is there and still right, too.")
+@click.option("--render", is_flag=True, help="Measure nothing: write the page from the figures that are there.")
+def all_command(out: Path, size: str, only: str, again: bool, render: bool) -> None:
+    """Every benchmark but codecs with stated settings, one after another, and BENCHMARKS.md made from their figures.
+
+    A benchmark whose figures are there, of the same settings, code, libraries and machine, is not run again; so a
+    killed run goes on. What a person wrote between the page's sections stays.
+    """
+    from pipelines.bench.suite import run_suite
+
+    names = tuple(filter(None, only.split(",")))
+    for line in run_suite(out, size=size, only=names, again=again, render=render):
+        click.echo(line, err=True)
 
 
 @bench_command.command("codecs")
@@ -177,12 +242,13 @@ def evaluate_command(out: Path, **options: Any) -> None:
 @click.option("--seeds", default=3, show_default=True, help="Students of each codec.")
 @click.option("--tasks", default="pr,ks,sid", show_default=True, help="What they are scored on.")
 @_out("codecs")
-def codecs_command(out: Path, tasks: str, **options: Any) -> None:
+def codecs_command(out: Path, tasks: str, **options: Any) -> dict[str, Any]:
     """The same student from every codec's store: final losses and scores, over several seeds."""
     from pipelines.bench.codecs import CodecStudy, run_study, table_of
 
-    asked = CodecStudy(tasks=tuple(tasks.split(",")), **options)
-    _measure(out, lambda progress: run_study(asked, progress), lambda result: [table_of(result)])
+    return _measure(
+        out, run_study, CodecStudy(tasks=tuple(tasks.split(",")), **options), lambda result: [table_of(result)]
+    )
 
 
 @bench_command.command("load")
@@ -196,29 +262,30 @@ def codecs_command(out: Path, tasks: str, **options: Any) -> None:
 @_device
 @_threads
 @_out("load")
-def load_command(out: Path, **options: Any) -> None:
+def load_command(out: Path, **options: Any) -> dict[str, Any]:
     """The loader beside a numpy memory map of the same bytes, and how long training waits for it."""
-    from pipelines.bench.load import LoadBench, run_bench, table_of, verdict
+    from pipelines.bench.load import LoadBench, run_bench, shown
 
-    asked = LoadBench(**options)
-    _measure(out, lambda progress: run_bench(asked, progress), lambda result: [table_of(result), verdict(result)])
+    return _measure(out, run_bench, LoadBench(**options), shown)
 
 
 def _measure(
     out: Path,
-    run: "Callable[[Progress], dict[str, Any]]",
+    run: "Callable[[Asked, Progress], dict[str, Any]]",
+    asked: Asked,
     show: "Callable[[dict[str, Any]], list[Table | str]]",
-) -> None:
-    """Run a benchmark, write its figures to `out`, print its tables and sentences."""
+) -> dict[str, Any]:
+    """Run a benchmark as asked, write its figures to `out`, print its tables and sentences; return the figures."""
     from extract.files import check_out, write_json
 
     check_out(out, "--out")
     with _progress() as progress:
-        result = run(progress)
+        result = run(asked, progress)
     write_json(out, result)
     console = _console()
     for part in [*show(result), f"All figures: {out}"]:
         console.print(part, soft_wrap=isinstance(part, str))
+    return result
 
 
 @contextmanager

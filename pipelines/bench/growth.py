@@ -10,12 +10,10 @@ growth included. Three figures stand beside each other: what was measured; the *
 and the *bound*, what a step's time allows, which depends on depth in part only: t(d) = t(shallow) + slope (d - first).
 """
 
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,10 +22,19 @@ import torch
 
 from extract.errors import RetortError
 from extract.memory import keep_freed_blocks
-from pipelines.bench.measure import Clocked, Progress, Spread, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import (
+    CLOCKS,
+    Clocked,
+    Progress,
+    Spread,
+    headed,
+    in_fresh_process,
+    spread,
+    take_turns,
+    times_as_fast,
+)
 from pipelines.bench.measure import Run as Turn
 from pipelines.bench.train import Bench, TrainBench, load_teacher, prepare, taught
-from pipelines.machine import describe_machine
 from train.config import GROWN, StudentConfig
 from train.data import Batch
 from train.growth import plan_stages
@@ -59,7 +66,6 @@ METHODS: dict[str, Change] = {
 }
 SOURCES = ("waveforms", "stored")
 ONLINE = f"online, {FULL}"
-CLOCKS = {"wall_s": "wall", "cpu_s": "CPU"}  # the second is what a machine that does other work does not change
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class GrowthBench:
 
 def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
     """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
-    load_before = os.getloadavg()[0]
+    head = headed("growth", asdict(asked))
     with TemporaryDirectory(prefix="retort-bench-") as name:
         bench = GrowthBench(Bench(asked, Path(name)))
         progress(f"making a teacher of {asked.shape}'s shape and its store")
@@ -85,15 +91,15 @@ def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
         depths = {method: _depths(bench.config(method)) for method in METHODS}
         turns = take_turns(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
         section = asdict(bench.step.config)
-    return {
-        "benchmark": "growth",
-        "machine": describe_machine() | {"load_before": round(load_before, 2)},
-        "versions": {library: version(library) for library in ("torch", "transformers", "zarr", "numpy")},
-        "settings": asdict(asked),
-        "student": section,
-        "depth_of_steps": depths,
-        "runs": [asdict(turn) for turn in turns],
-    } | summarise(turns, depths)
+    return (
+        head
+        | {
+            "student": section,
+            "depth_of_steps": depths,
+            "runs": [asdict(turn) for turn in turns],
+        }
+        | summarise(turns, depths)
+    )
 
 
 def _depths(config: StudentConfig) -> list[int]:
@@ -173,6 +179,20 @@ def table_of(result: dict[str, Any]) -> "Table":
                 f"{figures['peak_bytes']['median'] / 2**20:,.0f} MiB" if first else "",
             )
     return table
+
+
+def shown(result: dict[str, Any]) -> "list[Table | str]":
+    """The table, and what growing from the stored stem gains."""
+    grown = result["contenders"]["stored, interleaved EQL"]
+    figures = grown["cpu_s"]
+    gained, online = figures["times_as_fast_as_full"]["median"], figures["times_as_fast_as_online"]["median"]
+    memory = grown["peak_bytes"]["median"] / result["contenders"][ONLINE]["peak_bytes"]["median"]
+    return [
+        table_of(result),
+        f"by CPU time interleaved EQL from the stored stem is {gained:.2f} times as fast as full depth, "
+        f"{gained / grown['ideal']:.0%} of the ideal and {gained / figures['bound']:.0%} of what a step's time allows; "
+        f"it is {online:.2f} times as fast as full depth with the teacher online, in {memory:.2f} of the memory",
+    ]
 
 
 def _whole_run(bench: GrowthBench, *, source: str, method: str) -> Clocked:

@@ -5,13 +5,11 @@ factor* is seconds of computing for a second of audio, *latency* the median time
 MACs are of a second of audio (`pipelines.macs`).
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,13 +24,13 @@ from pipelines.bench.measure import (
     Progress,
     Run,
     check_asked,
+    headed,
     in_fresh_process,
     spread,
     take_turns,
     times_as_fast,
 )
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
-from pipelines.machine import describe_machine
 from pipelines.macs import count_macs
 from pipelines.profiles import read_profile
 
@@ -64,7 +62,7 @@ class InferBench:
 
 def run_bench(asked: InferBench, progress: Progress) -> dict[str, Any]:
     """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
-    load_before = os.getloadavg()[0]
+    head = headed("infer", asdict(asked))
     with TemporaryDirectory(prefix="retort-bench-") as name:
         folder = Path(name)
         progress(f"making a teacher of {asked.shape}'s shape and its students")
@@ -73,11 +71,7 @@ def run_bench(asked: InferBench, progress: Progress) -> dict[str, Any]:
             name: partial(_listen, folder=folder / name) for name in sizes
         }
         turns = take_turns(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
-    return {
-        "benchmark": "infer",
-        "machine": describe_machine() | {"load_before": round(load_before, 2)},
-        "versions": {library: version(library) for library in ("torch", "transformers")},
-        "settings": asdict(asked),
+    return head | {
         "runs": [asdict(turn) for turn in turns],
         "contenders": {name: size | summarise(turns, name, asked) for name, size in sizes.items()},
     }
@@ -185,3 +179,15 @@ def table_of(result: dict[str, Any]) -> "Table":
             f"{figures['peak_bytes']['median'] / 2**20:,.0f} MiB",
         )
     return table
+
+
+def shown(result: dict[str, Any]) -> "list[Table | str]":
+    """The table, and how far each student is from the limit that its MACs set."""
+    contenders = result["contenders"]
+    macs = contenders[TEACHER]["macs_per_audio_s"]
+    reached = [
+        f"{name} {figures['times_as_fast']['median']:.2f} of {macs / figures['macs_per_audio_s']:.2f}"
+        for name, figures in contenders.items()
+        if name != TEACHER
+    ]
+    return [table_of(result), f"times as fast as the teacher, of what the MACs would allow: {', '.join(reached)}"]

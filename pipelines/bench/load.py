@@ -2,6 +2,7 @@
 
     memmap    the limit: the same bytes, pack by pack in one flat file, copied out of a numpy memory map
     loader    the batches of training, ready for the device: codes and scales from Zarr, waveforms from HDF5, padded
+    files     what people do today: of every utterance its layers, float16, from an .npy file of its own
     train     `train run` over the same packs: what share of its time it waits for the loader
 
 They take turns in every round (measure.py), with the files in the system's cache. The store is of Base's size, with
@@ -11,7 +12,6 @@ noise in place of hidden states: reading costs the same.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,16 +28,17 @@ from extract.store import StoreReader
 from extract.upstream import find_upstream
 from pipelines.bench import material
 from pipelines.bench.measure import (
+    CLOCKS,
     Clocked,
     Progress,
     Run,
+    by_clocks,
     check_asked,
+    headed,
     in_fresh_process,
     spread,
     take_turns,
-    times_as_fast,
 )
-from pipelines.machine import describe_machine
 from train.config import read_student
 
 if TYPE_CHECKING:
@@ -91,18 +92,14 @@ class Place:
 def run_bench(bench: LoadBench, progress: Progress) -> dict[str, Any]:
     """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
     read_student(bench.params, bench.student)  # a wrong name is told before anything is made
-    load_before = os.getloadavg()[0]
+    head = headed("load", asdict(bench) | {"params": bench.params.as_posix()})
     with TemporaryDirectory(prefix="retort-bench-") as name:
         place = Place(bench=replace(bench, params=bench.params.resolve()), folder=Path(name))
         progress(f"making {bench.packs} packs of {bench.codec}")
         packs = in_fresh_process(make_material, place)
         runs = take_turns(CONTENDERS, place, rounds=bench.rounds, threads=bench.threads, progress=progress)
-    assert len({run.did["bytes"] for run in runs if "bytes" in run.did}) == 1, "the contenders read different bytes"
-    return {
-        "benchmark": "load",
-        "machine": describe_machine() | {"load_before": round(load_before, 2)},
-        "versions": {library: version(library) for library in ("torch", "zarr", "h5py", "numpy")},
-        "settings": asdict(bench) | {"params": bench.params.as_posix()},
+    assert len({run.did["bytes"] for run in runs if run.contender in ("memmap", "loader")}) == 1, "not the same bytes"
+    return head | {
         "packs": packs,
         **summarise(runs),
         "runs": [asdict(run) for run in runs],
@@ -134,6 +131,9 @@ def make_material(place: Place) -> dict[str, Any]:
             for part in parts:
                 file.write(part.tobytes())
     np.save(place.folder / "bytes.npy", np.array(num_bytes))
+    store = StoreReader.open(place.manifest)
+    for index in range(len(corpus)):
+        np.save(place.folder / f"{index}.npy", store.hidden_at(index).astype(np.float16))
     codes, scales, samples = np.mean(num_bytes, axis=0).tolist()
     return {"number": len(num_bytes), "audio_s": audio_s / len(num_bytes), "bytes": codes + scales + samples,
             "codes": codes, "scales": scales, "samples": samples}  # fmt: skip
@@ -269,7 +269,29 @@ def training(place: Place) -> Clocked:
     }
 
 
-CONTENDERS: dict[str, Callable[[Place], Clocked]] = {"memmap": memmap, "loader": loader, "train": training}
+def files(place: Place) -> Clocked:
+    """The same packs, from one file an utterance: the layers end to end, and the waveforms."""
+    keep_freed_blocks()
+    data = _data(place)
+    packs = [data.store.utterances_of(pack).tolist() for pack in _order(data)]
+
+    def read(utterances: list[int]) -> int:
+        hidden_LFD = np.concatenate([np.load(place.folder / f"{index}.npy") for index in utterances], axis=1)
+        return hidden_LFD.nbytes + sum(2 * len(data.corpus.waveform(index)) for index in utterances)
+
+    read(packs[0])
+    yield
+    num_bytes = sum(map(read, packs))
+    yield
+    return {"bytes": num_bytes, "packs": len(packs)}
+
+
+CONTENDERS: dict[str, Callable[[Place], Clocked]] = {
+    "memmap": memmap,
+    "loader": loader,
+    "files": files,
+    "train": training,
+}
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
@@ -281,13 +303,11 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
             "bytes_per_s": asdict(spread(runs, name, lambda run: run.did["bytes"] / run.wall_s)),
             "peak_bytes": asdict(spread(runs, name, lambda run: run.peak_bytes)),
         }
-        for name in ("memmap", "loader")
+        for name in ("memmap", "loader", "files")
     }
     return {
         "contenders": reading,
-        "times_as_fast": {
-            clock: asdict(times_as_fast(runs, "loader", "memmap", clock)) for clock in ("wall_s", "cpu_s")
-        },
+        "times_as_fast": {f"{name}/memmap": by_clocks(runs, name, "memmap") for name in ("loader", "files")},
         "train": {
             figure: asdict(spread(runs, "train", lambda run, figure=figure: run.did[figure]))  # type: ignore[misc]
             for figure in ("seconds_per_step", "loader_wait_share")
@@ -300,23 +320,21 @@ def table_of(result: dict[str, Any]) -> "Table":
     from rich.table import Table
 
     packs = result["packs"]
-    table = Table(
-        title=f"{packs['number']} packs of {packs['audio_s']:.0f} s of audio: {packs['bytes'] / 1e6:.1f} MB each, "
-        f"{packs['codes'] / 1e6:.1f} MB of it codes",
-        title_justify="left",
-    )
+    of = f"{packs['number']} packs of {packs['audio_s']:.0f} s of audio"
+    size = f"{packs['bytes'] / 1e6:.1f} MB each, {packs['codes'] / 1e6:.1f} MB of it codes"
+    table = Table(title=f"{of}: {size}", title_justify="left")
     table.add_column("")
     for heading in ("ms a pack", "CPU ms a pack", "MB / s", "as fast as memmap", "by CPU time", "peak memory"):
         table.add_column(heading, justify="right")
     for name, figures in result["contenders"].items():
         pack, cpu, rate = figures["seconds_per_pack"], figures["cpu_s_per_pack"], figures["bytes_per_s"]
-        ratios = result["times_as_fast"] if name == "loader" else {}
+        ratios = result["times_as_fast"].get(f"{name}/memmap")
         table.add_row(
             name,
             f"{pack['median'] * 1e3:.1f} ({pack['min'] * 1e3:.1f}–{pack['max'] * 1e3:.1f})",
             f"{cpu['median'] * 1e3:.1f}",
             f"{rate['median'] / 1e6:,.0f}",
-            *(f"{ratios[clock]['median']:.1%}" if ratios else "" for clock in ("wall_s", "cpu_s")),
+            *(f"{ratios[clock]['median']:.1%}" if ratios else "" for clock in CLOCKS),
             f"{figures['peak_bytes']['median'] / 2**20:,.0f} MiB",
         )
     return table
@@ -331,3 +349,8 @@ def verdict(result: dict[str, Any]) -> str:
         f"a step takes {step['median']:.2f} s, so a student could be {step['median'] / ready:.0f} times as fast "
         "before one reading thread held it up"
     )
+
+
+def shown(result: dict[str, Any]) -> "list[Table | str]":
+    """The table, then the verdict."""
+    return [table_of(result), verdict(result)]

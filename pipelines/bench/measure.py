@@ -18,17 +18,36 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 from extract.codec import CODECS
 from extract.errors import RetortError, unknown
+from pipelines.machine import describe_machine
 
 Clocked = Generator[None, None, dict[str, Any]]
 Progress = Callable[[str], None]
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
+CLOCKS = {"wall_s": "wall", "cpu_s": "CPU"}  # of a run; a machine that does other work changes the second little
+_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "h5py")
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries that timings depend on."""
+    return {library: version(library) for library in _LIBRARIES}
+
+
+def headed(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What every result begins with. Call it before the work: it reads how busy the machine is."""
+    return {
+        "benchmark": benchmark,
+        "machine": describe_machine() | {"load_before": round(os.getloadavg()[0], 2)},
+        "versions": library_versions(),
+        "settings": settings,
+    }
 
 
 def check_asked(asked: object, *above_zero: str) -> None:
@@ -161,3 +180,8 @@ def times_as_fast(runs: Sequence[Run], one: str, other: str, clock: str) -> Spre
     seconds = {(run.contender, run.round): getattr(run, clock) for run in runs}
     rounds = sorted({run.round for run in runs})
     return Spread.of([seconds[other, number] / seconds[one, number] for number in rounds])
+
+
+def by_clocks(runs: Sequence[Run], one: str, other: str) -> dict[str, Any]:
+    """`times_as_fast` by wall clock and by CPU time, ready for JSON."""
+    return {clock: asdict(times_as_fast(runs, one, other, clock)) for clock in CLOCKS}

@@ -4,17 +4,17 @@
     cached    `train run`: the teacher's layers come from the store
     frozen    the same with the convolution stem frozen, run from waveforms
     stored    the same from the stored stem: no waveform is read and no convolution of the stem is run
+    ready     the limit of that: the same batches, read and decoded before the clock starts
 
 The student is one and the same (a section of a ready params.yaml), its batches too: the plan's packs in the sampler's
 order. They take turns in every round (measure.py), and each has made one step before the clock starts. `online` reads
 the store's layers as well, ahead and in the background, and drops them: some MB a step.
 """
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,9 +28,18 @@ from extract.memory import keep_freed_blocks
 from extract.run import Settings, extract
 from extract.store import KEEP
 from pipelines.bench import material
-from pipelines.bench.measure import Clocked, Progress, check_asked, in_fresh_process, spread, take_turns, times_as_fast
+from pipelines.bench.measure import (
+    CLOCKS,
+    Clocked,
+    Progress,
+    by_clocks,
+    check_asked,
+    headed,
+    in_fresh_process,
+    spread,
+    take_turns,
+)
 from pipelines.bench.measure import Run as Turn
-from pipelines.machine import describe_machine
 from pipelines.profiles import read_profile
 from train.config import StudentConfig, read_student
 from train.data import Batch
@@ -107,7 +116,7 @@ class Bench:
 
 def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
     """Measure, and return all that was asked for, seen and made of it, ready for JSON."""
-    load_before = os.getloadavg()[0]
+    head = headed("train", asdict(asked))
     with TemporaryDirectory(prefix="retort-bench-") as name:
         bench = Bench(asked, Path(name))
         progress(f"making a teacher of {asked.shape}'s shape and its store")
@@ -116,15 +125,15 @@ def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
         corpus = Corpus.open(bench.folder / "noise.h5")
         section = asdict(bench.config)
     assert len({str(turn.did["utterances"]) for turn in turns}) == 1, "the contenders worked on different utterances"
-    return {
-        "benchmark": "train",
-        "machine": describe_machine() | {"load_before": round(load_before, 2)},
-        "versions": {library: version(library) for library in ("torch", "transformers", "zarr", "numpy")},
-        "settings": asdict(asked),
-        "student": section,
-        "step_audio_s": _audio_s(turns[0], corpus) / asked.steps,
-        "runs": [asdict(turn) for turn in turns],
-    } | summarise(turns, steps=asked.steps)
+    return (
+        head
+        | {
+            "student": section,
+            "step_audio_s": _audio_s(turns[0], corpus) / asked.steps,
+            "runs": [asdict(turn) for turn in turns],
+        }
+        | summarise(turns, steps=asked.steps)
+    )
 
 
 def _audio_s(turn: Turn, corpus: Corpus) -> float:
@@ -169,13 +178,10 @@ def summarise(turns: Sequence[Turn], *, steps: int) -> dict[str, Any]:
         }
         if all(turn.peak_gpu_bytes is not None for turn in turns):
             contenders[name]["peak_gpu_bytes"] = asdict(spread(turns, name, lambda turn: turn.peak_gpu_bytes or 0))
-    pairs = [(name, "online") for name in contenders if name != "online"] + [("stored", "frozen")]
+    pairs = [(name, "online") for name in contenders if name != "online"] + [("stored", "frozen"), ("stored", "ready")]
     return {
         "contenders": contenders,
-        "times_as_fast": {
-            f"{one}/{other}": {clock: asdict(times_as_fast(turns, one, other, clock)) for clock in ("wall_s", "cpu_s")}
-            for one, other in pairs
-        },
+        "times_as_fast": {f"{one}/{other}": by_clocks(turns, one, other) for one, other in pairs},
     }
 
 
@@ -190,7 +196,7 @@ def table_of(result: dict[str, Any]) -> "Table":
         title_justify="left",
     )
     table.add_column("")
-    for heading in ("a step", "as fast as online", "by CPU time", "peak memory", "of online's"):
+    for heading in ("a step", "times as fast as online", "by CPU time", "peak memory", "of online's"):
         table.add_column(heading, justify="right")
     memory = "peak_gpu_bytes" if "peak_gpu_bytes" in contenders["online"] else "peak_bytes"
     for name, figures in contenders.items():
@@ -199,11 +205,30 @@ def table_of(result: dict[str, Any]) -> "Table":
         table.add_row(
             name,
             f"{step['median']:.3f} s ({step['min']:.3f}–{step['max']:.3f})",
-            *(f"{ratio[clock]['median']:.2f}" if ratio else "" for clock in ("wall_s", "cpu_s")),
+            *(f"{ratio[clock]['median']:.2f}" if ratio else "" for clock in CLOCKS),
             f"{peak / 2**20:,.0f} MiB" + (" on the GPU" if memory == "peak_gpu_bytes" else ""),
             f"{peak / contenders['online'][memory]['median']:.2f}",
         )
     return table
+
+
+def shown(result: dict[str, Any]) -> "list[Table | str]":
+    """The table, and what the cached teacher saves."""
+    contenders = result["contenders"]
+    memory = "peak_gpu_bytes" if "peak_gpu_bytes" in contenders["online"] else "peak_bytes"
+    saved = contenders["stored"][memory]["median"] / contenders["online"][memory]["median"]
+
+    def ratio(pair: str, clock: str) -> float:
+        return float(result["times_as_fast"][pair][clock]["median"])
+
+    verdict = (
+        f"a step is {ratio('cached/online', 'wall_s'):.2f} times as fast from the cache as with the teacher online, "
+        f"and {ratio('stored/online', 'wall_s'):.2f} times from the stored stem (by CPU time "
+        f"{ratio('cached/online', 'cpu_s'):.2f} and {ratio('stored/online', 'cpu_s'):.2f}), there in {saved:.2f} of "
+        f"the memory; the stored stem has {ratio('stored/ready', 'wall_s'):.1%} of the speed of batches that are read "
+        f"and decoded beforehand (by CPU time {ratio('stored/ready', 'cpu_s'):.1%})"
+    )
+    return [table_of(result), verdict]
 
 
 # The contenders: each in a process of its own.
@@ -231,11 +256,17 @@ def stored(bench: Bench) -> Clocked:
     return (yield from _steps(bench, _begin(bench, frozen=True, stored=True)))
 
 
+def ready(bench: Bench) -> Clocked:
+    """What `stored` trains on, all of it decoded and in memory before the first step."""
+    return (yield from _steps(bench, _begin(bench, frozen=True, stored=True), beforehand=True))
+
+
 CONTENDERS: dict[str, Callable[[Bench], Clocked]] = {
     "online": online,
     "cached": cached,
     "frozen": frozen,
     "stored": stored,
+    "ready": ready,
 }
 
 
@@ -263,7 +294,17 @@ def taught(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
     return replace(batch, codes_LFW=torch.stack(own), scale=None, codec=None)
 
 
-def _steps(bench: Bench, run: Run, change: Callable[[Batch], Batch] = lambda batch: batch) -> Clocked:
+def _decoded(batch: Batch) -> Batch:
+    """The batch with values in the place of codes: of the targets and of the stem."""
+    rows, _ = batch.stem()
+    stem_1FC = rows.flatten(0, 1).index_select(0, batch.rows_F)[None]
+    return replace(batch, codes_LFW=batch.targets(), stem_codes_1FW=stem_1FC, scale=None, stem_scale=None, codec=None)
+
+
+def _steps(
+    bench: Bench, run: Run, change: Callable[[Batch], Batch] = lambda batch: batch, *, beforehand: bool = False
+) -> Clocked:
+    """Steps on the clock; `beforehand`: their batches are read and decoded before it starts."""
     config, seen = run.job.config, []
 
     def changed(batches: Iterator[Batch]) -> Generator[Batch]:
@@ -272,7 +313,11 @@ def _steps(bench: Bench, run: Run, change: Callable[[Batch], Batch] = lambda bat
             yield change(batch)
 
     with closing(run.data.training_batches(0)) as read:
-        batches = changed(read)
+        source: Iterator[Batch] = read
+        if beforehand:
+            num_batches = run.packs_per_step * (bench.asked.steps + 1)
+            source = iter([_decoded(batch.to(run.job.device)) for batch in islice(read, num_batches)])
+        batches = changed(source)
         train_step(run, batches, 0, learning_rate(config, run.stages[0], 0))
         seen.clear()
         yield
