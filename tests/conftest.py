@@ -26,6 +26,21 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
+LONGEST = (
+    "test_train_ranks.py",
+    "test_place.py",
+    "test_real_data.py",
+    "test_cluster.py",
+    "test_soak.py",
+    "test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest go first: no worker is to wait for another's last one."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def subnormal_numbers() -> Iterator[None]:
     """Commands that a test runs in this process flush them to zero for good; Hypothesis and the next test want them."""
