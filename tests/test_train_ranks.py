@@ -204,7 +204,7 @@ def lines_of_ours(stderr: str) -> list[str]:
 
 def test_the_command_under_torchrun(world: World) -> None:
     done = subprocess.run(
-        command(world, "commanded"), cwd=world.folder, env=environment(), capture_output=True, text=True, timeout=120
+        command(world, "commanded"), cwd=world.folder, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("M parameters") == 1
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(world: World, tmp_p
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 1
     (line,) = lines_of_ours(done.stderr)
