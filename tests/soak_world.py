@@ -35,12 +35,12 @@ class Size:
 POOLED = {"learning_rates": [0.03, 0.003], "seed": 0}
 SIZES = {
     "long": Size(
-        demo={"reading_s": 20, "turns_a_dialog": 6},
+        demo={"reading_s": 8, "turns_a_dialog": 2},
         students=("interleaved", "gendistiller"),
         upstreams=("teacher", "gendistiller"),
         steps=40,
         evaluate={
-            "pr": {"learning_rates": [0.02, 0.01], "steps": 60, "batch_size": 8, "dev_evaluations": 4},
+            "pr": {"learning_rates": [0.02, 0.01], "steps": 40, "batch_size": 8, "dev_evaluations": 4},
             "asr": {"learning_rates": [0.005], "steps": 16, "batch_size": 8, "dev_evaluations": 2, "projection": 32,
                     "hidden": 32, "head_hop_samples": 320, "time_masks": 1, "time_mask_frames": 8, "feature_masks": 1,
                     "feature_mask_width": 16},
