@@ -164,8 +164,11 @@ class Soak:
             for room in dict.fromkeys(step.room for step in self.steps)
         ]
         again = sum(kill.resumed for kill in self.landed)
-        return "\n".join([*rows, f"{len(self.landed)} kills in {self.rounds} rounds, {again} of them on a run that was "
-                                 "killed before; nothing differed"])  # fmt: skip
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        last = (
+            f"{len(self.landed)} kills in {rounds}, {again} of them on a run that was killed before; nothing differed"
+        )
+        return "\n".join([*rows, last])
 
     def _folder(self, name: str) -> Path:
         folder = self.scratch / name
@@ -195,12 +198,13 @@ class Soak:
             aims.sort(key=lambda aim: aim == "closing")  # to come so far takes all of the work
         # The work must outlast the kills: a kill that is aimed at closing waits for a whole piece of it.
         part = 0.7 - (min(0.4, aims.count("closing") / step.pieces) if step.pieces > 1 else 0)
+        before, stretch = "", 1.0
         for number, aim in enumerate(aims):
             life = self._life(step, folder, self._workers(step, number))
             reached = life.wait(lambda life=life, aim=aim: aim == "before" or life.first(aim) is not None)
             longest_s = {
                 "before": pace.before_s,
-                "work": 2 * part * pace.work_s / max(1, aims.count("work")),
+                "work": stretch * 2 * part * pace.work_s / max(1, aims.count("work")),
                 "closing": self.draw.choice((0.05, pace.closing_s)),
             }[aim]
             moment = time.monotonic() + self.draw.uniform(0, longest_s)
@@ -210,11 +214,13 @@ class Soak:
                 return
             phase, since_s = life.phase, time.monotonic() - life.started
             self.landed.append(Kill(step.room, phase, number > 0))
-            with_them = f" with {life.workers} workers" if life.workers else ""
+            left = standing(folder, step.room)
+            workers = f" (--workers {life.workers})" if life.workers else ""
             self.say(
-                f"{len(self.landed):3} {step.room} {step.name}{with_them}: killed after {since_s:.1f} s, {phase}; "
-                f"{standing(folder, step.room)}"
+                f"{len(self.landed):3} {step.room} {step.name}{workers}: killed after {since_s:.1f} s, {phase}; {left}"
             )
+            # Where a life was too short to come further than the one before, the next may last longer.
+            before, stretch = left, stretch * 1.4 if left == before else 1.0
         self._life(step, folder, self._workers(step, kills)).finish()
 
     def _workers(self, step: Step, number: int) -> int:

@@ -79,7 +79,7 @@ class Step:
 def params_of(size: Size) -> dict[str, Any]:
     common = {
         "targets": [4, 8, 12], "steps": size.steps, "seed": 1, "log_every": 4, "dev_every": 10,
-        "checkpoint_every_steps": 2,
+        "checkpoint_every_steps": 1,
     }  # fmt: skip
     optimiser = {"lr": 2e-3, "stem_grad_scale": 0.0}
     shape = {"dim": 72, "ffn": 144, "heads": 2, "position_groups": 8, "stem_channels": 64}
