@@ -137,6 +137,7 @@ class Soak:
     landed: list[Kill] = field(default_factory=list)
     rounds: int = 0
     lives: Iterator[int] = field(default_factory=count)
+    living: Life | None = None
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
@@ -145,8 +146,14 @@ class Soak:
         """Raises Different."""
         whole = self._folder("whole")
         paces = [self._undisturbed(step, whole) for step in self.steps]
-        self.say(f"undisturbed: {sum(pace.before_s + pace.work_s for pace in paces):.0f} s, "
-                 f"{sum(pace.work_s for pace in paces):.0f} s of them at work")  # fmt: skip
+        self.say(
+            f"undisturbed: {sum(pace.before_s + pace.work_s for pace in paces):.0f} s, "
+            f"{sum(pace.work_s for pace in paces):.0f} s of them at work"
+        )
+        self.disturb(whole, paces)
+
+    def disturb(self, whole: Path, paces: list[Pace]) -> None:
+        """Kill what `whole` holds the results of, which took `paces`, until all kills have landed; compare."""
         while len(self.landed) < self.kills:
             self.rounds += 1
             killed = self._folder(f"killed-{self.rounds}")
@@ -155,6 +162,11 @@ class Soak:
             num_files = compare(whole, killed)
             self.say(f"round {self.rounds}: all {num_files} files are those of the undisturbed run")
             shutil.rmtree(killed)
+
+    def stop(self) -> None:
+        """End what runs: a driver that is stopped leaves no command at work in its folder."""
+        if self.living is not None and self.living.command.poll() is None:
+            self.living.kill()
 
     def summary(self) -> str:
         by = Counter((kill.room, kill.phase) for kill in self.landed)
@@ -178,7 +190,8 @@ class Soak:
         return folder
 
     def _life(self, step: Step, folder: Path, workers: int) -> Life:
-        return Life(step, folder, workers, self.scratch / f"marks-{next(self.lives)}")
+        self.living = Life(step, folder, workers, self.scratch / f"marks-{next(self.lives)}")
+        return self.living
 
     def _undisturbed(self, step: Step, folder: Path) -> Pace:
         life = self._life(step, folder, 0)
@@ -313,12 +326,17 @@ def main(kills: int, seed: int, size: str, scratch: Path | None) -> None:
     started = time.monotonic()
     place = scratch or Path(tempfile.mkdtemp(prefix="retort-soak-"))
     place.mkdir(parents=True, exist_ok=True)
+    if any(place.iterdir()):
+        raise click.UsageError(f"--scratch {place} is not empty; give a new folder")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     soak = Soak(place.resolve(), prepare(place.resolve(), size), kills, seed, click.echo)
     try:
         soak.run()
     except Different as different:
         click.echo(f"after {len(soak.landed)} kills: {different}", err=True)
         sys.exit(1)
+    finally:
+        soak.stop()
     click.echo(f"{soak.summary()}; {(time.monotonic() - started) / 60:.1f} min")
     if scratch is None:
         shutil.rmtree(place)
