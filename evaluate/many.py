@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.corpora import corpus_of_tasks
-from evaluate.run import Job, code_digest, open_source, score, settle_torch
+from evaluate.run import Job, code_digest, open_source, score, settle_torch, sitting_of
 from evaluate.task import parse_recipe, recipe_dict
 from evaluate.tasks import TASKS
 from extract.checks import check_name
@@ -110,12 +110,14 @@ class _Silent:
 
 
 def _is_made(job: Job) -> bool:
-    """Whether the job's score is there, of what it would be made from now. Raises RetortError as `open_source`."""
+    """Whether the job's score is there, of what it would be made from now. Raises RetortError as `open_source`.
+
+    The checkpoints of a run that was killed once its score was written are removed.
+    """
     source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
     if not job.out.is_file():
         return False
-    made = read_json(job.out)
-    return {
+    made = {
         "task": job.task.name,
         "upstream": job.upstream,
         "recipe": recipe_dict(job.recipe),
@@ -123,7 +125,10 @@ def _is_made(job: Job) -> bool:
         "corpus_digest": source.corpus.digest,
         "labels_digest": source.corpus.labels_digest,
         "code": code_digest(),
-    }.items() <= made.items()
+    }.items() <= read_json(job.out).items()
+    if made:
+        sitting_of(job, source, _Silent()).finish()
+    return made
 
 
 def _absolute(job: Job) -> Job:

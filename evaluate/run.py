@@ -50,13 +50,18 @@ def score(job: Job, bar: Bar) -> dict[str, Any]:
     """
     check_out(job.out, "--out")
     source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
-    key = run_key(job.task.name, recipe_dict(job.recipe), source)
-    sitting = Sitting(bar, checkpoint_folder(job.upstream, job.task.name, key), key)
+    sitting = sitting_of(job, source, bar)
     made = _measure(job.task, job.recipe, source, job.upstream, sitting)
     made["seconds"] = round(sitting.seconds, 2)
     write_json(job.out, made)
     sitting.finish()
     return made
+
+
+def sitting_of(job: Job, source: Source, bar: Bar) -> Sitting:
+    """The job under way in this process, with the checkpoints that earlier ones left."""
+    key = run_key(job.task.name, recipe_dict(job.recipe), source)
+    return Sitting(bar, checkpoint_folder(job.upstream, job.task.name, key), key)
 
 
 def run_task(

@@ -1,17 +1,20 @@
 """Files that outlive a stage: where they lie and how they are written.
 
 Everything is written aside, flushed to the disk and renamed, so that a reader sees either the old file or the whole
-new one, whatever kills the writer. Relative locations of bulky files (corpora, stores, checkpoints) mean the main
-working tree, also from a temporary DVC experiment, which runs in a copy below `.dvc/tmp/exps`.
+new one, whatever kills the writer; what a killed one left aside, the next one sweeps. Relative locations of bulky
+files (corpora, stores, checkpoints) mean the main working tree, also from a temporary DVC experiment, which runs in a
+copy below `.dvc/tmp/exps`.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +25,62 @@ from extract.errors import RetortError
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and rename it to `path`, on failure remove it.
 
-    The body makes a file or a folder there. An existing folder at `path` is replaced.
+    The body makes a file or a folder there. An existing folder at `path` is replaced. What killed writers of `path`
+    left is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.aside")
+    sweep(path.parent, f".{glob.escape(path.name)}.*.aside")
+    aside, before = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.aside") for _ in range(2))
+    with writing_in(path.parent):
+        try:
+            yield aside
+            if aside.is_dir():
+                for file in aside.rglob("*"):
+                    if file.is_file():
+                        _flush(file)
+                if path.is_dir():
+                    path.replace(before)  # a kill amid its removal would leave half a folder under its name
+            else:
+                _flush(aside)
+            aside.replace(path)
+            _flush(path.parent)
+        finally:
+            for left in (aside, before):
+                _remove(left)
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Keep `sweep` out of a folder while something is written aside in it or below; ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield aside
-        if aside.is_dir():
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _flush(file)
-            if path.is_dir():
-                shutil.rmtree(path)
-        else:
-            _flush(aside)
-        aside.replace(path)
-        _flush(path.parent)
+        with suppress(OSError):  # a file system without locks, where `sweep` does nothing
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def sweep(folder: Path, *patterns: str) -> None:
+    """Remove what killed processes left in a folder, by its names; not while another one is `writing_in` it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # someone writes, or a file system without locks
+        return
+    else:
+        for pattern in patterns:
+            for left in list(folder.glob(pattern)):
+                _remove(left)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

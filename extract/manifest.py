@@ -38,6 +38,11 @@ _OBJECT = re.compile(
 )
 
 
+def is_object(name: str) -> bool:
+    """Whether a file of this name below a store is an object of it; a killed writer may have left others."""
+    return _OBJECT.fullmatch(name) is not None
+
+
 def check_keep(keep: frozenset[str]) -> None:
     """Raises RetortError for a `--keep` that no store has."""
     if odd := keep - KEEP:
@@ -130,7 +135,7 @@ class Manifest:
             if not _SHA256.fullmatch(getattr(self, name)):
                 raise RetortError(f"{path}: {name}: got {getattr(self, name)!r}, expected a sha256 in hex")
         for name, expected in self.objects.items():
-            if not _OBJECT.fullmatch(name):
+            if not is_object(name):
                 raise RetortError(f"{path}: objects: {name!r} is no name of an object of a store")
             if len(expected) != 2 or not isinstance(expected[0], int) or not _SHA256.fullmatch(str(expected[1])):
                 raise RetortError(f"{path}: objects.{name}: got {expected!r}, expected [bytes, sha256 in hex]")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from extract.errors import RetortError
-from extract.files import check_out, json_text, parse_json, write_json, written_aside
+from extract.files import check_out, json_text, parse_json, write_json, writing_in, written_aside
 from extract.place import Expected, LocalPlace, Place, RemotePlace, check_bytes, passing_folder, root_text
 from extract.progress import ProgressBar
 from extract.store import MANIFEST_NAME, Manifest, card_name, check_sizes
@@ -159,7 +159,7 @@ def _alone_in(target: Place) -> Iterator[None]:
         lock = (target.folder / ".lock").open("w")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise RetortError(f"NEWROOT: can't write to the folder {target} ({error.strerror})") from None
-    with lock:
+    with lock, writing_in(target.folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -30,7 +30,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from extract.errors import RetortError
-from extract.files import in_main_tree, sha256_file, written_aside
+from extract.files import in_main_tree, sha256_file, sweep, written_aside
 
 _DAMAGED = ".damaged"
 Expected = list[Any]  # [bytes, sha256], as a manifest has it for each object
@@ -82,13 +82,13 @@ class LocalPlace:
 
     def fetch(self, name: str, into: Path, expected: Expected) -> None:
         """Copy an object to the file `into`. Raises RetortError when its bytes are not the expected ones."""
-        with _landing(into) as aside:
+        with written_aside(into) as aside:
             shutil.copyfile(self.folder / name, aside)
             check_bytes(aside, expected, what=f"{self}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
         """Put a small object, whole."""
-        with _landing(self.folder / name) as aside:
+        with written_aside(self.folder / name) as aside:
             aside.write_bytes(data)
 
     def cached(self, digest: str, objects: Mapping[str, Expected]) -> "LocalPlace":
@@ -106,9 +106,10 @@ class LocalPlace:
             file.replace(file.with_name(file.name + _DAMAGED))
 
     def tidy(self) -> None:
-        """Remove what was set aside."""
+        """Remove what was set aside, and what killed writers left, of ours and of zarr's, unless others write."""
         for file in self.folder.rglob(f"*{_DAMAGED}"):
             file.unlink(missing_ok=True)
+        sweep(self.folder, "**/.*.aside", "**/*.partial")
 
     def workshop(self) -> Path:
         """The folder in which the store is written: its own."""
@@ -158,7 +159,7 @@ class RemotePlace:
     def fetch(self, name: str, into: Path, expected: Expected) -> None:
         """Download an object to the file `into`. Raises RetortError when its bytes are not the expected ones."""
         filesystem, path = self._filesystem()
-        with _landing(into) as aside:
+        with written_aside(into) as aside:
             with _in_one_line(f"{self}/{name}"):
                 filesystem.get_file(f"{path}/{name}", str(aside))
             check_bytes(aside, expected, what=f"{self}/{name}")
@@ -283,15 +284,6 @@ def check_bytes(file: Path, expected: Expected, *, what: str) -> None:
 
 
 _REPAIR = "delete it and run `python -m extract run` or `mirror` again, they make or copy what is missing"
-
-
-@contextmanager
-def _landing(path: Path) -> Iterator[Path]:
-    """`written_aside` where one process at a time writes `path`: what a killed one left of it is swept first."""
-    for killed in path.parent.glob(f".{path.name}.*.aside"):
-        killed.unlink()
-    with written_aside(path) as aside:
-        yield aside
 
 
 @contextmanager

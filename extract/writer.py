@@ -24,7 +24,8 @@ from zarr.errors import ContainsArrayError, ContainsGroupError
 from extract.checks import check_fields
 from extract.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.errors import RetortError
-from extract.files import parse_json, sha256_file, sha256_json, write_json, written_aside
+from extract.files import parse_json, sha256_file, sha256_json, write_json, writing_in, written_aside
+from extract.manifest import is_object
 from extract.place import LocalPlace, Place, RemotePlace
 from extract.plan import Plan
 from extract.store import MANIFEST_NAME, Manifest, card_name
@@ -93,9 +94,13 @@ class StoreWriter:
 
     def create(self) -> None:
         """Make the empty arrays; a no-op where they are (their shapes follow from the fingerprint)."""
-        packs, shard, frames = self.plan.num_packs, self.plan.shard_packs, self.plan.pack_frames
         widths = [self.codec.width(array.dim) for array in self.coded]  # refused before anything is made
         self.location.mkdir(parents=True, exist_ok=True)
+        with writing_in(self.location):
+            self._create(widths)
+
+    def _create(self, widths: list[int]) -> None:
+        packs, shard, frames = self.plan.num_packs, self.plan.shard_packs, self.plan.pack_frames
         try:
             group = zarr.create_group(self.location, zarr_format=3)
         except ContainsGroupError:
@@ -169,6 +174,15 @@ class StoreWriter:
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
         """Write one shard from all of its packs, in order."""
         assert len(packs) == len(self.plan.packs_of(shard))
+        with writing_in(self.location):
+            objects = self._write_objects(shard, packs)
+        if self.remote:
+            self._send([*objects, card_name(shard)], self.remote)
+            for name in objects.keys() - {f"rows/{shard:05d}.npy"}:
+                (self.location / name).unlink()
+
+    def _write_objects(self, shard: int, packs: list[EncodedPack]) -> dict[str, list[Any]]:
+        """Write a shard's objects, then its card; return the objects with their fingerprints."""
         names = [f"rows/{shard:05d}.npy"]
         group = zarr.open_group(self.location, mode="r+")
         for name in packs[0].arrays:
@@ -179,10 +193,7 @@ class StoreWriter:
         objects = {name: _fingerprint(self.location / name) for name in names if (self.location / name).is_file()}
         error = sum((pack.error for pack in packs), CodecError.none(len(self.error_rows)))
         write_json(self.location / card_name(shard), {"objects": objects, "codec_error": error.to_dict()})
-        if self.remote:
-            self._send([*objects, card_name(shard)], self.remote)
-            for name in objects.keys() - {f"rows/{shard:05d}.npy"}:
-                (self.location / name).unlink()
+        return objects
 
     def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
         """Write one shard of an array; return the name of its object."""
@@ -220,8 +231,9 @@ class StoreWriter:
         self._write_index(group, ids)
         for folder in ("pooled", "index"):
             for file in sorted((self.location / folder).rglob("*")):
-                if file.is_file():
-                    objects[file.relative_to(self.location).as_posix()] = _fingerprint(file)
+                name = file.relative_to(self.location).as_posix()
+                if file.is_file() and is_object(name):  # a killed writer may have left others
+                    objects[name] = _fingerprint(file)
         for folder in ("", "hidden/", "scale/", "stem/", "stem_scale/"):
             name = f"{folder}zarr.json"
             if (self.location / name).is_file():
@@ -237,8 +249,8 @@ class StoreWriter:
                 if name == "stem" or "frames" in self.keep
             },
         )
+        LocalPlace(self.location).tidy()  # before the manifest: whoever finds that has nothing left to do
         write_json(self.location / MANIFEST_NAME, manifest.to_dict())
-        LocalPlace(self.location).tidy()
         if self.remote:
             self._send([*sorted(objects.keys() - of_shards), MANIFEST_NAME], self.remote)
         return manifest

@@ -4,10 +4,17 @@ A process of tests has one fork server, and the first to start it decides what i
 """
 
 import distributed
+import dvc.repo
+import dvclive.live
+import h5py
+import rich.progress
 import torch
 import zarr
+from transformers import conversion_mapping
 from transformers.models.hubert import modeling_hubert
 
 from pipelines.demo import corpora
 
-__all__ = ["corpora", "distributed", "modeling_hubert", "torch", "zarr"]
+conversion_mapping.get_checkpoint_conversion_mapping("hubert")  # compiles a thousand patterns, once a process
+
+__all__ = ["corpora", "distributed", "dvc", "dvclive", "h5py", "modeling_hubert", "rich", "torch", "zarr"]

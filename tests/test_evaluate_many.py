@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 from evaluate_stores import Hidden, class_corpus, make_store, phone_corpus
 
+from evaluate import checkpoint
 from evaluate.__main__ import main
 from tests.processes import run_command
 
@@ -88,6 +89,19 @@ def test_scores_that_are_there_are_kept_and_stale_ones_made_again(tree: Path) ->
     assert "4 of 6 scores are there already" in many()
     changed = {path.stem for path, then in before.items() if path.stat().st_mtime_ns != then}
     assert changed == {"sid"}
+
+
+def test_checkpoints_of_a_run_killed_after_its_score_was_written_go(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Sitting, "finish", lambda sitting: None)
+        many("--task", "ks")
+    left = list(tree.glob("checkpoints/evaluate/*/1.pt"))
+    assert len(left) == 2
+    assert many("--task", "ks") == "2 of 2 scores are there already, from the same features and recipes\n"
+    assert not list(tree.glob("checkpoints/evaluate/*"))
 
 
 def test_tasks_and_upstreams_can_be_named(tree: Path) -> None:

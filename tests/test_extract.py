@@ -1,5 +1,6 @@
 """Stage one end to end: stores are right, whole, found again, resumed bit for bit, and refused when they are not."""
 
+import contextlib
 import json
 import signal
 import time
@@ -18,9 +19,10 @@ from extract.__main__ import main
 from extract.codec import CODECS
 from extract.corpus import Corpus, write_corpus
 from extract.errors import RetortError
+from extract.files import writing_in
 from extract.plan import plan_packs
 from extract.run import Settings, extract
-from extract.store import StoreReader
+from extract.store import Manifest, StoreReader
 from extract.writer import StoreWriter
 from tests.conftest import noise_utterances
 from tests.processes import Command, run_command
@@ -170,6 +172,34 @@ def test_resumed_at_every_shard_boundary_is_bit_identical(
         left.pop("manifest.json"), right.pop("manifest.json")  # they name different roots
         assert left == right
         assert resumed.digest == whole.digest
+
+
+def test_what_killed_writers_left_is_no_part_of_the_store(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extract(settings)[0]
+    killed = replace(settings, store=tmp_path / "killed", manifest=tmp_path / "killed.json")
+    stopped = contextlib.suppress(Stopped)
+
+    def stopping(self: StoreWriter, *_: object, **__: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, stopped:
+        patch.setattr(StoreWriter, "_finish", stopping)
+        extract(killed)
+    (location,) = killed.store.glob("*/*")
+    half = ("index/zarr.0123.partial", "hidden/c/0/0/0/0.4567.partial", "shards/.00001.json.89abcdef.aside")
+    for name in half:
+        (location / name).parent.mkdir(exist_ok=True)
+        (location / name).write_bytes(b"half")
+    with writing_in(location):  # a rival at work: these may be its own
+        beside = extract(killed)[0]
+    assert beside.objects == whole.objects
+    assert all((location / name).exists() for name in half)
+    (location / "manifest.json").unlink()
+    assert extract(killed)[0].objects == whole.objects
+    assert contents(location).keys() == contents(whole.location).keys()
+    assert Manifest.read(killed.manifest).objects == whole.objects
 
 
 def test_kill_minus_9_then_resume(settings: Settings, tmp_path: Path) -> None:
