@@ -1,23 +1,15 @@
 """Batched extraction equals the model's own unpadded forward pass, for every family and both stems."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchaudio
 from transformers import (
-    Data2VecAudioConfig,
-    Data2VecAudioModel,
     HubertConfig,
     HubertModel,
-    PreTrainedModel,
-    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2Model,
-    WavLMConfig,
-    WavLMModel,
 )
 
 from extract.corpus import Corpus
@@ -25,34 +17,20 @@ from extract.errors import RetortError
 from extract.forward import OwnFramesGroupNorm, load_upstream
 from extract.upstream import find_upstream
 from tests.conftest import TINY, save_teacher
+from tests.families import FAMILIES
 from tests.train_world import student
 from train.losses import build_distiller
 from train.student_folder import save_student
 
-LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
 # WavLM's own attention passes masks of two types to torch, which warns; its result is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
 
 
-@pytest.mark.parametrize(
-    ("model_class", "config"),
-    [
-        (Wav2Vec2Model, Wav2Vec2Config(**TINY)),
-        (Wav2Vec2Model, Wav2Vec2Config(**TINY, **LARGE)),
-        (HubertModel, HubertConfig(**TINY)),
-        (HubertModel, HubertConfig(**TINY, **LARGE)),
-        (WavLMModel, WavLMConfig(**TINY)),
-        (WavLMModel, WavLMConfig(**TINY, **LARGE)),
-        (Data2VecAudioModel, Data2VecAudioConfig(**TINY, conv_pos_kernel_size=5)),
-    ],
-    ids=["wav2vec2-base", "wav2vec2-large", "hubert-base", "hubert-large", "wavlm-base", "wavlm-large", "data2vec"],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("normalise", [True, False])
-def test_batched_equals_alone(
-    model_class: type[PreTrainedModel], config: Any, normalise: bool, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = model_class(config).eval()
+    model = FAMILIES[family]().eval()
     upstream = load_upstream(find_upstream(str(save_teacher(model, tmp_path, normalise=normalise))))
     waveforms = [corpus.waveform(index) for index in range(6)]
     got = upstream.hidden_states(waveforms, [0, 2, 4])
