@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from evaluate.task import Source
+from evaluate.source import Source
 from extract.checkpoint import read_checkpoint, write_checkpoint
 from extract.errors import RetortError
 from extract.files import in_main_tree, sha256_json
@@ -29,6 +29,22 @@ class Bar(Protocol):
     def advance(self, amount: float, *, detail: str = "") -> None: ...
 
     def skip(self, amount: float) -> None: ...
+
+
+class Progress(Protocol):
+    """A task under way; `Sitting` is one."""
+
+    def advance(self, amount: float, *, detail: str = "") -> None:
+        """Told after every step."""
+        ...
+
+    def skip(self, amount: float) -> None:
+        """Told of steps that an earlier sitting took."""
+        ...
+
+    def next_sweep(self) -> "Checkpoint | None":
+        """Where the sweep that begins now keeps its state; None keeps nothing."""
+        ...
 
 
 class Sitting:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from evaluate.batches import steps_from
 from evaluate.frames import FrameReader, bucket
 from evaluate.heads import Head, Ragged
+from evaluate.source import Source
 from evaluate.sweep import Team
-from evaluate.task import Source
 from extract.errors import RetortError
 
 BLANK, END, UNKNOWN = 0, 1, 2

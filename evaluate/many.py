@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.corpora import corpus_of_tasks
+from evaluate.recipe import recipe_dict
 from evaluate.run import Job, code_digest, open_source, score, settle_torch, sitting_of
-from evaluate.task import parse_recipe, recipe_dict
+from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from extract.checks import check_name
 from extract.errors import RetortError, unknown

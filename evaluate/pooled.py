@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
+from evaluate.checkpoint import Progress
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
+from evaluate.recipe import Recipe
+from evaluate.source import Source
 from evaluate.sweep import SweepResult, Team, sweep
-from evaluate.task import Progress, Recipe, Source
 
 
 @dataclass(frozen=True, kw_only=True)

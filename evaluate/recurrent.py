@@ -13,7 +13,8 @@ from torch import Tensor
 from evaluate.ctc import Noise, Transcription, read_transcripts
 from evaluate.frames import FrameReader
 from evaluate.heads import Ragged, RecurrentHead
-from evaluate.task import Recipe, Source
+from evaluate.recipe import Recipe
+from evaluate.source import Source
 from extract.errors import RetortError
 
 DEVIATIONS = ("SpecAugment without time warping",)

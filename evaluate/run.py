@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from evaluate.checkpoint import Bar, Sitting, checkpoint_folder, run_key
+from evaluate.checkpoint import Bar, Progress, Sitting, checkpoint_folder, run_key
 from evaluate.interval import describe_intervals
+from evaluate.recipe import Settings, differences, recipe_dict
+from evaluate.source import SPEAKER, Source
 from evaluate.sweep import SweepResult
-from evaluate.task import SPEAKER, Progress, Settings, Source, Task, differences, recipe_dict
+from evaluate.task import Task
 from extract.corpus import Corpus
 from extract.errors import RetortError
-from extract.files import check_out, sha256_file, sha256_json, write_json
+from extract.files import check_out, sha256_matching, write_json
 from extract.memory import keep_freed_blocks
 from extract.store import StoreReader
 
@@ -111,8 +113,7 @@ def open_source(task: Task[Any], *, manifest: Path, corpus: Path) -> Source:
 @cache
 def code_digest() -> str:
     """The digest of the code that makes a score: a score of other code is made again."""
-    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
-    return sha256_json({path.relative_to(ROOT).as_posix(): sha256_file(path) for path in files})
+    return sha256_matching(ROOT, CODE)
 
 
 def describe(

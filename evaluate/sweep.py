@@ -15,19 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from evaluate.checkpoint import Checkpoint, Progress
 from evaluate.heads import Head
 from evaluate.interval import Measured, mean_of
-from evaluate.task import Progress, Recipe
+from evaluate.recipe import Recipe
 from extract.errors import RetortError
-
-if TYPE_CHECKING:
-    from evaluate.checkpoint import Checkpoint
 
 H = TypeVar("H", bound=Head)
 Batch = TypeVar("Batch")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,12 @@ def in_main_tree(path: Path | str) -> Path:
 def sha256_json(value: object) -> str:
     """The sha256 (hex) of a JSON value, the same whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_matching(root: Path, patterns: Iterable[str]) -> str:
+    """The sha256 (hex) of the files below `root` that match any of the glob patterns: their paths and bytes."""
+    files = sorted({path for pattern in patterns for path in root.glob(pattern)})
+    return sha256_json({path.relative_to(root).as_posix(): sha256_file(path) for path in files})
 
 
 def sha256_file(path: Path) -> str:

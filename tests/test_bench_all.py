@@ -87,7 +87,13 @@ def test_only_what_has_changed_is_measured_again(tmp_path: Path) -> None:
     assert INFER in page.read_text() and "bench extract" not in page.read_text()
 
     def said(**options: Any) -> list[str]:
-        return list(run_suite(page, **{"size": "tiny", "only": ("infer",), "again": False, "render": False} | options))
+        return list(
+            run_suite(
+                bench_command.commands,
+                page,
+                **{"size": "tiny", "only": ("infer",), "again": False, "render": False} | options,
+            )
+        )
 
     assert said()[0] == "infer: kept, nothing that it depends on has changed"
     changed = first | {"code": "of another time"}
@@ -119,7 +125,7 @@ def test_what_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
 def test_figures_of_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "page.json").write_text('{"rows": [1, 2]}')
     with pytest.raises(RetortError, match="holds something else than figures of benchmarks"):
-        list(run_suite(tmp_path / "page.md", size="tiny", only=(), again=False, render=True))
+        list(run_suite(bench_command.commands, tmp_path / "page.md", size="tiny", only=(), again=False, render=True))
 
 
 def test_a_page_without_figures_keeps_its_words(tmp_path: Path) -> None:

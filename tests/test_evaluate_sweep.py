@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from evaluate.batches import generator_of
 from evaluate.heads import LinearHead
+from evaluate.recipe import Recipe
 from evaluate.sweep import Adam, SweepResult, Team, sweep
-from evaluate.task import Recipe
 from extract.errors import RetortError
 
 RECIPE = Recipe(learning_rates=(1e-1, 1e-2, 1e-3), steps=30, batch_size=8, dev_evaluations=5, seed=3)

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
+from evaluate.checkpoint import Progress
 from evaluate.detection import equal_error_rate
 from evaluate.frames import FrameReader, bucket, shuffled
 from evaluate.heads import Head, Ragged
 from evaluate.interval import Measured
+from evaluate.recipe import Recipe
+from evaluate.source import SPEAKER, Source
 from evaluate.sweep import SweepResult, Team, sweep
-from evaluate.task import SPEAKER, Progress, Recipe, Source, Task
+from evaluate.task import Task
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.errors import RetortError
 

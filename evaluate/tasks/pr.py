@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evaluate.checkpoint import Progress
 from evaluate.ctc import Noise, Transcription, read_transcripts
 from evaluate.frames import FrameReader
 from evaluate.heads import LinearHead, Ragged
 from evaluate.metrics import token_error_rate
+from evaluate.recipe import Recipe
+from evaluate.source import Source
 from evaluate.sweep import SweepResult, sweep
-from evaluate.task import Progress, Recipe, Source, Task
+from evaluate.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)

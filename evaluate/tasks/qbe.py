@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate.checkpoint import Progress
 from evaluate.detection import max_term_weighted_value
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
 from evaluate.interval import Measured
+from evaluate.recipe import Settings
+from evaluate.source import Source
 from evaluate.sweep import LayerPoint, SweepResult
-from evaluate.task import Progress, Settings, Source, Task
+from evaluate.task import Task
 from extract.errors import RetortError
 
 SHORTEST_QUERY_FRAMES = 5

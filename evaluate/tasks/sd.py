@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
+from evaluate.checkpoint import Progress
 from evaluate.diarization import Reference, diarization_error_rate, frame_labels, median_filtered, parse_turns
 from evaluate.frames import FrameReader, bucket, shuffled
 from evaluate.heads import Head, Ragged
+from evaluate.recipe import Recipe
+from evaluate.source import Source
 from evaluate.sweep import SweepResult, Team, sweep
-from evaluate.task import Progress, Recipe, Source, Task
+from evaluate.task import Task
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.errors import RetortError
 

@@ -3,9 +3,11 @@
 python -m evaluate run --task sid --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/sid.json
 """
 
+from evaluate.checkpoint import Progress
 from evaluate.pooled import PooledRecipe, classify
+from evaluate.source import Source
 from evaluate.sweep import SweepResult
-from evaluate.task import Progress, Source, Task
+from evaluate.task import Task
 
 
 def score(source: Source, recipe: PooledRecipe, progress: Progress) -> SweepResult:

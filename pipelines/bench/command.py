@@ -232,7 +232,7 @@ def all_command(out: Path, size: str, only: str, again: bool, render: bool) -> N
     from pipelines.bench.suite import run_suite
 
     names = tuple(filter(None, only.split(",")))
-    for line in run_suite(out, size=size, only=names, again=again, render=render):
+    for line in run_suite(bench_command.commands, out, size=size, only=names, again=again, render=render):
         click.echo(line, err=True)
 
 

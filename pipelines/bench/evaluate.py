@@ -29,9 +29,10 @@ from torch import Tensor
 
 from evaluate.frames import FrameReader
 from evaluate.pooled import pooled_problem, read_pooled
+from evaluate.recipe import Recipe
 from evaluate.run import open_source
+from evaluate.source import Source
 from evaluate.sweep import begin
-from evaluate.task import Recipe, Source
 from evaluate.tasks import TASKS
 from evaluate.tasks.pr import problem as pr_problem
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus

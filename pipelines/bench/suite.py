@@ -7,14 +7,15 @@ has all that they returned, by size; it is written after each of them, so that a
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from click import Command
+
 from extract.errors import RetortError, unknown
-from extract.files import check_out, read_json, sha256_file, sha256_json, written_aside
-from pipelines.bench.command import bench_command
+from extract.files import check_out, read_json, sha256_matching, written_aside
 from pipelines.bench.measure import library_versions
 from pipelines.bench.page import write_page
 from pipelines.machine import describe_machine
@@ -69,7 +70,9 @@ CODE = {
 }
 
 
-def run_suite(out: Path, *, size: str, only: tuple[str, ...], again: bool, render: bool) -> Iterator[str]:
+def run_suite(
+    commands: Mapping[str, Command], out: Path, *, size: str, only: tuple[str, ...], again: bool, render: bool
+) -> Iterator[str]:
     """Measure what is missing or has changed, and write the page; says what is kept.
 
     Raises RetortError for an unknown size or benchmark, and for `render` where there are no figures.
@@ -97,20 +100,21 @@ def run_suite(out: Path, *, size: str, only: tuple[str, ...], again: bool, rende
             yield f"{name}: kept, nothing that it depends on has changed"
             continue
         yield f"{name}: {'other ' + changed if record is not None and not again else 'measuring'}"
-        kept[size][name] = _measure(name, SIZES[size][name])
+        kept[size][name] = _measure(commands[name], SIZES[size][name])
         _write(figures, kept)
         write_page(out, kept)
     write_page(out, kept)
     yield f"{out}: written, with the figures in {figures}"
 
 
-def _measure(name: str, arguments: str) -> dict[str, Any]:
+def _measure(command: Command, arguments: str) -> dict[str, Any]:
     """Run a benchmark's own command."""
+    name = str(command.name)
     start = time.monotonic()
     with TemporaryDirectory(prefix="retort-bench-") as folder:
         result = Path(folder) / f"{name}.json"
         asked = [*shlex.split(arguments), "--out", str(result)]
-        figures = bench_command.commands[name].main(asked, name, standalone_mode=False)
+        figures = command.main(asked, name, standalone_mode=False)
     return {
         "arguments": arguments,
         "code": code_digest(name),
@@ -133,8 +137,7 @@ def _changed(name: str, arguments: str, record: dict[str, Any]) -> str:
 
 def code_digest(name: str) -> str:
     """The digest of the code that a benchmark measures and of its own."""
-    files = sorted({path for pattern in (*_FRAME, *CODE[name]) for path in ROOT.glob(pattern)})
-    return sha256_json({path.relative_to(ROOT).as_posix(): sha256_file(path) for path in files})
+    return sha256_matching(ROOT, (*_FRAME, *CODE[name]))
 
 
 def _write(path: Path, kept: dict[str, dict[str, Any]]) -> None:
