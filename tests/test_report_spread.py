@@ -13,6 +13,7 @@ from pipelines.report.results import read_results
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_cell, spread_columns
 from pipelines.report.table import make_columns, make_rows
+from pipelines.report.words import verdict
 from tests.report_world import TASKS, change, invented_speed, write_results
 
 SEEDS = {1: 20.0, 2: 23.0, 4: 21.5}  # seed -> phone error rate
@@ -56,6 +57,19 @@ def test_seeds_of_one_setting_are_one_line_with_their_spread(tree: Path) -> None
     assert cells["KS"].endswith("± 0.00")
     assert "speed" not in cells and "dev loss" in cells
     assert [cells[f"layer {layer}"] for layer in (4, 8, 12)] == ["0.200 ± 0.000"] * 3
+
+
+def test_a_student_of_several_seeds_wins_or_loses_by_their_mean(tree: Path) -> None:
+    students = ["demo-distilhubert", *(f"deep-s{seed}" for seed in SEEDS)]
+    rows = make_rows(read_results(tree, students, TASKS), speed_of(students))
+    relative = {row.name: row.relative or 0.0 for row in rows}
+    deep = [relative[name] for name in students[1:]]
+    mean, deviation = statistics.mean(deep), statistics.stdev(deep)
+    assert max(deep) > mean > relative["demo-distilhubert"]
+    assert verdict(rows) == (
+        f"deep came first with a relative score of {mean:.0f} ± {deviation:.0f} (fbank 0, teacher 1000); "
+        f"demo-distilhubert ({relative['demo-distilhubert']:.0f}) lost to it; ± is over seeds."
+    )
 
 
 def test_the_spread_is_printed_and_stands_on_the_page(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from pipelines.report.published import place, shown_terms, term_title
 from pipelines.report.results import Results, Upstream, merged_versions
 from pipelines.report.similarity import LayerSimilarity, Similarities
 from pipelines.report.speed import Speed
-from pipelines.report.spread import find_repeats, spread_cell, spread_columns
+from pipelines.report.spread import find_repeats, rank_students, spread_cell, spread_columns, write_mean
 from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, interval_table, metric_label, write_relative
 
 
@@ -135,13 +135,13 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> list[tuple[Row, li
 
 def _highlights(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Three figures of the winning student: (number, what it is)."""
-    students = [row for row in rows if row.upstream.kind == "student" and row.relative is not None]
-    if not students:
+    ranked = rank_students(rows)
+    if not ranked:
         return []
-    winner = max(students, key=lambda row: row.relative or 0.0)
+    best, winner = ranked[0], ranked[0].rows[0]
     teacher = next(row for row in rows if row.upstream.kind == "teacher")
     return [
-        (write_relative(winner.relative or 0.0), f"relative score of {winner.name}, of its teacher’s 1000"),
+        (write_mean(best.relative, write_relative), f"relative score of {best.name}, of its teacher’s 1000"),
         (f"{teacher.params / winner.params:.1f}×", "smaller than its teacher, in parameters"),
         (f"{teacher.rtf / winner.rtf:.1f}×", "as fast as its teacher, on this machine"),
     ]

@@ -4,7 +4,7 @@ Such students are named NAME-s1, NAME-s2, … after their seeds, as `python -m p
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,11 @@ class Repeats:
     name: str
     rows: tuple[Row, ...]
 
+    @property
+    def relative(self) -> list[float]:
+        """The relative scores of those that have one."""
+        return [row.relative for row in self.rows if row.relative is not None]
+
 
 def find_repeats(rows: Sequence[Row]) -> tuple[Repeats, ...]:
     """Students trained with several seeds and no other difference, in table order."""
@@ -33,6 +38,24 @@ def find_repeats(rows: Sequence[Row]) -> tuple[Repeats, ...]:
             settings = {key: value for key, value in training.config.items() if key != "seed"}
             found.setdefault((row.name.removesuffix(suffix), repr(settings)), []).append(row)
     return tuple(Repeats(name, tuple(group)) for (name, _), group in found.items() if len(group) > 1)
+
+
+def rank_students(rows: Sequence[Row]) -> list[Repeats]:
+    """Students by relative score, the best first; one of several seeds stands once, with their mean.
+
+    The best of three would win by having been drawn three times. Who has no relative score is left out.
+    """
+    repeats = find_repeats(rows)
+    repeated = {row.name for one in repeats for row in one.rows}
+    once = (Repeats(row.name, (row,)) for row in rows if row.upstream.kind == "student" and row.name not in repeated)
+    known = (one for one in (*once, *repeats) if len(one.relative) == len(one.rows))
+    return sorted(known, key=lambda one: -statistics.mean(one.relative))
+
+
+def write_mean(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """Of one run its value, of several seeds mean ± standard deviation (n - 1)."""
+    mean = write(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {write(statistics.stdev(values))}"
 
 
 def spread_columns(columns: Sequence[Column], repeats: Sequence[Repeats]) -> tuple[Column, ...]:
@@ -70,7 +93,7 @@ def spread_cell(repeats: Repeats, column: Column) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "–"
-    return f"{column.write(statistics.mean(known))} ± {column.write(statistics.stdev(known))}"
+    return write_mean(known, column.write)
 
 
 def spread_markdown(repeats: Sequence[Repeats], columns: Sequence[Column]) -> str:

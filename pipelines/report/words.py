@@ -1,11 +1,12 @@
 """The sentences beside the table: who won, who lost, and what the numbers are worth."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from evaluate.score import CONSTANTS_NOTE
 from pipelines.report.results import Results
 from pipelines.report.speed import Speed
-from pipelines.report.spread import find_repeats
+from pipelines.report.spread import Repeats, find_repeats, rank_students, write_mean
 from pipelines.report.table import TASK_TITLES, Row, write_relative
 
 NOT_OFFICIAL = (
@@ -20,30 +21,29 @@ CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One sentence: the winning student by relative score, and every student that lost, with its score."""
-    students = [row for row in rows if row.upstream.kind == "student"]
-    if not students:
+    """One sentence: the student with the best relative score, and every student that lost, with its score."""
+    if not any(row.upstream.kind == "student" for row in rows):
         return "No student was asked for: only the teacher and the fbank baseline were scored."
-    known = sorted(
-        ((row.relative, row.name) for row in students if row.relative is not None), key=lambda pair: -pair[0]
-    )
-    if not known:
+    ranked = rank_students(rows)
+    if not ranked:
         return "No student came first: on no task is the teacher better than fbank, so there is no scale."
-    (score, winner), losers = known[0], known[1:]
-    first = f"{winner} came first with a relative score of {write_relative(score)} (fbank 0, teacher 1000)"
+    winner, losers = ranked[0], ranked[1:]
+    first = (
+        f"{winner.name} came first with a relative score of {write_mean(winner.relative, write_relative)} "
+        f"(fbank 0, teacher 1000){_standing(winner)}"
+    )
+    seeds = "; ± is over seeds" if any(len(one.rows) > 1 for one in ranked) else ""
     if not losers:
-        return f"{first}{_standing(score)}; it was the only student."
-    return f"{first}{_standing(score)}; {_listed([_loser(name, value) for value, name in losers])} lost to it."
+        return f"{first}; it was the only student{seeds}."
+    lost = [f"{one.name} ({write_mean(one.relative, write_relative)}{_standing(one)})" for one in losers]
+    return f"{first}; {_listed(lost)} lost to it{seeds}."
 
 
-def _loser(name: str, score: float) -> str:
-    return f"{name} ({write_relative(score)}{_standing(score)})"
-
-
-def _standing(score: float) -> str:
-    if score < 0:
+def _standing(student: Repeats) -> str:
+    mean = fmean(student.relative)
+    if mean < 0:
         return ", worse than fbank"
-    return ", better than its teacher" if score > 1000 else ""
+    return ", better than its teacher" if mean > 1000 else ""
 
 
 def by_task(results: Results) -> str:
