@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from extract.audio import deltas, log_mel
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.device import check_there, named_device
 from extract.errors import RetortError
@@ -102,12 +102,9 @@ class Fbank(Upstream):
         return [Features(np.stack(self._both(waveform))[list(layers)]) for waveform in waveforms]
 
     def _both(self, waveform: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        log_mel_TD = torchaudio.compliance.kaldi.fbank(
-            torch.from_numpy(waveform)[None], num_mel_bins=80, sample_frequency=SAMPLE_RATE_HZ
-        )
-        delta_TD = torchaudio.functional.compute_deltas(log_mel_TD.T, win_length=5).T
-        acceleration_TD = torchaudio.functional.compute_deltas(delta_TD.T, win_length=5).T
-        raw_TD = torch.cat([log_mel_TD, delta_TD, acceleration_TD], dim=1)
+        log_mel_TD = log_mel(torch.from_numpy(waveform), num_bands=80, sample_rate_hz=SAMPLE_RATE_HZ)
+        delta_TD = deltas(log_mel_TD)
+        raw_TD = torch.cat([log_mel_TD, delta_TD, deltas(delta_TD)], dim=1)
         spread_D = raw_TD.std(dim=0, unbiased=False)
         normalised_TD = (raw_TD - raw_TD.mean(dim=0)) / (spread_D + 1e-10)
         return [raw_TD.numpy(), normalised_TD.numpy()]

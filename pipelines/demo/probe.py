@@ -17,10 +17,10 @@ import click
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from transformers import HubertModel
 
+from extract.audio import deltas, log_mel
 from extract.errors import RetortError
 from extract.files import read_json, write_json
 from pipelines.demo.lessons import Lessons
@@ -50,11 +50,9 @@ def fbank_features(waveform: np.ndarray) -> np.ndarray:
 
     Frame 2t of a 10 ms hop covers the samples of the teacher's frame t.
     """
-    mel_TD = torchaudio.compliance.kaldi.fbank(torch.from_numpy(waveform)[None], num_mel_bins=80)
-    deltas = [mel_TD.T]
-    for _ in range(2):
-        deltas.append(torchaudio.functional.compute_deltas(deltas[-1]))
-    return torch.cat(deltas).T[None, ::2].numpy()
+    mel_TD = log_mel(torch.from_numpy(waveform), num_bands=80)
+    delta_TD = deltas(mel_TD)
+    return torch.cat([mel_TD, delta_TD, deltas(delta_TD)], dim=1)[None, ::2].numpy()
 
 
 def probe_phones(lessons: Lessons, hidden: list[np.ndarray]) -> list[float]:

@@ -32,11 +32,11 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-import torchaudio
 from torch import nn
 from torch.nn import functional as F
 from transformers import HubertConfig, HubertModel
 
+from extract.audio import mel_spectrogram
 from extract.files import write_json, written_aside
 from extract.memory import keep_freed_blocks
 from pipelines.demo.lessons import HOP_SAMPLES, RECEPTIVE_SAMPLES, Lessons, count_frames
@@ -186,8 +186,11 @@ class LogMel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            SAMPLE_RATE_HZ, n_fft=RECEPTIVE_SAMPLES, hop_length=HOP_SAMPLES, n_mels=self.NUM_BANDS, center=False
+        self.mel = mel_spectrogram(
+            num_bands=self.NUM_BANDS,
+            sample_rate_hz=SAMPLE_RATE_HZ,
+            window_samples=RECEPTIVE_SAMPLES,
+            hop_samples=HOP_SAMPLES,
         )
 
     def forward(self, waveform_BN: torch.Tensor) -> torch.Tensor:

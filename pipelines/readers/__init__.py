@@ -163,11 +163,6 @@ def _decode(source: Source) -> _Decoded | str:
 
 
 def _resample(audio_T: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    # Late: most published data sets are 16 kHz already, and torch takes seconds to import.
-    import torch
-    import torchaudio
+    from extract.audio import resample  # late: most data sets are 16 kHz already, and torch takes seconds to import
 
-    resampled: NDArray[np.float32] = torchaudio.functional.resample(
-        torch.from_numpy(audio_T), rate, SAMPLE_RATE_HZ
-    ).numpy()
-    return resampled
+    return resample(audio_T, rate, SAMPLE_RATE_HZ)
