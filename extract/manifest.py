@@ -5,7 +5,7 @@ whoever holds a `Manifest` may trust its types, its counts, and that its names l
 """
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -78,6 +78,9 @@ class Manifest:
     store: dict[str, str]  # root as given, path below it
     objects: dict[str, list[Any]]
     versions: dict[str, str]
+    # Optional, so that stores made before these were recorded stay valid.
+    batching: dict[str, Any] | None = None  # how utterances are batched, and its measured error by layer
+    stem: dict[str, Any] | None = None  # shape of the convolution stem: what a student of the same frames needs
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,12 +98,14 @@ class Manifest:
                 "run `python -m extract run` again"
             )
         names = {field.name for field in fields(cls)}
-        if odd := sorted(names ^ value.keys()):
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if odd := sorted((required - value.keys()) | (value.keys() - names)):
             raise RetortError(
                 f"{path} is no manifest: field {odd[0]!r} is {'missing' if odd[0] in names else 'unknown'}"
             )
         for name, hint in get_type_hints(cls).items():
-            check_type(hint, value[name], where=f"{path}: {name}")
+            if name in value:
+                check_type(hint, value[name], where=f"{path}: {name}")
         if value["codec"] not in CODECS:
             raise unknown(f"codec in {path}:", value["codec"], CODECS)
         tuples = {key: tuple(value[key]) for key in ("layers", "keep", "dropped")}
