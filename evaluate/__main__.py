@@ -1,5 +1,9 @@
 """`python -m evaluate run` scores one task of one upstream, `many` all of them, `score` makes one table."""
 
+import extract.libraries  # noqa: F401  # first: explains a library that does not load
+
+# isort: split
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +11,7 @@ import click
 
 from extract.errors import CommandGroup, RetortError
 from extract.files import check_out, write_json
+from extract.options import version_option
 from extract.params import read_section
 
 if TYPE_CHECKING:
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.group(cls=CommandGroup)
+@version_option
 def main() -> None:
     """SUPERB tasks from a feature store: heads are trained on cached features, no upstream is loaded."""
 

@@ -1,18 +1,23 @@
 """Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror`."""
 
+import extract.libraries  # noqa: F401  # first: explains a library that does not load
+
+# isort: split
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from extract.errors import CommandGroup, RetortError
-from extract.options import together
+from extract.options import together, version_option
 
 if TYPE_CHECKING:
     from extract.store import Manifest
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
+@version_option
 def main() -> None:
     pass
 

@@ -1,10 +1,15 @@
 """What ties the stages together: `python -m pipelines corpus | demo | profile | report | bench`."""
 
+import extract.libraries  # noqa: F401  # first: explains a library that does not load
+
+# isort: split
+
 from pathlib import Path
 
 import click
 
 from extract.errors import CommandGroup, RetortError
+from extract.options import version_option
 from pipelines.bench import bench_command
 from pipelines.demo.corpora import demo_command
 from pipelines.profiles import profile_command
@@ -12,6 +17,7 @@ from pipelines.report import report_command
 
 
 @click.group(cls=CommandGroup, help="Data set readers, the embedded demo, the report, and benchmarks.")
+@version_option
 def main() -> None:
     pass
 

@@ -8,14 +8,20 @@ Writes DIR (a folder for AutoModel.from_pretrained) and RUNDIR/metrics.json with
 command goes on from its last checkpoint.
 """
 
+import extract.libraries  # noqa: F401  # first: explains a library that does not load
+
+# isort: split
+
 from pathlib import Path
 
 import click
 
 from extract.errors import CommandGroup
+from extract.options import version_option
 
 
 @click.group(cls=CommandGroup)
+@version_option
 def main() -> None:
     """Stage two: students from a feature store."""
 
