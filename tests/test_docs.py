@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 README, CLUSTER, EXTENDING, INTEROP = (
     ROOT / name for name in ("README.md", "docs/cluster.md", "docs/extending.md", "docs/interop.md")
 )
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("extract", "train", "evaluate", "pipelines")
 # A module that a block imports, and the package that it then needs.
 NOT_OURS = {"torch.utils.tensorboard": "tensorboard", "mlflow": "mlflow"}
@@ -106,8 +107,12 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def parse_ours(words: list[str], *, whole: bool) -> None:
     """`python -m ROOM …`. `whole`: also that nothing required is missing, as where no … stands for the rest."""
-    _, flag, module, *rest = words
+    _, flag, *rest = words
+    if flag.endswith(".py"):
+        assert (ROOT / flag).is_file(), words
+        return
     assert flag == "-m", words
+    module, *rest = rest
     if module in ROOMS:
         parse_room(module, rest, whole=whole)
     else:
@@ -171,6 +176,8 @@ def parse_pip(words: list[str], *, whole: bool) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
         assert extra in extras, words
+    for option, file in pairwise(words):
+        assert option != "-r" or (ROOT / file).is_file(), words
 
 
 def parse_copy(words: list[str], *, whole: bool) -> None:
@@ -192,6 +199,9 @@ PARSERS: dict[str, Callable[..., None]] = {
     "cd": not_ours,
     "export": not_ours,
     "git": not_ours,
+    "lint-imports": not_ours,
+    "mypy": not_ours,
+    "ruff": not_ours,
     "python3": not_ours,
 }
 
@@ -208,7 +218,7 @@ def test_commands_of_a_block_parse(block: Block, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     options = {option for room in ROOMS for option in options_of(importlib.import_module(f"{room}.__main__").main)}
-    options.add("--help")
+    options |= {"--help", "--version"}
     found = 0
     for span in re.findall(r"`([^`\n]+)`", prose(page)):
         first = span.split(" ")[0]
@@ -243,6 +253,8 @@ def options_of(command: click.Command) -> Iterator[str]:
         "dvc exp run -S train.interleaved.step=300",
         "dask worker tcp://10.0.0.1:8786 --gpus 1",
         "pip install -e '.[cluster]'",
+        "pip install -r requirements/gpu.lock",
+        "python requirements/update.py",
     ],
 )
 def test_a_wrong_command_is_noticed(wrong: str) -> None:
