@@ -89,7 +89,7 @@ class Dialog:
             path = folder / "sentences" / "wav" / dialog / f"{name}.wav"
             start = sum(seconds.values())
             seconds[str(path)] = write_audio(self.root / path, heard)
-            end = start + seconds[str(path)]
+            end = sum(seconds.values())  # from Python 3.12 on, `sum` rounds otherwise than `+` does
             evaluations.append(f"[{start:.4f} - {end:.4f}]\t{name}\t{emotion}\t{UNRATED}\n")
         table = self.root / folder / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
         table.parent.mkdir(parents=True, exist_ok=True)
