@@ -141,7 +141,8 @@ def run(manifest: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_slots_are_filled_and_their_values_spelled(tmp_path: Path) -> None:
-    score = run(*slot_corpus(tmp_path))
+    # Six seeds of six end at 100 and 0 with these settings; with SHORT one of four did not.
+    score = run(*slot_corpus(tmp_path), learning_rates=[1e-2], hidden=32, steps=400)
     assert (score["metric"], score["higher_is_better"]) == ("f1", True)
     assert score["test"] > 80
     assert score["also"]["cer"] < 40
