@@ -22,7 +22,7 @@ from train.growth import Stage, grow_layers, plan_stages
 from train.losses import Distiller, LayerDistiller, build_distiller
 from train.optimiser import grown_state, make_optimiser, read_state, write_state
 from train.ranks import ALONE, Ranks, local_rank
-from train.seed import Planted, plant, read_seed, teacher_stem
+from train.seed import Planted, StemShape, plant, read_seed, teacher_stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,7 @@ def begin(job: Job) -> Run:
     check_stem(config, store, corpus)
     seed = read_seed(job.manifest) if config.init == "teacher" else None
     stem = teacher_stem(store, seed)
+    check_frames(stem, store, corpus)
     data = _open_data(job, store, corpus)
     stages = plan_stages(config)
     distiller = build_distiller(
@@ -116,7 +117,6 @@ def begin(job: Job) -> Run:
         note=store.manifest.upstream.get("note"),
         depth=stages[0].depth,
     )
-    check_frames(distiller, store, corpus)
     planted = Planted() if seed is None else plant(distiller.student, seed, num_layers=config.seed_layers)
     distiller.to(job.device).train()
     key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest, stem=stem)
@@ -203,17 +203,16 @@ def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> Non
             raise RetortError(f"{setting} needs waveforms, and {corpus.path} holds the index of {corpus.name} alone")
 
 
-def check_frames(distiller: Distiller, store: StoreReader, corpus: Corpus) -> None:
-    """Raises RetortError unless the student has as many frames of every utterance as the store."""
-    config = distiller.student.config
+def check_frames(stem: StemShape, store: StoreReader, corpus: Corpus) -> None:
+    """Raises RetortError unless a student with this stem has as many frames of every utterance as the store."""
     num_frames = corpus.num_samples
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+    for kernel, stride in zip(stem.kernels, stem.strides, strict=True):
         num_frames = (num_frames - kernel) // stride + 1
     odd = np.flatnonzero((store.pack_of >= 0) & (num_frames != store.num_frames))
     if len(odd):
         raise RetortError(
             f"{store.source}: utterance {corpus.ids[odd[0]]} has {store.num_frames[odd[0]]} frames there, expected the "
-            f"{num_frames[odd[0]]} of a stem of kernels {config.conv_kernel} and strides {config.conv_stride}; run "
+            f"{num_frames[odd[0]]} of a stem of kernels {list(stem.kernels)} and strides {list(stem.strides)}; run "
             "`python -m extract run` again"
         )
 

@@ -166,7 +166,7 @@ def teacher_stem(store: StoreReader, seed: Seed | None) -> StemShape:
 def _stem_shape(values: dict[str, Any], store: StoreReader, *, where: str) -> StemShape:
     check_fields({"conv_kernel": list[int], "conv_stride": list[int]}, values, where=where)
     kernels, strides = tuple(values["conv_kernel"]), tuple(values["conv_stride"])
-    fits = bool(kernels) and len(kernels) == len(strides) and min(kernels + strides) >= 1
+    fits = bool(kernels) and len(kernels) == len(strides) and all(0 < one < 2**31 for one in kernels + strides)
     if not fits or not _has_frames_of(StemShape(kernels, strides), store):
         raise RetortError(
             f"{where}: conv_kernel {list(kernels)[:16]} and conv_stride {list(strides)[:16]}, expected lists of equal "
