@@ -246,6 +246,21 @@ def test_a_config_that_lacks_fields_means_transformers_defaults(tmp_path: Path) 
     ]
 
 
+def test_a_position_saved_under_torchs_old_names_is_the_same(tmp_path: Path) -> None:
+    """Checkpoints from before torch's parametrizations have weight_g and weight_v."""
+    model = teacher("wav2vec2")
+    model.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old/model.safetensors"
+    renamed = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    tensors = load_file(file)
+    for new, old in renamed.items():
+        tensors[f"encoder.pos_conv_embed.conv.{old}"] = tensors.pop(f"encoder.pos_conv_embed.conv.{new}")
+    save_file(tensors, file, metadata={"format": "pt"})
+    other = fresh(model.config)
+    plant(other, seed_of(Wav2Vec2Model.from_pretrained(tmp_path / "old").eval(), tmp_path), num_layers=2)
+    assert differences(model, other)["position"] <= 1e-5
+
+
 def test_blocks_that_the_seed_does_not_have_are_named(tmp_path: Path) -> None:
     planted = plant(fresh(HubertConfig(**TINY)), seed_of(teacher("hubert"), tmp_path, num_blocks=1), num_layers=2)
     assert planted.copied[-1] == "layer 1" and "--seed-blocks" in planted.left["layer 2"] and not planted.unequal
