@@ -40,7 +40,9 @@ def write_seed(model: Any, path: Path, *, num_blocks: int) -> None:
         for name, value in model.state_dict().items()
         if name.startswith(prefixes)
     }
-    convolution = getattr(model.encoder.pos_conv_embed, "conv", None)
+    # Stage one may wrap the convolution, and leaves the module itself as it is; data2vec-audio has a stack instead.
+    position = getattr(model.encoder.pos_conv_embed, "conv", torch.nn.Identity())
+    convolution = next((one for one in position.modules() if isinstance(one, torch.nn.Conv1d)), None)
     if convolution is not None:
         tensors[f"{_POSITIONAL}.weight"] = convolution.weight
         tensors[f"{_POSITIONAL}.bias"] = convolution.bias

@@ -12,6 +12,7 @@ from tests.bad_input_world import (
     EXTRACT,
     SCORE,
     TRAIN,
+    Damage,
     Row,
     change_json,
     change_params,
@@ -26,6 +27,7 @@ from tests.bad_input_world import (
 
 P, SEED, ONE = "params.yaml", "manifests/teacher.seed.safetensors", "scores/teacher/ks.json"
 EXPORT, TABLE = "train export student --out student.onnx", "evaluate score scores --out table.json"
+MADE = "manifests/teacher.json"
 MANY = "evaluate many --manifests nowhere --corpora corpora --out made"
 RUN = f"{SCORE} --out made/ks.json"
 
@@ -61,6 +63,11 @@ def asked(name: str, line: str, message: str) -> Row:
 def means_alone() -> None:
     done = run(EXTRACT.replace("new.json", "manifests/teacher.json") + " --keep pooled")
     assert done.exit_code == 0, done.output
+
+
+def stem(kernels: Any, strides: Any) -> Damage:
+    """A manifest that says this of its teacher's stem."""
+    return change_json(MADE, "stem", to={"conv_kernel": kernels, "conv_stride": strides})
 
 
 def seed(metadata: str) -> None:
@@ -132,6 +139,15 @@ TRAINING = [
     Row("seed garbage", TRAIN, "is no readable seed", write(SEED, "x" * 100)),
     Row("seed's config", TRAIN, "is no readable seed", lambda: seed("[1")),
     Row("seed of another", TRAIN, "the teacher's convolution stem does not fit", lambda: seed("{}")),
+    Row("stem of words", TRAIN, "stem.conv_kernel: got 'x', expected", stem("x", [5])),
+    Row("stem of one", TRAIN, "stem: conv_kernel .10. .* 400 samples every 320; run", stem([10], [5])),
+    Row("stem of millions", TRAIN, "expected lists of equal length", stem([10**30], [5])),
+    Row(
+        "filter banks",
+        TRAIN,
+        "holds filter banks, which have no conv",
+        change_json(MADE, "upstream", "family", to="fbank"),
+    ),
     # What stands at --out is replaced: only a student may stand there.
     asked("out holds data", TRAIN.replace("--out out", "--out corpora"), "--out corpora .*holds something else"),
     asked("out is here", TRAIN.replace("--out out", "--out ."), "--out . is a folder that holds something else"),

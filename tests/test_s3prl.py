@@ -19,6 +19,7 @@ from extract.store import StoreReader
 from extract.upstream import find_upstream
 from tests.train_world import student
 from train.losses import build_distiller
+from train.seed import STANDARD, StemShape
 from train.student_folder import save_student
 
 FILE = Path(__file__).parent.parent / "docs/s3prl_upstream/expert.py"
@@ -34,10 +35,10 @@ def expert() -> ModuleType:
     return module
 
 
-def save(family: str, folder: Path, *, normalise: bool) -> Path:
+def save(family: str, folder: Path, *, normalise: bool, stem: StemShape = STANDARD) -> Path:
     """A real student with random weights, in the folder that `train run` leaves. Gains far from 1: layers differ."""
     torch.manual_seed(0)
-    distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=normalise)
+    distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=normalise, stem=stem)
     for module in distiller.student.modules():
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             nn.init.uniform_(module.weight, 0.5, 2.0)
@@ -73,6 +74,20 @@ def test_hidden_states_are_those_of_stage_one(
     rate = wrapped.get_downsample_rates("hidden_states")
     assert rate == 320
     assert abs(found_LBTD.shape[2] - round(max(map(len, spoken)) / rate)) < 5
+
+
+def test_a_student_of_25_frames_a_second(expert: ModuleType, corpus: Corpus, tmp_path: Path) -> None:
+    stem = StemShape((10, 3, 3, 3, 3, 2, 2, 2), (5, 2, 2, 2, 2, 2, 2, 2))
+    folder = save("interleaved", tmp_path / "slow", normalise=True, stem=stem)
+    upstream = load_upstream(find_upstream(str(folder)), trust_remote_code=True)
+    spoken = waveforms(corpus, 4)
+    wrapped = expert.UpstreamExpert(str(folder)).eval()
+    assert wrapped.get_downsample_rates("hidden_states") == 640
+    with torch.no_grad():
+        found_LBTD = torch.stack(wrapped([torch.from_numpy(waveform) for waveform in spoken])["hidden_states"]).numpy()
+    for row, hidden_LTD in enumerate(upstream.hidden_states(spoken, range(upstream.num_layers))):
+        assert hidden_LTD.shape[1] == (len(spoken[row]) - 720) // 640 + 1
+        np.testing.assert_allclose(found_LBTD[:, row, : hidden_LTD.shape[1]], hidden_LTD, rtol=0, atol=1e-4)
 
 
 def test_hidden_states_are_those_of_the_store(expert: ModuleType, corpus: Corpus, tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ ROOT = Path(__file__).parent.parent
         ("layerwise", {"num_hidden_layers": 5, "feat_extract_norm": "layer", "conv_bias": True}),
         ("gendistiller", {"skip": "start"}),
         ("gendistiller", {"skip": "previous", "layer_embedding": True, "stack_depth": 2}),
+        (
+            "distilhubert",
+            {"conv_dim": (8,) * 8, "conv_kernel": (10, 3, 3, 3, 3, 2, 2, 2), "conv_stride": (5, *[2] * 7)},
+        ),
     ],
 )
 @torch.no_grad()
@@ -42,13 +46,15 @@ def test_onnxruntime_gives_what_the_student_gives(tmp_path: Path, family: str, c
     num_states = model.config.num_hidden_layers + 1
     names = [one.name for one in session.get_outputs()]
     assert names == ["last_hidden_state", *(f"hidden_state_{layer}" for layer in range(num_states))]
-    for lengths in ((16_000, 5_123, 400, 9_999), (400,), (30_001,), (7_000, 7_000)):
+    # Receptive field and hop of a frame: a stem of eight convolutions gives 25 frames a second.
+    shortest, hop = (720, 640) if len(model.config.conv_dim) == 8 else (400, 320)
+    for lengths in ((16_000, 5_123, shortest, 9_999), (shortest,), (30_001,), (7_000, 7_000)):
         rows = waveforms(*lengths)
         batch, mask = padded(rows, fill=5.0)
         last, *states = session.run(None, {"input_values": batch.numpy(), "attention_mask": mask.numpy()})
         for row, waveform in enumerate(rows):  # each utterance as the student hears it alone
             alone = model(waveform[None], output_hidden_states=True).hidden_states
-            num_frames = (len(waveform) - 400) // 320 + 1
+            num_frames = (len(waveform) - shortest) // hop + 1
             for one, many in zip((*alone, alone[-1]), (*states, last), strict=True):
                 np.testing.assert_allclose(many[row, :num_frames], one[0], rtol=0, atol=1e-4)
 

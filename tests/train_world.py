@@ -61,9 +61,14 @@ def teacher_config(**changes: object) -> HubertConfig:
 
 
 def make_world(
-    folder: Path, *, do_normalize: bool = False, codec: str = "int8", keep: frozenset[str] = KEEP_DEFAULT
+    folder: Path,
+    *,
+    do_normalize: bool = False,
+    codec: str = "int8",
+    keep: frozenset[str] = KEEP_DEFAULT,
+    changes: dict[str, object] | None = None,
 ) -> World:
-    """Ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both."""
+    """Ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both. `changes` are the teacher's."""
     generator = np.random.default_rng(0)
     lengths = np.linspace(0.3, 0.9, 14) * 16_000
     utterances = [
@@ -79,7 +84,7 @@ def make_world(
     write_corpus(corpus, name="tiny", reader="test", utterances=utterances)
     teacher = folder / "teacher"
     torch.manual_seed(1)
-    HubertModel(teacher_config()).save_pretrained(teacher)
+    HubertModel(teacher_config(**changes or {})).save_pretrained(teacher)
     Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True).save_pretrained(teacher)
     manifest = folder / "manifests" / "teacher.json"
     with contextlib.redirect_stderr(io.StringIO()):

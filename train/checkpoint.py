@@ -14,6 +14,7 @@ import errno
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from extract.checkpoint import read_checkpoint, write_checkpoint
 from extract.files import in_main_tree, sha256_json
 from train.config import StudentConfig
 from train.optimiser import OptimiserState
+from train.seed import STANDARD, StemShape
 
 FORMAT_VERSION = 3
 FOLDER = Path("checkpoints")
@@ -48,13 +50,16 @@ class Checkpoint:
     model: dict[str, Tensor]  # student and heads
     average: dict[str, Tensor] | None  # the same, averaged over steps; None without `optimiser.ema`
     optimiser: OptimiserState
+    planted: dict[str, Any] | None = None  # the parts that began as the teacher's; None: written before it was recorded
 
 
-def run_key(config: StudentConfig, *, store_digest: str, corpus_digest: str) -> str:
+def run_key(config: StudentConfig, *, store_digest: str, corpus_digest: str, stem: StemShape = STANDARD) -> str:
     """The digest of all that decides a run's result but how many packs a step has."""
     value = asdict(config)
     del value["optimiser"]["accumulate"]
-    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest])
+    # Only another stem is named: a run with the standard one keeps the key that it has always had.
+    other = [] if stem == STANDARD else [asdict(stem)]
+    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, *other])
 
 
 def checkpoint_path(student: str, key: str, packs_per_step: int) -> Path:

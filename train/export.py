@@ -29,11 +29,14 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
+from train.seed import StemShape
 
 OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4
-_TRACED = (8_000, 5_123)  # samples of the utterances that the graph is traced with
-_CHECKED = ((16_000, 400, 9_999), (7_999,), (12_345, 12_345, 3_000, 24_321))
+# Samples of the utterances that the graph is traced with and checked with, past the receptive field of one frame:
+# (0,) is the shortest utterance that has a frame, whatever the student's stem.
+_TRACED = (7_600, 4_723)
+_CHECKED = ((15_600, 0, 9_599), (7_599,), (11_945, 11_945, 2_600, 23_921))
 
 
 class _AllStates(nn.Module):
@@ -65,7 +68,7 @@ def export_onnx(folder: Path, out: Path) -> float:
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this exporter, see above
             torch.onnx.export(
                 model,
-                _padded(_TRACED),
+                _padded(model, _TRACED),
                 aside,
                 dynamo=False,
                 opset_version=OPSET,
@@ -103,11 +106,14 @@ def read_student_folder(folder: Path) -> RetortStudent:
 
 @torch.no_grad()
 def _num_states(model: _AllStates) -> int:
-    return len(model(*_padded(_TRACED))) - 1
+    return len(model(*_padded(model, _TRACED))) - 1
 
 
-def _padded(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Noise of so many samples a row, with noise in the padding too: nothing of it may be seen."""
+def _padded(model: _AllStates, past_first_frame: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Noise of so many samples past one frame's a row, with noise in the padding too: nothing of it may be seen."""
+    config = model.student.config
+    receptive_samples = StemShape(tuple(config.conv_kernel), tuple(config.conv_stride)).receptive_samples
+    lengths = [receptive_samples + count for count in past_first_frame]
     generator = torch.Generator().manual_seed(len(lengths))
     waveforms_BS = torch.randn(len(lengths), max(lengths), generator=generator)
     mask_BS = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -115,12 +121,12 @@ def _padded(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, path: Path, lengths: tuple[int, ...]) -> float:
+def _difference(model: _AllStates, path: Path, lengths: tuple[int, ...]) -> float:
     """The largest absolute difference between torch and onnxruntime, padded frames included."""
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    waveforms_BS, mask_BS = _padded(lengths)
+    waveforms_BS, mask_BS = _padded(model, lengths)
     found = session.run(None, {"input_values": waveforms_BS.numpy(), "attention_mask": mask_BS.numpy()})
     expected = model(waveforms_BS, mask_BS)
     assert [one.shape for one in found] == [other.shape for other in expected], f"a shape is frozen in {path}"

@@ -28,6 +28,7 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
+from train.seed import STANDARD, StemShape
 
 
 def regression_loss(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Distiller(nn.Module, ABC):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stem_trains):
             stem_BTC, valid_BT = self.student.feature_extractor(batch.waveforms_BS, batch.num_samples_B)
         if self.stem_trains and self.stem_grad_scale != 1:
-            stem_BTC = _ScaleGradient.apply(stem_BTC, self.stem_grad_scale)  # type: ignore[no-untyped-call]
+            stem_BTC = _ScaleGradient.apply(stem_BTC, self.stem_grad_scale)  # type: ignore[no-untyped-call, unused-ignore]
         return stem_BTC, valid_BT
 
     def states(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -206,12 +207,14 @@ def build_distiller(
     targets: tuple[int, ...],
     teacher_dim: int,
     normalise: bool,
+    stem: StemShape = STANDARD,
     note: str | None = None,
     depth: int | None = None,
 ) -> Distiller:
     """A fresh distiller of a config, `depth` blocks deep (None: the shape's). Weights from torch's global generator.
 
-    `note` is what the teacher's maker wants to stand wherever scores stand; the student hands it on.
+    `stem` is the shape of the teacher's: with it the student has the teacher's frames. `note` is what the teacher's
+    maker wants to stand wherever scores stand; the student hands it on.
     """
     shape = config.shape
     generates, two_dimensional = config.family in GENERATING, config.family == "gendistiller-2d"
@@ -223,7 +226,9 @@ def build_distiller(
         intermediate_size=shape.ffn,
         num_attention_heads=shape.heads,
         num_hidden_layers=len(targets) if generates else depth,
-        conv_dim=(shape.stem_channels,) * 7,
+        conv_dim=(shape.stem_channels,) * len(stem.kernels),
+        conv_kernel=stem.kernels,
+        conv_stride=stem.strides,
         conv_bias=shape.stem_bias,
         feat_extract_norm=shape.stem_norm,
         num_conv_pos_embeddings=shape.position_kernel,

@@ -4,9 +4,10 @@ The loop that drives it stands in train/loop.py.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from extract.corpus import Corpus
@@ -21,7 +22,7 @@ from train.growth import Stage, grow_layers, plan_stages
 from train.losses import Distiller, LayerDistiller, build_distiller
 from train.optimiser import grown_state, make_optimiser, read_state, write_state
 from train.ranks import ALONE, Ranks, local_rank
-from train.seed import plant, read_seed
+from train.seed import Planted, StemShape, plant, read_seed, teacher_stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Run:
     average: Distiller | None  # of its weights over steps, with `optimiser.ema`
     optimiser: torch.optim.AdamW
     progress: Progress
-    from_teacher: list[str]  # parts that began as the teacher's
+    planted: Planted  # the parts that began as the teacher's
     key: str
     checkpoint: Path
 
@@ -75,6 +76,11 @@ class Run:
     def depth(self) -> int:
         """Transformer blocks that the student has now."""
         return len(self.distiller.student.encoder.layers)
+
+    @property
+    def from_teacher(self) -> list[str]:
+        """The parts that began as the teacher's."""
+        return self.planted.copied
 
     @property
     def packs_per_step(self) -> int:
@@ -97,32 +103,23 @@ def begin(job: Job) -> Run:
     corpus = Corpus.open(job.corpus)
     store = StoreReader.open(job.manifest, corpus)
     check_stem(config, store, corpus)
-    targets = choose_targets(config, store)
-    data = DistillationData(
-        corpus,
-        store,
-        layers=targets,
-        train_splits=config.train_splits,
-        dev_split=config.dev_split,
-        seed=config.seed,
-        stored_draws=config.stem_trains_from * config.optimiser.accumulate * job.ranks.size
-        if config.stem == "stored"
-        else 0,
-    )
+    seed = read_seed(job.manifest) if config.init == "teacher" else None
+    stem = teacher_stem(store, seed)
+    check_frames(stem, store, corpus)
+    data = _open_data(job, store, corpus)
     stages = plan_stages(config)
     distiller = build_distiller(
         config,
-        targets=targets,
+        targets=data.layers,
         teacher_dim=store.dim,
         normalise=data.normalise,
+        stem=stem,
         note=store.manifest.upstream.get("note"),
         depth=stages[0].depth,
     )
-    from_teacher: list[str] = []
-    if config.init == "teacher":
-        from_teacher = plant(distiller.student, read_seed(job.manifest), num_layers=config.seed_layers)
+    planted = Planted() if seed is None else plant(distiller.student, seed, num_layers=config.seed_layers)
     distiller.to(job.device).train()
-    key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest)
+    key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest, stem=stem)
     run = Run(
         job=job,
         corpus=corpus,
@@ -133,7 +130,7 @@ def begin(job: Job) -> Run:
         average=copy.deepcopy(distiller) if config.optimiser.ema else None,
         optimiser=make_optimiser(config, distiller),
         progress=Progress(),
-        from_teacher=from_teacher,
+        planted=planted,
         key=key,
         checkpoint=checkpoint.checkpoint_path(job.student, key, config.optimiser.accumulate * job.ranks.size),
     )
@@ -141,6 +138,20 @@ def begin(job: Job) -> Run:
         _take_up(run, found)
     job.ranks.agree(settings=(key, config.optimiser.accumulate), **{"steps done before": run.progress.step})
     return run
+
+
+def _open_data(job: Job, store: StoreReader, corpus: Corpus) -> DistillationData:
+    config = job.config
+    packs_per_step = config.optimiser.accumulate * job.ranks.size
+    return DistillationData(
+        corpus,
+        store,
+        layers=choose_targets(config, store),
+        train_splits=config.train_splits,
+        dev_split=config.dev_split,
+        seed=config.seed,
+        stored_draws=config.stem_trains_from * packs_per_step if config.stem == "stored" else 0,
+    )
 
 
 def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]:
@@ -164,7 +175,12 @@ def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]
 
 
 def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> None:
-    """Raises RetortError for a stored stem that is missing or does not fit, and for waveforms that are missing."""
+    """Raises RetortError for a teacher without a stem, a stored stem that does not fit, and missing waveforms."""
+    if store.manifest.upstream.get("family") == "fbank":
+        raise RetortError(
+            f"{store.source} holds filter banks, which have no convolution stem for a student to share frames with; "
+            "give the manifest of a wav2vec2, hubert, wavlm, data2vec-audio or retort-student upstream"
+        )
     if config.stem == "stored":
         if "stem" not in store.keep:
             raise RetortError(
@@ -185,6 +201,20 @@ def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> Non
     ):
         if needs:
             raise RetortError(f"{setting} needs waveforms, and {corpus.path} holds the index of {corpus.name} alone")
+
+
+def check_frames(stem: StemShape, store: StoreReader, corpus: Corpus) -> None:
+    """Raises RetortError unless a student with this stem has as many frames of every utterance as the store."""
+    num_frames = corpus.num_samples
+    for kernel, stride in zip(stem.kernels, stem.strides, strict=True):
+        num_frames = (num_frames - kernel) // stride + 1
+    odd = np.flatnonzero((store.pack_of >= 0) & (num_frames != store.num_frames))
+    if len(odd):
+        raise RetortError(
+            f"{store.source}: utterance {corpus.ids[odd[0]]} has {store.num_frames[odd[0]]} frames there, expected the "
+            f"{num_frames[odd[0]]} of a stem of kernels {list(stem.kernels)} and strides {list(stem.strides)}; run "
+            "`python -m extract run` again"
+        )
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
@@ -228,10 +258,20 @@ def snapshot(run: Run) -> Checkpoint:
         model=run.distiller.state_dict(),
         average=None if run.average is None else run.average.state_dict(),
         optimiser=read_state(run.optimiser, run.distiller),
+        planted=asdict(run.planted),
     )
 
 
 def _take_up(run: Run, found: Checkpoint) -> None:
+    if found.planted is not None:
+        run.planted = Planted(**found.planted)
+    elif run.planted.unequal:
+        # Parts of equal shapes were once copied whatever they compute: their weights may be in this checkpoint.
+        raise RetortError(
+            f"checkpoint {run.checkpoint} does not record which parts began as the teacher's, and "
+            f"{run.planted.unequal[0]} no longer does ({run.planted.left[run.planted.unequal[0]]}); delete it to start "
+            "anew"
+        )
     for distiller, weights in ((run.distiller, found.model), (run.average, found.average)):
         if distiller is not None and weights is not None:
             for stage in run.stages[1:]:

@@ -37,13 +37,14 @@ class UpstreamExpert(nn.Module):
         self.model = model.float()  # transformers 5 opens a model in the precision it was saved in
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples from one frame to the next, 320; the same for every key."""
+        """Samples from one frame to the next, the teacher's (320 for most); the same for every key."""
         return math.prod(self.model.config.conv_stride)
 
     def forward(self, wavs: list[Tensor]) -> dict[str, list[Tensor]]:
         """Waveforms at 16 kHz, float32 (samples,), -1 to 1 -> hidden_states, each (B, T, D).
 
-        As stage one: an utterance's first (samples - 400) // 320 + 1 frames are what it gets alone, whatever its batch.
+        As stage one: an utterance's own frames, the first that its own samples fill, are what it gets alone, whatever
+        its batch. With the usual stem these are (samples - 400) // 320 + 1.
         """
         if self.model.config.do_normalize:  # as transformers' Wav2Vec2FeatureExtractor
             wavs = [(wav - wav.mean()) / torch.sqrt(wav.var(correction=0) + 1e-7) for wav in wavs]
