@@ -22,7 +22,7 @@ from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.asv import CONTEXT_FRAMES, AsvRecipe, Verification, XVectorHead, dev_trials
 from evaluate.tasks.qbe import search
-from evaluate.tasks.sd import FRAME_S, Diarization, SdRecipe, permutation_free_loss
+from evaluate.tasks.sd import FRAME_S, Diarization, SdRecipe, frames_to_labels, permutation_free_loss
 from extract.errors import RetortError
 
 SHORT: dict[str, dict[str, Any]] = {
@@ -279,6 +279,22 @@ def test_frames_of_10_ms_are_averaged_two_by_two(mixtures: Stored) -> None:
         hidden[:, :half].numpy(), (stored[:, 0 : 2 * half : 2] + stored[:, 1 : 2 * half : 2]) / 2, rtol=1e-6, atol=1e-6
     )
     assert (hidden[:, half:] == hidden[:, half - 1 : half]).all()
+
+
+def test_frames_of_40_ms_stand_for_two_labels_each(mixtures: Stored) -> None:
+    problem = diarization(mixtures)
+    problem.repeat = 2
+    row = problem.rows["train"][:1]
+    hidden, _, _ = problem._read(row)
+    stored = problem.reader.reader.hidden_at(int(row[0]))
+    for label in range(hidden.shape[1]):
+        np.testing.assert_array_equal(hidden[:, label].numpy(), stored[:, label // 2])
+
+
+def test_a_hop_that_does_not_fit_20_ms_is_refused() -> None:
+    assert [frames_to_labels(hop, where="m.json") for hop in (160, 320, 640, 1280)] == [(2, 1), (1, 1), (1, 2), (1, 4)]
+    with pytest.raises(RetortError, match=r"m\.json: frames are 480 samples apart"):
+        frames_to_labels(480, where="m.json")
 
 
 def test_a_third_speaker_is_refused(tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize(
-    ("file", "extras"), [("run.lock", ()), ("dev.lock", tuple(PROJECT["optional-dependencies"]))]
-)
+@pytest.mark.parametrize(("file", "extras"), [("run.lock", ()), ("dev.lock", tuple(PROJECT["optional-dependencies"]))])
 def test_every_dependency_is_locked_within_its_range(file: str, extras: tuple[str, ...], python: str) -> None:
     pins = locked(file, python)
     for wanted in requirements(*extras):

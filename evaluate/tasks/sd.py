@@ -70,6 +70,21 @@ class SdBatch:
     labels_BTS: Tensor
 
 
+def frames_to_labels(hop_samples: int, *, where: object) -> tuple[int, int]:
+    """How many frames of an upstream make one label of 20 ms, and how many labels one frame stands for; one of them 1.
+
+    Raises RetortError, which names `where`, for a hop that neither divides 20 ms nor is a multiple of it.
+    """
+    if FRAME_SAMPLES % hop_samples == 0:
+        return FRAME_SAMPLES // hop_samples, 1
+    if hop_samples % FRAME_SAMPLES == 0:
+        return 1, hop_samples // FRAME_SAMPLES
+    raise RetortError(
+        f"{where}: frames are {hop_samples} samples apart; sd labels every {FRAME_SAMPLES} samples (20 ms) and needs a "
+        "hop that divides them or is a multiple of them; leave sd out of `tasks`"
+    )
+
+
 def permutation_free_loss(logits_BTS: Tensor, labels_BTS: Tensor, num_frames_B: Tensor) -> Tensor:
     """Cross entropy by frame and speaker under each chunk's better order of the speakers (Fujita et al. 2019)."""
     own_BT1 = (torch.arange(logits_BTS.shape[1]) < num_frames_B[:, None])[..., None]
@@ -95,7 +110,7 @@ class Diarization:
     def __init__(self, source: Source, recipe: SdRecipe) -> None:
         self.store, self.recipe = source.reader, recipe
         self.reader = FrameReader(source.reader, recipe.memory_gb)
-        self.stack = max(1, FRAME_SAMPLES // source.reader.hop_samples)
+        self.stack, self.repeat = frames_to_labels(source.reader.hop_samples, where=source.reader.source)
         self.rows = source.train_dev_test()
         self.num_frames = source.corpus.num_samples // FRAME_SAMPLES
         self.labels = {
@@ -108,11 +123,12 @@ class Diarization:
             for row, turns in self._turns(source, "rttm", self.rows[split])
         }
         self.num_test = len(self.rows["test"])
-        self.notes: Sequence[str] = (
-            []
-            if self.stack == 1
-            else [f"{self.stack} frames of {source.reader.hop_samples / 16:g} ms are averaged to one of 20 ms"]
-        )
+        hop_ms = source.reader.hop_samples / SAMPLE_RATE_HZ * 1000
+        self.notes: Sequence[str] = []
+        if self.stack > 1:
+            self.notes = [f"{self.stack} frames of {hop_ms:g} ms are averaged to one of 20 ms"]
+        elif self.repeat > 1:
+            self.notes = [f"each frame of {hop_ms:g} ms stands for {self.repeat} of 20 ms"]
 
     @staticmethod
     def _turns(
@@ -196,7 +212,7 @@ class Diarization:
             if self.stack > 1:
                 count = max(1, own_LFD.shape[1] // self.stack)
                 own_LFD = torch.unflatten(own_LFD[:, : count * self.stack], 1, (count, self.stack)).mean(2)
-            at_F = torch.arange(int(self.num_frames[row])).clamp(max=own_LFD.shape[1] - 1)
+            at_F = (torch.arange(int(self.num_frames[row])) // self.repeat).clamp(max=own_LFD.shape[1] - 1)
             parts.append(own_LFD[:, at_F])
         cuts = {row: self._cuts(row) for row in rows_B.tolist()}
         row_of_chunk = [row for row, places in cuts.items() for _ in places[1:]]
