@@ -85,7 +85,8 @@ def _add_credentials(config: "S3Config", profile: dict[str, str]) -> Provider | 
         return None
     if any(key in profile for key in _BY_OTHERS):
         return _Boto3(_profile_name())
-    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() in _TRUE:
+    emptied = any(name in os.environ for name in _KEYS)  # obstore would sign with the empty key
+    if emptied or os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() in _TRUE:
         raise RetortError(
             f"Unable to locate credentials; set {' and '.join(_KEYS)}, or AWS_PROFILE to a profile that has them; "
             "AWS_SKIP_SIGNATURE=true reads a public bucket without any"

@@ -1,8 +1,8 @@
 """Objects at a URL (s3://, gs://, az://), through obstore: list, read as a stream, write.
 
 Every failure of the other side is a RetortError of one line. A connection gets 5 s; a failed request is repeated four
-times with growing pauses; a read that broke off goes on where it stopped, as long as bytes arrive and the object is
-the same. An object is visible only once all of its bytes have arrived.
+times with growing pauses, and goes on at the byte where it broke off. A large object moves in parts, several at once.
+An object is visible only once all of its bytes have arrived.
 
 obstore keeps its connections in threads, which a forked process does not have: a call there would wait forever. So a
 process forked after its parent's first request runs each request in a new process, `python -m extract.object_store`,
@@ -14,7 +14,9 @@ import os
 import re
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 _KINDS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 _PART_BYTES = 8 << 20
 _MOST_PARTS = 10_000  # of one upload, by S3's rules
-_AT_ONCE = 4  # parts of one upload under way; with the parts that wait, an upload holds about 64 MB
+_AT_ONCE = 4  # parts of one object under way
 _EXAMPLE = "expected a local folder or a URL such as s3://bucket/prefix"
 
 _HINTS = {
@@ -92,32 +94,41 @@ class Objects:
             found = obstore.list(self._connection).collect()
         return {entry["path"]: entry["size"] for entry in found}
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield an object's bytes in pieces of a few MB."""
-        if _forked():
-            yield from self._elsewhere("chunks", name)
-            return
-        start, tag = 0, None
-        while True:
-            before = start
-            try:
-                with self._in_one_line(name):
-                    result = obstore.get(
-                        self._connection, name, options={"range": {"offset": start}, "if_match": tag} if start else {}
-                    )
-                    tag, pieces = result.meta["e_tag"], iter(result.stream(min_chunk_size=_PART_BYTES // 2))
-                while (piece := self._next(name, pieces)) is not None:
-                    start += len(piece)
-                    yield piece
-            except RetortError:
-                if start == before or tag is None:
-                    raise
-            else:
-                return
+    def chunks(self, name: str, num_bytes: int = 0) -> Iterator[bytes]:
+        """Yield an object's bytes in pieces of a few MB.
 
-    def _next(self, name: str, pieces: Iterator[bytes]) -> bytes | None:
+        num_bytes: about how many they are. A large object comes in parts of one version, several at once: a single
+        connection to an object store is slower than the line.
+        """
+        if _forked():
+            yield from self._elsewhere("chunks", name, str(num_bytes))
+            return
         with self._in_one_line(name):
-            return next(pieces, None)
+            whole = {} if num_bytes <= _PART_BYTES else {"range": (0, _PART_BYTES)}
+            first = obstore.get(self._connection, name, options=whole)  # type: ignore[arg-type]
+            size, tag, pieces = first.meta["size"], first.meta["e_tag"], iter(first.stream())
+        starts = deque(range(first.range[1], size, _PART_BYTES))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            coming: deque[Future[bytes]] = deque()
+            try:
+                while True:
+                    while starts and len(coming) < _AT_ONCE:
+                        coming.append(pool.submit(self._part, name, starts.popleft(), size, tag))
+                    with self._in_one_line(name):
+                        piece = next(pieces, None)
+                    if piece is None:
+                        if not coming:
+                            return
+                        piece = coming.popleft().result()
+                    yield piece
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _part(self, name: str, start: int, size: int, tag: str | None) -> bytes:
+        with self._in_one_line(name):
+            span = (start, min(start + _PART_BYTES, size))
+            part = obstore.get(self._connection, name, options={"range": span, "if_match": tag})
+            return bytes(part.bytes())
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small object."""
@@ -229,7 +240,7 @@ def _retry_options() -> "RetryConfig":
 def _reason(error: Exception) -> str:
     """The cause in an error of obstore: the server's code and message, or what the system says of the connection."""
     text, _, debug = str(error).partition("\n\nDebug source:")
-    if f"{metadata_endpoint()}/" in text or "/computeMetadata/" in text:
+    if f"{metadata_endpoint()}/latest/" in text or "/computeMetadata/" in text:
         return "Unable to locate credentials (none in the environment, and this machine has no metadata service)"
     if answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL):
         text = f"{answer[1]}: {answer[2]}"
@@ -252,7 +263,7 @@ def _main(url: str, method: str, *arguments: str) -> None:
     if method == "sizes":
         out.write(json.dumps(objects.sizes()).encode())
     elif method == "chunks":
-        for piece in objects.chunks(*arguments):
+        for piece in objects.chunks(arguments[0], int(arguments[1])):
             out.write(piece)
     elif method == "put":
         objects.put(arguments[0], sys.stdin.buffer.read())

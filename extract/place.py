@@ -149,7 +149,7 @@ class RemotePlace:
     def sha256(self, name: str) -> str:
         """Digest of an object that is there (streams all of it, keeps nothing)."""
         digest = hashlib.sha256()
-        for piece in self._objects.chunks(name):
+        for piece in self._objects.chunks(name, self.size(name) or 0):
             digest.update(piece)
         return digest.hexdigest()
 
@@ -162,7 +162,7 @@ class RemotePlace:
         digest = hashlib.sha256()
         with written_aside(into) as aside:
             with aside.open("wb") as file:
-                for piece in self._objects.chunks(name):
+                for piece in self._objects.chunks(name, expected[0]):
                     digest.update(piece)
                     file.write(piece)
             _compare(expected, aside.stat().st_size, digest.hexdigest(), what=f"{self}/{name}")

@@ -1,0 +1,453 @@
+"""Object stores that fail, for real: broken bodies, refusals, lost uploads, forks; and how S3 is found."""
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extract.aws import bucket_region
+from extract.errors import RetortError
+from extract.object_store import Address, Objects
+from extract.place import LocalPlace, RemotePlace, place_of, root_text
+from tests.s3_world import S3, running_s3
+
+DATA = np.random.default_rng(0).bytes(9_000_000)
+PART = 8 << 20  # of an object that comes in several
+EXPECTED = [len(DATA), hashlib.sha256(DATA).hexdigest()]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it reached the server."""
+
+    line: str
+    headers: dict[str, str]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes of DATA that are asked for."""
+        start, _, end = self.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")
+        return int(start), int(end) + 1 if end else len(DATA)
+
+
+@dataclass
+class Server:
+    """A server on a raw socket. `answer` gives the bytes for the n-th request (from 1 on) and whether to go on."""
+
+    answer: Callable[[int, Asked], tuple[bytes, bool]]
+    asked: list[Asked] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return "http://{}:{}".format(*self.socket.getsockname())
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as file:
+            while line := file.readline().decode().strip():
+                headers = {}
+                while entry := file.readline().decode().strip():
+                    name, _, value = entry.partition(":")
+                    headers[name.lower()] = value.strip()
+                file.read(int(headers.get("content-length", 0)))
+                self.asked.append(asked := Asked(line, headers))
+                data, more = self.answer(len(self.asked), asked)
+                try:
+                    connection.sendall(data)
+                except OSError:
+                    return
+                if not more:
+                    return
+
+
+def reply(data: bytes = b"", status: str = "200 OK", **headers: str) -> bytes:
+    fixed = {"Content-Length": str(len(data)), "ETag": '"one"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+    lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in (fixed | headers).items())]
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def whole(asked: Asked, data: bytes = DATA, **headers: str) -> bytes:
+    """What was asked for of an object."""
+    start, end = asked.span
+    if "range" not in asked.headers:
+        return reply(data, **headers)
+    end = min(end, len(data))
+    return reply(
+        data[start:end], "206 Partial Content", Content_Range=f"bytes {start}-{end - 1}/{len(data)}", **headers
+    )
+
+
+def cut(data: bytes) -> bytes:
+    return data[: min(len(data) - 1, 5_000_000)]
+
+
+SLOW_DOWN = reply(b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>", "503 Slow Down")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start servers that the environment leads to, with keys, and with three attempts."""
+    servers = []
+    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "anybody",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "3",
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def start(answer: Callable[[int, Asked], tuple[bytes, bool]]) -> Server:
+        servers.append(server := Server(answer))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+        return server
+
+    yield start
+    for server in servers:
+        server.socket.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "starts"),
+    [
+        (lambda number, asked: (whole(asked), True), [0, PART]),
+        (lambda number, asked: (cut(whole(asked)) if number == 1 else whole(asked), number > 1), None),
+        (lambda number, asked: (SLOW_DOWN if number < 3 else whole(asked), True), [0, 0, 0, PART]),
+        (lambda number, asked: (reply(b"", "500 Oh") if number < 3 else whole(asked), True), [0, 0, 0, PART]),
+    ],
+    ids=["well", "cut once", "slow down", "500"],
+)
+def test_a_read_outlives_a_fault(
+    serve: Callable[..., Server], tmp_path: Path, answer: object, starts: list[int] | None
+) -> None:
+    server = serve(answer)
+    RemotePlace("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
+    assert (tmp_path / "x").read_bytes() == DATA
+    asked = sorted(request.span[0] for request in server.asked)
+    # What has arrived isn't asked for again.
+    assert asked == starts if starts else len(asked) == 3 and 0 < asked[1] < asked[2] == PART
+
+
+@pytest.mark.parametrize(
+    ("answer", "most", "expected"),
+    [
+        (lambda number, asked: (SLOW_DOWN, True), 3, "SlowDown: Reduce your rate"),
+        (lambda number, asked: (reply(status="500 Oh"), True), 3, "500 Internal Server Error"),
+        (lambda number, asked: (b"hello\r\n\r\n", False), 3, "s3://bucket/store/x: "),
+        (lambda number, asked: (b"", False), 3, "s3://bucket/store/x: "),
+        (lambda number, asked: (reply(DATA)[:300], False), 3, "s3://bucket/store/x: "),
+        (lambda number, asked: (cut(whole(asked)), False), 6, "s3://bucket/store/x: "),
+        (lambda number, asked: (cut(whole(asked, ETag=f'"{number}"')), False), 6, "s3://bucket/store/x: "),
+        (
+            lambda number, asked: (whole(asked, DATA[:-7]), True),
+            2,
+            f"is damaged: {len(DATA) - 7} bytes, expected {len(DATA)}",
+        ),
+        (lambda number, asked: (whole(asked, bytes(len(DATA))), True), 2, r"is damaged: sha256 \w+, expected"),
+        (
+            lambda number, asked: (
+                reply(b"<Error><Code>NoSuchKey</Code><Message>No</Message></Error>", "404 No"),
+                True,
+            ),
+            1,
+            "NoSuchKey: No; it was deleted, or never written",
+        ),
+        (lambda number, asked: (reply(status="403 Forbidden"), True), 1, "Access denied .*AWS_ACCESS_KEY_ID"),
+        (lambda number, asked: (reply(status="301 Moved"), True), 1, r"region.*\(AWS_REGION\)"),
+    ],
+    ids=[
+        "slow",
+        "500",
+        "not http",
+        "hung up",
+        "no body",
+        "cut",
+        "replaced",
+        "short",
+        "other",
+        "gone",
+        "denied",
+        "region",
+    ],
+)
+def test_a_read_that_can_not_be_right_is_one_line_and_leaves_nothing(
+    serve: Callable[..., Server], tmp_path: Path, answer: object, most: int, expected: str
+) -> None:
+    server = serve(answer)
+    with pytest.raises(RetortError, match=expected) as refused:
+        RemotePlace("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
+    assert len(server.asked) <= most
+    assert str(refused.value).startswith("s3://bucket/store/x") and "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 700
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_upload_that_fails_is_taken_back(serve: Callable[..., Server], tmp_path: Path) -> None:
+    def answer(number: int, asked: Asked) -> tuple[bytes, bool]:
+        if "uploads" in asked.line:
+            return reply(b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"), True
+        refused = "partNumber=2" in asked.line
+        return reply(status="403 Forbidden" if refused else "200 OK"), True
+
+    server = serve(answer)
+    (tmp_path / "large").write_bytes(DATA * 3)
+    place = RemotePlace("s3://bucket/store")
+    with pytest.raises(RetortError, match=r"s3://bucket/store/x: .*403 Forbidden"):
+        place.put(tmp_path / "large", "x")
+    asked = [request.line.split()[:2] for request in server.asked]
+    assert ["DELETE", "/bucket/store/x?uploadId=7"] in asked
+    assert ["POST", "/bucket/store/x?uploadId=7"] not in asked, "never completed, so never visible"
+
+
+def test_a_listing_of_several_pages_is_whole(serve: Callable[..., Server]) -> None:
+    entry = (
+        "<Contents><Key>store/{}</Key><Size>{}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+    )
+
+    def answer(number: int, asked: Asked) -> tuple[bytes, bool]:
+        more = "<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>" * (number == 1)
+        page = "".join(entry.format(key, key) for key in range(10 * number, 10 * number + 10))
+        return reply(f"<ListBucketResult>{more}{page}</ListBucketResult>".encode()), True
+
+    serve(answer)
+    assert Objects("s3://bucket/store").sizes() == {str(key): key for key in range(10, 30)}
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[S3]:
+    with running_s3(tmp_path / "cache") as running:
+        yield running
+
+
+def test_large_and_empty_and_odd_objects_arrive_bit_for_bit(s3: S3, tmp_path: Path) -> None:
+    place = RemotePlace(f"{s3.root}/a b%20+ü")
+    contents = {"large": DATA * 2, "empty": b"", "odd name/%41 ü+&?": b"odd", "small": DATA[:10]}
+    for name, data in contents.items():
+        (tmp_path / "file").write_bytes(data)
+        place.put(tmp_path / "file", name)
+    assert s3.objects() == {f"a b%20+ü/{name}": data for name, data in contents.items()}
+    assert len(s3.requests("PUT", "partNumber")) == 3
+    again = RemotePlace(place.url)
+    with ThreadPoolExecutor(16) as pool:  # one connection, many threads
+        read = list(pool.map(again.read, [*contents] * 3))
+    assert read == [*contents.values()] * 3
+    assert {name: again.size(name) for name in contents} == {name: len(data) for name, data in contents.items()}
+    assert again.sha256("large") == hashlib.sha256(DATA * 2).hexdigest()
+
+
+def in_a_fork(work: Callable[[], object]) -> object:
+    """What `work` gives in a forked process; the text of its RetortError if it raises one."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send(work())
+        except RetortError as error:
+            sender.send(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    try:
+        assert receiver.poll(60), "the forked process waits forever"
+        return receiver.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_reads_and_writes_after_its_parent_did(s3: S3, tmp_path: Path) -> None:
+    place = RemotePlace(s3.root)
+    place.write("small", b"small")
+    (tmp_path / "large").write_bytes(DATA)
+    place.put(tmp_path / "large", "large")
+    assert place.read("small") == b"small"
+
+    def work() -> object:
+        place.write("new", b"new")
+        place.put(tmp_path / "large", "other")
+        place.fetch("large", tmp_path / "back", EXPECTED)
+        return place.read("small"), RemotePlace(place.url).size("other"), place.sha256("other")
+
+    assert in_a_fork(work) == (b"small", *EXPECTED)
+    assert (tmp_path / "back").read_bytes() == DATA == s3.objects()["other"]
+    assert s3.objects()["new"] == b"new"
+    gone = in_a_fork(lambda: place.read("nothing"))
+    assert re.match(rf"{s3.root}/nothing: NoSuchKey.*; it was deleted", str(gone))
+
+
+def test_a_place_in_another_process_holds_no_credentials(s3: S3) -> None:
+    place = RemotePlace(s3.root)
+    place.write("x", b"x")
+    pickled = pickle.dumps(place)
+    assert b"secret" not in pickled and b"anybody" not in pickled
+    again = pickle.loads(pickled)  # noqa: S301
+    assert again.read("x") == b"x"
+
+
+def test_a_public_bucket_needs_no_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    RemotePlace(s3.root).write("x", b"x")
+    s3.client.put_object_acl(Bucket="features", Key="stores/x", ACL="public-read")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert RemotePlace(s3.root).read("x") == b"x"
+
+
+def signer(server: Server) -> tuple[str, str]:
+    """The key and the region that the last request was signed with."""
+    found = re.search(r"Credential=([^/]+)/\d+/([^/]+)/s3", server.asked[-1].headers["authorization"])
+    assert found
+    return found[1], found[2]
+
+
+def test_keys_and_region_come_from_the_environment_then_from_the_profile(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(lambda number, asked: (whole(asked), True))
+    (tmp_path / "credentials").write_text(
+        "[default]\naws_access_key_id = first\naws_secret_access_key = one%\n"
+        "[far]\naws_access_key_id = second\naws_secret_access_key = two\naws_session_token = token\n"
+    )
+    (tmp_path / "config").write_text(
+        "[profile far]\nregion = eu-west-1\nendpoint_url = http://nowhere.example\n[default]\nregion = eu-north-1\n"
+        f"[profile command]\ncredential_process = {sys.executable} {tmp_path / 'keys.py'}\n"
+    )
+    keys = {"Version": 1, "AccessKeyId": "third", "SecretAccessKey": "three"}
+    (tmp_path / "keys.py").write_text(f"print('''{json.dumps(keys)}''')")
+
+    def signed() -> tuple[str, str]:
+        RemotePlace("s3://bucket/store").read("x")
+        return signer(server)
+
+    assert signed() == ("anybody", "us-east-1")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert signed() == ("anybody", "eu-north-1")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert signed() == ("first", "eu-north-1")
+    monkeypatch.setenv("AWS_PROFILE", "far")
+    assert signed() == ("second", "eu-west-1")
+    assert server.asked[-1].headers["x-amz-security-token"] == "token"
+    monkeypatch.setenv("AWS_PROFILE", "command")
+    assert signed() == ("third", "us-east-1")
+    monkeypatch.setenv("AWS_REGION", "eu-south-1")
+    assert signed() == ("third", "eu-south-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID is set and AWS_SECRET_ACCESS_KEY is not; set both"),
+        ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE: 'nobody' is in neither .*; expected one of default"),
+        ({"AWS_CONFIG_FILE": __file__}, r"test_object_store.py: .*; mend it"),
+        ({"AWS_ENDPOINT_URL": "s3.example.org"}, "AWS_ENDPOINT_URL: got 's3.example.org', expected an address"),
+        ({"AWS_ENDPOINT_URL": "http://a b"}, "AWS_ENDPOINT_URL: got 'http://a b'"),
+        ({"AWS_ENDPOINT_URL": "http://a:port"}, "AWS_ENDPOINT_URL: got 'http://a:port'"),
+        ({"AWS_ENDPOINT_URL": "http://"}, "AWS_ENDPOINT_URL: got 'http://'"),
+        ({"AWS_CA_BUNDLE": "nowhere.pem"}, "AWS_CA_BUNDLE: can't read nowhere.pem"),
+        ({"AWS_CA_BUNDLE": __file__}, "s3://bucket/store: "),
+        ({"AWS_MAX_ATTEMPTS": "many"}, "AWS_MAX_ATTEMPTS: got 'many'"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, r"Could not connect to http://127.0.0.1:9 \(Connection refused\)"),
+        ({"AWS_ENDPOINT_URL": "https://127.0.0.1:9"}, r"Could not connect to https://127.0.0.1:9 \("),
+        ({"AWS_ENDPOINT_URL": "http://no.invalid"}, r"Could not connect to http://no.invalid \(failed to look"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "Unable to locate credentials; set AWS_ACCESS_KEY_ID"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, r"Unable to locate .*no metadata service"),
+        (
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_EC2_METADATA_DISABLED": "true"},
+            "Unable to locate credentials; set AWS_ACCESS_KEY_ID",
+        ),
+        ({"AWS_SKIP_SIGNATURE": "maybe"}, "maybe"),
+    ],
+)
+def test_a_server_or_keys_that_can_not_be_used_are_one_line(
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str | None],
+    expected: str,
+) -> None:
+    serve(lambda number, asked: (whole(asked), True))
+    (tmp_path / "config").write_text("[default]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+    with pytest.raises(RetortError, match=expected) as refused:
+        RemotePlace("s3://bucket/store").size("x")
+    assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
+
+
+def test_amazon_says_where_a_bucket_lies() -> None:
+    for status in ("200 OK", "301 Moved", "403 Forbidden"):
+        answer = reply(status=status, **{"x-amz-bucket-region": "eu-west-3"})
+        server = Server(lambda number, asked, answer=answer: (answer, False))  # type: ignore[misc]
+        assert bucket_region("some.bucket", server.address) == "eu-west-3"
+        assert server.asked[0].line.startswith("HEAD /some.bucket ")
+        server.socket.close()
+    assert bucket_region("none", Server(lambda number, asked: (reply(status="404 No"), False)).address) == "us-east-1"
+    assert bucket_region("none", "http://127.0.0.1:9") == "us-east-1"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "bucket", "prefix", "account"),
+    [
+        ("s3://bucket", "s3", "bucket", "", None),
+        ("s3a://my.bucket-1/a/b/", "s3", "my.bucket-1", "a/b", None),
+        ("s3://bucket/a b%20?c#d", "s3", "bucket", "a b%20?c#d", None),
+        ("gcs://bucket/a", "gs", "bucket", "a", None),
+        ("az://container/a", "az", "container", "a", None),
+        ("abfss://container@account.dfs.core.windows.net/a", "az", "container", "a", "account"),
+    ],
+)
+def test_a_url_is_taken_literally(url: str, kind: str, bucket: str, prefix: str, account: str | None) -> None:
+    assert Address.of(url) == Address(kind, bucket, prefix, account)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://a//b", "s3://a/./b", "s3://a/../b", "s3://key:secret@a/b", "http://a/b", "memory://a", "s3:///a"],
+)
+def test_a_url_that_names_no_place_is_refused(url: str) -> None:
+    with pytest.raises(RetortError, match=r"expected|into the environment"):
+        RemotePlace(url).size("x")
+
+
+def test_a_file_url_is_a_folder_and_a_root_names_a_bucket(tmp_path: Path) -> None:
+    assert root_text(f"file://{tmp_path}/stores/") == f"{tmp_path}/stores"
+    assert place_of(f"file://{tmp_path}", "a/b") == LocalPlace(tmp_path / "a/b")
+    for root in ("s3://", "file://", ""):
+        with pytest.raises(RetortError, match="ROOT of all stores"):
+            root_text(root)
+
+
+def test_azure_without_an_account_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(
+        RetortError, match=r"az://container/a: .*Account must be specified; .*AZURE_STORAGE_ACCOUNT_NAME"
+    ):
+        RemotePlace("az://container/a").size("x")
