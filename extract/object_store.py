@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import obstore
 from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
@@ -139,14 +139,18 @@ class Objects:
             obstore.put(self._connection, name, data)
 
     def put_file(self, name: str, file: Path) -> int:
-        """Write an object from a file, in parts if it is large; return its bytes. A failed upload is taken back."""
+        """Write an object from a file, in parts if it is large; return its bytes.
+
+        An upload that fails or is interrupted is taken back.
+        """
         num_bytes = file.stat().st_size
         if _forked():
             b"".join(self._elsewhere("put_file", name, str(file.absolute())))
             return num_bytes
         part_bytes = max(_PART_BYTES, -(-num_bytes // _MOST_PARTS))
-        with self._in_one_line(name):
-            obstore.put(self._connection, name, file, chunk_size=part_bytes, max_concurrency=_AT_ONCE)
+        with self._in_one_line(name), file.open("rb") as source:
+            data = source.read() if num_bytes <= part_bytes else _pieces(source, part_bytes)
+            obstore.put(self._connection, name, data, chunk_size=part_bytes, max_concurrency=_AT_ONCE)
         return num_bytes
 
     @cached_property
@@ -217,13 +221,19 @@ class Objects:
             raise RetortError(f"{where}: {_reason(error)}; {hint}") from error
 
 
+def _pieces(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+    """Yield a file piece by piece. Being Python, it is where Ctrl-C takes effect amid an upload."""
+    while piece := file.read(num_bytes):
+        yield piece
+
+
 def _forked() -> bool:
     return _first_request_pid not in (None, os.getpid())
 
 
 def _client_options() -> "ClientConfig":
-    """Limits of a request. One that moves bytes may take a day: a stall of a minute is what ends it."""
-    return {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "1d"}
+    """Limits of a request. One that moves bytes may take a day: a stall of 30 s is what ends it."""
+    return {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "1d"}
 
 
 def _retry_options() -> "RetryConfig":
@@ -252,7 +262,7 @@ def _reason(error: Exception) -> str:
         server = address[0] if address else "the server"
         text = f"Could not connect to {server} ({causes[-1] if causes else 'no answer in 5 s'})"
     elif "TimedOut" in debug:
-        text = f"{text} (no answer in 60 s)"
+        text = f"{text} (no answer in 30 s)"
     text = re.sub(r" in [\d.]+(?:[mµn]?s)\b|, max_retries: \d+, retry_timeout: \w+", "", " ".join(text.split()))
     return text[:300] or type(error).__name__
 

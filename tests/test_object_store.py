@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import re
+import signal
 import socket
 import sys
 import threading
@@ -207,21 +208,29 @@ def test_a_read_that_can_not_be_right_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_upload_that_fails_is_taken_back(serve: Callable[..., Server], tmp_path: Path) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
+    serve: Callable[..., Server], tmp_path: Path, interrupted: bool
+) -> None:
     def answer(number: int, asked: Asked) -> tuple[bytes, bool]:
         if "uploads" in asked.line:
             return reply(b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"), True
-        refused = "partNumber=2" in asked.line
-        return reply(status="403 Forbidden" if refused else "200 OK"), True
+        second = "partNumber=2" in asked.line
+        if interrupted and second:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C amid the upload: Python gives it to the main thread
+        return reply(status="403 Forbidden" if second and not interrupted else "200 OK"), True
 
     server = serve(answer)
-    (tmp_path / "large").write_bytes(DATA * 3)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(12 * PART)
     place = RemotePlace("s3://bucket/store")
-    with pytest.raises(RetortError, match=r"s3://bucket/store/x: .*403 Forbidden"):
+    with pytest.raises(KeyboardInterrupt if interrupted else RetortError) as stopped:
         place.put(tmp_path / "large", "x")
+    assert interrupted or re.match("s3://bucket/store/x: .*403 Forbidden", str(stopped.value))
     asked = [request.line.split()[:2] for request in server.asked]
     assert ["DELETE", "/bucket/store/x?uploadId=7"] in asked
     assert ["POST", "/bucket/store/x?uploadId=7"] not in asked, "never completed, so never visible"
+    assert not interrupted or len(asked) < 14, "not after all parts"
 
 
 def test_a_listing_of_several_pages_is_whole(serve: Callable[..., Server]) -> None:
