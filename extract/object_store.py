@@ -148,7 +148,7 @@ class Objects:
             b"".join(self._elsewhere("put_file", name, str(file.absolute())))
             return num_bytes
         part_bytes = max(_PART_BYTES, -(-num_bytes // _MOST_PARTS))
-        with self._in_one_line(name), file.open("rb") as source:
+        with file.open("rb") as source, self._in_one_line(name):
             data = source.read() if num_bytes <= part_bytes else _pieces(source, part_bytes)
             obstore.put(self._connection, name, data, chunk_size=part_bytes, max_concurrency=_AT_ONCE)
         return num_bytes

@@ -50,6 +50,8 @@ def root_text(root: Path | str) -> str:
     if not text:
         raise RetortError("the ROOT of all stores is empty; give a folder such as stores, or a URL")
     if not is_url(text):
+        if text.startswith(("s3:", "gs:", "az:")):  # a folder of that name is hardly meant
+            raise RetortError(f"the ROOT of all stores {text} lacks a slash; expected a URL such as s3://bucket/prefix")
         return Path(text).as_posix()
     if (url := text.rstrip("/")).endswith(":"):
         raise RetortError(f"the ROOT of all stores {text} names no bucket; expected a URL such as s3://bucket/prefix")

@@ -1,26 +1,21 @@
-"""Object stores that fail, for real: broken bodies, refusals, lost uploads, forks; and how S3 is found."""
+"""Object stores that fail, for real: broken bodies, refusals, lost uploads, forks."""
 
 import hashlib
-import json
 import multiprocessing
 import pickle
 import re
 import signal
-import socket
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from extract.aws import bucket_region
 from extract.errors import RetortError
 from extract.object_store import Address, Objects
 from extract.place import LocalPlace, RemotePlace, place_of, root_text
+from tests.faulty_server import Asked, Server, reply, serving
 from tests.s3_world import S3, running_s3
 
 DATA = np.random.default_rng(0).bytes(9_000_000)
@@ -28,73 +23,12 @@ PART = 8 << 20  # of an object that comes in several
 EXPECTED = [len(DATA), hashlib.sha256(DATA).hexdigest()]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request as it reached the server."""
-
-    line: str
-    headers: dict[str, str]
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The bytes of DATA that are asked for."""
-        start, _, end = self.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")
-        return int(start), int(end) + 1 if end else len(DATA)
-
-
-@dataclass
-class Server:
-    """A server on a raw socket. `answer` gives the bytes for the n-th request (from 1 on) and whether to go on."""
-
-    answer: Callable[[int, Asked], tuple[bytes, bool]]
-    asked: list[Asked] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return "http://{}:{}".format(*self.socket.getsockname())
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
-
-    def _talk(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as file:
-            while line := file.readline().decode().strip():
-                headers = {}
-                while entry := file.readline().decode().strip():
-                    name, _, value = entry.partition(":")
-                    headers[name.lower()] = value.strip()
-                file.read(int(headers.get("content-length", 0)))
-                self.asked.append(asked := Asked(line, headers))
-                data, more = self.answer(len(self.asked), asked)
-                try:
-                    connection.sendall(data)
-                except OSError:
-                    return
-                if not more:
-                    return
-
-
-def reply(data: bytes = b"", status: str = "200 OK", **headers: str) -> bytes:
-    fixed = {"Content-Length": str(len(data)), "ETag": '"one"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
-    lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in (fixed | headers).items())]
-    return "\r\n".join([*lines, "", ""]).encode() + data
-
-
 def whole(asked: Asked, data: bytes = DATA, **headers: str) -> bytes:
     """What was asked for of an object."""
     start, end = asked.span
     if "range" not in asked.headers:
         return reply(data, **headers)
-    end = min(end, len(data))
+    end = min(end or len(data), len(data))
     return reply(
         data[start:end], "206 Partial Content", Content_Range=f"bytes {start}-{end - 1}/{len(data)}", **headers
     )
@@ -109,28 +43,8 @@ SLOW_DOWN = reply(b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Messa
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start servers that the environment leads to, with keys, and with three attempts."""
-    servers = []
-    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "anybody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "3",
-        "AWS_CONFIG_FILE": str(tmp_path / "config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
-    }.items():
-        monkeypatch.setenv(name, value)
-
-    def start(answer: Callable[[int, Asked], tuple[bytes, bool]]) -> Server:
-        servers.append(server := Server(answer))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
-        return server
-
-    yield start
-    for server in servers:
-        server.socket.close()
+    with serving(monkeypatch, tmp_path) as start:
+        yield start
 
 
 @pytest.mark.parametrize(
@@ -228,6 +142,9 @@ def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
         place.put(tmp_path / "large", "x")
     assert interrupted or re.match("s3://bucket/store/x: .*403 Forbidden", str(stopped.value))
     asked = [request.line.split()[:2] for request in server.asked]
+    parts = [request for request in server.asked if "partNumber" in request.line]
+    digest = hashlib.sha256(bytes(PART)).hexdigest()  # the server compares it with what has arrived
+    assert {request.headers["x-amz-content-sha256"] for request in parts} == {digest}
     assert ["DELETE", "/bucket/store/x?uploadId=7"] in asked
     assert ["POST", "/bucket/store/x?uploadId=7"] not in asked, "never completed, so never visible"
     assert not interrupted or len(asked) < 14, "not after all parts"
@@ -319,109 +236,6 @@ def test_a_place_in_another_process_holds_no_credentials(s3: S3) -> None:
     assert again.read("x") == b"x"
 
 
-def test_a_public_bucket_needs_no_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    RemotePlace(s3.root).write("x", b"x")
-    s3.client.put_object_acl(Bucket="features", Key="stores/x", ACL="public-read")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-    assert RemotePlace(s3.root).read("x") == b"x"
-
-
-def signer(server: Server) -> tuple[str, str]:
-    """The key and the region that the last request was signed with."""
-    found = re.search(r"Credential=([^/]+)/\d+/([^/]+)/s3", server.asked[-1].headers["authorization"])
-    assert found
-    return found[1], found[2]
-
-
-def test_keys_and_region_come_from_the_environment_then_from_the_profile(
-    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = serve(lambda number, asked: (whole(asked), True))
-    (tmp_path / "credentials").write_text(
-        "[default]\naws_access_key_id = first\naws_secret_access_key = one%\n"
-        "[far]\naws_access_key_id = second\naws_secret_access_key = two\naws_session_token = token\n"
-    )
-    (tmp_path / "config").write_text(
-        "[profile far]\nregion = eu-west-1\nendpoint_url = http://nowhere.example\n[default]\nregion = eu-north-1\n"
-        f"[profile command]\ncredential_process = {sys.executable} {tmp_path / 'keys.py'}\n"
-    )
-    keys = {"Version": 1, "AccessKeyId": "third", "SecretAccessKey": "three"}
-    (tmp_path / "keys.py").write_text(f"print('''{json.dumps(keys)}''')")
-
-    def signed() -> tuple[str, str]:
-        RemotePlace("s3://bucket/store").read("x")
-        return signer(server)
-
-    assert signed() == ("anybody", "us-east-1")
-    monkeypatch.delenv("AWS_DEFAULT_REGION")
-    assert signed() == ("anybody", "eu-north-1")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert signed() == ("first", "eu-north-1")
-    monkeypatch.setenv("AWS_PROFILE", "far")
-    assert signed() == ("second", "eu-west-1")
-    assert server.asked[-1].headers["x-amz-security-token"] == "token"
-    monkeypatch.setenv("AWS_PROFILE", "command")
-    assert signed() == ("third", "us-east-1")
-    monkeypatch.setenv("AWS_REGION", "eu-south-1")
-    assert signed() == ("third", "eu-south-1")
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID is set and AWS_SECRET_ACCESS_KEY is not; set both"),
-        ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE: 'nobody' is in neither .*; expected one of default"),
-        ({"AWS_CONFIG_FILE": __file__}, r"test_object_store.py: .*; mend it"),
-        ({"AWS_ENDPOINT_URL": "s3.example.org"}, "AWS_ENDPOINT_URL: got 's3.example.org', expected an address"),
-        ({"AWS_ENDPOINT_URL": "http://a b"}, "AWS_ENDPOINT_URL: got 'http://a b'"),
-        ({"AWS_ENDPOINT_URL": "http://a:port"}, "AWS_ENDPOINT_URL: got 'http://a:port'"),
-        ({"AWS_ENDPOINT_URL": "http://"}, "AWS_ENDPOINT_URL: got 'http://'"),
-        ({"AWS_CA_BUNDLE": "nowhere.pem"}, "AWS_CA_BUNDLE: can't read nowhere.pem"),
-        ({"AWS_CA_BUNDLE": __file__}, "s3://bucket/store: "),
-        ({"AWS_MAX_ATTEMPTS": "many"}, "AWS_MAX_ATTEMPTS: got 'many'"),
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, r"Could not connect to http://127.0.0.1:9 \(Connection refused\)"),
-        ({"AWS_ENDPOINT_URL": "https://127.0.0.1:9"}, r"Could not connect to https://127.0.0.1:9 \("),
-        ({"AWS_ENDPOINT_URL": "http://no.invalid"}, r"Could not connect to http://no.invalid \(failed to look"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "Unable to locate credentials; set AWS_ACCESS_KEY_ID"),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, r"Unable to locate .*no metadata service"),
-        (
-            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_EC2_METADATA_DISABLED": "true"},
-            "Unable to locate credentials; set AWS_ACCESS_KEY_ID",
-        ),
-        ({"AWS_SKIP_SIGNATURE": "maybe"}, "maybe"),
-    ],
-)
-def test_a_server_or_keys_that_can_not_be_used_are_one_line(
-    serve: Callable[..., Server],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, str | None],
-    expected: str,
-) -> None:
-    serve(lambda number, asked: (whole(asked), True))
-    (tmp_path / "config").write_text("[default]\nregion = us-east-1\n")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    for name, value in changes.items():
-        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
-    with pytest.raises(RetortError, match=expected) as refused:
-        RemotePlace("s3://bucket/store").size("x")
-    assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
-
-
-def test_amazon_says_where_a_bucket_lies() -> None:
-    for status in ("200 OK", "301 Moved", "403 Forbidden"):
-        answer = reply(status=status, **{"x-amz-bucket-region": "eu-west-3"})
-        server = Server(lambda number, asked, answer=answer: (answer, False))  # type: ignore[misc]
-        assert bucket_region("some.bucket", server.address) == "eu-west-3"
-        assert server.asked[0].line.startswith("HEAD /some.bucket ")
-        server.socket.close()
-    assert bucket_region("none", Server(lambda number, asked: (reply(status="404 No"), False)).address) == "us-east-1"
-    assert bucket_region("none", "http://127.0.0.1:9") == "us-east-1"
-
-
 @pytest.mark.parametrize(
     ("url", "kind", "bucket", "prefix", "account"),
     [
@@ -449,7 +263,7 @@ def test_a_url_that_names_no_place_is_refused(url: str) -> None:
 def test_a_file_url_is_a_folder_and_a_root_names_a_bucket(tmp_path: Path) -> None:
     assert root_text(f"file://{tmp_path}/stores/") == f"{tmp_path}/stores"
     assert place_of(f"file://{tmp_path}", "a/b") == LocalPlace(tmp_path / "a/b")
-    for root in ("s3://", "file://", ""):
+    for root in ("s3://", "s3:/bucket/x", "s3:bucket", "file://", ""):
         with pytest.raises(RetortError, match="ROOT of all stores"):
             root_text(root)
 
