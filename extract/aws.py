@@ -1,4 +1,4 @@
-"""How S3 is reached: server, region and credentials, from the environment and the AWS folder `~/.aws`.
+"""Configuration of S3: server, region and credentials, from the environment and the folder `~/.aws`.
 
 obstore reads AWS_* variables, and asks the metadata service of Amazon's machines; what other clients of S3 find beyond
 that is looked up here: profiles, the bucket's region, certificates. In this order: AWS_SKIP_SIGNATURE=true (a public
@@ -35,7 +35,7 @@ Provider = Callable[[], "S3Credential"]
 
 
 def s3_options(bucket: str) -> tuple["S3Config", Provider | None, bytes | None]:
-    """The server, region and keys for a bucket; what gives credentials, if neither keys nor obstore do; certificates.
+    """Return the server, region and keys for a bucket, a provider of credentials if one is needed, and certificates.
 
     Raises RetortError for an address, profile or file of certificates that can't be used, and where there are no keys.
     """
@@ -56,7 +56,7 @@ def metadata_endpoint() -> str:
 
 
 def bucket_region(bucket: str, server: str = "https://s3.amazonaws.com") -> str:
-    """The region that Amazon says a bucket lies in; its default one where it doesn't say."""
+    """Return the region of a bucket, which Amazon gives to anyone; its default region where there is no answer."""
     request = urllib.request.Request(f"{server}/{bucket}", method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:

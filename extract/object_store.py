@@ -186,7 +186,7 @@ class Objects:
         return {"url": self.url}  # no connection and no credentials leave the process
 
     def _elsewhere(self, *arguments: str, data: bytes = b"") -> Iterator[bytes]:
-        """Yield what a new process writes to stdout that does this request."""
+        """Run a request in a new process and yield what it writes to stdout."""
         root = Path(__file__).parent.parent
         command = [sys.executable, "-m", "extract.object_store", self.url, *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -206,7 +206,7 @@ class Objects:
 
     @contextmanager
     def _in_one_line(self, name: str | None = None) -> Iterator[None]:
-        """Whatever obstore raises because the other side fails or refuses, as a RetortError."""
+        """Turn what obstore raises because the other side fails or refuses into a RetortError."""
         try:
             yield
         except RetortError:
@@ -250,9 +250,11 @@ def _retry_options() -> "RetryConfig":
 def _reason(error: Exception) -> str:
     """The cause in an error of obstore: the server's code and message, or what the system says of the connection."""
     text, _, debug = str(error).partition("\n\nDebug source:")
-    if f"{metadata_endpoint()}/latest/" in text or "/computeMetadata/" in text:
-        return "Unable to locate credentials (none in the environment, and this machine has no metadata service)"
-    if answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL):
+    if any(path in text for path in (f"{metadata_endpoint()}/latest/", "/computeMetadata/", "/metadata/identity/")):
+        return "Unable to locate credentials (none in the environment, none from a metadata service)"
+    if provider := re.search(r"credential provider: (.*)", text, re.DOTALL):
+        text = f"Unable to get credentials ({provider[1].strip()})"
+    elif answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL):
         text = f"{answer[1]}: {answer[2]}"
     elif isinstance(error, PermissionDeniedError | UnauthenticatedError):
         text = f"Access denied ({text})"

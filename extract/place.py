@@ -1,4 +1,4 @@
-"""Where a store's objects lie: in a local folder, or in an object store at a URL such as s3://bucket/prefix.
+"""Location of a store's objects: a local folder, or an object store at a URL such as s3://bucket/prefix.
 
 A store is a set of objects that its manifest names with [bytes, sha256]. A place says what is there and moves whole
 objects. A store at a URL is read through a local cache: an object is fetched whole when it is first asked for, checked
@@ -6,7 +6,7 @@ against the manifest and renamed into place, so that zarr and numpy read local f
 again without the network. The cache lies in `stores/.cache` or where RETORT_CACHE says, one folder a store digest;
 it may be deleted at any time.
 
-`extract.object_store` has the URLs that are known, `extract.aws` where S3's credentials and server come from.
+`extract.object_store` lists the known URLs; `extract.aws` reads S3's credentials and server.
 """
 
 import asyncio

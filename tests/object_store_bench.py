@@ -32,7 +32,7 @@ LISTED = 2_000
 
 
 class Obstore:
-    """What extract/object_store.py does."""
+    """The calls of extract/object_store.py."""
 
     def __init__(self, bucket: str) -> None:
         from extract.object_store import Objects
@@ -67,7 +67,7 @@ class Obstore:
 
 
 class S3fs:
-    """What extract/place.py did with s3fs until it was replaced."""
+    """The calls of extract/place.py while it used s3fs."""
 
     def __init__(self, bucket: str) -> None:
         import fsspec

@@ -38,7 +38,7 @@ class S3:
 
     @cached_property
     def client(self) -> Any:
-        """Another client than ours, which says what lies there."""
+        """An independent client, to read what lies there."""
         keys = {"aws_access_key_id": "anybody", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
         return boto3.client("s3", endpoint_url=self.endpoint, **keys)
 

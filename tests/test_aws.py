@@ -1,4 +1,4 @@
-"""How S3 is found: keys, region and server, from the environment, from profiles and from Amazon."""
+"""Configuration of S3: keys, region and server, from the environment, from profiles and from Amazon."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_keys_and_region_come_from_the_environment_then_from_the_profile(
     ("changes", "expected"),
     [
         ({"AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID is set and AWS_SECRET_ACCESS_KEY is not; set both"),
-        ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE: 'nobody' is in neither .*; expected one of default"),
+        ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE: 'nobody' is in neither .*; expected one of command, default"),
         ({"AWS_CONFIG_FILE": __file__}, r"test_aws.py: .*; mend it"),
         ({"AWS_ENDPOINT_URL": "s3.example.org"}, "AWS_ENDPOINT_URL: got 's3.example.org', expected an address"),
         ({"AWS_ENDPOINT_URL": "http://a b"}, "AWS_ENDPOINT_URL: got 'http://a b'"),
@@ -91,12 +91,19 @@ def test_keys_and_region_come_from_the_environment_then_from_the_profile(
         ({"AWS_ENDPOINT_URL": "https://127.0.0.1:9"}, r"Could not connect to https://127.0.0.1:9 \("),
         ({"AWS_ENDPOINT_URL": "http://no.invalid"}, r"Could not connect to http://no.invalid \(failed to look"),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "Unable to locate credentials; set AWS_ACCESS_KEY_ID"),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, r"Unable to locate .*no metadata service"),
+        (
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
+            r"Unable to locate .*none from a metadata service",
+        ),
         (
             {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_EC2_METADATA_DISABLED": "true"},
             "Unable to locate credentials; set AWS_ACCESS_KEY_ID",
         ),
         ({"AWS_SKIP_SIGNATURE": "maybe"}, "maybe"),
+        (
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_PROFILE": "command"},
+            r"Unable to get credentials \(CredentialRetrievalError: ",
+        ),
     ],
 )
 def test_a_server_or_keys_that_can_not_be_used_are_one_line(
@@ -107,7 +114,7 @@ def test_a_server_or_keys_that_can_not_be_used_are_one_line(
     expected: str,
 ) -> None:
     serve(lambda number, asked: (reply(DATA), True))
-    (tmp_path / "config").write_text("[default]\nregion = us-east-1\n")
+    (tmp_path / "config").write_text("[default]\nregion = us-east-1\n[profile command]\ncredential_process = false\n")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
     for name, value in changes.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
