@@ -216,6 +216,8 @@ class Objects:
             hint = _HINTS[_KINDS[self.url.partition("://")[0]]]
             if isinstance(error, FileNotFoundError) and not re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 hint = "it was deleted, or never written: run `python -m extract run` or `mirror` again"
+            if "InvalidRange" in str(error):
+                hint = "it is damaged: 0 bytes; delete it and run `python -m extract run` or `mirror` again"
             if isinstance(error, InvalidPathError):
                 hint = "delete that object, or give another root"
             raise RetortError(f"{where}: {_reason(error)}; {hint}") from error

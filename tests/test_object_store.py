@@ -183,6 +183,8 @@ def test_large_and_empty_and_odd_objects_arrive_bit_for_bit(s3: S3, tmp_path: Pa
         read = list(pool.map(again.read, [*contents] * 3))
     assert read == [*contents.values()] * 3
     assert {name: again.size(name) for name in contents} == {name: len(data) for name, data in contents.items()}
+    with pytest.raises(RetortError, match=r"empty: InvalidRange: .*; it is damaged: 0 bytes"):
+        again.fetch("empty", tmp_path / "back", EXPECTED)
     assert again.sha256("large") == hashlib.sha256(DATA * 2).hexdigest()
 
 
