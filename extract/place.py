@@ -1,4 +1,4 @@
-"""Where a store's objects lie: in a local folder, or at an fsspec URL such as s3://bucket/prefix.
+"""Location of a store's objects: a local folder, or an object store at a URL such as s3://bucket/prefix.
 
 A store is a set of objects that its manifest names with [bytes, sha256]. A place says what is there and moves whole
 objects. A store at a URL is read through a local cache: an object is fetched whole when it is first asked for, checked
@@ -6,8 +6,7 @@ against the manifest and renamed into place, so that zarr and numpy read local f
 again without the network. The cache lies in `stores/.cache` or where RETORT_CACHE says, one folder a store digest;
 it may be deleted at any time.
 
-For S3 the environment gives credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) and, for a server
-that is not Amazon's, its address (AWS_ENDPOINT_URL).
+`extract.object_store` lists the known URLs; `extract.aws` reads S3's credentials and server.
 """
 
 import asyncio
@@ -19,11 +18,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -32,13 +31,12 @@ from zarr.storage import LocalStore
 from extract.errors import RetortError
 from extract.files import in_main_tree, sha256_file, sweep, written_aside
 
-_DAMAGED = ".damaged"
-Expected = list[Any]  # [bytes, sha256], as a manifest has it for each object
+if TYPE_CHECKING:
+    from extract.object_store import Objects
 
-_HINT = (
-    "check the address, the credentials (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) and the "
-    "server (S3 elsewhere than at Amazon: AWS_ENDPOINT_URL)"
-)
+_DAMAGED = ".damaged"
+_FILE = "file://"  # a URL of a local folder, which needs no cache
+Expected = list[Any]  # [bytes, sha256], as a manifest has it for each object
 
 
 def is_url(root: Path | str) -> bool:
@@ -48,13 +46,21 @@ def is_url(root: Path | str) -> bool:
 
 def root_text(root: Path | str) -> str:
     """A root of stores as manifests have it. Raises RetortError for an empty one, which would be the current folder."""
-    if not str(root):
+    text = str(root).removeprefix(_FILE)
+    if not text:
         raise RetortError("the ROOT of all stores is empty; give a folder such as stores, or a URL")
-    return str(root).rstrip("/") if is_url(root) else Path(root).as_posix()
+    if not is_url(text):
+        if text.startswith(("s3:", "gs:", "az:")):  # a folder of that name is hardly meant
+            raise RetortError(f"the ROOT of all stores {text} lacks a slash; expected a URL such as s3://bucket/prefix")
+        return Path(text).as_posix()
+    if (url := text.rstrip("/")).endswith(":"):
+        raise RetortError(f"the ROOT of all stores {text} names no bucket; expected a URL such as s3://bucket/prefix")
+    return url
 
 
 def place_of(root: str, path: str) -> "Place":
     """The place of the store `path` below `root`, a folder (relative: below the main working tree) or a URL."""
+    root = root.removeprefix(_FILE)
     return RemotePlace(f"{root}/{path}") if is_url(root) else LocalPlace(in_main_tree(root) / path)
 
 
@@ -118,7 +124,7 @@ class LocalPlace:
 
 @dataclass(frozen=True)
 class RemotePlace:
-    """A store's objects below an fsspec URL. Sizes come from one listing, kept, to which `put` adds.
+    """A store's objects below an object store's URL. Sizes come from one listing, kept, to which `put` adds.
 
     Every method raises RetortError when the other side can't be reached or refuses.
     """
@@ -129,12 +135,14 @@ class RemotePlace:
         return self.url
 
     @cached_property
+    def _objects(self) -> "Objects":
+        from extract.object_store import Objects  # late: a local store is read without it
+
+        return Objects(self.url)
+
+    @cached_property
     def _sizes(self) -> dict[str, int]:
-        filesystem, path = self._filesystem()
-        with _in_one_line(self.url):
-            filesystem.invalidate_cache()
-            found = filesystem.find(path, detail=True)
-        return {name[len(path) + 1 :]: entry["size"] for name, entry in found.items()}
+        return self._objects.sizes()
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, None where it is missing."""
@@ -142,41 +150,33 @@ class RemotePlace:
 
     def sha256(self, name: str) -> str:
         """Digest of an object that is there (streams all of it, keeps nothing)."""
-        filesystem, path = self._filesystem()
-        with (
-            _in_one_line(f"{self}/{name}"),
-            filesystem.open(f"{path}/{name}", "rb", cache_type="readahead") as file,
-        ):
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for piece in self._objects.chunks(name, self.size(name) or 0):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def read(self, name: str) -> bytes:
         """A small object, whole."""
-        filesystem, path = self._filesystem()
-        with _in_one_line(f"{self}/{name}"):
-            value: bytes = filesystem.cat_file(f"{path}/{name}")
-            return value
+        return b"".join(self._objects.chunks(name))
 
     def fetch(self, name: str, into: Path, expected: Expected) -> None:
         """Download an object to the file `into`. Raises RetortError when its bytes are not the expected ones."""
-        filesystem, path = self._filesystem()
+        digest = hashlib.sha256()
         with written_aside(into) as aside:
-            with _in_one_line(f"{self}/{name}"):
-                filesystem.get_file(f"{path}/{name}", str(aside))
-            check_bytes(aside, expected, what=f"{self}/{name}")
+            with aside.open("wb") as file:
+                for piece in self._objects.chunks(name, expected[0]):
+                    digest.update(piece)
+                    file.write(piece)
+            _compare(expected, aside.stat().st_size, digest.hexdigest(), what=f"{self}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
         """Put a small object, whole."""
-        filesystem, path = self._filesystem()
-        with _in_one_line(f"{self}/{name}"):
-            filesystem.pipe_file(f"{path}/{name}", data)
+        self._objects.put(name, data)
         self._sizes[name] = len(data)
 
     def put(self, file: Path, name: str) -> None:
         """Upload a file as an object; what was there is replaced once all bytes have arrived."""
-        filesystem, path = self._filesystem()
-        with _in_one_line(f"{self}/{name}"):
-            filesystem.put_file(str(file), f"{path}/{name}")
-        self._sizes[name] = file.stat().st_size
+        self._sizes[name] = self._objects.put_file(name, file)
 
     def cached(self, digest: str, objects: Mapping[str, Expected]) -> "CachedPlace":
         """The place to read from: this one through the local cache."""
@@ -185,24 +185,6 @@ class RemotePlace:
     def workshop(self) -> Path:
         """This process's folder, gone when it ends, in which the store's objects are made before they are put."""
         return _workshop(self.url, _cache_root())
-
-    def _filesystem(self) -> tuple[Any, str]:
-        """The filesystem and this place's path in it; fsspec keeps the connection, and drops it after a fork."""
-        import fsspec  # late: a local store is read without it
-
-        protocol, _, rest = self.url.partition("://")
-        try:
-            filesystem, path = fsspec.url_to_fs(self.url)
-        except ImportError as error:
-            fix = "pip install -e '.[s3]'" if protocol in ("s3", "s3a") else str(error)
-            raise RetortError(f"{self.url}: a package for {protocol}:// is missing; {fix}") from None
-        except ValueError as error:
-            raise RetortError(
-                f"{self.url}: {error}; expected a local folder or a URL such as s3://bucket/prefix"
-            ) from None
-        if rest.startswith("/"):
-            raise RetortError(f"{self.url} names no bucket; expected a URL such as s3://bucket/prefix")
-        return filesystem, path
 
 
 @dataclass(frozen=True)
@@ -276,11 +258,17 @@ class _FetchingStore(LocalStore):
 
 def check_bytes(file: Path, expected: Expected, *, what: str) -> None:
     """Raises RetortError when a file is not of the expected size and digest; `what` names the object."""
-    size, digest = expected
-    if (found := file.stat().st_size) != size:
-        raise RetortError(f"{what} is damaged: {found} bytes, expected {size}; {_REPAIR}")
-    if (found_digest := sha256_file(file)) != digest:
-        raise RetortError(f"{what} is damaged: sha256 {found_digest[:12]}, expected {digest[:12]}; {_REPAIR}")
+    if (size := file.stat().st_size) != expected[0]:
+        _compare(expected, size, "", what=what)
+    _compare(expected, size, sha256_file(file), what=what)
+
+
+def _compare(expected: Expected, size: int, digest: str, *, what: str) -> None:
+    expected_size, expected_digest = expected
+    if size != expected_size:
+        raise RetortError(f"{what} is damaged: {size} bytes, expected {expected_size}; {_REPAIR}")
+    if digest != expected_digest:
+        raise RetortError(f"{what} is damaged: sha256 {digest[:12]}, expected {expected_digest[:12]}; {_REPAIR}")
 
 
 _REPAIR = "delete it and run `python -m extract run` or `mirror` again, they make or copy what is missing"
@@ -311,30 +299,6 @@ def _make_folder(folder: Path) -> Path:
         _raise_if_full(error)
         raise RetortError(f"can't make the cache {folder} ({error.strerror}); set RETORT_CACHE to a folder") from None
     return folder
-
-
-@contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
-    """Whatever a filesystem raises because the other side fails or refuses, as a RetortError."""
-    try:
-        yield
-    except _failures() as error:
-        _raise_if_full(error)
-        raise RetortError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}; {_HINT}") from error
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """OSError, and what S3's libraries raise beside it, if they are installed."""
-    failures: list[type[Exception]] = [OSError]
-    with suppress(ImportError):
-        from botocore.exceptions import BotoCoreError
-
-        failures.append(BotoCoreError)
-    with suppress(ImportError):
-        from aiohttp import ClientError
-
-        failures.append(ClientError)
-    return tuple(failures)
 
 
 def _raise_if_full(error: BaseException) -> None:

@@ -5,11 +5,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import fsspec
+import boto3
 import pytest
-import s3fs
 from moto.server import ThreadedMotoServer
 
 BUCKET = "features"
@@ -35,17 +36,24 @@ class S3:
         """Paths that were asked for, such as `/features/stores/…/hidden/c/0/0/0/0`."""
         return [line.split()[1] for line in self.seen if line.startswith(method) and part in line]
 
+    @cached_property
+    def client(self) -> Any:
+        """An independent client, to read what lies there."""
+        keys = {"aws_access_key_id": "anybody", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+        return boto3.client("s3", endpoint_url=self.endpoint, **keys)
+
     def objects(self) -> dict[str, bytes]:
         """Everything in the bucket, by name below the root."""
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        prefix = f"{BUCKET}/stores/"
-        return {name.removeprefix(prefix): files.cat_file(name) for name in files.find(prefix)}
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="stores/")
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        found = {key: self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+        return {key.removeprefix("stores/"): data for key, data in found.items()}
 
     def replace(self, name: str, data: bytes) -> None:
-        fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(f"{BUCKET}/stores/{name}", data)
+        self.client.put_object(Bucket=BUCKET, Key=f"stores/{name}", Body=data)
 
     def remove(self, name: str) -> None:
-        fsspec.filesystem("s3", skip_instance_cache=True).rm_file(f"{BUCKET}/stores/{name}")
+        self.client.delete_object(Bucket=BUCKET, Key=f"stores/{name}")
 
     def ask_for_signatures(self, actions: float) -> None:
         """From the `actions`-th request on, refuse whoever is not known to the server: nobody is."""
@@ -82,12 +90,10 @@ def running_s3(cache: Path) -> Iterator[S3]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
         patch.setenv("RETORT_CACHE", str(cache))
-        s3fs.S3FileSystem.clear_instance_cache()
         urllib.request.urlopen(f"{s3.endpoint}/moto-api/reset", b"").close()
-        fsspec.filesystem("s3").mkdir(BUCKET)
+        urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/{BUCKET}", method="PUT")).close()
         try:
             yield s3
         finally:
-            s3fs.S3FileSystem.clear_instance_cache()
             log.removeHandler(handler)
             server.stop()

@@ -83,7 +83,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: exporting to ONNX needs onnxruntime, which is not installed: pip install -e '.[export]'\n"
+        "error: exporting to ONNX needs onnxruntime, which is not installed: pip install -r requirements/dev.lock\n"
     )
 
 
