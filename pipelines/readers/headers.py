@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipelines.readers.mpeg import mpeg_damage
+from pipelines.readers.mpeg import walk_mpeg
 
 
 @dataclass(frozen=True)
 class Header:
     """Findings about one file.
 
-    damage: why the file can't be used; empty if nothing was found.
+    damage: the reason why the file can't be used; empty if nothing was found.
     notes: what is odd and does not change the samples.
     patches: (offset, bytes) to put over the file's own bytes, where libsndfile does not understand a streamed header.
     flac_md5: the MD5 of all samples, and the bits of a sample, of a FLAC file that has it.
+    counted: the samples of an MP3 that does not declare them, by its frames; libsndfile estimates them.
     checked: whether this module knows the format; libsndfile's own log is all there is for others.
     """
 
@@ -32,6 +33,7 @@ class Header:
     notes: tuple[str, ...] = ()
     patches: tuple[tuple[int, bytes], ...] = ()
     flac_md5: tuple[bytes, int] | None = None
+    counted: int | None = None
     checked: bool = True
 
 
@@ -44,8 +46,8 @@ def read_header(path: Path) -> Header:
         if magic in _FORMATS:
             return _FORMATS[magic](file, start, size)
         if magic[:2] >= b"\xff\xe0":
-            damage, notes = mpeg_damage(file, start, size)
-            return Header(damage=damage, notes=notes)
+            damage, notes, counted = walk_mpeg(file, start, size)
+            return Header(damage=damage, notes=notes, counted=counted)
         return Header(checked=False)
 
 
@@ -73,7 +75,7 @@ def _at(file: BinaryIO, offset: int, count: int) -> bytes:
 
 
 def _id3_bytes(file: BinaryIO) -> int:
-    """The length of an ID3v2 tag at the beginning: 4 x 7 bits, without its own header of 10 bytes."""
+    """Return the length of an ID3v2 tag at the beginning: 4 x 7 bits, without its own header of 10 bytes."""
     tag = _at(file, 0, 10)
     if len(tag) < 10 or tag[:3] != b"ID3":
         return 0
@@ -81,7 +83,7 @@ def _id3_bytes(file: BinaryIO) -> int:
 
 
 def _short(there: int, declared: int, frame_bytes: int) -> str:
-    """The reason for a file with `there` of `declared` bytes of audio; frame_bytes is 0 for a compressed format."""
+    """Return the reason for a file with `there` of `declared` bytes of audio; frame_bytes is 0 if compressed."""
     if frame_bytes:
         return f"truncated: {there // frame_bytes:,} of {declared // frame_bytes:,} samples"
     return f"truncated: {there:,} of {declared:,} bytes of audio"
@@ -98,7 +100,7 @@ _MOST_BYTES = 0xFFFF_FFFF
 
 
 def _riff(file: BinaryIO, start: int, size: int) -> Header:
-    """WAV, RIFX and RF64: the size of the chunk `data`, of `ds64` in RF64, and what lies behind it."""
+    """Check WAV, RIFX and RF64: the size of the chunk `data`, of `ds64` in RF64, and the chunks behind it."""
     magic = _at(file, start, 4)
     order: Any = "big" if magic == b"RIFX" else "little"
     form_bytes = int.from_bytes(_at(file, start + 4, 4), order)
@@ -108,7 +110,8 @@ def _riff(file: BinaryIO, start: int, size: int) -> Header:
         if name == b"data":
             break
         if name == b"ds64":
-            long_size = place + 16, int.from_bytes(_at(file, place + 16, 8), order)
+            form_bytes, long_length = (int.from_bytes(_at(file, place + at, 8), order) for at in (8, 16))
+            long_size = place + 16, long_length
         if name == b"fmt ":
             frame_bytes = _wav_frame_bytes(_at(file, place + 8, min(length, 40)), order)
         place += 8 + length + length % 2
@@ -131,7 +134,7 @@ def _riff(file: BinaryIO, start: int, size: int) -> Header:
 def _streamed_riff(
     file: BinaryIO, there: int, size: int, frame_bytes: int, sizes: list[tuple[int, int]], order: Any
 ) -> Header:
-    """A WAV whose length its writer did not know: the rest of the file, by sizes that libsndfile reads."""
+    """Patch the sizes of a WAV whose length its writer did not know, so that libsndfile reads the rest of the file."""
     over = there % frame_bytes if frame_bytes else 0
     if over > 1 or (over and _at(file, size - 1, 1) != b"\0"):  # one zero byte is padding
         return Header(f"truncated: ends inside a sample, {over} bytes of {frame_bytes}")
@@ -144,7 +147,7 @@ def _streamed_riff(
 
 
 def _wav_frame_bytes(fields: bytes, order: Any) -> int:
-    """Bytes of a sample of all channels, or 0 for a compressed format."""
+    """Return the bytes of a sample of all channels, or 0 for a compressed format."""
     tag = int.from_bytes(fields[:2], order)
     if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the sub-format begins with the tag
         tag = int.from_bytes(fields[24:26], order)
@@ -152,7 +155,7 @@ def _wav_frame_bytes(fields: bytes, order: Any) -> int:
 
 
 def _chunks_behind(file: BinaryIO, place: int, size: int, order: Any) -> Header:
-    """What follows the audio: more chunks, or bytes that no size counts."""
+    """Check the end of the file behind the audio: more chunks, or bytes that no size counts."""
     while place + 8 <= size:
         head = _at(file, place, 8)
         length = int.from_bytes(head[4:], order)
@@ -173,7 +176,7 @@ _AIFF_BYTES = {
 
 
 def _aiff(file: BinaryIO, start: int, size: int) -> Header:
-    """AIFF and AIFF-C: the frames of `COMM` and the size of `SSND` against the bytes."""
+    """Check AIFF and AIFF-C: the frames of `COMM` and the size of `SSND` against the bytes."""
     kind, place, declared, frame_bytes, audio = _at(file, start + 8, 4), start + 12, 0, 0, None
     if kind not in (b"AIFF", b"AIFC"):  # 8SVX
         return Header(checked=False)
@@ -188,7 +191,7 @@ def _aiff(file: BinaryIO, start: int, size: int) -> Header:
             skipped = 8 + int.from_bytes(_at(file, place + 8, 4), "big")
             audio = (length - skipped, size - place - 8 - skipped)
         place += 8 + length + length % 2
-    if audio is None:
+    if audio is None or audio[0] < 0:
         return Header(checked=False)
     if audio[1] < audio[0] and not _is_unknown(audio[0] + 8):
         return Header(_short(max(audio[1], 0), audio[0], frame_bytes))
@@ -201,7 +204,7 @@ _AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # bytes a sample 
 
 
 def _au(file: BinaryIO, start: int, size: int) -> Header:
-    """Sun's AU: the offset and the byte count of its header."""
+    """Check Sun's AU: the offset and the byte count of its header."""
     order: Any = "big" if _at(file, start, 4) == b".snd" else "little"
     fields = _at(file, start, 24)
     offset, declared, encoding, _, channels = (int.from_bytes(fields[at : at + 4], order) for at in range(4, 24, 4))
@@ -212,7 +215,7 @@ def _au(file: BinaryIO, start: int, size: int) -> Header:
 
 
 def _nist(file: BinaryIO, start: int, size: int) -> Header:
-    """NIST SPHERE: `sample_count` of its header."""
+    """Check NIST SPHERE: `sample_count` of its header."""
     text = _at(file, start, 1 << 16).decode("latin-1")
     fields = dict(re.findall(r"^(\w+) -i (\d+)\s*$", text.partition("end_head")[0], re.MULTILINE))
     lines = text.split("\n", 2)
@@ -224,7 +227,7 @@ def _nist(file: BinaryIO, start: int, size: int) -> Header:
 
 
 def _flac(file: BinaryIO, start: int, size: int) -> Header:
-    """FLAC: STREAMINFO's MD5 of all samples, 0 where the encoder left it out."""
+    """Read STREAMINFO's MD5 of all samples, which is 0 where the encoder left it out."""
     info = _at(file, start + 8, 34)
     bits = ((info[12] & 1) << 4 | info[13] >> 4) + 1 if len(info) == 34 else 0
     return Header(flac_md5=(info[18:], bits) if bits in (8, 16, 24) and any(info[18:]) else None)
@@ -234,7 +237,7 @@ _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def _ogg(file: BinaryIO, start: int, size: int) -> Header:
-    """Ogg: every page by its checksum and number, and a last page that says so (RFC 3533)."""
+    """Check every Ogg page by its checksum and number, and that the last one is marked as such (RFC 3533)."""
     place = start
     number_of: dict[bytes, int] = {}
     ended: set[bytes] = set()

@@ -13,38 +13,40 @@ _TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")  # what may follow the las
 _XING_FRAMES = 1
 
 
-def mpeg_damage(file: BinaryIO, start: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """Walk all frames of layers II and III: the reason why the file can't be used, or "", and notes.
+def walk_mpeg(file: BinaryIO, start: int, size: int) -> tuple[str, tuple[str, ...], int | None]:
+    """Walk all frames of layers II and III: the reason why the file can't be used, or "", notes, and a sample count.
 
-    The first frame may hold the number of frames that follow (Xing, Info), which shows a truncation.
+    The first frame may hold the number of frames that follow (Xing, Info), which shows a truncation. Without it the
+    samples are counted here: the decoder knows the length of the file by an estimate alone.
     """
-    place, frames, declared = start, 0, None
+    place, frames, samples, declared, counted = start, 0, 0, None, 0
     while place < size:
         file.seek(place)
         head = file.read(4)
-        length, samples = _frame(head)
+        length, in_frame = _frame(head)
         if not length:
             if frames == 0:
-                return "", ()  # layer I, a free bit rate, or no MPEG audio: left to the decoder
+                return "", (), None  # layer I, a free bit rate, or no MPEG audio: left to the decoder
             file.seek(place)
             rest = file.read(1 << 16)
             if rest.startswith(_TAGS) or not rest.strip(b"\0"):
                 break
-            return f"damaged: no MPEG frame at byte {place:,}", ()
+            return f"damaged: no MPEG frame at byte {place:,}", (), None
         if frames == 0:
             declared = _declared_frames(head + file.read(length - 4))
         if place + length > size:
             break
-        frames += 1
+        frames, samples, counted = frames + 1, in_frame, counted + in_frame
         place += length
     there = frames - (declared is not None)
     if declared is not None and there + 1 < declared:  # some encoders count the frame that holds the number
-        return f"truncated: {there * samples:,} of {declared * samples:,} samples", ()
-    return "", ("ends inside an MPEG frame",) if place < size and length else ()
+        return f"truncated: {there * samples:,} of {declared * samples:,} samples", (), None
+    notes = ("ends inside an MPEG frame",) if place < size and length else ()
+    return "", notes, counted if declared is None else None
 
 
 def _frame(head: bytes) -> tuple[int, int]:
-    """The bytes and the samples of the frame with this header of 4 bytes; 0 bytes for none that is known."""
+    """Return the bytes and the samples of the frame with this header of 4 bytes; 0 bytes for none that is known."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return 0, 0
     version, layer = {3: 1, 2: 2, 0: 4}.get(head[1] >> 3 & 3, 0), 4 - (head[1] >> 1 & 3)  # 4 is MPEG 2.5
@@ -57,9 +59,9 @@ def _frame(head: bytes) -> tuple[int, int]:
 
 
 def _declared_frames(frame: bytes) -> int | None:
-    """The number of frames that the first one declares."""
+    """Return the number of frames that the first one declares, or None."""
     for name in (b"Xing", b"Info"):
         place = frame.find(name, 0, 64)
-        if place >= 0 and frame[place + 7] & _XING_FRAMES:
+        if 0 <= place <= len(frame) - 12 and frame[place + 7] & _XING_FRAMES:
             return int.from_bytes(frame[place + 8 : place + 12], "big")
     return None
