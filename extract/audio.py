@@ -4,6 +4,7 @@ The only file that imports torchaudio. Its compiled library is linked to one bui
 another release, or of another CUDA version, does not load; the lock files under requirements/ hold a tested pair.
 """
 
+import math
 from importlib.metadata import version
 
 import numpy as np
@@ -23,10 +24,51 @@ except (ImportError, OSError, RuntimeError, AttributeError) as error:  # undefin
     ) from None
 
 
+_ZERO_CROSSINGS, _ROLLOFF = 6, 0.99  # torchaudio's defaults
+_LARGEST_KERNEL = 1 << 21  # values: 8 MB; 44.1 kHz to 16 kHz has 76,000, 44,099 Hz has 700 million
+_PHASES_AT_ONCE = 4096
+
+
 def resample(audio_T: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
-    """Resample float32 (samples,) by windowed sinc interpolation (torchaudio's defaults)."""
+    """Resample float32 (samples,) by windowed sinc interpolation, to ceil(samples * to_hz / from_hz) samples.
+
+    torchaudio's filter with its defaults. torchaudio holds one kernel of from_hz / gcd values for each of to_hz / gcd
+    phases and multiplies by all of it; where that is large (rates with a small common divisor), the same filter is
+    applied by its non-zero values alone, so that the cost follows the length of the audio for every pair of rates.
+    """
+    divisor = math.gcd(from_hz, to_hz)
+    before, after = from_hz // divisor, to_hz // divisor
+    if before * after > _LARGEST_KERNEL:
+        return _resample_by_taps(audio_T, before, after)
     resampled: NDArray[np.float32] = functional.resample(torch.from_numpy(audio_T), from_hz, to_hz).numpy()
     return resampled
+
+
+def _resample_by_taps(audio_T: NDArray[np.float32], before: int, after: int) -> NDArray[np.float32]:
+    """Resample by the ratio after / before, which has no common divisor: float32 (T,) -> (ceil(T * after / before),).
+
+    P periods of `after` output samples, each of `before` input samples; output N of a period has the phase N, whose K
+    weights are those of torchaudio.functional.resample: sinc under a Hann window of 6 zero crossings.
+    """
+    num_out = -(-len(audio_T) * after // before)
+    cutoff = min(before, after) * _ROLLOFF
+    width = math.ceil(_ZERO_CROSSINGS * before / cutoff)
+    num_periods = -(-num_out // after)
+    padded_T = np.zeros((num_periods + 1) * before + 2 * width + 2, np.float32)
+    padded_T[width : width + len(audio_T)] = audio_T
+    out_PN = np.zeros((num_periods, after), np.float32)
+    for first in range(0, min(after, num_out), _PHASES_AT_ONCE):
+        phase_N = np.arange(first, min(first + _PHASES_AT_ONCE, after, num_out))
+        nearest_N = phase_N * before // after
+        offset_NK = np.arange(-width, width + 2) + (nearest_N - phase_N * before / after)[:, None]  # input samples
+        t_NK = np.clip(offset_NK * (cutoff / before), -_ZERO_CROSSINGS, _ZERO_CROSSINGS)
+        window_NK = np.cos(t_NK * (np.pi / _ZERO_CROSSINGS / 2)) ** 2
+        weight_NK = (np.sinc(t_NK) * window_NK * (cutoff / before)).astype(np.float32)
+        tap_NK = nearest_N[:, None] + np.arange(2 * width + 2)
+        for period in range(num_periods):
+            taps_NK = padded_T[period * before :][tap_NK]
+            out_PN[period, phase_N] = np.einsum("nk,nk->n", taps_NK, weight_NK)
+    return out_PN.reshape(-1)[:num_out]
 
 
 def log_mel(waveform_T: Tensor, *, num_bands: int, sample_rate_hz: int = 16_000) -> Tensor:

@@ -11,6 +11,8 @@ Beside it a small NAME.json with the digests and counts, which is what DVC track
 
 import hashlib
 import json
+import os
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -30,6 +32,7 @@ from extract.files import in_main_tree, read_json, sha256_json, write_json, writ
 FORMAT_VERSION = 1
 SAMPLE_RATE_HZ = 16_000
 _COPY_SAMPLES = 1 << 24
+_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # by h5py, of a damaged file
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,14 @@ class Corpus:
                     f"{path} is no corpus card ({error}); make one with `python -m pipelines corpus`"
                 ) from None
             path, expected = in_main_tree(card["file"]), card["digest"]
-        if not path.is_file():
-            raise RetortError(
-                f"corpus {path} does not exist; make it with `python -m pipelines corpus` (or `dvc repro -f`)"
-            )
         try:
             corpus = cls._read(path)
+            check_name(corpus.name, where=f"{path}: name")  # stores lie below a folder of this name
+            corpus._check_table()
         except RetortError:
             raise
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise RetortError(
-                f"{path} is no readable corpus ({error}); make it again with `python -m pipelines corpus`"
-            ) from None
-        check_name(corpus.name, where=f"{path}: name")  # stores lie below a folder of this name
-        corpus._check_table()
+        except (OSError, *_DAMAGE) as error:
+            raise _trouble(path, error) from None
         if expected is not None and corpus.digest != expected:
             raise RetortError(
                 f"corpus {path} has digest {corpus.digest[:12]}, its card says {expected[:12]}: "
@@ -104,7 +101,7 @@ class Corpus:
 
     @classmethod
     def _read(cls, path: Path) -> "Corpus":
-        with h5py.File(path, "r") as file:
+        with _open_file(path) as file:
             if file.attrs["format_version"] != FORMAT_VERSION:
                 raise RetortError(
                     f"{path} has corpus format {file.attrs['format_version']}, expected {FORMAT_VERSION}; make it again"
@@ -139,13 +136,15 @@ class Corpus:
             raise RetortError(f"{self.path} is no readable corpus: its ids are not unique names")
         if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
             raise RetortError(f"{self.path} is no readable corpus: {odd[0]} is not of its {len(self.ids)} utterances")
-        with h5py.File(self.path, "r") as file:
+        with _open_file(self.path) as file:
             # The audio of a stranger's corpus lies in its own file: HDF5 can point anywhere on this machine.
             if "samples" in file and file.get("samples", getlink=True).__class__ is not h5py.HardLink:
                 raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
             samples = file.get("samples")
             if samples is None:
                 return
+            if not isinstance(samples, h5py.Dataset):
+                raise RetortError(f"{self.path} is no readable corpus: its `samples` are not a data set")
             if samples.external or samples.is_virtual:
                 raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
             last = int((self.start + self.num_samples).max(initial=0))
@@ -162,17 +161,22 @@ class Corpus:
     @cached_property
     def has_audio(self) -> bool:
         """Whether the file holds the samples, or the index alone."""
-        with h5py.File(self.path, "r") as file:
+        with _open_file(self.path) as file:
             return "samples" in file
 
     @cached_property
     def _samples(self) -> h5py.Dataset:
-        return h5py.File(self.path, "r")["samples"]
+        return _open_file(self.path)["samples"]
 
     def samples(self, index: int) -> NDArray[np.int16]:
         """The samples of one utterance, int16 (num_samples,)."""
         start = int(self.start[index])
-        values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
+        try:
+            values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
+        except RetortError:
+            raise
+        except (OSError, *_DAMAGE) as error:
+            raise _trouble(self.path, error) from None
         return values
 
     def waveform(self, index: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -197,6 +201,47 @@ class Corpus:
                 f"corpus {self.name} ({self.path}) has no split {split!r}; it has {', '.join(sorted(set(self.splits)))}"
             )
         return chosen
+
+
+def _open_file(path: Path) -> h5py.File:
+    """Open a corpus for reading. Raises OSError with the cause."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise RetortError(f"corpus {path} is a folder or a device; give the .h5 file, or its card")
+    with path.open("rb"):  # the system's own error, which HDF5 only describes
+        pass
+    return _open_without_lock(path, "r")
+
+
+def _open_without_lock(path: Path, mode: str) -> h5py.File:
+    """Open with HDF5's lock, or without one where there is none to be had: on NFS, on Lustre, or held by another.
+
+    None is needed: a corpus is written under a temporary name and never in place. HDF5 wants all handles of one file in
+    one process alike, so the lock is tried first, as others do.
+    """
+    try:
+        return h5py.File(path, mode)
+    except OSError as error:
+        if "lock" not in str(error):
+            raise
+    return h5py.File(path, mode, locking=False)
+
+
+def _trouble(path: Path, error: Exception) -> RetortError:
+    """Return the error for a corpus that can't be opened or read: access to it, or damage of the file."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return RetortError(
+            f"corpus {path} does not exist; make it with `python -m pipelines corpus` (or `dvc repro -f`)"
+        )
+    if "unable to lock file" in str(error):
+        return RetortError(
+            f"corpus {path} can't be locked: another program holds it, or its file system has no locks; set "
+            "HDF5_USE_FILE_LOCKING=FALSE in the environment and run the command again"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return RetortError(
+            f"corpus {path} can't be read: {os.strerror(error.errno)}; mend access to it, or give a copy elsewhere"
+        )
+    return RetortError(f"{path} is no readable corpus ({error}); make it again with `python -m pipelines corpus`")
 
 
 def write_corpus(
@@ -230,7 +275,7 @@ def _write(
     lengths: list[int] = []
     digest = hashlib.sha256()
     # A contiguous data set needs its length first, and decoding tells it last: the samples pass through a spool.
-    with tempfile.TemporaryFile(dir=path.parent) as spool, h5py.File(path, "w") as file:
+    with tempfile.TemporaryFile(dir=path.parent) as spool, _open_without_lock(path, "w") as file:
         for utterance in utterances:
             block = np.ascontiguousarray(utterance.samples, dtype="<i2")
             digest.update(f"{utterance.id}\0{len(block)}\0".encode(errors="replace"))  # odd ids are refused below

@@ -5,6 +5,7 @@ import extract.libraries  # noqa: F401  # first: explains a library that does no
 # isort: split
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,11 +55,22 @@ def corpus(
 
     if odd := [pair for pair in rename if pair.count("=") != 1]:
         raise RetortError(f"--rename {odd[0]!r}: expected OLD=NEW, such as digit=keyword")
+    old_names = [pair.split("=")[0] for pair in rename]
+    if twice := [name for name in old_names if old_names.count(name) > 1]:
+        raise RetortError(f"--rename {twice[0]!r} is given twice; expected one new name for a column")
     options = ReaderOptions(parts=parts, lexicon=lexicon, rename=dict(pair.split("=") for pair in rename))
     card = read_corpus(reader, root, out, options=options, skip_bad=skip_bad)
     splits = ", ".join(f"{count} {split}" for split, count in card["splits"].items())
-    dropped = f", {len(card['record']['dropped'])} files dropped" if card["record"]["dropped"] else ""
-    click.echo(f"{out}: {card['num_utterances']} utterances ({splits}), {card['hours']:.2f} h{dropped}")
+    click.echo(
+        f"{out}: {card['num_utterances']} utterances ({splits}), {card['hours']:.2f} h{_remarks(card['record'])}"
+    )
+
+
+def _remarks(record: dict[str, Any]) -> str:
+    """Return the counts of dropped and noted files for the closing line; the card names the files."""
+    counts = [(len(record["dropped"]), "files dropped"), (record.get("trials_left_out", 0), "trials left out")]
+    counts += [(found["files"], f"files noted: {note}") for note, found in record.get("noted", {}).items()]
+    return "".join(f", {count} {what}" for count, what in counts if count)
 
 
 main.add_command(demo_command, "demo")

@@ -82,7 +82,7 @@ TREES = [
     holds("part", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "train-other-9/ is missing", "--part train-other-9"),
     holds("no lexicon", "librispeech", {TRANSCRIPT: ""}, "lexicon none does not exist", "--lexicon none"),
     holds(
-        "lexicon", "librispeech", {TRANSCRIPT: "1-2-3 A\n", "librispeech-lexicon.txt": "\nA\n"}, "line '' is not WORD"
+        "lexicon", "librispeech", {TRANSCRIPT: "1-2-3 A\n", "librispeech-lexicon.txt": "\nA\n"}, "line 'A' is not WORD"
     ),
     holds(
         "word",
@@ -93,15 +93,20 @@ TREES = [
     holds("bytes", "voxceleb1", {"iden_split.txt": BYTES}, "iden_split.txt can't be read as text"),
     holds("line", "voxceleb1", {"iden_split.txt": "9 a/b/c.wav\n"}, "does not begin with 1 .train., 2 .dev. or 3"),
     holds(
-        "no audio", "voxceleb1", {"iden_split.txt": "1 a/b/c.wav\n"}, "a/b/c.wav, which iden_split.txt lists is missing"
+        "no audio",
+        "voxceleb1",
+        {"iden_split.txt": "1 a/b/c.wav\n"},
+        "every file of iden_split.txt, such as dev/wav/a/b/c.wav, is missing",
     ),
     holds("no list", "voxceleb1-trials", TRIALS, "veri_test2.txt is missing"),
     holds("line", "voxceleb1-trials", TRIALS | {"veri_test2.txt": "1 a\n"}, "line '1 a' is no trial; expected"),
     holds("columns", "fluent", dict.fromkeys(FLUENT, "a,b\n1,2\n"), "has no column 'path'; expected path, speakerId"),
     holds("bytes", "fluent", dict.fromkeys(FLUENT, BYTES), "train_data.csv can't be read as text"),
-    holds("no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv has no column 'path'; expected path"),
+    holds(
+        "no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv is empty; expected a header with path, speakerId"
+    ),
     holds("line", "snips", {"all.iob.snips.txt": "x\n"}, "line 'x' is not SPEAKER-snips-SPLIT-N"),
-    holds("blank line", "snips", {"all.iob.snips.txt": "\n"}, "line '' is not SPEAKER-snips-SPLIT-N"),
+    holds("blank line", "snips", {"all.iob.snips.txt": "\n"}, "is missing; expected SNIPS/"),
     holds("nothing", "snips", {"all.iob.snips.txt": ""}, "is missing; expected SNIPS/"),
     holds("no evaluation", "iemocap", TURNS, "Session1/dialog/EmoEvaluation/d.txt is missing"),
     holds("bytes", "iemocap", TURNS | dict.fromkeys(EVALUATIONS, BYTES), "d.txt can't be read as text"),
@@ -129,14 +134,14 @@ TREES = [
     holds(
         "key", "quesst14", QUESST | TERMS | RTTMS | {"scoring/language_key_dev.lst": "a b c\n"}, "line 'a b c' is not"
     ),
-    holds("noise", "speech-commands", COMMANDS, "a.wav can't be read as audio"),
+    holds("noise", "speech-commands", COMMANDS, "1 of 1 files can't be used: .*a.wav .unreadable"),
     holds(
         "list", "speech-commands", COMMANDS | {"speech_commands_v0.01/testing_list.txt": BYTES}, "can't be read as text"
     ),
 ]
 
 FOLDERS = [
-    lists("empty", "", "has columns .none.; expected one named `file`"),
+    lists("empty", "", "metadata.csv is empty; expected a header"),
     lists("without file", "path\na\n", "has columns path; expected one named `file`"),
     lists("short row", "file,speaker\none.wav\n", "line 2 has 1 columns, expected 2"),
     lists("long row", "file,speaker\none.wav,a,b,c\n", "line 2 has 4 columns, expected 2"),

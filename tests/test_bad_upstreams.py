@@ -82,7 +82,7 @@ CORPORA = [
     instead("no corpus", "tiny.json", "none.json", "corpora/none.json does not exist; run the stage"),
     instead("text as corpus", "corpora/tiny.json", "params.yaml", "params.yaml is no readable corpus"),
     Row("card a folder", EXTRACT, "tiny.json is a folder; give the JSON file", folder(CARD)),
-    Row("audio a folder", EXTRACT, "tiny.h5 does not exist; make it with `python -m pipelines corpus`", folder(AUDIO)),
+    Row("audio a folder", EXTRACT, "tiny.h5 is a folder or a device; give the .h5 file", folder(AUDIO)),
     Row("audio empty", EXTRACT, "tiny.h5 is no readable corpus", write(AUDIO, "")),
     Row("audio cut off", EXTRACT, "is no readable corpus .*truncated file", cut(AUDIO, 4000)),
     Row("audio is text", EXTRACT, "is no readable corpus .*signature not found", write(AUDIO, "hello")),

@@ -1,5 +1,6 @@
 """corpus.h5: what goes in comes out, and what does not fit is named."""
 
+import fcntl
 import json
 import pickle
 from dataclasses import replace
@@ -9,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from extract.corpus import Corpus, write_corpus
+from extract.corpus import Corpus, _open_without_lock, write_corpus
 from extract.errors import RetortError
 from tests.conftest import noise_utterances
 
@@ -83,4 +84,45 @@ def test_a_card_and_its_audio_must_agree(tmp_path: Path) -> None:
         Corpus.open(tmp_path / "c.json")
     (tmp_path / "c.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(RetortError, match="is no corpus card"):
+        Corpus.open(tmp_path / "c.json")
+
+
+def test_a_locked_corpus_is_read_and_written(tmp_path: Path) -> None:
+    utterances = noise_utterances(3)
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=utterances)
+    with (tmp_path / "c.h5").open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another program, or a file system without locks
+        with pytest.raises(OSError, match="unable to lock file"):
+            h5py.File(tmp_path / "c.h5")
+        corpus = Corpus.open(tmp_path / "c.json")
+        np.testing.assert_array_equal(corpus.samples(2), utterances[2].samples)
+    with h5py.File(tmp_path / "d.h5", "w"), _open_without_lock(tmp_path / "e.h5", "w") as file:
+        file["x"] = 1
+
+
+def test_trouble_of_the_place_is_not_told_as_damage(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=noise_utterances(2))
+    (tmp_path / "loop.h5").symlink_to("loop.h5")
+    (tmp_path / "folder.h5").mkdir()
+    for name, told in (("loop.h5", "can't be read: .*symbolic links"), ("folder.h5", "is a folder or a device")):
+        with pytest.raises(RetortError, match=told) as caught:
+            Corpus.open(tmp_path / name)
+        assert "make it again" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 3_000, 20_000])
+def test_a_truncated_corpus_is_damaged(kept: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=noise_utterances(3, shortest=9_000))
+    (tmp_path / "c.h5").write_bytes((tmp_path / "c.h5").read_bytes()[:kept])
+    with pytest.raises(RetortError, match=r"is no readable corpus .*make it again"):
+        Corpus.open(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("what", ["samples", "utterances", "utterances/labels", "utterances/start", "utterances/id"])
+def test_a_corpus_with_a_part_of_another_kind_is_damaged(what: str, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=noise_utterances(3))
+    with h5py.File(tmp_path / "c.h5", "r+") as file:
+        del file[what]
+        file[what] = np.dtype("f4")  # a named type
+    with pytest.raises(RetortError, match="is no readable corpus"):
         Corpus.open(tmp_path / "c.json")

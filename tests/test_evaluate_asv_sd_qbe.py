@@ -69,7 +69,7 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         splits=splits,
         speakers=speakers,
         num_frames=[18 + index * 7 % 20 for index in range(65)],
-        metadata={"trials": trials},
+        metadata={"trials": trials, "trials_left_out": 3},
     )
     means = np.random.default_rng(0).normal(size=(13, 12))
 
@@ -90,6 +90,7 @@ def test_speakers_that_training_never_heard_are_verified(voices: Stored) -> None
     assert set(score["also"]) == {"eer_test_selected"}
     assert score["also"]["eer_test_selected"] <= score["test"]
     assert any("60 trials, half impostors, of 3 speakers held out" in note for note in score["notes"])
+    assert any("3 trials are left out" in note for note in score["notes"])
     assert "clip_norm" not in " ".join(score["notes"])  # 1000 is the reference's
     assert without_seconds(score) == without_seconds(run("asv", voices))
 
@@ -326,7 +327,11 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         labels={"documents": label},
         splits=splits,
         num_frames=num_frames,
-        metadata={"documents": 2 * DOCUMENTS, "queries": {"dev": 2 * QUERIES, "test": 2 * QUERIES}},
+        metadata={
+            "documents": 2 * DOCUMENTS,
+            "queries": {"dev": 2 * QUERIES, "test": 2 * QUERIES},
+            "dropped": {"docs": 2, "test": 1},
+        },
     )
     said = [generator.normal(size=(length, 16)) for length in lengths]
     told = [generator.normal(size=(count, 16)) for count in num_frames[:DOCUMENTS]]
@@ -353,6 +358,7 @@ def test_queries_are_found_by_the_layer_that_dev_chooses(spoken: Stored) -> None
     assert score["also"] == {"mtwv_own_documents": pytest.approx(100)}
     assert score["test"] == pytest.approx(50)  # half of the queries are another language's
     assert score["num_test"] == QUERIES
+    assert any("2 of split docs, 1 of split test" in note for note in score["notes"])
     assert without_seconds(score) == without_seconds(run("qbe", spoken))
 
 

@@ -134,6 +134,8 @@ class Verification:
             "training; the reference trains on them and keeps the checkpoint with the lowest EER on test: "
             "eer_test_selected, the lowest of all rates and checkpoints here"
         ]
+        if left_out := source.corpus.metadata.get("trials_left_out"):
+            self.notes = [*self.notes, f"test: {left_out} trials are left out, whose audio was dropped from the corpus"]
         _check_lengths(
             source, np.unique(np.concatenate([self.train, *(t.pairs_N2.flat for t in self.trials.values())]))
         )

@@ -152,7 +152,9 @@ def score(source: Source, recipe: QbeRecipe, progress: Progress) -> SweepResult:
     progress.advance(0.9)
     best = int(np.argmax(dev))
     judge = Judge.of(source, "test")
+    dropped = source.corpus.metadata.get("dropped", {})
     wider = judge.num_queries - int((judge.num_holding_Q > 0).sum())
+    others = "other languages, or dropped," if dropped else "other languages"
     (scores_QN,) = search(source, "test", [layers[best]])
     progress.advance(0.1)
     return SweepResult(
@@ -164,9 +166,14 @@ def score(source: Source, recipe: QbeRecipe, progress: Progress) -> SweepResult:
         num_test=len(scores_QN),
         notes=(
             f"layer {layers[best]} by itself, chosen on dev",
-            *([f"{wider} queries of other languages count as missed, but in mtwv_own_documents"] if wider else []),
+            *([f"dropped from the corpus, and counted as missed: {_listed(dropped)}"] if dropped else []),
+            *([f"{wider} queries of {others} count as missed, but in mtwv_own_documents"] if wider else []),
         ),
     )
+
+
+def _listed(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} of split {split}" for split, count in sorted(dropped.items()))
 
 
 QBE = Task(

@@ -1,42 +1,37 @@
 """Published data set folders -> corpus.h5: which files, which split, speaker and labels; then decoding.
 
 A reader, one file a data set, lists that data set's own on-disk layout without opening audio. `read_corpus` decodes
-what it lists, names every file that can't be used in one error, and writes the corpus.
+what it lists (`decode` has the rules), names every file that can't be used in one error, and writes the corpus.
 Run: `python -m pipelines corpus READER ROOT --out C.h5`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import soundfile
-from numpy.typing import NDArray
 
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
 from extract.errors import RetortError, unknown
 from extract.files import check_out, in_main_tree
 from extract.progress import ProgressBar
+from pipelines.readers.decode import Bad, Decoded, TooLong, decode
 from pipelines.readers.fluent import read_fluent
 from pipelines.readers.folder import read_folder
 from pipelines.readers.iemocap import read_iemocap
 from pipelines.readers.librimix import read_librimix
 from pipelines.readers.librispeech import read_librispeech
-from pipelines.readers.quesst14 import read_quesst14, read_scope
-from pipelines.readers.silence import without_silence
+from pipelines.readers.quesst14 import read_quesst14, read_scope, scope_without
 from pipelines.readers.snips import read_snips
 from pipelines.readers.source import ReaderOptions, Source
 from pipelines.readers.speech_commands import read_speech_commands
-from pipelines.readers.voxceleb1 import read_trials, read_voxceleb1, read_voxceleb1_trials
+from pipelines.readers.voxceleb1 import read_trials, read_voxceleb1, read_voxceleb1_trials, trials_without
 
 __all__ = ["READERS", "ReaderOptions", "Source", "read_corpus"]
 
-MIN_SAMPLES = 400  # the receptive field of one frame
 _NAMED_AT_MOST = 50  # bad files that one error names
-_AHEAD = 64  # files decoded at once
+_AHEAD = 64  # files decoded before the first of them is written
+_LONGEST_AHEAD_S = 120.0  # longer ones are decoded one by one: 64 of 120 s are 250 MB at 16 kHz
 
 READERS: dict[str, Callable[[Path, ReaderOptions], list[Source]]] = {
     "fluent": read_fluent,
@@ -57,6 +52,12 @@ METADATA: dict[str, Callable[[Path], dict[str, Any]]] = {
     "voxceleb1-trials": read_trials,
 }
 
+# The metadata of a corpus without the utterances that were dropped.
+WITHOUT: dict[str, Callable[[dict[str, Any], Sequence[Source]], dict[str, Any]]] = {
+    "quesst14": scope_without,
+    "voxceleb1-trials": trials_without,
+}
+
 
 def read_corpus(
     reader: str, root: Path, out: Path, *, options: ReaderOptions | None = None, skip_bad: bool = False
@@ -64,7 +65,8 @@ def read_corpus(
     """Read a data set folder into the corpus `out` (an .h5 path) and return its card.
 
     Raises RetortError for an unknown reader, a folder of another layout, and, unless `skip_bad` (which drops and
-    records them), for files that can't be read, are empty, too short for one frame or hold NaN, all named.
+    records them), for files that are absent, can't be read, are truncated, empty, too short for one frame or hold NaN,
+    all named. What is odd and kept (clipping, silence) is in the card's `record`, as `noted`.
     """
     if reader not in READERS:
         raise unknown("reader", reader, READERS)
@@ -83,86 +85,90 @@ def read_corpus(
         if given and reader != takes:
             raise RetortError(f"{option} is for the reader `{takes}`; `{reader}` takes none")
     sources = READERS[reader](root, options)
+    _check_ids(sources, reader)
     metadata = METADATA[reader](root) if reader in METADATA else {}
-    bad: list[str] = []
-    changed: Counter[str] = Counter()
     record: dict[str, Any] = {}
     with ProgressBar(f"corpus {out.stem}", total=len(sources), unit="files") as bar:
-        utterances = _decode_all(sources, bad, changed, skip_bad=skip_bad, bar=bar, record=record)
+        utterances = _decode_all(sources, reader, metadata, record, skip_bad=skip_bad, bar=bar)
         return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, metadata=metadata, record=record)
+
+
+def _check_ids(sources: list[Source], reader: str) -> None:
+    """Raise RetortError for an id that two sources share, with both files."""
+    source_of: dict[str, Source] = {}
+    for source in sources:
+        other = source_of.setdefault(source.id, source)
+        if other is source:
+            continue
+        way = "give every row its own id in a column `id`" if reader == "folder" else "remove one of them"
+        files = f"{other.file} and {source.file}" if source.file != other.file else f"{source.file} is listed twice"
+        raise RetortError(f"utterance id {source.id!r} occurs twice: {files}; {way}")
 
 
 def _decode_all(
     sources: list[Source],
-    bad: list[str],
-    changed: Counter[str],
+    reader: str,
+    metadata: dict[str, Any],
+    record: dict[str, Any],
     *,
     skip_bad: bool,
     bar: ProgressBar,
-    record: dict[str, Any],
 ) -> Iterator[Utterance]:
+    """Yield what can be decoded, in order; at the end, fill `record`, and adapt `metadata` to what was dropped."""
+    bad: dict[str, None] = {}  # in order, each file once
+    dropped: list[Source] = []
+    changed: Counter[str] = Counter()
+    noted: dict[str, list[str]] = {}
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(sources), _AHEAD):
             group = sources[first : first + _AHEAD]
-            for source, decoded in zip(group, pool.map(_decode, group), strict=True):
-                if isinstance(decoded, str):
-                    bad.append(f"{source.file} ({decoded})")
+            for source, ahead in zip(group, pool.map(_decode_ahead, group), strict=True):
+                decoded = ahead or decode(source)
+                if isinstance(decoded, Bad):
+                    bad[f"{_printable(source.file)} ({decoded.reason})"] = None
+                    dropped.append(source)
                     continue
                 changed.update(decoded.changes)
+                for note in decoded.notes:
+                    noted.setdefault(note, []).append(_printable(source.file))
                 if len(decoded.samples) < source.shortest_s * SAMPLE_RATE_HZ:
                     changed[f"left out, shorter than {source.shortest_s:g} s"] += 1
                     continue
                 yield Utterance(source.id, decoded.samples, source.split, source.speaker, source.labels)
             bar.advance(len(group))
+    _check_bad(list(bad), len(sources), all_bad=len(dropped) == len(sources), skip_bad=skip_bad)
+    record |= {"dropped": list(bad), "changed": dict(sorted(changed.items()))}
+    if noted:
+        record["noted"] = {
+            note: {"files": len(files), "first": files[:_NAMED_AT_MOST]} for note, files in sorted(noted.items())
+        }
+    if dropped and reader in WITHOUT:
+        metadata |= WITHOUT[reader](metadata, dropped)
+        record |= {key: metadata[key] for key in ("trials_left_out",) if key in metadata}
+
+
+def _printable(path: Path) -> str:
+    """Return a path as text that the card can hold: bytes of a name that are not UTF-8 as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+def _decode_ahead(source: Source) -> Decoded | Bad | None:
+    """Decode a source beside others, or None for a long one: memory then holds one of those at a time."""
+    try:
+        return decode(source, longest_s=_LONGEST_AHEAD_S)
+    except TooLong:
+        return None
+
+
+def _check_bad(bad: list[str], num_sources: int, *, all_bad: bool, skip_bad: bool) -> None:
+    if not num_sources:
+        raise RetortError("the corpus would be empty: the lists of the data set name no utterance")
+    more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
+    named = f"{'; '.join(bad[:_NAMED_AT_MOST])}{more}"
     if bad and not skip_bad:
-        more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
         raise RetortError(
-            f"{len(bad)} of {len(sources)} files can't be used: {'; '.join(bad[:_NAMED_AT_MOST])}{more}. "
+            f"{len(bad)} of {num_sources} files can't be used: {named}. "
             "Mend them, or drop and record them with --skip-bad"
         )
-    record |= {"dropped": bad, "changed": dict(sorted(changed.items()))}
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    samples: NDArray[np.int16]
-    changes: tuple[str, ...]
-
-
-def _decode(source: Source) -> _Decoded | str:
-    """int16 samples at 16 kHz mono and what was changed on the way; or, as a string, why the file can't be used."""
-    try:
-        with soundfile.SoundFile(source.file) as file:
-            rate = int(file.samplerate)
-            if source.crop_s is not None:
-                file.seek(round(source.crop_s[0] * rate))
-            frames = -1 if source.crop_s is None else round(source.crop_s[1] * rate)
-            audio_TC = file.read(frames, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        return "does not exist" if not source.file.exists() else f"unreadable: {error.error_string}"
-    if not np.isfinite(audio_TC).all():
-        return "holds NaN or infinite samples"
-    if not len(audio_TC):
-        return "empty"
-    changes = []
-    audio_T = audio_TC.mean(axis=1)
-    if audio_TC.shape[1] > 1:
-        changes.append(f"averaged {audio_TC.shape[1]} channels")
-    if rate != SAMPLE_RATE_HZ:
-        audio_T = _resample(audio_T, rate)
-        changes.append(f"resampled {rate} Hz")
-    if source.gain_db:
-        audio_T = audio_T * np.float32(10 ** (source.gain_db / 20))
-        changes.append(f"gain {source.gain_db:g} dB")
-    if source.trim_silence and len(kept_T := without_silence(audio_T, SAMPLE_RATE_HZ)) < len(audio_T):
-        audio_T = kept_T
-        changes.append("cut silence")
-    if len(audio_T) < MIN_SAMPLES and not source.shortest_s:
-        return f"{len(audio_T)} samples at 16 kHz, one frame needs {MIN_SAMPLES}"
-    return _Decoded(np.clip(np.rint(audio_T * 32_768), -32_768, 32_767).astype(np.int16), tuple(changes))
-
-
-def _resample(audio_T: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    from extract.audio import resample  # late: most data sets are 16 kHz already, and torch takes seconds to import
-
-    return resample(audio_T, rate, SAMPLE_RATE_HZ)
+    if all_bad:
+        raise RetortError(f"the corpus would be empty: none of {num_sources} files can be used: {named}. Mend them")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_table
+from pipelines.readers.source import ReaderOptions, Source, layout_error, listed_file, read_table
 
 
 def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
@@ -17,8 +17,8 @@ def read_fluent(root: Path, options: ReaderOptions) -> list[Source]:
             raise layout_error(root, "Fluent Speech Commands", f"data/{table.name}", _FLUENT_TREE)
         sources += [
             Source(
-                file=base / row["path"],
-                id=f"{row['speakerId']}/{Path(row['path']).stem}",
+                file=(file := listed_file(base, row["path"].strip())),
+                id=f"{row['speakerId']}/{file.stem}",
                 split=split,
                 speaker=row["speakerId"],
                 labels={"text": row["transcription"]} | {slot: row[slot] for slot in INTENT},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from extract.checks import is_plain
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_table
+from pipelines.readers.source import ReaderOptions, Source, layout_error, listed_file, read_table
 
 
 def read_folder(root: Path, options: ReaderOptions) -> list[Source]:
@@ -15,21 +15,37 @@ def read_folder(root: Path, options: ReaderOptions) -> list[Source]:
         raise layout_error(
             root, "a folder", "metadata.csv", "metadata.csv with a column `file`, and the files it names"
         )
-    rows = [{options.rename.get(key, key): value for key, value in row.items()} for row in read_table(table)]
-    columns = rows[0].keys() if rows else set()
-    if "file" not in columns:
-        raise RetortError(f"{table} has columns {', '.join(columns) or '(none)'}; expected one named `file`")
+    rows = _renamed(table, options.rename)
     if odd := [row["file"] for row in rows if not is_plain(row["file"].strip())]:
         raise RetortError(f"{table}: column `file` holds {odd[0]!r}, expected a path below {root}")
-    if missing := [old for old, new in options.rename.items() if new not in columns]:
-        raise RetortError(f"--rename {missing[0]}: {table} has no such column; it has {', '.join(columns)}")
-    return [
-        Source(
-            file=root / row["file"],
-            id=row.get("id") or Path(row["file"]).with_suffix("").as_posix(),
-            split=row.get("split") or "train",
-            speaker=row.get("speaker") or "unknown",
-            labels={key: value for key, value in row.items() if key not in ("file", "id", "split")},
+    sources = []
+    for row in rows:
+        known = {key: row.get(key, "").strip() for key in ("file", "id", "split", "speaker")}
+        file = listed_file(root, known["file"])
+        name = file.relative_to(root) if file.is_relative_to(root) else file
+        sources.append(
+            Source(
+                file=file,
+                id=row["id"] if known["id"] else name.with_suffix("").as_posix(),
+                split=known["split"] or "train",
+                speaker=known["speaker"] or "unknown",
+                labels={key: known.get(key, value) for key, value in row.items() if key not in ("file", "id", "split")},
+            )
         )
-        for row in rows
-    ]
+    return sources
+
+
+def _renamed(table: Path, rename: dict[str, str]) -> list[dict[str, str]]:
+    """Return the rows of a table under the names that its columns are given."""
+    rows = read_table(table)
+    columns = list(rows[0])
+    if missing := [old for old in rename if old not in columns]:
+        raise RetortError(f"--rename {missing[0]}: {table} has no such column; it has {', '.join(columns)}")
+    if "" in columns:
+        raise RetortError(f"{table}: column {columns.index('') + 1} has no name; name it, or remove it")
+    names = [rename.get(column, column) for column in columns]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RetortError(f"{table} has the column {twice[0]!r} already; give --rename another name")
+    if "file" not in names:
+        raise RetortError(f"{table} has columns {', '.join(names)}; expected one named `file`")
+    return [dict(zip(names, row.values(), strict=True)) for row in rows]

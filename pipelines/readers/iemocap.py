@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
+from pipelines.readers.source import ReaderOptions, Source, audio_file, layout_error, read_lines, visible
 
 
 def read_iemocap(root: Path, options: ReaderOptions) -> list[Source]:
@@ -17,7 +17,7 @@ def read_iemocap(root: Path, options: ReaderOptions) -> list[Source]:
     base = root / "IEMOCAP" if (root / "IEMOCAP").is_dir() else root
     sources = []
     for session in SESSIONS:
-        dialogs = sorted(path for path in (base / session / "sentences" / "wav").glob("[!.]*") if path.is_dir())
+        dialogs = [path for path in visible(base / session / "sentences" / "wav", "*") if path.is_dir()]
         if not dialogs:
             raise layout_error(root, "IEMOCAP", f"{session}/sentences/wav/DIALOG/", _IEMOCAP_TREE)
         for dialog in dialogs:
@@ -26,7 +26,7 @@ def read_iemocap(root: Path, options: ReaderOptions) -> list[Source]:
                 raise layout_error(root, "IEMOCAP", table.relative_to(base).as_posix(), _IEMOCAP_TREE)
             sources += [
                 Source(
-                    file=dialog / f"{turn}.wav",
+                    file=audio_file(dialog / turn, (".wav", ".flac")),
                     id=turn,
                     split=session,
                     speaker=f"{turn[:5]}{turn.split('_')[-1][0]}",

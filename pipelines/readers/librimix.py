@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
+from pipelines.readers.source import ReaderOptions, Source, check_any_there, layout_error, read_lines
 
 
 def read_librimix(root: Path, options: ReaderOptions) -> list[Source]:
@@ -16,29 +16,34 @@ def read_librimix(root: Path, options: ReaderOptions) -> list[Source]:
     trains on, `rttm` is what it is scored against. Recordings are those of wav.scp, whose paths may be of another
     machine: what follows Libri2Mix/ in them is looked up below the folder given.
     """
-    sources = []
+    sources: list[Source] = []
     for split in ("train", "dev", "test"):
         folder = root / "data" / split
         for name in ("wav.scp", "segments", "utt2spk", "rttm", "reco2dur"):
             if not (folder / name).is_file():
                 raise layout_error(root, "LibriMix", f"data/{split}/{name}", _TREE)
         segments, rttm = _read_segments(folder), _read_rttm(folder / "rttm")
-        for line in _lines(folder / "wav.scp"):
-            recording, _, path = line.strip().partition(" ")
-            if not path:
+        listed: list[Source] = []
+        for line in read_lines(folder / "wav.scp"):
+            recording, *rest = line.strip().split(maxsplit=1)
+            if not rest:
                 raise RetortError(f"{folder / 'wav.scp'}: line {line!r} is not `RECORDING PATH`")
             for file, turns in (("segments", segments), ("rttm", rttm)):
                 if recording not in turns:
                     raise RetortError(f"{folder / file} has no turn of recording {recording!r}, which wav.scp lists")
-            sources.append(
+            if rest[0].endswith("|"):
+                raise RetortError(f"{folder / 'wav.scp'}: {recording} is read from a command, expected a path")
+            listed.append(
                 Source(
-                    file=_find(root, path, f"the file of {recording} in data/{split}/wav.scp"),
+                    file=_find(root, rest[0]),
                     id=f"{split}/{recording}",
                     split=split,
                     speaker=recording,
                     labels={"segments": _as_label(segments[recording]), "rttm": _as_label(rttm[recording])},
                 )
             )
+        check_any_there(listed, root, "LibriMix", f"data/{split}/wav.scp", _TREE)
+        sources += listed
     return sources
 
 
@@ -72,7 +77,7 @@ def _seconds(text: str, where: Path) -> float:
 
 def _read_rttm(path: Path) -> dict[str, list[Turn]]:
     turns = defaultdict(list)
-    for fields in (line.split() for line in _lines(path)):
+    for fields in (line.split() for line in read_lines(path)):
         if fields[0] != "SPEAKER" or len(fields) < 8:
             raise RetortError(
                 f"{path}: line {' '.join(fields)!r} is no turn; expected "
@@ -84,23 +89,17 @@ def _read_rttm(path: Path) -> dict[str, list[Turn]]:
 
 
 def _fields(path: Path, count: int, names: str) -> Iterable[tuple[str, ...]]:
-    for line in _lines(path):
+    for line in read_lines(path):
         fields = tuple(line.split())
         if len(fields) != count:
             raise RetortError(f"{path}: line {line!r} has {len(fields)} fields; expected {names}")
         yield fields
 
 
-def _lines(path: Path) -> list[str]:
-    return [line for line in read_lines(path) if line.strip()]
-
-
-def _find(root: Path, path: str, what: str) -> Path:
-    below = root / path[max(path.find("Libri2Mix/"), 0) :]
-    for file in (root / path, below):
-        if file.is_file():
-            return file
-    raise layout_error(root, "LibriMix", f"{below.relative_to(root)}, {what},", _TREE)
+def _find(root: Path, path: str) -> Path:
+    """Return the file that wav.scp names, or its place below the folder given, where it may be absent."""
+    named = root / path
+    return named if named.is_file() else root / path[max(path.find("Libri2Mix/"), 0) :].lstrip("/")
 
 
 def _as_label(turns: list[Turn]) -> str:

@@ -1,12 +1,13 @@
 """QUESST 2014 (quesst14Database), English: spoken documents, spoken queries, and which document holds which query."""
 
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
+from pipelines.readers.source import ReaderOptions, Source, check_any_there, layout_error, read_lines, visible
 
 LANGUAGE = "nnenglish"
 KEYS = {"docs": "utterances", "dev": "dev", "test": "eval"}  # split -> scoring/language_key_*.lst
@@ -22,14 +23,15 @@ def read_quesst14(root: Path, options: ReaderOptions) -> list[Source]:
     holding = {split: _holding(base, folder) for split, folder in GROUND_TRUTH.items()}
     sources = []
     for split in KEYS:
+        listed = []
         for name, language in _language_key(base, split):
             if language != LANGUAGE:
                 continue
             file = base / name
-            if not file.is_file():
-                raise layout_error(root, "QUESST 2014", f"{name}, which scoring/{_key_name(split)} lists,", _TREE)
             found = " ".join(sorted(holding[split][file.stem])) if split in holding else ""
-            sources.append(Source(file=file, id=file.stem, split=split, speaker="unknown", labels={"documents": found}))
+            listed.append(Source(file=file, id=file.stem, split=split, speaker="unknown", labels={"documents": found}))
+        check_any_there(listed, root, "QUESST 2014", f"scoring/{_key_name(split)}", _TREE)
+        sources += listed
     return sources
 
 
@@ -44,6 +46,11 @@ def read_scope(root: Path) -> dict[str, Any]:
         "documents": len(_language_key(base, "docs")),
         "queries": {split: len(_holding(base, folder)) for split, folder in GROUND_TRUTH.items()},
     }
+
+
+def scope_without(metadata: dict[str, Any], dropped: Sequence[Source]) -> dict[str, Any]:
+    """Return the metadata with the number of `dropped` utterances by split, which the scoring counts as missed."""
+    return metadata | {"dropped": dict(Counter(source.split for source in dropped))}
 
 
 _TREE = (
@@ -79,7 +86,7 @@ def _language_key(base: Path, split: str) -> list[tuple[str, str]]:
 
 def _holding(base: Path, folder: str) -> dict[str, set[str]]:
     """Query -> the documents that hold it. The RTTM names a query by its text, the term list says whose text it is."""
-    rttms, lists = (sorted((base / "scoring" / folder).glob(pattern)) for pattern in ("*.rttm", "*.tlist.xml"))
+    rttms, lists = (visible(base / "scoring" / folder, pattern) for pattern in ("*.rttm", "*.tlist.xml"))
     if not rttms or not lists:
         missing = f"scoring/{folder}/*.{'tlist.xml' if rttms else 'rttm'}"
         raise layout_error(base, "QUESST 2014", missing, _TREE)

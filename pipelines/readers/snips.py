@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
+from pipelines.readers.source import ReaderOptions, Source, audio_file, layout_error, read_lines
 
 
 def read_snips(root: Path, options: ReaderOptions) -> list[Source]:
-    """Audio SNIPS as SUPERB's SF: SPLIT/SPEAKER-snips-SPLIT-N.wav (or .mp3) and all.iob.snips.txt; labels `text`,
+    """Audio SNIPS as SUPERB's SF: SPLIT/SPEAKER-snips-SPLIT-N.mp3 (or .wav) and all.iob.snips.txt; labels `text`,
     `slots` (one a word: its slot's type, or O) and `intent`.
 
     The published folder has every speaker in every split. Only the reference's speakers of each split are read, so
@@ -20,7 +20,7 @@ def read_snips(root: Path, options: ReaderOptions) -> list[Source]:
         raise layout_error(root, "SNIPS", table.name, _SNIPS_TREE)
     sources = [
         Source(
-            file=_audio(base / part / name),
+            file=audio_file(base / part / name, (".mp3", ".wav"), absent=".wav"),
             id=name,
             split="dev" if part == "valid" else part,
             speaker=speaker,
@@ -30,7 +30,7 @@ def read_snips(root: Path, options: ReaderOptions) -> list[Source]:
         if speaker in SPEAKERS.get(part, ())
     ]
     for part, speakers in SPEAKERS.items():
-        if not any((base / part).glob(f"{speakers[0]}-snips-{part}-*")):
+        if not any(source.file.exists() for source in sources if source.file.parent == base / part):
             raise layout_error(root, "SNIPS", f"{part}/{speakers[0]}-snips-{part}-*", _SNIPS_TREE)
     return sources
 
@@ -57,9 +57,3 @@ def _annotations(table: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
             )
         labels = {"text": " ".join(words[1:-1]), "slots": " ".join(tags[1:]), "intent": intent}
         yield name, parts[0], parts[2], labels
-
-
-def _audio(stem: Path) -> Path:
-    """The wav, or the mp3 where there is no wav; no name of these holds a dot."""
-    mp3 = stem.with_suffix(".mp3")
-    return mp3 if mp3.is_file() else stem.with_suffix(".wav")

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import soundfile
-
-from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
+from pipelines.readers.decode import duration_s
+from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines, visible_audio
 
 
 def read_speech_commands(root: Path, options: ReaderOptions) -> list[Source]:
@@ -20,17 +18,18 @@ def read_speech_commands(root: Path, options: ReaderOptions) -> list[Source]:
     for needed in (base / "validation_list.txt", base / "testing_list.txt", base / "_background_noise_", test):
         if not needed.exists():
             raise layout_error(root, "Speech Commands", needed.relative_to(root).as_posix(), _SPEECH_COMMANDS_TREE)
-    dev = set(" ".join(read_lines(base / "validation_list.txt")).split())
-    held_out = set(" ".join(read_lines(base / "testing_list.txt")).split())
+    dev, held_out = (_listed(base / f"{name}_list.txt") for name in ("validation", "testing"))
+    files = visible_audio(base, "[!_]*/*")
+    there = {_name(file, base) for file in files}
+    files += [base / file for name, file in dev.items() if name not in there]  # absent, and named as such
     sources = []
-    for file in sorted(base.glob("[!_]*/*.wav")):
-        name = file.relative_to(base).as_posix()
-        if name not in held_out:
+    for file in files:
+        if (name := _name(file, base)) not in held_out:
             keyword = file.parent.name if file.parent.name in KEYWORDS else "_unknown_"
             sources.append(_command(file, base, "dev" if name in dev else "train", keyword))
-    for file in sorted((base / "_background_noise_").glob("*.wav")):
+    for file in visible_audio(base / "_background_noise_", "*"):
         sources += _silences(file)
-    sources += [_command(file, test, "test", file.parent.name) for file in sorted(test.glob("*/*.wav"))]
+    sources += [_command(file, test, "test", file.parent.name) for file in visible_audio(test, "*/*")]
     return sources
 
 
@@ -42,10 +41,19 @@ _SPEECH_COMMANDS_TREE = (
 )
 
 
+def _listed(path: Path) -> dict[str, str]:
+    """Read a published list: name without suffix -> path."""
+    return {Path(file).with_suffix("").as_posix(): file for file in " ".join(read_lines(path)).split()}
+
+
+def _name(file: Path, base: Path) -> str:
+    return file.relative_to(base).with_suffix("").as_posix()
+
+
 def _command(file: Path, base: Path, split: str, keyword: str) -> Source:
     return Source(
         file=file,
-        id=f"{split}/{file.relative_to(base).with_suffix('').as_posix()}",
+        id=f"{split}/{_name(file, base)}",
         split=split,
         speaker=file.stem.split("_nohash_")[0],
         labels={"keyword": keyword},
@@ -54,7 +62,8 @@ def _command(file: Path, base: Path, split: str, keyword: str) -> Source:
 
 
 def _silences(file: Path) -> Iterator[Source]:
-    seconds = int(_duration_s(file))
+    """Yield a noise file in seconds; one second of a file that can't be read, so that decoding names it."""
+    seconds = int(duration_s(file) or 1)
     for second in range(seconds):
         split = "dev" if second >= seconds - max(1, seconds // 10) else "train"
         yield Source(
@@ -66,10 +75,3 @@ def _silences(file: Path) -> Iterator[Source]:
             crop_s=(float(second), 1.0),
             gain_db=_KEYWORD_GAIN_DB,
         )
-
-
-def _duration_s(file: Path) -> float:
-    try:
-        return float(soundfile.info(file).duration)
-    except soundfile.LibsndfileError as error:
-        raise RetortError(f"{file} can't be read as audio ({error.error_string})") from None

@@ -1,11 +1,20 @@
 """VoxCeleb1: speaker identification by its split file, and speaker verification by its trial list."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from extract.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, layout_error, read_lines
+from pipelines.readers.source import (
+    ReaderOptions,
+    Source,
+    audio_file,
+    check_any_there,
+    layout_error,
+    read_lines,
+    visible_audio,
+)
 
 
 def read_voxceleb1(root: Path, options: ReaderOptions) -> list[Source]:
@@ -16,24 +25,24 @@ def read_voxceleb1(root: Path, options: ReaderOptions) -> list[Source]:
     splits = {"1": "train", "2": "dev", "3": "test"}
     sources = []
     for line in read_lines(split_file):
-        number, _, name = line.strip().partition(" ")
-        if number not in splits:
-            raise RetortError(f"{split_file}: line {line!r} does not begin with 1 (train), 2 (dev) or 3 (test)")
-        speaker = name.split("/")[0]
-        file = next((path for part in ("dev", "test") if (path := root / part / "wav" / name).is_file()), None)
-        if file is None:
-            raise layout_error(
-                root, "VoxCeleb1", f"{{dev,test}}/wav/{name}, which iden_split.txt lists", _VOXCELEB_TREE
+        number, *names = line.split()
+        if number not in splits or len(names) != 1:
+            raise RetortError(
+                f"{split_file}: line {line!r} does not begin with 1 (train), 2 (dev) or 3 (test) and a path"
             )
+        name = names[0].removesuffix(".wav")
+        speaker = name.split("/")[0]
+        places = [audio_file(root / part / "wav" / name, _SUFFIXES) for part in ("dev", "test")]
         sources.append(
             Source(
-                file=file,
-                id=name.removesuffix(".wav"),
+                file=next((path for path in places if path.is_file()), places[0]),
+                id=name,
                 split=splits[number],
                 speaker=speaker,
                 labels={"speaker": speaker},
             )
         )
+    check_any_there(sources, root, "VoxCeleb1", split_file.name, _VOXCELEB_TREE)
     return sources
 
 
@@ -44,19 +53,18 @@ def read_voxceleb1_trials(root: Path, options: ReaderOptions) -> list[Source]:
     digest of their names, are held out whole as split dev. The reference trains on them too and has no dev trials.
     """
     folder = root / "dev" / "wav"
-    files = sorted(folder.glob("*/*/*.wav"))
+    files = visible_audio(folder, "*/*/*")
     if not files:
         raise layout_error(root, "VoxCeleb1", "dev/wav/ID/VIDEO/N.wav", _TRIALS_TREE)
     held_out = _held_out({file.parts[-3] for file in files})
     sources = [
         _trimmed(file, file.relative_to(folder), "dev" if file.parts[-3] in held_out else "train") for file in files
     ]
-    for name in sorted({name for _, *pair in read_trials(root)["trials"] for name in pair}):
-        file = root / "test" / "wav" / f"{name}.wav"
-        if not file.is_file():
-            raise layout_error(root, "VoxCeleb1", f"test/wav/{name}.wav, which the trial list names", _TRIALS_TREE)
-        sources.append(_trimmed(file, file.relative_to(root / "test" / "wav"), "test"))
-    return sources
+    names = sorted({name for _, *pair in read_trials(root)["trials"] for name in pair})
+    folder = root / "test" / "wav"
+    tested = [_trimmed(audio_file(folder / name, _SUFFIXES), Path(f"{name}.wav"), "test") for name in names]
+    check_any_there(tested, root, "VoxCeleb1", "the trial list", _TRIALS_TREE)
+    return sources + tested
 
 
 def read_trials(root: Path) -> dict[str, Any]:
@@ -73,6 +81,17 @@ def read_trials(root: Path) -> dict[str, Any]:
     return {"trials": trials}
 
 
+def trials_without(metadata: dict[str, Any], dropped: Sequence[Source]) -> dict[str, Any]:
+    """Return the metadata without the trials of dropped utterances, and their number as `trials_left_out`."""
+    lost = {source.id for source in dropped if source.split == "test"}
+    kept = [trial for trial in metadata["trials"] if lost.isdisjoint(trial[1:])]
+    if not kept:
+        raise RetortError("no trial is left: each names an utterance that was dropped; mend the files")
+    left_out = len(metadata["trials"]) - len(kept)
+    return metadata | ({"trials": kept, "trials_left_out": left_out} if left_out else {})
+
+
+_SUFFIXES = (".wav", ".flac")
 TRIAL_LISTS = ("veri_test2.txt", "voxceleb1_test_v2.txt")  # the cleaned list, as published and as SUPERB renames it
 SHORTEST_TRAINING_S = 2.0
 _GAIN_DB = -3.0

@@ -1,0 +1,270 @@
+"""Lengths that an audio file declares, compared with the bytes that are there.
+
+libsndfile shortens a truncated WAV, AIFF, AU or NIST file to its bytes, ends a truncated MP3 or Ogg stream early, and
+reports neither. `read_header` finds such damage without decoding: by the chunk sizes of RIFF, RF64 and AIFF, the byte
+count of AU, the sample count of NIST, the page checksums of Ogg and the frame headers of MPEG audio. FLAC has
+checksums that libsndfile verifies, and an MD5 of all samples that the decoder compares (`Header.flac_md5`).
+"""
+
+import io
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipelines.readers.mpeg import walk_mpeg
+
+
+@dataclass(frozen=True)
+class Header:
+    """Findings about one file.
+
+    damage: the reason why the file can't be used; empty if nothing was found.
+    notes: what is odd and does not change the samples.
+    patches: (offset, bytes) to put over the file's own bytes, where libsndfile does not understand a streamed header.
+    flac_md5: the MD5 of all samples, and the bits of a sample, of a FLAC file that has it.
+    counted: the samples of an MP3 that does not declare them, by its frames; libsndfile estimates them.
+    checked: whether this module knows the format; libsndfile's own log is all there is for others.
+    """
+
+    damage: str = ""
+    notes: tuple[str, ...] = ()
+    patches: tuple[tuple[int, bytes], ...] = ()
+    flac_md5: tuple[bytes, int] | None = None
+    counted: int | None = None
+    checked: bool = True
+
+
+def read_header(path: Path) -> Header:
+    """Compare what the header of a file declares with the file. Raises OSError where it can't be read."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        start = _id3_bytes(file)
+        magic = _at(file, start, 4)
+        if magic in _FORMATS:
+            return _FORMATS[magic](file, start, size)
+        if magic[:2] >= b"\xff\xe0":
+            damage, notes, counted = walk_mpeg(file, start, size)
+            return Header(damage=damage, notes=notes, counted=counted)
+        return Header(checked=False)
+
+
+class Patched(io.FileIO):
+    """A file with some of its bytes replaced, for reading."""
+
+    def __init__(self, path: Path, patches: tuple[tuple[int, bytes], ...]) -> None:
+        super().__init__(path, "rb")
+        self.patches = patches
+
+    def readinto(self, buffer: Any) -> int:
+        begin = self.tell()
+        count = super().readinto(buffer) or 0
+        view = memoryview(buffer)
+        for offset, patch in self.patches:
+            for place, value in enumerate(patch, offset):
+                if begin <= place < begin + count:
+                    view[place - begin : place - begin + 1] = bytes([value])
+        return count
+
+
+def _at(file: BinaryIO, offset: int, count: int) -> bytes:
+    file.seek(offset)
+    return file.read(count)
+
+
+def _id3_bytes(file: BinaryIO) -> int:
+    """Return the length of an ID3v2 tag at the beginning: 4 x 7 bits, without its own header of 10 bytes."""
+    tag = _at(file, 0, 10)
+    if len(tag) < 10 or tag[:3] != b"ID3":
+        return 0
+    return 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+
+
+def _short(there: int, declared: int, frame_bytes: int) -> str:
+    """Return the reason for a file with `there` of `declared` bytes of audio; frame_bytes is 0 if compressed."""
+    if frame_bytes:
+        return f"truncated: {there // frame_bytes:,} of {declared // frame_bytes:,} samples"
+    return f"truncated: {there:,} of {declared:,} bytes of audio"
+
+
+# Sizes that a writer leaves when it can't seek back to its header: 0 and all ones (ffmpeg), the largest of 31 bits less
+# a header (sox), 2^31 (arecord).
+def _is_unknown(length: int, bits: int = 32) -> bool:
+    return length >= (1 << bits) - 256 or 0x7FFF_F000 <= length <= 0x8000_0000
+
+
+_LINEAR_WAV = (1, 3, 6, 7)  # PCM, float, A-law, mu-law: a fixed number of bytes a sample
+_MOST_BYTES = 0xFFFF_FFFF
+
+
+def _riff(file: BinaryIO, start: int, size: int) -> Header:
+    """Check WAV, RIFX and RF64: the size of the chunk `data`, of `ds64` in RF64, and the chunks behind it."""
+    magic = _at(file, start, 4)
+    order: Any = "big" if magic == b"RIFX" else "little"
+    form_bytes = int.from_bytes(_at(file, start + 4, 4), order)
+    place, frame_bytes, long_size = start + 12, 0, None
+    while len(head := _at(file, place, 8)) == 8:
+        name, length = head[:4], int.from_bytes(head[4:], order)
+        if name == b"data":
+            break
+        if name == b"ds64":
+            form_bytes, long_length = (int.from_bytes(_at(file, place + at, 8), order) for at in (8, 16))
+            long_size = place + 16, long_length
+        if name == b"fmt ":
+            frame_bytes = _wav_frame_bytes(_at(file, place + 8, min(length, 40)), order)
+        place += 8 + length + length % 2
+    else:
+        return Header(checked=False)
+    begin, there, bits = place + 8, size - place - 8, 32
+    sizes = [(start + 4, 4), (place + 4, 4)]
+    if magic == b"RF64" and long_size is not None and length == _MOST_BYTES:
+        length, bits, sizes = long_size[1], 64, [(long_size[0], 8)]
+    # An empty file that was closed says so in both sizes; one that was not closed has bytes that no size counts.
+    if _is_unknown(length, bits) or (length == 0 and there > 1 and start + 8 + form_bytes < size):
+        return _streamed_riff(file, there, size, frame_bytes, sizes, order)
+    if there < length:
+        return Header(_short(there, length, frame_bytes))
+    if frame_bytes and length % frame_bytes:
+        return Header(f"its {length:,} bytes of audio are not a multiple of {frame_bytes}, the bytes of a sample")
+    return _chunks_behind(file, begin + length + length % 2, size, order)
+
+
+def _streamed_riff(
+    file: BinaryIO, there: int, size: int, frame_bytes: int, sizes: list[tuple[int, int]], order: Any
+) -> Header:
+    """Patch the sizes of a WAV whose length its writer did not know, so that libsndfile reads the rest of the file."""
+    over = there % frame_bytes if frame_bytes else 0
+    if over > 1 or (over and _at(file, size - 1, 1) != b"\0"):  # one zero byte is padding
+        return Header(f"truncated: ends inside a sample, {over} bytes of {frame_bytes}")
+    values = [there - over] if len(sizes) == 1 else [size - 8, there - over]
+    patches = [
+        (place, min(value, _MOST_BYTES - 1).to_bytes(count, order))
+        for (place, count), value in zip(sizes, values, strict=True)
+    ]
+    return Header(patches=tuple(patches))
+
+
+def _wav_frame_bytes(fields: bytes, order: Any) -> int:
+    """Return the bytes of a sample of all channels, or 0 for a compressed format."""
+    tag = int.from_bytes(fields[:2], order)
+    if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the sub-format begins with the tag
+        tag = int.from_bytes(fields[24:26], order)
+    return int.from_bytes(fields[12:14], order) if tag in _LINEAR_WAV else 0
+
+
+def _chunks_behind(file: BinaryIO, place: int, size: int, order: Any) -> Header:
+    """Check the end of the file behind the audio: more chunks, or bytes that no size counts."""
+    while place + 8 <= size:
+        head = _at(file, place, 8)
+        length = int.from_bytes(head[4:], order)
+        if head[:4] == b"data":
+            return Header("has a second chunk of audio, which no decoder reads; join the two")
+        if not head[:4].isascii() or not head[:4].decode().isprintable() or place + 8 + length > size:
+            break
+        place += 8 + length + length % 2
+    if left := _at(file, place, 1 << 16).strip(b"\0"):
+        return Header(notes=("bytes behind the samples that no chunk holds",) if len(left) > 1 else ())
+    return Header()
+
+
+_AIFF_BYTES = {
+    b"NONE": 0, b"twos": 0, b"sowt": 0, b"in24": 3, b"in32": 4, b"fl32": 4, b"FL32": 4, b"fl64": 8, b"FL64": 8,
+    b"raw ": 1, b"ulaw": 1, b"ULAW": 1, b"alaw": 1, b"ALAW": 1,
+}  # fmt: skip
+
+
+def _aiff(file: BinaryIO, start: int, size: int) -> Header:
+    """Check AIFF and AIFF-C: the frames of `COMM` and the size of `SSND` against the bytes."""
+    kind, place, declared, frame_bytes, audio = _at(file, start + 8, 4), start + 12, 0, 0, None
+    if kind not in (b"AIFF", b"AIFC"):  # 8SVX
+        return Header(checked=False)
+    while len(head := _at(file, place, 8)) == 8:
+        name, length = head[:4], int.from_bytes(head[4:], "big")
+        if name == b"COMM":
+            fields = _at(file, place + 8, 22)
+            channels, declared, bits = (int.from_bytes(fields[a:b], "big") for a, b in ((0, 2), (2, 6), (6, 8)))
+            code = fields[18:22] if kind == b"AIFC" else b"NONE"
+            frame_bytes = channels * (_AIFF_BYTES.get(code, 0) or -(-bits // 8)) if code in _AIFF_BYTES else 0
+        if name == b"SSND":
+            skipped = 8 + int.from_bytes(_at(file, place + 8, 4), "big")
+            audio = (length - skipped, size - place - 8 - skipped)
+        place += 8 + length + length % 2
+    if audio is None or audio[0] < 0:
+        return Header(checked=False)
+    if audio[1] < audio[0] and not _is_unknown(audio[0] + 8):
+        return Header(_short(max(audio[1], 0), audio[0], frame_bytes))
+    if frame_bytes and declared and audio[1] < declared * frame_bytes:
+        return Header(_short(max(audio[1], 0), declared * frame_bytes, frame_bytes))
+    return Header()
+
+
+_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # bytes a sample by encoding
+
+
+def _au(file: BinaryIO, start: int, size: int) -> Header:
+    """Check Sun's AU: the offset and the byte count of its header."""
+    order: Any = "big" if _at(file, start, 4) == b".snd" else "little"
+    fields = _at(file, start, 24)
+    offset, declared, encoding, _, channels = (int.from_bytes(fields[at : at + 4], order) for at in range(4, 24, 4))
+    there = max(size - start - offset, 0)
+    if declared < _MOST_BYTES and there < declared:
+        return Header(_short(there, declared, channels * _AU_BYTES.get(encoding, 0)))
+    return Header()
+
+
+def _nist(file: BinaryIO, start: int, size: int) -> Header:
+    """Check NIST SPHERE: `sample_count` of its header."""
+    text = _at(file, start, 1 << 16).decode("latin-1")
+    fields = dict(re.findall(r"^(\w+) -i (\d+)\s*$", text.partition("end_head")[0], re.MULTILINE))
+    lines = text.split("\n", 2)
+    if "sample_count" not in fields or len(lines) < 2 or not lines[1].strip().isdigit():
+        return Header(checked=False)
+    frame_bytes = int(fields.get("sample_n_bytes", 2)) * int(fields.get("channel_count", 1))
+    there, declared = size - start - int(lines[1]), int(fields["sample_count"]) * frame_bytes
+    return Header(_short(max(there, 0), declared, frame_bytes)) if there < declared else Header()
+
+
+def _flac(file: BinaryIO, start: int, size: int) -> Header:
+    """Read STREAMINFO's MD5 of all samples, which is 0 where the encoder left it out."""
+    info = _at(file, start + 8, 34)
+    bits = ((info[12] & 1) << 4 | info[13] >> 4) + 1 if len(info) == 34 else 0
+    return Header(flac_md5=(info[18:], bits) if bits in (8, 16, 24) and any(info[18:]) else None)
+
+
+_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+
+
+def _ogg(file: BinaryIO, start: int, size: int) -> Header:
+    """Check every Ogg page by its checksum and number, and that the last one is marked as such (RFC 3533)."""
+    place = start
+    number_of: dict[bytes, int] = {}
+    ended: set[bytes] = set()
+    while place < size:
+        head = _at(file, place, 27)
+        lacing = file.read(head[26]) if len(head) == 27 else b""
+        page = bytearray(head + lacing + file.read(sum(lacing)))
+        if head[:4] == b"OggS"[: len(head)] and (len(head) < 27 or len(page) < 27 + head[26] + sum(lacing)):
+            return Header(f"truncated: ends inside an Ogg page at byte {place:,}")
+        if head[:4] != b"OggS":
+            return Header(f"damaged: no Ogg page at byte {place:,}")
+        page[22:26] = bytes(4)
+        # The checksum takes the highest bit first, zlib's the lowest; both begin at 0 here.
+        crc = zlib.crc32(bytes(page).translate(_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
+        if int(f"{crc:032b}"[::-1], 2) != int.from_bytes(head[22:26], "little"):
+            return Header(f"damaged: wrong checksum of the Ogg page at byte {place:,}")
+        stream, number = head[14:18], int.from_bytes(head[18:22], "little")
+        if number != number_of.get(stream, number - 1) + 1:
+            return Header(f"damaged: Ogg pages are missing before byte {place:,}")
+        number_of[stream] = number
+        if head[5] & 4:
+            ended.add(stream)
+        place += len(page)
+    return Header() if number_of.keys() == ended else Header("truncated: its last Ogg page does not end the stream")
+
+
+_FORMATS: dict[bytes, Callable[[BinaryIO, int, int], Header]] = {
+    b"RIFF": _riff, b"RIFX": _riff, b"RF64": _riff, b"FORM": _aiff, b".snd": _au, b"dns.": _au, b"NIST": _nist,
+    b"fLaC": _flac, b"OggS": _ogg,
+}  # fmt: skip
