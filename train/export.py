@@ -59,7 +59,9 @@ def export_onnx(folder: Path, out: Path) -> float:
     check_out(out, "--out")
     for library in ("onnx", "onnxruntime"):
         if find_spec(library) is None:
-            raise RetortError(f"exporting to ONNX needs {library}, which is not installed: pip install -r requirements/dev.lock")
+            raise RetortError(
+                f"exporting to ONNX needs {library}, which is not installed: pip install -r requirements/dev.lock"
+            )
     model = _AllStates(read_student_folder(folder)).eval()
     names = ["last_hidden_state", *(f"hidden_state_{layer}" for layer in range(_num_states(model)))]
     free = {0: "batch", 1: "samples"}
