@@ -50,6 +50,7 @@ class Upstream(Protocol):
     hop_samples: int
     receptive_samples: int
     stem_dim: int | None  # channels that its convolution stem gives; None without one
+    stem: dict[str, Any] | None  # the shape of that stem; None without one
     convention: str
     attention: str
     num_parameters: int
@@ -91,6 +92,7 @@ class Fbank(Upstream):
     hop_samples = FBANK_SHAPE.hop_samples
     receptive_samples = FBANK_SHAPE.receptive_samples
     stem_dim = FBANK_SHAPE.stem_dim
+    stem = None
     convention = FBANK_CONVENTION
     attention = "none"
     num_parameters = 0
@@ -126,6 +128,7 @@ class Transformer(Upstream):
         self.hop_samples = int(np.prod(self.model.config.conv_stride))
         self.receptive_samples = receptive_field(self.model.config.conv_kernel, self.model.config.conv_stride)
         self.stem_dim: int | None = self.model.config.conv_dim[-1]
+        self.stem: dict[str, Any] | None = _stem_shape(self.model)
         self.convention = CONVENTION
         self.attention = str(getattr(self.model.config, "_attn_implementation", None))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -230,6 +233,20 @@ def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
             f"{missing[0]}; config and weights are not of one model"
         )
     return model
+
+
+def _stem_shape(model: Any) -> dict[str, Any]:
+    """The shape of a model's convolution stem: what a student needs to have one of the same frames and weights."""
+    config = model.config
+    first = model.feature_extractor.conv_layers[0]
+    # data2vec-audio has layer norms and no field that states them; a student has no activation but GELU.
+    own_norm = "group" if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm) else "layer"
+    return {
+        **{key: [int(size) for size in getattr(config, key)] for key in ("conv_kernel", "conv_stride", "conv_dim")},
+        "feat_extract_norm": str(getattr(config, "feat_extract_norm", own_norm)),
+        "conv_bias": bool(getattr(config, "conv_bias", False)),
+        "feat_extract_activation": str(getattr(config, "feat_extract_activation", "gelu")),
+    }
 
 
 @contextmanager

@@ -69,6 +69,7 @@ class UpstreamFacts:
     num_parameters: int
     threads: int
     dtype_error: dict[str, dict[str, Any]]
+    stem: dict[str, Any] | None = None
 
 
 @dataclass
@@ -103,6 +104,7 @@ class Job:
             hop_samples=upstream.hop_samples,
             receptive_samples=upstream.receptive_samples,
             stem_dim=upstream.stem_dim,
+            stem=upstream.stem,
             convention=upstream.convention,
             attention=upstream.attention,
             num_parameters=upstream.num_parameters,

@@ -202,5 +202,6 @@ def _describe(
         "corpus": {"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
         "dropped": tuple(corpus.ids[index] for index in np.flatnonzero(writer.plan.pack < 0)),
         "objects": {},
+        "stem": facts.stem,
         "versions": {library: importlib.metadata.version(library) for library in libraries},
     }

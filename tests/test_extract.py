@@ -329,6 +329,20 @@ def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
     torch.testing.assert_close(folded, convolution(hidden))
 
 
+def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path: Path) -> None:
+    manifest, _ = extract(settings)
+    assert manifest.stem == {
+        "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+        "conv_dim": [16] * 7,
+        "feat_extract_norm": "group",
+        "conv_bias": False,
+        "feat_extract_activation": "gelu",
+    }
+    assert Manifest.read(settings.manifest).stem == manifest.stem
+    assert extract(replace(settings, upstream="fbank", pack_frames=256, manifest=tmp_path / "f.json"))[0].stem is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
