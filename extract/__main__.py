@@ -43,6 +43,9 @@ _what_to_extract = together(  # said alike to `plan` and to `run`
     click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work)."),
     click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them."),
     click.option(
+        "--drop-short", is_flag=True, help="Drop utterances too short for one frame of the upstream and record them."
+    ),
+    click.option(
         "--normalise/--no-normalise",
         default=None,
         help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
@@ -208,6 +211,7 @@ def info(manifest: Path) -> None:
         "frames": f"{frames} of {it.dim} features every {it.hop_samples} samples, {len(it.layers)} layers",
         "convention": it.convention,
         "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
+        "batches": _batches(it),
         "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
@@ -228,6 +232,14 @@ def info(manifest: Path) -> None:
                 if figures := by_layer.get(name):
                     errors.add_row(name, str(figures.get("snr_db")), str(figures.get("max_abs_error")))
             console.print(errors)
+
+
+def _batches(manifest: "Manifest") -> str:
+    """How utterances were batched, and what a padded batch was off from each utterance alone."""
+    if (it := manifest.batching) is None:
+        return ""
+    said = {"padded": "padded", "single": "utterances one by one"}.get(it.get("mode", ""), "")
+    return f"{said}; a padded batch is off by {it.get('max_abs_error')} at most ({it.get('dtype')})"
 
 
 def _bytes_a_value(manifest: "Manifest") -> str:

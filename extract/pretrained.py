@@ -1,6 +1,7 @@
 """Opening a folder of weights by transformers, and what it lacks."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,23 @@ _UNREADABLE = (
     AssertionError, EOFError, pickle.UnpicklingError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 _UNUSED = {"masked_spec_embed"}  # what only pre-training uses may be missing
+_UNUSED_LAST = "num_batches_tracked"  # a counter of batch norm's training
 
 
 def open_pretrained(
-    opener: Callable[..., Any], folder: Path, *, refusal: str, mend: str, **options: Any
+    opener: Callable[..., Any],
+    folder: Path,
+    *,
+    refusal: str,
+    mend: str,
+    own: re.Pattern[str] | None = None,
+    **options: Any,
 ) -> tuple[Any, list[str]]:
     """The model in a folder, and the weights that the folder lacks: those are random, so the caller refuses.
 
     opener: a `from_pretrained` of transformers, which itself warns of weights that are missing and goes on. Raises
-    RetortError, which begins with `refusal` and ends with `mend`, for a folder that can't be opened.
+    RetortError, which begins with `refusal` and ends with `mend`, for a folder that can't be opened, and for weights
+    that the model has no place for though their names match `own`.
     """
     from transformers import logging  # late: it takes seconds to import
 
@@ -35,4 +44,10 @@ def open_pretrained(
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise RetortError(f"{refusal} ({reason}); {mend}") from None
-    return model, sorted(set(loading["missing_keys"]) - _UNUSED)
+    if own is not None and (odd := sorted(name for name in loading["unexpected_keys"] if own.search(name))):
+        raise RetortError(
+            f"{refusal}: its weights hold {len(odd)} that config.json has no place for, such as {odd[0]}; config and "
+            f"weights are not of one model, {mend}"
+        )
+    missing = {name for name in loading["missing_keys"] if not name.endswith(_UNUSED_LAST)}
+    return model, sorted(missing - _UNUSED)

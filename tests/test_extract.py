@@ -302,7 +302,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[flo
     hidden_LFD[:, 70:] = 0
     assert np.isfinite(writer.encode_pack(0, hidden_LFD).means).all()  # as large as they come
     hidden_LFD[1, 50 : 50 + len(wrong), 2] = wrong
-    with pytest.raises(RetortError, match="not finite in pack 0; try --dtype fp32"):
+    with pytest.raises(RetortError, match="layer 1 is not finite in fp32"):
         writer.encode_pack(0, hidden_LFD)
 
 
