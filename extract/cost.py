@@ -242,7 +242,11 @@ def _find_rate(request: Request, corpus: Corpus, size: Size) -> tuple[float | No
     keep_freed_blocks()
     card = find_upstream(request.upstream, revision=request.revision, normalise=request.normalise)
     upstream = load_upstream(
-        card, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+        card,
+        device=request.device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        layers=size.layers,
     )
     batches = sample_batches(size, corpus.num_samples, request.sample_s)
     sampled_s = sum(corpus.num_samples[batch].sum() for batch in batches) / SAMPLE_RATE_HZ

@@ -87,9 +87,12 @@ def load_upstream(
     device: str = "cpu",
     dtype: str = "fp32",
     trust_remote_code: bool = False,
+    layers: tuple[int, ...] | None = None,
     check: bool = True,
 ) -> Upstream:
-    """Load the upstream of a card and check it on a few seconds of noise; `check` False: it was checked before.
+    """Load the upstream of a card and check it on a second of noise; `check` False: it was checked before.
+
+    layers: those that are kept, None for all; the values of others may be what they are.
 
     Raises RetortError where its code would have to be trusted and is not, and where the check finds that its features
     would not be what the manifest states.
@@ -98,7 +101,7 @@ def load_upstream(
         return Fbank()
     upstream = Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if check:
-        upstream.batching = check_upstream(upstream, card.id)
+        upstream.batching = check_upstream(upstream, card.id, layers)
     return upstream
 
 

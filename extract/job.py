@@ -98,7 +98,11 @@ class Job:
             torch.set_num_threads(request.threads)
         corpus = Corpus.open(request.corpus)
         upstream = load_upstream(
-            request.card, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+            request.card,
+            device=request.device,
+            dtype=request.dtype,
+            trust_remote_code=request.trust_remote_code,
+            layers=request.layers,
         )
         facts = UpstreamFacts(
             num_layers=upstream.num_layers,

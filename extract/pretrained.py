@@ -46,8 +46,8 @@ def open_pretrained(
         raise RetortError(f"{refusal} ({reason}); {mend}") from None
     if own is not None and (odd := sorted(name for name in loading["unexpected_keys"] if own.search(name))):
         raise RetortError(
-            f"{refusal}: its weights hold {len(odd)} that config.json has no place for, such as {odd[0]}; config and "
-            f"weights are not of one model, {mend}"
+            f"{folder}: the weights hold {len(odd)} that config.json has no place for, such as {odd[0]}; config and "
+            f"weights are not of one model, {mend} (fewer layers are kept by --layers)"
         )
     missing = {name for name in loading["missing_keys"] if not name.endswith(_UNUSED_LAST)}
     return model, sorted(missing - _UNUSED)

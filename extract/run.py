@@ -187,16 +187,21 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
 
 def _remarks(facts: UpstreamFacts, settings: Settings) -> list[str]:
     """What a user should know of how features are made, beside what was asked for."""
-    from extract.upstream_check import describe  # late: torch takes seconds to import
-
-    found = [] if facts.batching is None else [describe(facts.batching)]
+    found = []
+    if facts.batching is not None and facts.batching["mode"] == "single":
+        error, bound = facts.batching["relative_error"], facts.batching["bound"]
+        off = "fails" if error is None else f"is off by {error:.2g} of a layer's norm"
+        found.append(
+            "utterances are run one by one, which is exact and slower than batches: a padded batch of this upstream "
+            f"{off} against each utterance alone (in {facts.batching['dtype']}, bound {bound:g})"
+        )
     lost = [error["snr_db"] for error in facts.dtype_error.values() if error["snr_db"] is not None]
     if min(lost, default=_LEAST_SNR_DB) < _LEAST_SNR_DB:
         found.append(
             f"{settings.dtype} on this device is {min(lost):.1f} dB off fp32, where rounding alone leaves 30 dB and "
             "more; give --dtype fp32, or another device"
         )
-    return [line for line in found if line]
+    return found
 
 
 def _write_seed(settings: Settings, card: UpstreamCard) -> None:

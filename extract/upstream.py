@@ -15,12 +15,7 @@ from typing import Any
 from extract.checks import check_fields, check_name, check_type
 from extract.errors import RetortError
 from extract.files import read_json, sha256_file
-from extract.upstream_files import (
-    check_plain_weights,
-    check_preprocessor,
-    own_normalisation,
-    weights_files,
-)
+from extract.upstream_files import check_plain_weights, check_preprocessor, own_normalisation, weights_files
 from extract.upstream_files import folder_of as _folder_of
 
 FBANK = "fbank"

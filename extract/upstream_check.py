@@ -17,7 +17,7 @@ Rounding in 16 bits hides small leaks, so fp32 is measured first whatever the pr
 Shapes: B batch, T frames, D features, C channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,35 +44,24 @@ _WIDER = {
 }
 
 
-def check_upstream(upstream: "Transformer", name: str) -> dict[str, Any]:
-    """Check a loaded upstream; return how it batches utterances, for the manifest.
+def check_upstream(upstream: "Transformer", name: str, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Check a loaded upstream, of its values those of `layers` (None: all); return how it batches, for the manifest.
 
     `mode` is "padded" or "single" (one by one), the errors are those of a padded batch: `max_abs_error` and
-    `relative_error` (of the norm) over all layers and in `layers` one by one, None where there is no number.
+    `relative_error` (of the norm) over the layers and in `layers` by layer, None where there is no number.
     Raises RetortError for an upstream whose hidden states are not what its config.json states.
     """
     _check_formula(upstream, name)
+    kept = [layer for layer in range(upstream.num_layers) if layers is None or layer in layers]
     probes = _probes(upstream)
     with _in_fp32(upstream):
-        alone = _check_alone(upstream, name, probes, dtype="fp32")
-        batching = _measure(upstream, probes, alone, dtype="fp32")
+        alone = _check_alone(upstream, name, probes, kept, dtype="fp32")
+        batching = _measure(upstream, probes, alone, kept, dtype="fp32")
     if upstream.dtype != "fp32":
-        alone = _check_alone(upstream, name, probes, dtype=upstream.dtype)
+        alone = _check_alone(upstream, name, probes, kept, dtype=upstream.dtype)
         if batching["mode"] == "padded":
-            batching = _measure(upstream, probes, alone, dtype=upstream.dtype)
+            batching = _measure(upstream, probes, alone, kept, dtype=upstream.dtype)
     return batching
-
-
-def describe(batching: dict[str, Any]) -> str | None:
-    """The line that tells a user why utterances are run one by one; None where they are not."""
-    if batching["mode"] == "padded":
-        return None
-    error = batching["relative_error"]
-    found = "fails" if error is None else f"differs from each utterance alone by {error:.2g} of its norm"
-    return (
-        "utterances are run one by one, which is exact and slower than batches: a padded batch of this upstream "
-        f"{found} (in {batching['dtype']}, bound {batching['bound']:g})"
-    )
 
 
 def _probes(upstream: "Transformer") -> list[NDArray[np.float32]]:
@@ -118,29 +107,33 @@ def _check_formula(upstream: "Transformer", name: str) -> None:
         raise _other_frames(name, int(num_samples[place]), found.ravel()[place], int(expected[place]), hop)
 
 
+_States = list[dict[int, NDArray[np.float32]]]  # by probe and kept layer (T, D)
+
+
 def _check_alone(
-    upstream: "Transformer", name: str, probes: list[NDArray[np.float32]], *, dtype: str
-) -> list[list[NDArray[np.float32]]]:
-    """The states of each probe alone, by utterance and layer (T, D), once they are of the right shapes and finite."""
-    found = []
+    upstream: "Transformer", name: str, probes: list[NDArray[np.float32]], kept: list[int], *, dtype: str
+) -> _States:
+    """The states of each probe alone, once they are of the right shapes, finite and the same twice."""
+    found: _States = []
     for probe in [*probes, probes[1]]:
         try:
             states_1TD = upstream.forward([probe])
         except _FAILURES as error:
             raise _unusable(name, f"its forward pass fails on {len(probe)} samples", error) from None
         _check_shapes(upstream, name, len(probe), states_1TD)
-        found.append([_on_cpu(state_1TD[0]) for state_1TD in states_1TD])
+        found.append({layer: _on_cpu(states_1TD[layer][0]) for layer in kept})
     again = found.pop()
-    for probe, layers in zip(probes, found, strict=True):
-        for layer, state_TD in enumerate(layers):
-            if not np.isfinite(state_TD).all():
-                raise RetortError(
-                    f"upstream {name}: layer {layer} is not finite on {len(probe) / SAMPLE_RATE_HZ:.2f} s of noise in "
-                    f"{dtype}; {_WIDER[dtype]}"
-                )
-    for layer, (first_TD, second_TD) in enumerate(zip(found[1], again, strict=True)):
-        on_cpu = torch.device(upstream.device).type == "cpu"  # elsewhere sums may be made in any order
-        if not (np.array_equal(first_TD, second_TD) if on_cpu else _Gap(first_TD, second_TD).fits(dtype)):
+    for probe, states_TD in zip(probes, found, strict=True):
+        if odd := [layer for layer in kept if not np.isfinite(states_TD[layer]).all()]:
+            below = "" if odd[0] == kept[0] else f", or keep --layers below {odd[0]}"
+            raise RetortError(
+                f"upstream {name}: layer {odd[0]} is not finite on {len(probe) / SAMPLE_RATE_HZ:.2f} s of noise in "
+                f"{dtype}; {_WIDER[dtype]}{below}"
+            )
+    on_cpu = torch.device(upstream.device).type == "cpu"  # elsewhere sums may be made in any order
+    for layer in kept:
+        pair = found[1][layer], again[layer]
+        if not (np.array_equal(*pair) if on_cpu else _Gap(*pair).fits(dtype)):
             raise RetortError(
                 f"upstream {name}: layer {layer} differs between two runs on the same input, so its code draws random "
                 "numbers though the model is in eval mode; mend that code (dropout, masking, dither)"
@@ -167,25 +160,25 @@ def _check_shapes(upstream: "Transformer", name: str, num_samples: int, states_1
 
 
 def _measure(
-    upstream: "Transformer", probes: list[NDArray[np.float32]], alone: list[list[NDArray[np.float32]]], *, dtype: str
+    upstream: "Transformer", probes: list[NDArray[np.float32]], alone: _States, kept: list[int], *, dtype: str
 ) -> dict[str, Any]:
     """The errors of a padded batch of the probes, and the mode that follows from them."""
+    gaps: dict[int, list[_Gap]] = {}
     try:
-        padded = [_on_cpu(state_BTD) for state_BTD in upstream.forward(probes)]
-        gaps = [
-            [_Gap(own_TD, state_BTD[row, : len(own_TD)]) for row, own_TD in enumerate(of_layer)]
-            for state_BTD, of_layer in zip(padded, zip(*alone, strict=True), strict=True)
-        ]
+        states_BTD = upstream.forward(probes)
+        for layer in kept:
+            padded_BTD = _on_cpu(states_BTD[layer])
+            own = [states_TD[layer] for states_TD in alone]
+            gaps[layer] = [_Gap(own_TD, padded_BTD[row, : len(own_TD)]) for row, own_TD in enumerate(own)]
     except _FAILURES:
-        gaps = []  # alone it runs
-    fits = bool(gaps) and all(gap.fits(dtype) for of_layer in gaps for gap in of_layer)
-    layers = [_figures(of_layer) for of_layer in gaps]
+        gaps = {}  # alone it runs
+    of_all = [gap for of_layer in gaps.values() for gap in of_layer]
     return {
-        "mode": "padded" if fits else "single",
+        "mode": "padded" if gaps and all(gap.fits(dtype) for gap in of_all) else "single",
         "dtype": dtype,
         "bound": BOUND[dtype],
-        **_figures([gap for of_layer in gaps for gap in of_layer]),
-        "layers": layers,
+        **_figures(of_all),
+        "layers": {str(layer): _figures(of_layer) for layer, of_layer in gaps.items()},
     }
 
 

@@ -142,7 +142,9 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
     writer.encode_pack(0, hidden_LFD)
     where = [data.draw(st.integers(0, size - 1)) for size in (2, sum(lengths), 4)]
     hidden_LFD[tuple(where)] = odd
-    with pytest.raises(RetortError, match=f"corpus index {plan_index(lengths, where[1])} .* layer {where[0]} is not finite in fp32"):
+    with pytest.raises(
+        RetortError, match=f"corpus index {plan_index(lengths, where[1])} .* layer {where[0]} is not finite in fp32"
+    ):
         writer.encode_pack(0, hidden_LFD)
 
 
