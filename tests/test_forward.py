@@ -1,6 +1,7 @@
 """Batched extraction equals the model's own unpadded forward pass, for every family and both stems."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,13 +16,15 @@ from transformers import (
     HubertModel,
     PreTrainedModel,
     Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
+    Wav2Vec2Processor,
 )
 
 from extract.corpus import Corpus
 from extract.errors import RetortError
-from extract.forward import OwnFramesGroupNorm, load_upstream
+from extract.forward import OwnFramesGroupNorm, Transformer, load_upstream
 from extract.upstream import find_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
@@ -94,6 +97,92 @@ def test_a_config_that_asks_for_tuples_gives_the_same(teacher: Path, corpus: Cor
     change_config(tmp_path, return_dict=False, output_attentions=True, output_hidden_states=True, layerdrop=0.9)
     (got_LTD,) = load_upstream(find_upstream(str(tmp_path))).hidden_states([corpus.waveform(0)], range(5))
     assert np.abs(got_LTD - alone(model, corpus.waveform(0))).max() <= 1e-4
+
+
+def split_weights(folder: Path, *, suffix: str, prefix: str = "") -> None:
+    """The folder's weights as two files and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for part in range(2):
+        own = {f"{prefix}{name}": tensors[name] for name in sorted(tensors)[part::2]}
+        name = f"part-{part}{suffix}"
+        torch.save(own, folder / name) if suffix == ".bin" else save_file(own, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(own, name)
+    stem = "pytorch_model" if suffix == ".bin" else "model"
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def old_names(folder: Path) -> None:
+    """One .bin of a CTC model, with the names that weight norm had before torch 2."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    new = "parametrizations.weight.original"
+    renamed = {
+        f"hubert.{name}".replace(f"{new}0", "weight_g").replace(f"{new}1", "weight_v"): value
+        for name, value in tensors.items()
+    }
+    assert any(name.endswith("weight_g") for name in renamed)
+    torch.save(renamed | {"lm_head.weight": torch.ones(3, 32)}, folder / "pytorch_model.bin")
+
+
+def named_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    change_config(folder, transformers_weights="mine.safetensors")
+
+
+FORMS: dict[str, Callable[[Path], None]] = {
+    "safetensors in parts": lambda folder: split_weights(folder, suffix=".safetensors"),
+    "bin in parts": lambda folder: split_weights(folder, suffix=".bin"),
+    "bin in parts, of a head": lambda folder: split_weights(folder, suffix=".bin", prefix="hubert."),
+    "an old bin": old_names,
+    "by another name": named_weights,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_the_same_in_any_form(form: str, teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
+    save_teacher(HubertModel.from_pretrained(teacher), tmp_path)
+    FORMS[form](tmp_path)
+    (got_LTD,) = load_upstream(find_upstream(str(tmp_path))).hidden_states([corpus.waveform(0)], range(5))
+    model = HubertModel.from_pretrained(teacher).eval()
+    assert np.abs(got_LTD - alone(model, corpus.waveform(0))).max() <= 1e-4
+
+
+def test_the_digest_is_of_the_weights_that_are_opened(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """Every form at once, each of other weights: the digest follows transformers' order of them."""
+    scales = {"model.safetensors": 1.0, "model.safetensors.index.json": 2.0, "pytorch_model.bin": 3.0,
+              "pytorch_model.bin.index.json": 4.0}  # fmt: skip
+    name = "encoder.layers.3.final_layer_norm.weight"
+    save_teacher(HubertModel.from_pretrained(teacher), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for file, scale in scales.items():
+        own = tensors | {name: tensors[name] * scale}
+        part = file.replace(".index.json", "").replace(".", "-1.")
+        path = tmp_path / (part if file.endswith("index.json") else file)
+        torch.save(own, path) if ".bin" in file else save_file(own, path, metadata={"format": "pt"})
+        if file.endswith("index.json"):
+            (tmp_path / file).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(own, part)}))
+    digests = []
+    for file, scale in scales.items():
+        card = find_upstream(str(tmp_path))
+        upstream = load_upstream(card, check=False)
+        assert isinstance(upstream, Transformer)
+        assert torch.equal(upstream.model.state_dict()[name], tensors[name] * scale)
+        digests.append(card.weights_sha256)
+        (tmp_path / file).unlink()
+    assert len(set(digests)) == 4
+
+
+def test_settings_are_read_as_transformers_5_writes_them(teacher: Path, tmp_path: Path) -> None:
+    for normalise in (True, False):
+        folder = save_teacher(HubertModel.from_pretrained(teacher), tmp_path / str(normalise))
+        (folder / "preprocessor_config.json").unlink()
+        (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4}))
+        tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+        Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=normalise), tokenizer).save_pretrained(folder)
+        assert not (folder / "preprocessor_config.json").exists()
+        assert find_upstream(str(folder)).normalise is normalise
 
 
 STRANGER = """
