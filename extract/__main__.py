@@ -235,7 +235,7 @@ def info(manifest: Path) -> None:
 
 
 def _batches(manifest: "Manifest") -> str:
-    """How utterances were batched, and what a padded batch was off from each utterance alone."""
+    """Return the batching of utterances in words, with the error of a padded batch against each utterance alone."""
     if (it := manifest.batching) is None:
         return ""
     said = {"padded": "padded", "single": "utterances one by one"}.get(it.get("mode", ""), "")

@@ -186,7 +186,7 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
 
 
 def _remarks(facts: UpstreamFacts, settings: Settings) -> list[str]:
-    """What a user should know of how features are made, beside what was asked for."""
+    """Return lines on how features are made that a user did not ask for."""
     found = []
     if facts.batching is not None and facts.batching["mode"] == "single":
         error, bound = facts.batching["relative_error"], facts.batching["bound"]

@@ -82,12 +82,17 @@ def _probes(upstream: "Transformer") -> list[NDArray[np.float32]]:
 @contextmanager
 def _in_fp32(upstream: "Transformer") -> Iterator[None]:
     """IEEE fp32 inside, whatever the run's precision: TF32 convolutions would round as other shapes do not."""
-    autocast, tf32 = upstream.autocast, torch.backends.cudnn.allow_tf32
-    upstream.autocast, torch.backends.cudnn.allow_tf32 = None, False
+    autocast, on_cuda = upstream.autocast, torch.device(upstream.device).type == "cuda"
+    tf32 = on_cuda and torch.backends.cudnn.allow_tf32
+    upstream.autocast = None
+    if tf32:
+        torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        upstream.autocast, torch.backends.cudnn.allow_tf32 = autocast, tf32
+        upstream.autocast = autocast
+        if tf32:
+            torch.backends.cudnn.allow_tf32 = True
 
 
 def _check_formula(upstream: "Transformer", name: str) -> None:
@@ -183,7 +188,7 @@ def _measure(
 
 
 class _Gap:
-    """What one layer of an utterance in a padded batch, or run again, is off from the layer of the utterance alone."""
+    """Errors of one layer of an utterance, in a padded batch or run again, against the utterance alone."""
 
     def __init__(self, alone_TD: NDArray[np.float32], other_TD: NDArray[np.float32]) -> None:
         own_TD = alone_TD.astype(np.float64)

@@ -120,7 +120,7 @@ def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> 
 
 
 def own_normalisation(folder: Path) -> bool:
-    """Whether the checkpoint normalises waveforms. Raises RetortError where its files do not say, or disagree."""
+    """Return whether the checkpoint normalises waveforms. Raises RetortError where its files do not, or disagree."""
     settings = _preprocessors(folder)
     if not settings:
         raise RetortError(

@@ -211,6 +211,15 @@ def test_the_error_is_measured_on_what_comes_back(codec: Codec) -> None:
     np.testing.assert_allclose(lost.signal, (hidden.astype(np.float64) ** 2).sum((1, 2)), rtol=1e-5)
 
 
+def test_the_error_of_values_whose_squares_overflow_float32_is_a_number() -> None:
+    hidden_LFD = normal(GROUP, dim=4) * np.float32(1e25)
+    codes_LFW, scale = CODECS["int8"].encode(hidden_LFD)
+    by_layer = CodecError.of(CODECS["int8"], hidden_LFD, codes_LFW, scale).by_layer(range(len(hidden_LFD)))
+    small = CodecError.of(CODECS["int8"], hidden_LFD / np.float32(2**80), codes_LFW, scale / np.float32(2**80))
+    for layer, lost in small.by_layer(range(len(hidden_LFD))).items():
+        assert by_layer[layer]["snr_db"] == pytest.approx(lost["snr_db"], abs=0.01)
+
+
 def test_errors_of_shards_add_up(codec: Codec) -> None:
     parts = [CodecError.of(codec, hidden, *codec.encode(hidden)) for hidden in (normal(seed=1), normal(seed=2))]
     both = CodecError.from_dict((parts[0] + parts[1]).to_dict())

@@ -13,7 +13,7 @@ import torch
 import zarr
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import HubertModel, Wav2Vec2FeatureExtractor
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.__main__ import main
 from extract.codec import CODECS
@@ -24,10 +24,8 @@ from extract.plan import plan_packs
 from extract.run import Settings, extract
 from extract.store import Manifest, StoreReader
 from extract.writer import StoreWriter
-from tests.conftest import noise_utterances, save_teacher
-from tests.families import FAMILIES
+from tests.conftest import TINY, noise_utterances, save_teacher
 from tests.processes import Command, run_command
-from train.data import DistillationData
 
 
 @pytest.fixture
@@ -269,6 +267,10 @@ def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path
 
 
 def test_the_manifest_says_what_a_precision_costs(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
+    # torch's 16-bit convolutions of 8 channels a group and an even kernel are wrong on CPUs with AMX: 19 is not even.
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**TINY | {"num_conv_pos_embeddings": 19}))
+    settings = replace(settings, upstream=str(save_teacher(model, tmp_path / "odd")))
     exact, _ = extract(settings)
     assert exact.dtype_error == {}
     short, _ = extract(replace(settings, dtype="bf16", manifest=tmp_path / "bf16.json"))
@@ -296,15 +298,19 @@ def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("wrong", [(np.nan,), (np.inf,), (-np.inf, np.inf)])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "way"), [("fp32", "--layers below 1"), ("bf16", "--dtype fp32"), ("fp16", "--dtype bf16 or --dtype fp32")]
+)
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...], dtype: str, way: str) -> None:
     plan = plan_packs(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
     keep = frozenset({"pooled"})
     writer = StoreWriter(location=tmp_path, plan=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
+    writer = replace(writer, ids=["a", "b"], dtype=dtype)
     hidden_LFD = np.full((2, 100, 4), np.finfo(np.float32).max)
     hidden_LFD[:, 70:] = 0
     assert np.isfinite(writer.encode_pack(0, hidden_LFD).means).all()  # as large as they come
     hidden_LFD[1, 50 : 50 + len(wrong), 2] = wrong
-    with pytest.raises(RetortError, match="layer 1 is not finite in fp32"):
+    with pytest.raises(RetortError, match=f"utterance 'b' .* layer 1 is not finite in {dtype}; .*{way}"):
         writer.encode_pack(0, hidden_LFD)
 
 
@@ -343,89 +349,6 @@ def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path
     }
     assert Manifest.read(settings.manifest).stem == manifest.stem
     assert extract(replace(settings, upstream="fbank", pack_frames=256, manifest=tmp_path / "f.json"))[0].stem is None
-
-
-def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(
-    settings: Settings, corpus: Corpus, tmp_path: Path
-) -> None:
-    """A teacher of 25 frames a second sees 720 samples a frame; a corpus holds any utterance of 400."""
-    torch.manual_seed(1)
-    slow = save_teacher(FAMILIES["hubert-25hz"](), tmp_path / "slow")
-    utterances = noise_utterances(12, shortest=420, longest=1_000, seed=3)
-    write_corpus(tmp_path / "short.h5", name="short", reader="folder", utterances=utterances)
-    lengths = {one.id: len(one.samples) for one in utterances}
-    too_short = {name for name, length in lengths.items() if length < 720}
-    assert 0 < len(too_short) < 12
-    asked = replace(settings, upstream=str(slow), corpus=tmp_path / "short.json", keep=frozenset({"frames", "pooled"}))
-    with pytest.raises(RetortError, match=f"{len(too_short)} such.*--drop-short"):
-        extract(asked)
-    manifest, _ = extract(replace(asked, drop_short=True))
-    assert set(manifest.dropped) == too_short
-    assert manifest.hop_samples == 640 and manifest.stem is not None and len(manifest.stem["conv_stride"]) == 8
-    short = Corpus.open(tmp_path / "short.h5")
-    reader = StoreReader.open(settings.manifest, short)
-    for index, name in enumerate(reader.ids):
-        dropped = name in too_short
-        assert reader.num_frames[index] == (0 if dropped else (lengths[name] - 720) // 640 + 1)
-        assert np.isnan(reader.pooled(np.array([index]))).all() == dropped
-    with pytest.raises(RetortError, match=r"was dropped .* shorter than a frame"):
-        reader.hidden(min(too_short))
-    data = DistillationData(short, reader, layers=(4,), train_splits=("train",), dev_split="dev", seed=0)
-    kept = {reader.ids[index] for index in [*np.flatnonzero(data.is_train), *data.dev]}
-    assert not kept & too_short
-    plan = CliRunner().invoke(
-        main, ["plan", "--upstream", str(slow), "--corpus", str(short.path), "--rate", "1", "--drop-short"]
-    )
-    assert plan.exit_code == 0 and f"({len(too_short)} longer than a pack or shorter than a frame" in plan.output
-
-
-def test_a_corpus_of_utterances_that_are_all_too_short_is_refused(settings: Settings, tmp_path: Path) -> None:
-    write_corpus(
-        tmp_path / "short.h5", name="short", reader="folder", utterances=noise_utterances(3, shortest=420, longest=700)
-    )
-    slow = save_teacher(FAMILIES["hubert-25hz"](), tmp_path / "slow")
-    with pytest.raises(RetortError, match=r"every utterance of .* is shorter than one frame of this upstream"):
-        extract(replace(settings, upstream=str(slow), corpus=tmp_path / "short.json", drop_short=True))
-
-
-def test_the_manifest_records_how_utterances_were_batched(settings: Settings) -> None:
-    manifest, _ = extract(replace(settings, layers=(1, 4)))
-    assert manifest.batching is not None
-    assert (manifest.batching["mode"], manifest.batching["dtype"]) == ("padded", "fp32")
-    assert manifest.batching["layers"].keys() == {"1", "4"}
-    assert 0 < manifest.batching["max_abs_error"] <= 1e-4
-    assert "padded" in CliRunner().invoke(main, ["info", str(settings.manifest)]).output
-
-
-def test_a_store_of_utterances_run_one_by_one_says_so(
-    settings: Settings, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A batch norm whose name Retort does not know, before the positional convolution, leaks padding."""
-    folder = save_teacher(HubertModel.from_pretrained(settings.upstream), tmp_path / "odd")
-    (folder / "odd_norm.py").write_text(
-        "import torch\nfrom transformers import HubertConfig as Config, HubertModel\n"
-        "class Model(HubertModel):\n"
-        "    def __init__(self, config):\n"
-        "        super().__init__(config)\n"
-        "        self.encoder.pos_conv_embed.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "odd_norm.Config", "AutoModel": "odd_norm.Model"}
-    config["feat_extract_norm"] = "group"
-    (folder / "config.json").write_text(json.dumps(config))
-    manifest, _ = extract(replace(settings, upstream=str(folder), trust_remote_code=True))
-    assert manifest.batching is not None and manifest.batching["mode"] == "single"
-    assert manifest.batching["relative_error"] > 1e-3
-    assert capsys.readouterr().err.count("odd: utterances are run one by one") == 1
-    model = HubertModel.from_pretrained(settings.upstream).eval()
-    model.encoder.pos_conv_embed.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
-    reader = StoreReader.open(settings.manifest, corpus)
-    prepare = Wav2Vec2FeatureExtractor(do_normalize=True)
-    for index in range(3):
-        values = prepare(corpus.waveform(index), sampling_rate=16_000, return_tensors="pt").input_values
-        with torch.no_grad():
-            expected = model(values).last_hidden_state[0].numpy()
-        np.testing.assert_allclose(reader.hidden_at(index, [4])[0], expected, atol=4e-3)
 
 
 @pytest.mark.parametrize(
