@@ -239,7 +239,9 @@ def _batches(manifest: "Manifest") -> str:
     if (it := manifest.batching) is None:
         return ""
     said = {"padded": "padded", "single": "utterances one by one"}.get(it.get("mode", ""), "")
-    return f"{said}; a padded batch is off by {it.get('max_abs_error')} at most ({it.get('dtype')})"
+    error = it.get("max_abs_error")
+    off = "fails" if error is None else f"is off by {error} at most"
+    return f"{said}; a padded batch {off} ({it.get('dtype')})"
 
 
 def _bytes_a_value(manifest: "Manifest") -> str:

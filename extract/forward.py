@@ -61,6 +61,7 @@ class Upstream(Protocol):
     stem_dim: int | None  # channels that its convolution stem gives; None without one
     stem: dict[str, Any] | None  # the shape of that stem; None without one
     batching: dict[str, Any] | None  # how utterances are batched, with the measured error; None: always one by one
+    remark: str | None  # what a user should know of it, beside the convention
     convention: str
     attention: str
     num_parameters: int
@@ -119,6 +120,7 @@ class Fbank(Upstream):
     stem_dim = FBANK_SHAPE.stem_dim
     stem = None
     batching = None
+    remark = None
     convention = FBANK_CONVENTION
     attention = "none"
     num_parameters = 0
@@ -159,6 +161,7 @@ class Transformer(Upstream):
         self.stem: dict[str, Any] | None = _stem_shape(self.model)
         self.batching: dict[str, Any] | None = None
         adapted = read_json(card.folder / "config.json").get("add_adapter") and not remote
+        self.remark = _NO_ADAPTER if adapted else None
         self.convention = f"{CONVENTION}; {_NO_ADAPTER}" if adapted else CONVENTION
         self.attention = str(getattr(self.model.config, "_attn_implementation", None))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -262,7 +265,7 @@ def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
     attention = config.get("_attn_implementation", config.get("attn_implementation"))
     mend = "download or train it again"
     if attention not in (None, "eager", "sdpa"):
-        mend = f"if this machine lacks its attention {attention!r}, take `attn_implementation` out of config.json"
+        mend = f"take its attention {attention!r}, `attn_implementation`, out of config.json"
     # An adapter shortens and may widen the last hidden state: what is kept is the encoder's.
     options = {"add_adapter": False} if config.get("add_adapter") and "auto_map" not in config else {}
     model, missing = open_pretrained(

@@ -72,6 +72,7 @@ class UpstreamFacts:
     dtype_error: dict[str, dict[str, Any]]
     stem: dict[str, Any] | None = None
     batching: dict[str, Any] | None = None
+    remark: str | None = None  # on what is not run of it
 
 
 @dataclass
@@ -112,6 +113,7 @@ class Job:
             stem_dim=upstream.stem_dim,
             stem=upstream.stem,
             batching=upstream.batching,
+            remark=upstream.remark,
             convention=upstream.convention,
             attention=upstream.attention,
             num_parameters=upstream.num_parameters,

@@ -40,10 +40,19 @@ def open_pretrained(
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, loading = opener(folder, output_loading_info=True, **options)
+        # Other shapes are refused below, with their names: transformers says no more than "see the report".
+        model, loading = opener(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, ImportError):
+            mend = f"install what it needs, or {mend}"
         raise RetortError(f"{refusal} ({reason}); {mend}") from None
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise RetortError(
+            f"{refusal}: {len(mismatched)} of its weights are of other shapes than config.json asks for, such as "
+            f"{name}: got {list(found)}, expected {list(expected)}; {mend}"
+        )
     if own is not None and (odd := sorted(name for name in loading["unexpected_keys"] if own.search(name))):
         raise RetortError(
             f"{folder}: the weights hold {len(odd)} that config.json has no place for, such as {odd[0]}; config and "

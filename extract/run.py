@@ -187,7 +187,7 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
 
 def _remarks(facts: UpstreamFacts, settings: Settings) -> list[str]:
     """Return lines on how features are made that a user did not ask for."""
-    found = []
+    found = [] if facts.remark is None else [facts.remark]
     if facts.batching is not None and facts.batching["mode"] == "single":
         error, bound = facts.batching["relative_error"], facts.batching["bound"]
         off = "fails" if error is None else f"is off by {error:.2g} of a layer's norm"

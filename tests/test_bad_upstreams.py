@@ -176,7 +176,9 @@ UPSTREAMS = [
     configured("conv_kernel", "x", "conv_kernel: got 'x', expected list"),
     configured("num_attention_heads", 5, "transformers can't open .*download or train it again"),
     configured("hidden_act", "xyz", "transformers can't open .*download or train it again"),
-    configured("intermediate_size", 48, "transformers can't open .*download or train it again"),
+    configured(
+        "intermediate_size", 48, r"can't open .*\.bias: got \[64\], expected \[48\]; download or train it again"
+    ),
     configured("num_hidden_layers", 9, "the weights in .* lack .* such as encoder.layers.4"),
     configured("retort_note", 3, "retort_note: got 3, expected str . None"),
     Row("no weights", EXTRACT, "holds no weights; expected one of model.safetensors", remove(WEIGHTS)),
@@ -269,7 +271,7 @@ CHECKED = [
     ),
     configured("quantization_config", {"load_in_8bit": True}, "has a quantization_config, .*quantised from"),
     configured("num_hidden_layers", 3, "the weights hold 16 that config.json has no place for, such as encoder.layers"),
-    configured("attn_implementation", "attention_of_another", "take `attn_implementation` out of config.json"),
+    configured("attn_implementation", "attention_of_another", "`attn_implementation`, out of config.json"),
     configured("transformers_weights", "../student/model.safetensors", "expected a plain name"),
     configured("transformers_weights", "other.safetensors", "holds no weights; expected one of other.safetensors"),
     Row("a PEFT adapter", EXTRACT, "is a PEFT adapter, .*merge it", write("teacher/adapter_config.json", "{}")),
