@@ -139,10 +139,12 @@ def _check_alone(
     for layer in kept:
         pair = found[1][layer], again[layer]
         if not (np.array_equal(*pair) if on_cpu else _Gap(*pair).fits(dtype)):
-            raise RetortError(
-                f"upstream {name}: layer {layer} differs between two runs on the same input, so its code draws random "
-                "numbers though the model is in eval mode; mend that code (dropout, masking, dither)"
+            cause = (
+                "its code draws random numbers though it is in eval mode; mend that code (dropout, masking, dither)"
+                if dtype == "fp32"
+                else f"this device's {dtype} is not reproducible, while its fp32 is; give --dtype fp32"
             )
+            raise RetortError(f"upstream {name}: layer {layer} differs between two runs on the same input: {cause}")
     return found
 
 
