@@ -26,7 +26,7 @@ class Source:
         if not len(kept):
             raise RetortError(
                 f"{self.reader.source} holds no utterance of split {split!r} of corpus {self.corpus.name}: all were "
-                "dropped as longer than a pack; extract again with a larger --pack-frames"
+                "dropped as longer than a pack or shorter than a frame; extract again with a larger --pack-frames"
             )
         return kept
 

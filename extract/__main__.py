@@ -48,6 +48,9 @@ _what_to_extract = together(  # said alike to `plan` and to `run`
     click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work)."),
     click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them."),
     click.option(
+        "--drop-short", is_flag=True, help="Drop utterances too short for one frame of the upstream and record them."
+    ),
+    click.option(
         "--normalise/--no-normalise",
         default=None,
         help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
@@ -213,6 +216,7 @@ def info(manifest: Path) -> None:
         "frames": f"{frames} of {it.dim} features every {it.hop_samples} samples, {len(it.layers)} layers",
         "convention": it.convention,
         "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
+        "batches": _batches(it),
         "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
@@ -233,6 +237,16 @@ def info(manifest: Path) -> None:
                 if figures := by_layer.get(name):
                     errors.add_row(name, str(figures.get("snr_db")), str(figures.get("max_abs_error")))
             console.print(errors)
+
+
+def _batches(manifest: "Manifest") -> str:
+    """Return the batching of utterances in words, with the error of a padded batch against each utterance alone."""
+    if (it := manifest.batching) is None:
+        return ""
+    said = {"padded": "padded", "single": "utterances one by one"}.get(it.get("mode", ""), "")
+    error = it.get("max_abs_error")
+    off = "fails" if error is None else f"is off by {error} at most"
+    return f"{said}; a padded batch {off} ({it.get('dtype')})"
 
 
 def _bytes_a_value(manifest: "Manifest") -> str:

@@ -270,4 +270,8 @@ class CodecError:
 
 def _energy(values_LFD: NDArray[np.float32]) -> NDArray[np.float64]:
     """The sum of squares by layer. One dot product a layer: this runs beside the forward pass and must stay small."""
-    return np.array([np.dot(layer.ravel(), layer.ravel()) for layer in values_LFD], dtype=np.float64)
+    with np.errstate(over="ignore"):
+        energy = np.array([np.dot(layer.ravel(), layer.ravel()) for layer in values_LFD], dtype=np.float64)
+    for layer in np.flatnonzero(np.isinf(energy)):  # squares of float32 beyond 1.8e19
+        energy[layer] = np.square(values_LFD[layer], dtype=np.float64).sum()
+    return energy

@@ -55,6 +55,7 @@ class Request:
     pack_frames: int = 8192
     shard_packs: int = 4
     drop_long: bool = False
+    drop_short: bool = False
     normalise: bool | None = None
     dtype: str = "fp32"
     device: str = "cpu"
@@ -98,6 +99,7 @@ class Size:
             pack_frames=request.pack_frames,
             shard_packs=request.shard_packs,
             drop_long=request.drop_long,
+            drop_short=request.drop_short,
         )
         kept = plan.pack >= 0
         samples = np.bincount(plan.pack[kept], weights=corpus.num_samples[kept], minlength=plan.num_packs)
@@ -240,7 +242,11 @@ def _find_rate(request: Request, corpus: Corpus, size: Size) -> tuple[float | No
     keep_freed_blocks()
     card = find_upstream(request.upstream, revision=request.revision, normalise=request.normalise)
     upstream = load_upstream(
-        card, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+        card,
+        device=request.device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        layers=size.layers,
     )
     batches = sample_batches(size, corpus.num_samples, request.sample_s)
     sampled_s = sum(corpus.num_samples[batch].sum() for batch in batches) / SAMPLE_RATE_HZ
@@ -267,7 +273,7 @@ def _print_size(console: "Console", request: Request, corpus: Corpus, size: Size
     table = Table(title=f"{request.upstream} on {corpus.name}", show_header=False, title_justify="left")
     rows = {
         "utterances": f"{size.num_utterances:,}"
-        + (f" ({dropped:,} longer than a pack are dropped)" if dropped else ""),
+        + (f" ({dropped:,} longer than a pack or shorter than a frame are dropped)" if dropped else ""),
         "audio": f"{size.audio_s / 3600:,.2f} h",
         "frames": f"{size.num_frames:,} of {size.shape.dim} features every {size.shape.hop_samples} samples",
         "layers": f"{len(size.layers)} of {size.shape.num_layers}: {', '.join(map(str, size.layers))}",

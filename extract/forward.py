@@ -1,10 +1,15 @@
 """Running an upstream, exact under batching: a padded batch gives every utterance what it would get alone.
 
-Two things leak padding in the wav2vec 2.0 family: the group norm of a Base model's first convolution, whose statistics
-run over time, and data2vec-audio's stack of positional convolutions. Both are mended here; everything else is the
-model's own code under its attention mask. Shapes: B batch, C channels, T frames, D features.
+Three things leak padding in the wav2vec 2.0 family: the group norm of a Base model's first convolution, whose
+statistics run over time, data2vec-audio's stack of positional convolutions, and the batch norm before HuBERT's
+positional convolution (`conv_pos_batch_norm`), whose bias moves padded frames off zero. They are mended here;
+everything else is the model's own code under its attention mask. `extract.upstream_check` measures the result when an
+upstream is loaded, and has utterances run one by one where a padded batch is not exact.
+
+Shapes: B batch, C channels, T frames, D features.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +28,18 @@ from extract.errors import RetortError
 from extract.files import read_json
 from extract.plan import count_frames
 from extract.pretrained import open_pretrained
-from extract.upstream import FBANK, FBANK_SHAPE, UpstreamCard, brings_code, receptive_field
+from extract.upstream import FBANK, FBANK_SHAPE, UpstreamCard, brings_code, read_shape
+from extract.upstream_check import check_upstream
 
 CONVENTION = (
     "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
 )
+_NO_ADAPTER = "the adapter that config.json adds behind the encoder is not run: the last layer is the encoder's output"
 FBANK_CONVENTION = (
     "layer 0 is log Mel with two deltas, layer 1 the same with mean and variance normalised per utterance"
 )
+# Weights without a place in the model, by their names: those of heads, quantisers and adapters are not of the encoder.
+_OF_THE_ENCODER = re.compile(r"(^|\.)(feature_extractor|feature_projection|encoder)\.")
 _CPU_BATCH_FRAMES = 1536  # 31 s: a seventh faster than packs of 160 s, and a fraction of the memory
 
 
@@ -50,6 +59,9 @@ class Upstream(Protocol):
     hop_samples: int
     receptive_samples: int
     stem_dim: int | None  # channels that its convolution stem gives; None without one
+    stem: dict[str, Any] | None  # the shape of that stem; None without one
+    batching: dict[str, Any] | None  # how utterances are batched, with the measured error; None: always one by one
+    remark: str | None  # what a user should know of it, beside the convention
     convention: str
     attention: str
     num_parameters: int
@@ -71,12 +83,27 @@ class Upstream(Protocol):
 
 
 def load_upstream(
-    card: UpstreamCard, *, device: str = "cpu", dtype: str = "fp32", trust_remote_code: bool = False
+    card: UpstreamCard,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+    layers: tuple[int, ...] | None = None,
+    check: bool = True,
 ) -> Upstream:
-    """Load the upstream of a card. Raises RetortError where its code would have to be trusted and is not."""
+    """Load the upstream of a card and check it on a second of noise; `check` False: it was checked before.
+
+    layers: those that are kept, None for all; the values of others may be what they are.
+
+    Raises RetortError where its code would have to be trusted and is not, and where the check finds that its features
+    would not be what the manifest states.
+    """
     if card.family == FBANK:
         return Fbank()
-    return Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    upstream = Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if check:
+        upstream.batching = check_upstream(upstream, card.id, layers)
+    return upstream
 
 
 class Fbank(Upstream):
@@ -91,6 +118,9 @@ class Fbank(Upstream):
     hop_samples = FBANK_SHAPE.hop_samples
     receptive_samples = FBANK_SHAPE.receptive_samples
     stem_dim = FBANK_SHAPE.stem_dim
+    stem = None
+    batching = None
+    remark = None
     convention = FBANK_CONVENTION
     attention = "none"
     num_parameters = 0
@@ -122,28 +152,33 @@ class Transformer(Upstream):
         self.model: Any = model.eval().requires_grad_(False).to(place)
         self.normalise = card.normalise
         self.device = device
+        self.dtype = dtype
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-        self.hop_samples = int(np.prod(self.model.config.conv_stride))
-        self.receptive_samples = receptive_field(self.model.config.conv_kernel, self.model.config.conv_stride)
-        self.stem_dim: int | None = self.model.config.conv_dim[-1]
-        self.convention = CONVENTION
+        shape = read_shape(str(card.folder))
+        self.num_layers, self.dim = shape.num_layers, shape.dim
+        self.hop_samples, self.receptive_samples = shape.hop_samples, shape.receptive_samples
+        self.stem_dim: int | None = shape.stem_dim
+        self.stem: dict[str, Any] | None = _stem_shape(self.model)
+        self.batching: dict[str, Any] | None = None
+        adapted = read_json(card.folder / "config.json").get("add_adapter") and not remote
+        self.remark = _NO_ADAPTER if adapted else None
+        self.convention = f"{CONVENTION}; {_NO_ADAPTER}" if adapted else CONVENTION
         self.attention = str(getattr(self.model.config, "_attn_implementation", None))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.model.config.return_dict = True  # some checkpoints ask for tuples
         if not remote:
             _mend_stem(self.model)
-            _mend_positional_stack(self.model)
-        self._mended = [one for one in self.model.modules() if isinstance(one, OwnFramesGroupNorm | _OwnFrames)]
-        # A student's config need not say how many states it gives: a generator gives more than it has blocks.
-        probe = self.forward([np.zeros(self.receptive_samples + self.hop_samples, dtype=np.float32)])
-        self.num_layers, self.dim = len(probe), probe[0].shape[-1]
+            _mend_positional_convolutions(self.model)
+        mended = OwnFramesGroupNorm | _OwnFrames | _OwnFramesBatchNorm
+        self._mended = [one for one in self.model.modules() if isinstance(one, mended)]
 
     def features(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
     ) -> list[Features]:
-        num_frames = self._num_frames(waveforms)
+        num_frames = self.num_frames(waveforms)
         found: list[Features] = []
         for rows in self.batches(num_frames):
-            with _stem_of(self.model) as stems:
+            with _stem_of(self.model, wanted=stem) as stems:
                 states_BTD = self.forward([waveforms[row] for row in rows])
             kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
             stem_BTC = stems[0].float().cpu().numpy() if stem else None
@@ -154,7 +189,12 @@ class Transformer(Upstream):
         return found
 
     def batches(self, num_frames: Sequence[int]) -> list[range]:
-        """The utterances of a pack as batches: all at once on a GPU, in CPU caches' size on a CPU."""
+        """The utterances of a pack as batches: all at once on a GPU, in CPU caches' size on a CPU.
+
+        One by one where padding would change them.
+        """
+        if self.batching is not None and self.batching["mode"] == "single":
+            return [range(row, row + 1) for row in range(len(num_frames))]
         if torch.device(self.device).type != "cpu":
             return [range(len(num_frames))]
         found, first = [], 0
@@ -164,14 +204,14 @@ class Transformer(Upstream):
                 first = row
         return found
 
-    def _num_frames(self, waveforms: Sequence[NDArray[np.float32]]) -> list[int]:
+    def num_frames(self, waveforms: Sequence[NDArray[np.float32]]) -> list[int]:
         num_samples = np.array([len(waveform) for waveform in waveforms])
         frames = count_frames(num_samples, hop_samples=self.hop_samples, receptive_samples=self.receptive_samples)
         return [int(count) for count in frames]
 
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
-        """All hidden states of a padded batch, each (B, T, D)."""
+        """All hidden states of a padded batch, each (B, T, D). Raises MemoryError where a device has too little."""
         num_samples = [len(waveform) for waveform in waveforms]
         batch = np.zeros((len(waveforms), max(num_samples)), dtype=np.float32)
         mask = np.zeros(batch.shape, dtype=np.int64)
@@ -179,13 +219,19 @@ class Transformer(Upstream):
             batch[row, : len(waveform)] = _normalised(waveform) if self.normalise else waveform
             mask[row, : len(waveform)] = 1
         for module in self._mended:
-            module.num_samples, module.num_frames = num_samples, self._num_frames(waveforms)
-        with torch.autocast(torch.device(self.device).type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.model(
-                torch.from_numpy(batch).to(self.device),
-                attention_mask=torch.from_numpy(mask).to(self.device),
-                output_hidden_states=True,
-            )
+            module.num_samples, module.num_frames = num_samples, self.num_frames(waveforms)
+        autocast = torch.autocast(
+            torch.device(self.device).type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+        try:
+            with autocast:
+                output = self.model(
+                    torch.from_numpy(batch).to(self.device),
+                    attention_mask=torch.from_numpy(mask).to(self.device),
+                    output_hidden_states=True,
+                )
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
         # transformers 5 gives Large models' last hidden state before the final LayerNorm: take the model's own output.
         return [*output.hidden_states[:-1], output.last_hidden_state]
 
@@ -216,13 +262,21 @@ def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
         return kind.from_pretrained(folder, **options)
 
     # transformers 5 would load a checkpoint in the precision it was saved in; features are made in fp32.
+    attention = config.get("_attn_implementation", config.get("attn_implementation"))
+    mend = "download or train it again"
+    if attention not in (None, "eager", "sdpa"):
+        mend = f"take its attention {attention!r}, `attn_implementation`, out of config.json"
+    # An adapter shortens and may widen the last hidden state: what is kept is the encoder's.
+    options = {"add_adapter": False} if config.get("add_adapter") and "auto_map" not in config else {}
     model, missing = open_pretrained(
         opener,
         card.folder,
         refusal=f"upstream {card.id}: transformers can't open {card.folder}",
-        mend="download or train it again",
+        mend=mend,
+        own=_OF_THE_ENCODER,
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,
+        **options,
     )
     if missing:
         raise RetortError(
@@ -232,10 +286,26 @@ def _open_model(card: UpstreamCard, *, trust_remote_code: bool) -> Any:
     return model
 
 
+def _stem_shape(model: Any) -> dict[str, Any]:
+    """The shape of a model's convolution stem: what a student needs to have one of the same frames and weights."""
+    config = model.config
+    # data2vec-audio has layer norms and no field that states them; a student has no activation but GELU.
+    own_norm = "group" if any(isinstance(module, nn.GroupNorm) for module in model.modules()) else "layer"
+    return {
+        **{key: [int(size) for size in getattr(config, key)] for key in ("conv_kernel", "conv_stride", "conv_dim")},
+        "feat_extract_norm": str(getattr(config, "feat_extract_norm", own_norm)),
+        "conv_bias": bool(getattr(config, "conv_bias", False)),
+        "feat_extract_activation": str(getattr(config, "feat_extract_activation", "gelu")),
+    }
+
+
 @contextmanager
-def _stem_of(model: Any) -> Iterator[list[Tensor]]:
-    """The stem's outputs, each (B, T, C), of the forward passes inside: what the feature projection is given."""
+def _stem_of(model: Any, *, wanted: bool) -> Iterator[list[Tensor]]:
+    """The stem's outputs, each (B, T, C), of the forward passes inside, if `wanted`: the feature projection's input."""
     stems: list[Tensor] = []
+    if not wanted:
+        yield stems
+        return
     hook = model.feature_projection.register_forward_pre_hook(lambda module, inputs: stems.append(inputs[0]))
     try:
         yield stems
@@ -277,6 +347,22 @@ class _OwnFrames(nn.Module):
         return result
 
 
+class _OwnFramesBatchNorm(nn.Module):
+    """The batch norm before a positional convolution, zero past each utterance's own frames, as padding alone is."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.norm = norm
+        self.num_samples: list[int] = []
+        self.num_frames: list[int] = []
+
+    def forward(self, hidden_BCT: Tensor) -> Tensor:
+        result_BCT: Tensor = self.norm(hidden_BCT)
+        for row, own in enumerate(self.num_frames):
+            result_BCT[row, :, own:] = 0
+        return result_BCT
+
+
 def _mend_stem(model: Any) -> None:
     first = model.feature_extractor.conv_layers[0]
     if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
@@ -285,10 +371,12 @@ def _mend_stem(model: Any) -> None:
         )
 
 
-def _mend_positional_stack(model: Any) -> None:
-    stack = model.encoder.pos_conv_embed
-    if isinstance(getattr(stack, "layers", None), nn.ModuleList):
-        stack.layers = nn.ModuleList(_OwnFrames(layer) for layer in stack.layers)
+def _mend_positional_convolutions(model: Any) -> None:
+    position = model.encoder.pos_conv_embed
+    if isinstance(getattr(position, "layers", None), nn.ModuleList):
+        position.layers = nn.ModuleList(_OwnFrames(layer) for layer in position.layers)
+    if isinstance(getattr(position, "batch_norm", None), nn.BatchNorm1d):
+        position.batch_norm = _OwnFramesBatchNorm(position.batch_norm)
 
 
 def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -53,6 +53,7 @@ class Request:
     device: str
     threads: int
     trust_remote_code: bool
+    drop_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class UpstreamFacts:
     num_parameters: int
     threads: int
     dtype_error: dict[str, dict[str, Any]]
+    stem: dict[str, Any] | None = None
+    batching: dict[str, Any] | None = None
+    remark: str | None = None  # on what is not run of it
 
 
 @dataclass
@@ -95,7 +99,11 @@ class Job:
             torch.set_num_threads(request.threads)
         corpus = Corpus.open(request.corpus)
         upstream = load_upstream(
-            request.card, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+            request.card,
+            device=request.device,
+            dtype=request.dtype,
+            trust_remote_code=request.trust_remote_code,
+            layers=request.layers,
         )
         facts = UpstreamFacts(
             num_layers=upstream.num_layers,
@@ -103,6 +111,9 @@ class Job:
             hop_samples=upstream.hop_samples,
             receptive_samples=upstream.receptive_samples,
             stem_dim=upstream.stem_dim,
+            stem=upstream.stem,
+            batching=upstream.batching,
+            remark=upstream.remark,
             convention=upstream.convention,
             attention=upstream.attention,
             num_parameters=upstream.num_parameters,
@@ -214,14 +225,12 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         pack_frames=request.pack_frames,
         shard_packs=request.shard_packs,
         drop_long=request.drop_long,
+        drop_short=request.drop_short,
     )
     if request.pack_frames >= 1 << 31:
         raise RetortError(f"--pack-frames {request.pack_frames}: a store's index is int32, expected less than 2^31")
     if not plan.num_packs:
-        raise RetortError(
-            f"every utterance of {corpus.path} is longer than a pack of {request.pack_frames} frames and would be "
-            "dropped; give a larger --pack-frames"
-        )
+        raise RetortError(all_dropped(corpus, plan))
     place = place_of(request.root, request.path)
     return StoreWriter(
         location=place.workshop(),
@@ -232,6 +241,22 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         codec_name=request.codec,
         keep=request.keep,
         stem_dim=check_stem(request.keep, facts.stem_dim, request.card.id),
+        ids=corpus.ids,
+        dtype=request.dtype,
+    )
+
+
+def all_dropped(corpus: Corpus, plan: Plan) -> str:
+    """The error line for a plan without a pack: every utterance is too long or too short."""
+    shortest = int(plan.num_frames.min(initial=plan.pack_frames + 1))
+    if shortest > plan.pack_frames:
+        return (
+            f"every utterance of {corpus.path} is longer than a pack of {plan.pack_frames} frames and would be "
+            "dropped; give a larger --pack-frames"
+        )
+    return (
+        f"every utterance of {corpus.path} is shorter than one frame of this upstream, or longer than a pack of "
+        f"{plan.pack_frames} frames, and would be dropped; give another corpus or a larger --pack-frames"
     )
 
 
@@ -246,7 +271,7 @@ def _dtype_error(
     """What the precision of the request costs against fp32, by layer: utterances of all lengths, 30 s of audio."""
     from extract.forward import load_upstream
 
-    exact = load_upstream(request.card, device=request.device, trust_remote_code=request.trust_remote_code)
+    exact = load_upstream(request.card, device=request.device, trust_remote_code=request.trust_remote_code, check=False)
     by_length = np.concatenate(writer.plan.by_pack)
     error, probed_s = CodecError.none(len(writer.error_rows)), 0.0
     for index in by_length[np.unique(np.linspace(0, len(by_length) - 1, 64).astype(int))][::-1]:

@@ -82,19 +82,20 @@ def plan_packs(
     pack_frames: int,
     shard_packs: int,
     drop_long: bool = False,
+    drop_short: bool = False,
 ) -> Plan:
     """Sort utterances by length, longest first, and fill pack after pack: deterministic.
 
-    num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame, and for one longer than a
-    pack unless `drop_long`.
+    num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame unless `drop_short`, and for
+    one longer than a pack unless `drop_long`.
     """
     for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
         if not 1 <= count < 1 << 53:
             raise RetortError(f"{option} {count}: expected at least 1, and a number that a machine can count to")
-    if len(empty := np.flatnonzero(num_frames < 1)):
+    if len(empty := np.flatnonzero(num_frames < 1)) and not drop_short:
         raise RetortError(
-            f"utterance {ids[empty[0]]!r} is too short for one frame ({len(empty)} such); "
-            "make the corpus again with --skip-bad"
+            f"utterance {ids[empty[0]]!r} is too short for one frame of this upstream ({len(empty)} such); "
+            "drop them with --drop-short"
         )
     if len(long := np.flatnonzero(num_frames > pack_frames)) and not drop_long:
         worst = long[np.argmax(num_frames[long])]
@@ -103,7 +104,7 @@ def plan_packs(
             f"use --pack-frames {num_frames[worst]} or drop them with --drop-long"
         )
     order = np.argsort(-num_frames, kind="stable")
-    order = order[num_frames[order] <= pack_frames]
+    order = order[(num_frames[order] <= pack_frames) & (num_frames[order] >= 1)]
     ends = np.cumsum(num_frames[order], dtype=np.int64)  # as if all utterances lay end to end
     starts = [0]  # every pack's first utterance in `order`
     while starts[-1] < len(order):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from extract.cluster import OnCluster
 
 DTYPES = ("fp32", "bf16", "fp16")
+_LEAST_SNR_DB = 20.0  # of a precision against fp32: less is not rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Settings:
     pack_frames: int = 8192
     shard_packs: int = 4
     drop_long: bool = False
+    drop_short: bool = False
     normalise: bool | None = None
     dtype: str = "fp32"
     device: str = "cpu"
@@ -98,6 +100,8 @@ def _fingerprint(card: UpstreamCard, settings: Settings) -> str:
         **{key: getattr(settings, key) for key in ("codec", "pack_frames", "shard_packs", "drop_long", "dtype")},
         "keep": sorted(settings.keep),
     }
+    if settings.drop_short:  # absent otherwise: stores that were made before there was such an option keep their names
+        recipe["drop_short"] = True
     return sha256_json(recipe)
 
 
@@ -113,7 +117,18 @@ def request_of(settings: Settings, corpus: Corpus, card: UpstreamCard) -> Reques
     """What a process must know to write shards of the store of `settings`."""
     store = _store(settings, corpus, card)
     folder = None if card.folder is None else card.folder.resolve()
-    same = ("layers", "codec", "keep", "pack_frames", "shard_packs", "drop_long", "dtype", "device", "threads")
+    same = (
+        "layers",
+        "codec",
+        "keep",
+        "pack_frames",
+        "shard_packs",
+        "drop_long",
+        "drop_short",
+        "dtype",
+        "device",
+        "threads",
+    )
     return Request(
         card=replace(card, folder=folder),
         corpus=corpus.path.resolve(),
@@ -158,6 +173,8 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
     shards = [shard for shard in range(writer.plan.num_shards) if not writer.finished(shard)]
     total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
     with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
+        for line in _remarks(facts, settings):
+            bar.say(f"{card.name}: {line}")
         hands.write(shards, bar.advance)
     manifest = _describe(settings, corpus, card, facts, writer) | {
         "fingerprint": _fingerprint(card, settings),
@@ -168,11 +185,30 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
     return finished
 
 
+def _remarks(facts: UpstreamFacts, settings: Settings) -> list[str]:
+    """Return lines on how features are made that a user did not ask for."""
+    found = [] if facts.remark is None else [facts.remark]
+    if facts.batching is not None and facts.batching["mode"] == "single":
+        error, bound = facts.batching["relative_error"], facts.batching["bound"]
+        off = "fails" if error is None else f"is off by {error:.2g} of a layer's norm"
+        found.append(
+            "utterances are run one by one, which is exact and slower than batches: a padded batch of this upstream "
+            f"{off} against each utterance alone (in {facts.batching['dtype']}, bound {bound:g})"
+        )
+    lost = [error["snr_db"] for error in facts.dtype_error.values() if error["snr_db"] is not None]
+    if min(lost, default=_LEAST_SNR_DB) < _LEAST_SNR_DB:
+        found.append(
+            f"{settings.dtype} on this device is {min(lost):.1f} dB off fp32, where rounding alone leaves 30 dB and "
+            "more; give --dtype fp32, or another device"
+        )
+    return found
+
+
 def _write_seed(settings: Settings, card: UpstreamCard) -> None:
     from extract.forward import Transformer, load_upstream
 
     # Loaded here, on the CPU: the workers' models may lie on other machines.
-    upstream = load_upstream(card, trust_remote_code=settings.trust_remote_code)
+    upstream = load_upstream(card, trust_remote_code=settings.trust_remote_code, check=False)
     assert isinstance(upstream, Transformer)
     write_seed(upstream.model, seed_path(settings.manifest), num_blocks=settings.seed_blocks)
 
@@ -202,5 +238,7 @@ def _describe(
         "corpus": {"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
         "dropped": tuple(corpus.ids[index] for index in np.flatnonzero(writer.plan.pack < 0)),
         "objects": {},
+        "batching": facts.batching,
+        "stem": facts.stem,
         "versions": {library: importlib.metadata.version(library) for library in libraries},
     }

@@ -287,7 +287,10 @@ class StoreReader:
         """The pack of the utterance at a corpus index, its first row there and its number of frames."""
         pack = int(self.pack_of[index])
         if pack < 0:
-            raise RetortError(f"utterance {self.ids[index]!r} was dropped from {self.source} (longer than a pack)")
+            raise RetortError(
+                f"utterance {self.ids[index]!r} was dropped from {self.source} (longer than a pack or shorter than a "
+                "frame)"
+            )
         return pack, int(self.first_frame[index]), int(self.num_frames[index])
 
     def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:

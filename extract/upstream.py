@@ -15,11 +15,11 @@ from typing import Any
 from extract.checks import check_fields, check_name, check_type
 from extract.errors import RetortError
 from extract.files import read_json, sha256_file
+from extract.upstream_files import check_plain_weights, check_preprocessor, own_normalisation, weights_files
+from extract.upstream_files import folder_of as _folder_of
 
 FBANK = "fbank"
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "retort-student")
-_CONFIG = ("*.json", "*.py")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ def find_upstream(
         id=upstream,
         revision=revision,
         family=config["model_type"],
-        weights_sha256=_weights_digest(folder),
+        weights_sha256=_weights_digest(folder, config),
         config_sha256=_config_digest(folder, config),
-        normalise=_own_normalisation(folder) if normalise is None else normalise,
+        normalise=own_normalisation(folder) if normalise is None else normalise,
         note=_note(config, folder),
         folder=folder,
     )
@@ -160,6 +160,8 @@ def _read_config(upstream: str, folder: Path) -> dict[str, Any]:
     sizes = [config["num_hidden_layers"], config["hidden_size"], *(size for key in lengths for size in config[key])]
     if min(sizes) < 1:
         raise RetortError(f"{folder / 'config.json'}: {', '.join(_SHAPE)}: expected numbers of at least 1")
+    check_plain_weights(upstream, folder, config)
+    check_preprocessor(upstream, folder)
     return config
 
 
@@ -179,73 +181,20 @@ def brings_code(config: dict[str, Any]) -> bool:
     return "auto_map" in config or any("/" in str(value) for value in kernels)
 
 
-def _folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
-    if Path(upstream).is_dir():
-        return Path(upstream)
-    if not weights:
-        return _from_hub(upstream, revision, *_CONFIG)
-    folder = _from_hub(upstream, revision, *_CONFIG, "*.safetensors")
-    if not list(folder.glob("*.safetensors")):
-        folder = _from_hub(upstream, revision, *_CONFIG, "pytorch_model.bin")
-    return folder
-
-
-def _from_hub(upstream: str, revision: str | None, *patterns: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(upstream, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RetortError(
-            f"upstream {upstream!r} is no folder here and could not be had from the hub ({reason}); "
-            "place its config.json, model.safetensors and preprocessor_config.json in a folder and give that folder"
-        ) from None
-
-
-def _weights_digest(folder: Path) -> str:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            files = [folder / name]
-            if name.endswith(".index.json"):
-                files += _parts_of(folder, name)
-            digest = hashlib.sha256()
-            for file in files:
-                digest.update(sha256_file(file).encode())
-            return digest.hexdigest()
-    raise RetortError(f"upstream folder {folder} holds no weights; expected one of {', '.join(_WEIGHTS)}")
-
-
-def _parts_of(folder: Path, index: str) -> list[Path]:
-    """The files of weights that an index names: of this folder, since transformers would open any other as well."""
-    content = read_json(folder / index)
-    check_fields({"weight_map": dict[str, str]}, content, where=str(folder / index))
-    parts = sorted(set(content["weight_map"].values()))
-    for part in parts:
-        check_name(part, where=f"{folder / index}: weight_map")
-        if not (folder / part).is_file():
-            raise RetortError(f"{folder / part} does not exist, and {index} names it; download the upstream again")
-    return [folder / part for part in parts]
+def _weights_digest(folder: Path, config: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for file in weights_files(folder, config):
+        digest.update(sha256_file(file).encode())
+    return digest.hexdigest()
 
 
 def _config_digest(folder: Path, config: dict[str, Any]) -> str:
     """Over the config and any modelling code that travels with it."""
     text = json.dumps(config, sort_keys=True)
+    if config.get("conv_pos_batch_norm"):
+        text += "exact under padding"  # stores from before it was hold other values
     code = "".join(sha256_file(file) for file in sorted(folder.glob("*.py")))
     return _sha256_text(text + code)
-
-
-def _own_normalisation(folder: Path) -> bool:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        raise RetortError(
-            f"upstream folder {folder} has no preprocessor_config.json, which says whether waveforms are normalised; "
-            "place it there or give --normalise or --no-normalise"
-        )
-    wanted = read_json(path).get("do_normalize", True)
-    check_type(bool, wanted, where=f"{path}: do_normalize")
-    return bool(wanted)
 
 
 def _sha256_text(text: str) -> str:

@@ -11,6 +11,7 @@ side has.
 """
 
 import fcntl
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,8 @@ class StoreWriter:
     keep: frozenset[str]
     remote: RemotePlace | None = None
     stem_dim: int | None = None  # channels of the stem, where it is kept
+    ids: Sequence[str] = ()  # of the corpus, for error lines
+    dtype: str = "fp32"  # of the forward pass, for error lines
 
     @property
     def place(self) -> Place:
@@ -158,18 +161,43 @@ class StoreWriter:
                 means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
         # One value that is not finite makes a mean that is not, and float64 sums of float32 do not overflow. What is
         # not finite in the stem is not in any layer above it.
-        if not all(np.isfinite(mean).all() for mean in means):
-            raise RetortError(f"the upstream gave numbers that are not finite in pack {pack}; try --dtype fp32")
+        for index, mean_LD in zip(self.plan.by_pack[pack], means, strict=True):
+            if not np.isfinite(mean_LD).all():
+                raise self._not_finite(pack, int(index), mean_LD)
         values = {"hidden": hidden_LFD} if stem_FC is None else {"hidden": hidden_LFD, "stem": stem_FC[None]}
         arrays: dict[str, Codes | Scale] = {}
         errors = [] if "frames" in self.keep else [CodecError.none(len(self.layers))]
         for array in self.coded:
-            codes, scale = self.codec.encode(values[array.codes])
+            try:
+                codes, scale = self.codec.encode(values[array.codes])
+            except RetortError as error:  # beyond the codec's range
+                raise RetortError(f"{self._peak_of(pack, array.codes, values[array.codes])}: {error}") from None
             errors.append(CodecError.of(self.codec, values[array.codes], codes, scale))
             arrays[array.codes] = codes.reshape(*array.layers, *codes.shape[1:])
             if scale is not None:
                 arrays[array.scale] = scale.reshape(*array.layers, *scale.shape[1:])
         return EncodedPack(arrays, np.stack(means), CodecError.joined(errors))
+
+    def _utterance(self, index: int) -> str:
+        return f"utterance {self.ids[index]!r}" if self.ids else f"the utterance at corpus index {index}"
+
+    def _not_finite(self, pack: int, index: int, mean_LD: NDArray[np.float32]) -> RetortError:
+        """The error for hidden states that are infinite or no number: a wider precision, or fewer layers."""
+        layer = self.layers[int(np.argmax(~np.isfinite(mean_LD).all(axis=1)))]
+        wider = {"fp16": "float16 ends at 65504; give --dtype bf16 or --dtype fp32", "bf16": "give --dtype fp32"}
+        below = "" if layer == self.layers[0] else f"keep --layers below {layer}, or "
+        return RetortError(
+            f"{self._utterance(index)} (pack {pack}): the upstream's layer {layer} is not finite in {self.dtype}; "
+            + wider.get(self.dtype, f"{below}take it out of the data set and make the corpus again")
+        )
+
+    def _peak_of(self, pack: int, name: str, values_LFD: NDArray[np.float32]) -> str:
+        """The utterance and the layer, in words, that hold the largest value of a pack."""
+        layer, frame, _ = np.unravel_index(int(np.abs(values_LFD).argmax()), values_LFD.shape)
+        members = self.plan.by_pack[pack]
+        index = int(members[np.searchsorted(self.plan.first_frame[members], frame, side="right") - 1])
+        where = f"layer {self.layers[layer]}" if name == "hidden" else "the stem"
+        return f"{self._utterance(index)} (pack {pack}), {where}"
 
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
         """Write one shard from all of its packs, in order."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import (
     Data2VecAudioConfig,
     Data2VecAudioModel,
@@ -17,10 +18,23 @@ from transformers import (
 
 from tests.conftest import TINY
 
+
+def _hubert_25hz() -> PreTrainedModel:
+    """A frame every 40 ms, and a batch norm before the positional convolution whose bias is not 0 (mHuBERT's form)."""
+    eight = {"conv_dim": [16] * 8, "conv_kernel": [10, 3, 3, 3, 3, 2, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2, 2]}
+    model = HubertModel(HubertConfig(**TINY | eight, conv_pos_batch_norm=True))
+    norm = model.encoder.pos_conv_embed.batch_norm
+    torch.nn.init.normal_(norm.running_mean)
+    torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    torch.nn.init.normal_(norm.bias)
+    return model
+
+
 LARGE: dict[str, Any] = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "wav2vec2-base": lambda: Wav2Vec2Model(Wav2Vec2Config(**TINY)),
     "wav2vec2-large": lambda: Wav2Vec2Model(Wav2Vec2Config(**TINY, **LARGE)),
+    "hubert-25hz": _hubert_25hz,
     "hubert-base": lambda: HubertModel(HubertConfig(**TINY)),
     "hubert-large": lambda: HubertModel(HubertConfig(**TINY, **LARGE)),
     "wavlm-base": lambda: WavLMModel(WavLMConfig(**TINY)),

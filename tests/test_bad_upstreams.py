@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,9 @@ UPSTREAMS = [
     configured("conv_kernel", "x", "conv_kernel: got 'x', expected list"),
     configured("num_attention_heads", 5, "transformers can't open .*download or train it again"),
     configured("hidden_act", "xyz", "transformers can't open .*download or train it again"),
-    configured("intermediate_size", 48, "transformers can't open .*download or train it again"),
+    configured(
+        "intermediate_size", 48, r"can't open .*\.bias: got \[64\], expected \[48\]; download or train it again"
+    ),
     configured("num_hidden_layers", 9, "the weights in .* lack .* such as encoder.layers.4"),
     configured("retort_note", 3, "retort_note: got 3, expected str . None"),
     Row("no weights", EXTRACT, "holds no weights; expected one of model.safetensors", remove(WEIGHTS)),
@@ -215,6 +218,91 @@ UPSTREAMS = [
         change_json("teacher/preprocessor_config.json", "do_normalize", to="no"),
     ),
 ]
+
+
+PREPROCESSOR, PROCESSOR = "teacher/preprocessor_config.json", "teacher/processor_config.json"
+PLAN = "extract plan --upstream teacher --corpus corpora/tiny.json --rate 1"
+
+
+def settings_say(key: str, value: Any, message: str, *, line: str = EXTRACT) -> Row:
+    """A row whose preprocessor's settings say something else."""
+    return Row(f"{key} {value} {line[8:12]}", line, message, change_json(PREPROCESSOR, key, to=value))
+
+
+def sharded(*, lost: bool) -> None:
+    """The teacher's weights as two .bin files and their index, of which one is lost or a program."""
+    tensors = load_file(WEIGHTS)
+    Path(WEIGHTS).unlink()
+    names = sorted(tensors)
+    torch.save({name: tensors[name] for name in names[1:]}, "teacher/b.bin")
+    if not lost:
+        torch.save({names[0]: _Touches()}, "teacher/a.bin")
+    index = {"weight_map": dict.fromkeys(names, "b.bin") | {names[0]: "a.bin"}}
+    Path("teacher/pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def lossy_weight(factor: float) -> None:
+    tensors = load_file(WEIGHTS)
+    tensors["encoder.layers.1.final_layer_norm.weight"] *= factor
+    save_file(tensors, WEIGHTS, metadata={"format": "pt"})
+
+
+ONE_OF_TWO = "do_normalize: .*processor_config.json: feature_extractor says false, .*says true; give --normalise"
+CHECKED = [
+    settings_say("sampling_rate", 8000, "sampling_rate: got 8000, expected 16000"),
+    settings_say("sampling_rate", 8000, "sampling_rate: got 8000, expected 16000", line=f"{EXTRACT} --normalise"),
+    settings_say("sampling_rate", 44100, "sampling_rate: got 44100, expected 16000", line=PLAN),
+    settings_say("sampling_rate", "16000", "sampling_rate: got '16000', expected 16000"),
+    settings_say("feature_extractor_type", "WhisperFeatureExtractor", "expected 'Wav2Vec2FeatureExtractor'"),
+    settings_say("feature_size", 80, "feature_size: got 80, expected 1"),
+    Row("two settings", EXTRACT, ONE_OF_TWO, write(PROCESSOR, '{"feature_extractor": {"do_normalize": false}}')),
+    Row("processor a list", EXTRACT, "processor_config.json holds a JSON list", write(PROCESSOR, "[]")),
+    Row(
+        "processor without",
+        EXTRACT,
+        "has no preprocessor_config.json .*give --normalise or --no-normalise",
+        both(remove(PREPROCESSOR), write(PROCESSOR, '{"processor_class": "Wav2Vec2Processor"}')),
+    ),
+    Row(
+        "rate of a processor",
+        EXTRACT,
+        "feature_extractor: sampling_rate: got 8000, expected 16000",
+        both(remove(PREPROCESSOR), write(PROCESSOR, '{"feature_extractor": {"sampling_rate": 8000}}')),
+    ),
+    configured("quantization_config", {"load_in_8bit": True}, "has a quantization_config, .*quantised from"),
+    configured("num_hidden_layers", 3, "the weights hold 16 that config.json has no place for, such as encoder.layers"),
+    configured("attn_implementation", "attention_of_another", "`attn_implementation`, out of config.json"),
+    configured("transformers_weights", "../student/model.safetensors", "expected a plain name"),
+    configured("transformers_weights", "other.safetensors", "holds no weights; expected one of other.safetensors"),
+    Row("a PEFT adapter", EXTRACT, "is a PEFT adapter, .*merge it", write("teacher/adapter_config.json", "{}")),
+    Row("a PEFT adapter, plan", PLAN, "is a PEFT adapter, .*merge it", write("teacher/adapter_config.json", "{}")),
+    Row(
+        "weights of flax",
+        EXTRACT,
+        "found flax_model.msgpack: open it with transformers 4",
+        both(remove(WEIGHTS), write("teacher/flax_model.msgpack", "")),
+    ),
+    Row("a .bin part lost", EXTRACT, "a.bin does not exist, and .* names it", lambda: sharded(lost=True)),
+    Row("a .bin part a program", EXTRACT, "transformers can't open", lambda: sharded(lost=False)),
+    Row("a weight that is nan", EXTRACT, "layer 2 is not finite .* in fp32", lambda: lossy_weight(float("nan"))),
+]
+
+
+@pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.name)
+def test_what_changes_the_meaning_is_refused(row: Row) -> None:
+    check_refused(row)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(("codec", "code"), [("float16", 1), ("int8", 0), ("int4", 1)])
+def test_what_a_codec_cannot_hold_is_named_by_utterance_and_layer(codec: str, code: int) -> None:
+    lossy_weight(1e6)
+    done = run(f"{EXTRACT} --codec {codec}")
+    assert done.exit_code == code, done.output
+    if code:
+        said = done.stderr.splitlines()[-1]
+        assert re.match(r"error: utterance 'u\d+' .*, layer 2: hidden states reach .* use --codec int8", said)
+        assert not Path("new.json").exists()
 
 
 @pytest.mark.parametrize("row", [*CORPORA, *OPTIONS, *UPSTREAMS], ids=lambda row: row.name)

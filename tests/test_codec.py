@@ -142,8 +142,17 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
     writer.encode_pack(0, hidden_LFD)
     where = [data.draw(st.integers(0, size - 1)) for size in (2, sum(lengths), 4)]
     hidden_LFD[tuple(where)] = odd
-    with pytest.raises(RetortError, match="not finite in pack 0; try --dtype fp32"):
+    with pytest.raises(
+        RetortError, match=f"corpus index {plan_index(lengths, where[1])} .* layer {where[0]} is not finite in fp32"
+    ):
         writer.encode_pack(0, hidden_LFD)
+
+
+def plan_index(lengths: list[int], row: int) -> int:
+    """The utterance that has a row of the pack: longest first, of equals the first one first."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    ends = np.cumsum([lengths[index] for index in order])
+    return order[int(np.searchsorted(ends, row, side="right"))]
 
 
 def test_zeros_stay_exactly_zero(codec: Codec) -> None:
@@ -200,6 +209,15 @@ def test_the_error_is_measured_on_what_comes_back(codec: Codec) -> None:
     np.testing.assert_allclose(lost.max_abs, np.abs(off).max((1, 2)), rtol=1e-6)
     np.testing.assert_allclose(lost.error, (off**2).sum((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(lost.signal, (hidden.astype(np.float64) ** 2).sum((1, 2)), rtol=1e-5)
+
+
+def test_the_error_of_values_whose_squares_overflow_float32_is_a_number() -> None:
+    hidden_LFD = normal(GROUP, dim=4) * np.float32(1e25)
+    codes_LFW, scale = CODECS["int8"].encode(hidden_LFD)
+    by_layer = CodecError.of(CODECS["int8"], hidden_LFD, codes_LFW, scale).by_layer(range(len(hidden_LFD)))
+    small = CodecError.of(CODECS["int8"], hidden_LFD / np.float32(2**80), codes_LFW, scale / np.float32(2**80))
+    for layer, lost in small.by_layer(range(len(hidden_LFD))).items():
+        assert by_layer[layer]["snr_db"] == pytest.approx(lost["snr_db"], abs=0.01)
 
 
 def test_errors_of_shards_add_up(codec: Codec) -> None:

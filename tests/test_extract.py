@@ -13,7 +13,7 @@ import torch
 import zarr
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import HubertModel, Wav2Vec2FeatureExtractor
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.__main__ import main
 from extract.codec import CODECS
@@ -24,7 +24,7 @@ from extract.plan import plan_packs
 from extract.run import Settings, extract
 from extract.store import Manifest, StoreReader
 from extract.writer import StoreWriter
-from tests.conftest import noise_utterances
+from tests.conftest import TINY, noise_utterances, save_teacher
 from tests.processes import Command, run_command
 
 
@@ -267,6 +267,10 @@ def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path
 
 
 def test_the_manifest_says_what_a_precision_costs(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
+    # torch's 16-bit convolutions of 8 channels a group and an even kernel are wrong on CPUs with AMX: 19 is not even.
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**TINY | {"num_conv_pos_embeddings": 19}))
+    settings = replace(settings, upstream=str(save_teacher(model, tmp_path / "odd")))
     exact, _ = extract(settings)
     assert exact.dtype_error == {}
     short, _ = extract(replace(settings, dtype="bf16", manifest=tmp_path / "bf16.json"))
@@ -294,15 +298,19 @@ def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("wrong", [(np.nan,), (np.inf,), (-np.inf, np.inf)])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "way"), [("fp32", "--layers below 1"), ("bf16", "--dtype fp32"), ("fp16", "--dtype bf16 or --dtype fp32")]
+)
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...], dtype: str, way: str) -> None:
     plan = plan_packs(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
     keep = frozenset({"pooled"})
     writer = StoreWriter(location=tmp_path, plan=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
+    writer = replace(writer, ids=["a", "b"], dtype=dtype)
     hidden_LFD = np.full((2, 100, 4), np.finfo(np.float32).max)
     hidden_LFD[:, 70:] = 0
     assert np.isfinite(writer.encode_pack(0, hidden_LFD).means).all()  # as large as they come
     hidden_LFD[1, 50 : 50 + len(wrong), 2] = wrong
-    with pytest.raises(RetortError, match="not finite in pack 0; try --dtype fp32"):
+    with pytest.raises(RetortError, match=f"utterance 'b' .* layer 1 is not finite in {dtype}; .*{way}"):
         writer.encode_pack(0, hidden_LFD)
 
 
@@ -327,6 +335,20 @@ def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
         groups=4,
     )
     torch.testing.assert_close(folded, convolution(hidden))
+
+
+def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path: Path) -> None:
+    manifest, _ = extract(settings)
+    assert manifest.stem == {
+        "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+        "conv_dim": [16] * 7,
+        "feat_extract_norm": "group",
+        "conv_bias": False,
+        "feat_extract_activation": "gelu",
+    }
+    assert Manifest.read(settings.manifest).stem == manifest.stem
+    assert extract(replace(settings, upstream="fbank", pack_frames=256, manifest=tmp_path / "f.json"))[0].stem is None
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,29 @@
 """Batched extraction equals the model's own unpadded forward pass, for every family and both stems."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchaudio
+from safetensors.torch import load_file, save_file
 from transformers import (
     HubertConfig,
     HubertModel,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    Wav2Vec2Processor,
 )
 
 from extract.corpus import Corpus
 from extract.errors import RetortError
-from extract.forward import OwnFramesGroupNorm, load_upstream
+from extract.forward import OwnFramesGroupNorm, Transformer, load_upstream
 from extract.upstream import find_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
@@ -32,6 +41,8 @@ def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_
     torch.manual_seed(1)
     model = FAMILIES[family]().eval()
     upstream = load_upstream(find_upstream(str(save_teacher(model, tmp_path, normalise=normalise))))
+    assert upstream.batching is not None and upstream.batching["mode"] == "padded"
+    assert upstream.batching["max_abs_error"] <= 1e-4 and upstream.batching["relative_error"] <= 1e-5
     waveforms = [corpus.waveform(index) for index in range(6)]
     got = upstream.hidden_states(waveforms, [0, 2, 4])
     prepare = Wav2Vec2FeatureExtractor(do_normalize=normalise)
@@ -43,6 +54,134 @@ def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_
         expected = torch.stack([alone.hidden_states[0], alone.hidden_states[2], alone.last_hidden_state])[:, 0]
         assert states_LTD.shape == expected.shape
         assert np.abs(states_LTD - expected.numpy()).max() <= 1e-4
+
+
+def alone(model: PreTrainedModel, waveform: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The model's own hidden states of one waveform, unpadded and without a mask, float32 (layers, T, D)."""
+    values = Wav2Vec2FeatureExtractor(do_normalize=True)(waveform, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        output = model(values.input_values, output_hidden_states=True, return_dict=True)
+    states: np.ndarray[Any, Any] = torch.stack([*output.hidden_states[:-1], output.last_hidden_state])[:, 0].numpy()
+    return states
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize("width", [32, 24])
+def test_behind_an_adapter_the_encoders_own_layers_are_kept(width: int, corpus: Corpus, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Wav2Vec2Model(
+        Wav2Vec2Config(**TINY, add_adapter=True, num_adapter_layers=2, output_hidden_size=width)
+    ).eval()
+    upstream = load_upstream(find_upstream(str(save_teacher(model, tmp_path))))
+    got = upstream.hidden_states([corpus.waveform(index) for index in range(3)], range(5))
+    encoded: list[torch.Tensor] = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output.last_hidden_state[0]))
+    for index, states_LTD in enumerate(got):
+        values = Wav2Vec2FeatureExtractor()(corpus.waveform(index), sampling_rate=16_000, return_tensors="pt")
+        with torch.no_grad():
+            own = model(values.input_values, output_hidden_states=True)
+        assert own.last_hidden_state.shape[1] < len(encoded[-1])  # the adapter's output is another thing
+        expected = np.stack([*(state[0].numpy() for state in own.hidden_states[:4]), encoded[-1].numpy()])
+        assert np.abs(states_LTD - expected).max() <= 1e-4
+    assert "adapter" in upstream.convention
+
+
+def test_a_config_that_asks_for_tuples_gives_the_same(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
+    model = HubertModel.from_pretrained(teacher).eval()
+    save_teacher(model, tmp_path)
+    change_config(tmp_path, return_dict=False, output_attentions=True, output_hidden_states=True, layerdrop=0.9)
+    (got_LTD,) = load_upstream(find_upstream(str(tmp_path))).hidden_states([corpus.waveform(0)], range(5))
+    assert np.abs(got_LTD - alone(model, corpus.waveform(0))).max() <= 1e-4
+
+
+def split_weights(folder: Path, *, suffix: str, prefix: str = "") -> None:
+    """The folder's weights as two files and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for part in range(2):
+        own = {f"{prefix}{name}": tensors[name] for name in sorted(tensors)[part::2]}
+        name = f"part-{part}{suffix}"
+        torch.save(own, folder / name) if suffix == ".bin" else save_file(own, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(own, name)
+    stem = "pytorch_model" if suffix == ".bin" else "model"
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def old_names(folder: Path) -> None:
+    """One .bin of a CTC model, with the names that weight norm had before torch 2."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    new = "parametrizations.weight.original"
+    renamed = {
+        f"hubert.{name}".replace(f"{new}0", "weight_g").replace(f"{new}1", "weight_v"): value
+        for name, value in tensors.items()
+    }
+    assert any(name.endswith("weight_g") for name in renamed)
+    torch.save(renamed | {"lm_head.weight": torch.ones(3, 32)}, folder / "pytorch_model.bin")
+
+
+def named_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    change_config(folder, transformers_weights="mine.safetensors")
+
+
+FORMS: dict[str, Callable[[Path], None]] = {
+    "safetensors in parts": lambda folder: split_weights(folder, suffix=".safetensors"),
+    "bin in parts": lambda folder: split_weights(folder, suffix=".bin"),
+    "bin in parts, of a head": lambda folder: split_weights(folder, suffix=".bin", prefix="hubert."),
+    "an old bin": old_names,
+    "by another name": named_weights,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_the_same_in_any_form(form: str, teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
+    save_teacher(HubertModel.from_pretrained(teacher), tmp_path)
+    FORMS[form](tmp_path)
+    (got_LTD,) = load_upstream(find_upstream(str(tmp_path))).hidden_states([corpus.waveform(0)], range(5))
+    model = HubertModel.from_pretrained(teacher).eval()
+    assert np.abs(got_LTD - alone(model, corpus.waveform(0))).max() <= 1e-4
+
+
+def test_the_digest_is_of_the_weights_that_are_opened(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """Every form at once, each of other weights: the digest follows transformers' order of them."""
+    scales = {"model.safetensors": 1.0, "model.safetensors.index.json": 2.0, "pytorch_model.bin": 3.0,
+              "pytorch_model.bin.index.json": 4.0}  # fmt: skip
+    name = "encoder.layers.3.final_layer_norm.weight"
+    save_teacher(HubertModel.from_pretrained(teacher), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for file, scale in scales.items():
+        own = tensors | {name: tensors[name] * scale}
+        part = file.replace(".index.json", "").replace(".", "-1.")
+        path = tmp_path / (part if file.endswith("index.json") else file)
+        torch.save(own, path) if ".bin" in file else save_file(own, path, metadata={"format": "pt"})
+        if file.endswith("index.json"):
+            (tmp_path / file).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(own, part)}))
+    digests = []
+    for file, scale in scales.items():
+        card = find_upstream(str(tmp_path))
+        upstream = load_upstream(card, check=False)
+        assert isinstance(upstream, Transformer)
+        assert torch.equal(upstream.model.state_dict()[name], tensors[name] * scale)
+        digests.append(card.weights_sha256)
+        (tmp_path / file).unlink()
+    assert len(set(digests)) == 4
+
+
+def test_settings_are_read_as_transformers_5_writes_them(teacher: Path, tmp_path: Path) -> None:
+    for normalise in (True, False):
+        folder = save_teacher(HubertModel.from_pretrained(teacher), tmp_path / str(normalise))
+        (folder / "preprocessor_config.json").unlink()
+        (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4}))
+        tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+        Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=normalise), tokenizer).save_pretrained(folder)
+        assert not (folder / "preprocessor_config.json").exists()
+        assert find_upstream(str(folder)).normalise is normalise
 
 
 def test_the_mended_group_norm_is_the_norm_of_each_utterances_own_frames_bit_for_bit() -> None:

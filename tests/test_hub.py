@@ -1,17 +1,27 @@
-"""Upstreams by hub id: from the local cache of the hub, by revision, and one line where there is no network."""
+"""Upstreams by hub id: from the local cache of the hub, by revision, from a hub on this machine, and without any."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from huggingface_hub import constants
 from transformers import HubertConfig, HubertModel
 
+from extract.__main__ import main
 from extract.corpus import Corpus
 from extract.forward import load_upstream
+from extract.store import StoreReader
 from extract.upstream import find_upstream, read_shape
+from extract.upstream_files import folder_of, weights_files
 from tests.conftest import TINY, save_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -39,18 +49,29 @@ def run_offline(hub_home: Path, *arguments: str, **environment: str) -> "subproc
     )  # fmt: skip
 
 
-def test_a_revision_is_the_one_that_is_run_and_recorded(hub_home: Path, corpus: Corpus, tmp_path: Path) -> None:
-    from extract.store import StoreReader
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a folder the hub's cache of this process, which is offline."""
+    assert constants.HF_HUB_OFFLINE
+    return lambda home: monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
 
+
+def test_a_revision_is_the_one_that_is_run_and_recorded(
+    hub_home: Path, corpus: Corpus, tmp_path: Path, cached: Callable[[Path], None]
+) -> None:
+    cached(hub_home)
     own = {commit: hub_home / "hub/models--somebody--hubert-tiny/snapshots" / commit for commit in COMMITS}
     for commit, revision in zip(COMMITS, ("v1", None), strict=True):
         manifest = tmp_path / f"{revision}.json"
-        done = run_offline(
-            hub_home, "extract", "run", "--upstream", HUB_ID, *(["--revision", revision] if revision else []),
-            "--corpus", str(corpus.path), "--store", str(tmp_path / "stores"), "--manifest", str(manifest),
-            "--codec", "float16",
+        done = CliRunner().invoke(
+            main,
+            [
+                "run", "--upstream", HUB_ID, *(["--revision", revision] if revision else []),
+                "--corpus", str(corpus.path), "--store", str(tmp_path / "stores"), "--manifest", str(manifest),
+                "--codec", "float16",
+            ],
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.output
         reader = StoreReader.open(manifest)
         assert reader.manifest.upstream["id"] == HUB_ID
         assert reader.manifest.upstream["revision"] == revision
@@ -59,15 +80,10 @@ def test_a_revision_is_the_one_that_is_run_and_recorded(hub_home: Path, corpus: 
     assert len(list((tmp_path / "stores").glob("hubert-tiny-*"))) == 2
 
 
-def test_a_shape_needs_no_weights(hub_home: Path) -> None:
-    script = f"from extract.upstream import read_shape; print(read_shape({HUB_ID!r}, revision='v1'))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.stdout.strip() == str(
-        read_shape(str(hub_home / "hub/models--somebody--hubert-tiny/snapshots" / COMMITS[0]))
-    )
+def test_a_shape_needs_no_weights(hub_home: Path, cached: Callable[[Path], None]) -> None:
+    cached(hub_home)
+    expected = read_shape(str(hub_home / "hub/models--somebody--hubert-tiny/snapshots" / COMMITS[0]))
+    assert read_shape(HUB_ID, revision="v1") == expected
 
 
 @pytest.mark.parametrize(
@@ -90,3 +106,129 @@ def test_without_a_network_one_line_says_where_to_place_the_files(
     assert f"upstream {upstream!r} is no folder here" in done.stderr
     assert "place its config.json, model.safetensors and preprocessor_config.json in a folder" in done.stderr
     assert not (tmp_path / "stores").exists() and not (tmp_path / "m.json").exists()
+
+
+BOTH = ("preprocessor_config.json", "processor_config.json")
+CLUTTER = (
+    "README.md", "vocab.json", "tokenizer_config.json", "optimizer.pt", "tf_model.h5", "flax_model.msgpack",
+    "model.fp16.safetensors", "adapter.fra.safetensors", "adapter.fra.bin", "modeling_other.py", "run/events.1",
+)  # fmt: skip
+PARTS = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+BIN_PARTS = ("pytorch_model-1.bin", "pytorch_model-2.bin")
+
+
+def index_of(*parts: str) -> bytes:
+    return json.dumps({"weight_map": {f"w{number}": part for number, part in enumerate(parts)}}).encode()
+
+
+# Of each repository: the files that it has beside the clutter, and those that are fetched with its weights.
+ALL_FORMS: dict[str, bytes] = {
+    "model.safetensors": b"one",
+    "model.safetensors.index.json": index_of(*PARTS),
+    "pytorch_model.bin": b"two",
+    **dict.fromkeys((*PARTS, *BIN_PARTS), b"part"),
+}
+FORMS: dict[str, tuple[dict[str, bytes], set[str]]] = {
+    "plain": (ALL_FORMS, {"model.safetensors"}),
+    "parts": (
+        {name: data for name, data in ALL_FORMS.items() if name != "model.safetensors"},
+        {"model.safetensors.index.json", *PARTS},
+    ),
+    "bin": ({"pytorch_model.bin": b"two", **dict.fromkeys(BIN_PARTS, b"part")}, {"pytorch_model.bin"}),
+    "bin-parts": (
+        {"pytorch_model.bin.index.json": index_of(*BIN_PARTS), **dict.fromkeys(BIN_PARTS, b"part")},
+        {"pytorch_model.bin.index.json", *BIN_PARTS},
+    ),
+    "code": (
+        {"model.safetensors": b"one", "config.json": b'{"auto_map": {}}'},
+        {"model.safetensors", "modeling_other.py"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """A hub on this machine with a repository `somebody/FORM` for each form: its address, and the files asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def _answer(self, *, body: bool) -> None:
+            parts = self.path.split("?")[0].strip("/").split("/")
+            name = "listing"
+            if parts[0] != "api":
+                name = "/".join(parts[4:])
+                content = files_of(parts[1])[name]
+                if body:
+                    asked.append(name)
+            elif parts[1] != "models":  # what else a client may ask for
+                self.send_error(404)
+                return
+            elif "tree" in parts:
+                listing = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in files_of(parts[3]).items()
+                ]
+                content = json.dumps(listing).encode()
+            else:
+                siblings = [{"rfilename": name} for name in files_of(parts[3])]
+                content = json.dumps({"id": "/".join(parts[2:4]), "sha": COMMITS[0], "siblings": siblings}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content + name.encode()).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMITS[0])
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    def files_of(form: str) -> dict[str, bytes]:
+        clutter = dict.fromkeys(CLUTTER, b"clutter")
+        return clutter | {"config.json": b"{}"} | dict.fromkeys(BOTH, b"{}") | FORMS[form][0]
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+FETCH = """
+import json, sys
+from extract.upstream_files import folder_of
+for form in sys.argv[1:]:
+    for weights in (False, True):
+        folder = folder_of(f"somebody/{form}", None, weights=weights)
+        print(json.dumps([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]))
+"""
+
+
+def test_only_what_is_opened_is_fetched(
+    hub: tuple[str, list[str]], tmp_path: Path, cached: Callable[[Path], None]
+) -> None:
+    address, asked = hub
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, *FORMS], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_ENDPOINT": address,
+             "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    there = [set(json.loads(line)) for line in done.stdout.splitlines()]
+    settings = {"config.json", *BOTH}
+    assert there[::2] == [settings] * len(FORMS)
+    assert there[1::2] == [settings | expected for _, expected in FORMS.values()]
+    assert sorted(asked) == sorted(name for _, expected in FORMS.values() for name in [*settings, *expected])
+    cached(tmp_path)  # what was fetched is found again without the hub, and is what is opened
+    for form, (_, expected) in FORMS.items():
+        folder = folder_of(f"somebody/{form}", None, weights=True)
+        assert {path.name for path in weights_files(folder, {})} == expected - {"modeling_other.py"}

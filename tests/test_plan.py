@@ -105,8 +105,13 @@ def test_too_long_and_too_short_are_named_with_the_option_that_helps() -> None:
         plan_packs(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1)
     plan = plan_packs(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1, drop_long=True)
     assert plan.pack.tolist() == [0, -1, -1]
-    with pytest.raises(RetortError, match="'a' is too short for one frame"):
+    with pytest.raises(RetortError, match=r"'a' is too short for one frame .*\(1 such\).*--drop-short"):
         plan_packs(np.array([0, 3]), ids=["a", "b"], pack_frames=600, shard_packs=1)
+    both = plan_packs(
+        np.array([0, 3, 900]), ids=list("abc"), pack_frames=600, shard_packs=1, drop_long=True, drop_short=True
+    )
+    assert both.pack.tolist() == [-1, 0, -1] and both.by_pack[0].tolist() == [1]
+    assert both.summary()["num_frames"] == 3
 
 
 def test_frames_follow_the_convolutions() -> None:
