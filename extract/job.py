@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SHARDS_IN_HAND = 2  # one at the model, one being encoded and written
 _PROBED_S = 30.0  # audio on which the error of a precision is measured
+_LEAST_SNR_DB = 20.0  # of a precision against fp32: rounding alone leaves 30 dB and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ class Job:
             writer.create()  # in this process's own workshop
         if request.dtype != "fp32":
             facts = replace(facts, dtype_error=_dtype_error(request, upstream, corpus, writer))
+            check_precision(facts.dtype_error, request.dtype, request.card.id)
         return cls(request, upstream, corpus, facts, writer)
 
     def write_shard(self, shard: int, advance: Callable[[float], None] = lambda seconds: None) -> None:
@@ -263,6 +265,20 @@ def all_dropped(corpus: Corpus, plan: Plan) -> str:
 def seconds_of(corpus: Corpus, plan: Plan, pack: int) -> float:
     """Seconds of audio in a pack."""
     return float(corpus.num_samples[plan.by_pack[pack]].sum()) / SAMPLE_RATE_HZ
+
+
+def check_precision(dtype_error: dict[str, dict[str, Any]], dtype: str, upstream: str) -> None:
+    """Raise RetortError for a precision whose error is more than rounding: a kernel is wrong, or values overflow.
+
+    oneDNN's bf16 convolution of few channels a group, for example, is 10 dB off on processors with AMX.
+    """
+    for layer, error in dtype_error.items():
+        if error["snr_db"] is not None and error["snr_db"] < _LEAST_SNR_DB:
+            where = layer if layer == "stem" else f"layer {layer}"
+            raise RetortError(
+                f"upstream {upstream}: {where} in {dtype} is {error['snr_db']:.1f} dB off fp32 on this device, "
+                f"expected {_LEAST_SNR_DB:g} dB and more; give --dtype fp32, or another device"
+            )
 
 
 def _dtype_error(

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from extract.cluster import OnCluster
 
 DTYPES = ("fp32", "bf16", "fp16")
-_LEAST_SNR_DB = 20.0  # of a precision against fp32: less is not rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
     shards = [shard for shard in range(writer.plan.num_shards) if not writer.finished(shard)]
     total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
     with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
-        for line in _remarks(facts, settings):
+        for line in _remarks(facts):
             bar.say(f"{card.name}: {line}")
         hands.write(shards, bar.advance)
     manifest = _describe(settings, corpus, card, facts, writer) | {
@@ -185,7 +184,7 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "I
     return finished
 
 
-def _remarks(facts: UpstreamFacts, settings: Settings) -> list[str]:
+def _remarks(facts: UpstreamFacts) -> list[str]:
     """Return lines on how features are made that a user did not ask for."""
     found = [] if facts.remark is None else [facts.remark]
     if facts.batching is not None and facts.batching["mode"] == "single":
@@ -194,12 +193,6 @@ def _remarks(facts: UpstreamFacts, settings: Settings) -> list[str]:
         found.append(
             "utterances are run one by one, which is exact and slower than batches: a padded batch of this upstream "
             f"{off} against each utterance alone (in {facts.batching['dtype']}, bound {bound:g})"
-        )
-    lost = [error["snr_db"] for error in facts.dtype_error.values() if error["snr_db"] is not None]
-    if min(lost, default=_LEAST_SNR_DB) < _LEAST_SNR_DB:
-        found.append(
-            f"{settings.dtype} on this device is {min(lost):.1f} dB off fp32, where rounding alone leaves 30 dB and "
-            "more; give --dtype fp32, or another device"
         )
     return found
 

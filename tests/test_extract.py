@@ -286,6 +286,18 @@ def test_the_manifest_says_what_a_precision_costs(settings: Settings, corpus: Co
     assert 20 < snr_db.min() < snr_db.max() < 70
 
 
+def test_a_precision_that_loses_more_than_rounding_is_refused(settings: Settings, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**TINY))
+    with torch.no_grad():  # values near 300 are 2 apart in bf16; the layer norm behind removes the 300
+        model.feature_projection.projection.bias.fill_(300)
+    settings = replace(settings, upstream=str(save_teacher(model, tmp_path / "offset")))
+    with pytest.raises(RetortError, match=r"layer 0 in bf16 is -?\d+\.\d dB off fp32 .* give --dtype fp32"):
+        extract(replace(settings, dtype="bf16"))
+    assert not settings.manifest.exists()
+    assert extract(settings)[0].dtype == "fp32"
+
+
 def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
     extract(settings)
     full = StoreReader.open(settings.manifest).pooled()
