@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,12 +127,17 @@ def test_a_read_that_can_not_be_right_is_one_line_and_leaves_nothing(
 def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
     serve: Callable[..., Server], tmp_path: Path, interrupted: bool
 ) -> None:
+    signalled = threading.Event()
+
     def answer(number: int, asked: Asked) -> tuple[bytes, bool]:
         if "uploads" in asked.line:
             return reply(b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"), True
         second = "partNumber=2" in asked.line
         if interrupted and second:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C amid the upload: Python gives it to the main thread
+            signalled.set()
+        elif interrupted and "partNumber" in asked.line:
+            signalled.wait(30)  # or all parts might be through before the second one is
         return reply(status="403 Forbidden" if second and not interrupted else "200 OK"), True
 
     server = serve(answer)
