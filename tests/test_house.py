@@ -1,11 +1,15 @@
 """The rooms resolve to this checkout, and every command answers."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import extract
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,6 +18,15 @@ ROOT = Path(__file__).parent.parent
 def test_a_room_is_this_checkouts(room: str) -> None:
     # `evaluate` is also a well-known library: it must never be the one that answers.
     assert Path(str(importlib.import_module(room).__file__)).parent == ROOT / room
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    released = re.search(r"^## (\d+\.\d+\.\d+) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released is not None
+    assert (
+        released.groups() == (extract.__version__, cited["date-released"]) and cited["version"] == extract.__version__
+    )
 
 
 @pytest.mark.parametrize("room", ["extract", "train", "evaluate", "pipelines"])
