@@ -123,6 +123,15 @@ def test_a_read_that_can_not_be_right_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a command: workers of pytest-xdist may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
     serve: Callable[..., Server], tmp_path: Path, interrupted: bool
