@@ -35,6 +35,7 @@ PHASES = ("before", "work", "closing")
 SHARES = {"before": 0.1, "work": 0.7, "closing": 0.2}  # of the kills, by the phase that they are aimed at
 CLOCK = {"metrics.json": {"seconds", "audio_seconds_per_second", "loader_wait_share"}, "scores": {"seconds"}}
 PATIENCE_S = 1800  # with one command
+MOST_ROUNDS = 10  # while a stage has been spared
 
 
 class Different(Exception):
@@ -153,15 +154,24 @@ class Soak:
         self.disturb(whole, paces)
 
     def disturb(self, whole: Path, paces: list[Pace]) -> None:
-        """Kill what `whole` holds the results of, which took `paces`, until all kills have landed; compare."""
-        while len(self.landed) < self.kills:
+        """Kill what `whole` holds the results of, which took `paces`, until all kills have landed; compare.
+
+        A command may end before its kill: rounds go on until every stage has been killed, so many times at most.
+        """
+        while len(self.landed) < self.kills or (self._spared and self.rounds < MOST_ROUNDS):
             self.rounds += 1
             killed = self._folder(f"killed-{self.rounds}")
             for number, (step, pace) in enumerate(zip(self.steps, paces, strict=True)):
-                self._disturbed(step, pace, killed, share(paces, self.steps, number, self.kills - len(self.landed)))
+                kills = share(paces, self.steps, number, max(0, self.kills - len(self.landed)))
+                self._disturbed(step, pace, killed, max(kills, 1) if step.room in self._spared else kills)
             num_files = compare(whole, killed)
             self.say(f"round {self.rounds}: all {num_files} files are those of the undisturbed run")
             shutil.rmtree(killed)
+
+    @property
+    def _spared(self) -> set[str]:
+        """The stages that no kill has landed on."""
+        return {step.room for step in self.steps} - {kill.room for kill in self.landed}
 
     def stop(self) -> None:
         """End what runs: a driver that is stopped leaves no command at work in its folder."""

@@ -53,7 +53,7 @@ SIZES = {
         demo={"reading_s": 6, "turns_a_dialog": 2},
         students=("interleaved",),
         upstreams=("interleaved",),
-        steps=8,
+        steps=24,
         evaluate={
             "pr": {"learning_rates": [0.02], "steps": 24, "batch_size": 4, "dev_evaluations": 2},
             "sid": POOLED | {"steps": 40, "dev_evaluations": 2},

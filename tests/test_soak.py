@@ -14,7 +14,7 @@ def test_stages_killed_at_random_leave_what_an_undisturbed_run_leaves(tmp_path: 
     said: list[str] = []
     soak = Soak(tmp_path, prepare(tmp_path, "short"), kills=6, seed=0, say=said.append)
     soak.run()
-    assert len(soak.landed) == 6, said
+    assert len(soak.landed) >= 6, said  # more where a stage had been spared
     assert {kill.room for kill in soak.landed} == {"extract", "train", "evaluate"}, said
     assert Counter(kill.phase for kill in soak.landed)["work"] >= 3, said
     assert said[-1].endswith("files are those of the undisturbed run")
