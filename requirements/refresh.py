@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("requirements")
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)(?: *; *([^\\]*?))? *\\?$")
-_TORCH = re.compile(r"^(torch|torchaudio|triton|nvidia-.*|cuda-.*)$")  # of one build: another brings its own
+_TORCH = ("torch", "torchaudio")
+_OF_A_BUILD = re.compile(r"(triton|nvidia-.*|cuda-.*)$")  # another build of torch brings its own
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
         uv = find_uv(Path(scratch))
         compile_lock(uv, dev, "--all-extras", *upgrade)
         compile_lock(uv, run, "--constraint", str(FOLDER / dev.name))
-    without_torch.write_text(drop_packages(run.read_text(), _TORCH))
+    without_torch.write_text(drop_packages(run.read_text(), torch_packages(run.read_text())))
     for file in files:
         lines = changes(pins(before[file]), pins(file.read_text()))
         print(f"{FOLDER / file.name}: {len(lines)} changes", *lines, sep="\n  ")
@@ -93,12 +94,32 @@ def changes(before: dict[str, str], after: dict[str, str]) -> list[str]:
     return lines
 
 
-def drop_packages(lock: str, names: re.Pattern[str]) -> str:
+def torch_packages(lock: str) -> set[str]:
+    """Return torch, torchaudio and the CUDA packages that nothing else in a lock needs."""
+    needed_by: dict[str, set[str]] = {}
+    name = ""
+    for line in lock.splitlines():
+        if match := _PIN.match(line):
+            name = match.group(1)
+            needed_by.setdefault(name, set())
+        elif line.startswith("    #") and not line.startswith("    #   -c "):
+            needed_by[name] |= set(line.removeprefix("    #").replace("via", "", 1).split())
+    found = set(_TORCH)
+    while more := {
+        name
+        for name, others in needed_by.items()
+        if name not in found and _OF_A_BUILD.match(name) and others and others <= found
+    }:
+        found |= more
+    return found
+
+
+def drop_packages(lock: str, names: set[str]) -> str:
     """Return a lock without the packages of these names: their pins, digests and comments."""
     kept, dropping = [], False
     for line in lock.splitlines(keepends=True):
         if match := _PIN.match(line.rstrip("\n")):
-            dropping = names.match(match.group(1)) is not None
+            dropping = match.group(1) in names
         if not dropping:
             kept.append(line)
     return "".join(kept)

@@ -65,7 +65,8 @@ def test_the_locks_hold_the_same_versions(python: str) -> None:
     assert run.items() <= dev.items()
     assert without.items() < run.items()
     assert {"torch", "torchaudio", "triton"} <= run.keys() - without.keys()
-    assert not [name for name in without if name.startswith(("torch", "nvidia-", "cuda-"))]
+    assert not [name for name in without if name.startswith(("torch", "nvidia-cu", "cuda-"))]
+    assert "nvidia-ml-py" in without  # dvclive needs it, and pip refuses a lock that lacks a dependency
 
 
 def test_every_version_of_a_lock_has_digests_and_names_no_host() -> None:
@@ -125,7 +126,21 @@ def test_refresh_reads_pins_and_says_what_changed() -> None:
     assert refresh.changes(before, before) == []
 
 
+def test_what_else_needs_a_package_of_nvidias_keeps_it() -> None:
+    needs = {
+        "cuda-toolkit": "# via torch",
+        "dvclive": "# via retort (pyproject.toml)",
+        "nvidia-cublas": "# via\n    #   cuda-toolkit\n    #   torch",
+        "nvidia-ml-py": "# via\n    #   -c requirements/dev.lock\n    #   dvclive",
+        "sympy": "# via torch",
+        "torch": "# via\n    #   retort (pyproject.toml)\n    #   torchaudio",
+        "torchaudio": "# via retort (pyproject.toml)",
+    }
+    lock = "".join(f"{name}==1 \\\n    --hash=sha256:aa\n    {via}\n" for name, via in needs.items())
+    assert refresh.torch_packages(lock) == {"torch", "torchaudio", "cuda-toolkit", "nvidia-cublas"}
+
+
 def test_refresh_drops_a_package_with_its_digests() -> None:
-    kept = refresh.drop_packages(LOCK, re.compile("torch"))
+    kept = refresh.drop_packages(LOCK, {"torch"})
     assert refresh.pins(kept).keys() == {"numpy", "zarr"}
     assert "cc" not in kept and "via retort" not in kept and "sha256:dd" in kept
