@@ -153,7 +153,7 @@ def _sections(file: Path) -> dict[str, dict[str, str]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, configparser.Error) as error:
-        raise RetortError(f"{file}: {' '.join(str(error).split())}; mend it, or unset AWS_PROFILE") from None
+        raise RetortError(f"{file}: {' '.join(str(error).split())}; correct it, or unset AWS_PROFILE") from None
     return {name: dict(parser[name]) for name in parser.sections()}
 
 

@@ -133,9 +133,11 @@ class Corpus:
         columns: dict[str, Any] = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
         columns |= {"speaker": self.speakers} | self.labels
         if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):
-            raise RetortError(f"{self.path} is no readable corpus: its ids are not unique names")
+            raise RetortError(f"{self.path} is not a readable corpus: its ids are not unique names")
         if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
-            raise RetortError(f"{self.path} is no readable corpus: {odd[0]} is not of its {len(self.ids)} utterances")
+            raise RetortError(
+                f"{self.path} is not a readable corpus: {odd[0]} is not of its {len(self.ids)} utterances"
+            )
         with _open_file(self.path) as file:
             # The audio of a stranger's corpus lies in its own file: HDF5 can point anywhere on this machine.
             if "samples" in file and file.get("samples", getlink=True).__class__ is not h5py.HardLink:
@@ -144,13 +146,13 @@ class Corpus:
             if samples is None:
                 return
             if not isinstance(samples, h5py.Dataset):
-                raise RetortError(f"{self.path} is no readable corpus: its `samples` are not a data set")
+                raise RetortError(f"{self.path} is not a readable corpus: its `samples` are not a data set")
             if samples.external or samples.is_virtual:
                 raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
             last = int((self.start + self.num_samples).max(initial=0))
             if samples.dtype != np.int16 or samples.ndim != 1 or last > len(samples) or self.start.min(initial=0) < 0:
                 raise RetortError(
-                    f"{self.path} is no readable corpus: its table names {last} int16 samples, it holds "
+                    f"{self.path} is not a readable corpus: its table names {last} int16 samples, it holds "
                     f"{samples.dtype} {samples.shape}; make it again with `python -m pipelines corpus`"
                 )
 
@@ -239,9 +241,10 @@ def _trouble(path: Path, error: Exception) -> RetortError:
         )
     if isinstance(error, OSError) and error.errno is not None:
         return RetortError(
-            f"corpus {path} can't be read: {os.strerror(error.errno)}; mend access to it, or give a copy elsewhere"
+            f"corpus {path} can't be read: {os.strerror(error.errno)}; grant read access to it, or give a copy "
+            "elsewhere"
         )
-    return RetortError(f"{path} is no readable corpus ({error}); make it again with `python -m pipelines corpus`")
+    return RetortError(f"{path} is not a readable corpus ({error}); make it again with `python -m pipelines corpus`")
 
 
 def write_corpus(

@@ -169,8 +169,7 @@ class Transformer(Upstream):
         if not remote:
             _mend_stem(self.model)
             _mend_positional_convolutions(self.model)
-        mended = OwnFramesGroupNorm | _OwnFrames | _OwnFramesBatchNorm
-        self._mended = [one for one in self.model.modules() if isinstance(one, mended)]
+        self._mended = [one for one in self.model.modules() if isinstance(one, OwnFramesGroupNorm | _OwnFrames)]
 
     def features(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
@@ -347,22 +346,6 @@ class _OwnFrames(nn.Module):
         return result
 
 
-class _OwnFramesBatchNorm(nn.Module):
-    """The batch norm before a positional convolution, zero past each utterance's own frames, as padding alone is."""
-
-    def __init__(self, norm: nn.BatchNorm1d) -> None:
-        super().__init__()
-        self.norm = norm
-        self.num_samples: list[int] = []
-        self.num_frames: list[int] = []
-
-    def forward(self, hidden_BCT: Tensor) -> Tensor:
-        result_BCT: Tensor = self.norm(hidden_BCT)
-        for row, own in enumerate(self.num_frames):
-            result_BCT[row, :, own:] = 0
-        return result_BCT
-
-
 def _mend_stem(model: Any) -> None:
     first = model.feature_extractor.conv_layers[0]
     if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
@@ -376,7 +359,7 @@ def _mend_positional_convolutions(model: Any) -> None:
     if isinstance(getattr(position, "layers", None), nn.ModuleList):
         position.layers = nn.ModuleList(_OwnFrames(layer) for layer in position.layers)
     if isinstance(getattr(position, "batch_norm", None), nn.BatchNorm1d):
-        position.batch_norm = _OwnFramesBatchNorm(position.batch_norm)
+        position.conv = _OwnFrames(position.conv)  # its norm's bias moves padded frames off zero
 
 
 def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -140,7 +140,7 @@ def _check_alone(
         pair = found[1][layer], again[layer]
         if not (np.array_equal(*pair) if on_cpu else _Gap(*pair).fits(dtype)):
             cause = (
-                "its code draws random numbers though it is in eval mode; mend that code (dropout, masking, dither)"
+                "its code draws random numbers though it is in eval mode; correct that code (dropout, masking, dither)"
                 if dtype == "fp32"
                 else f"this device's {dtype} is not reproducible, while its fp32 is; give --dtype fp32"
             )

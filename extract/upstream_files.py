@@ -55,7 +55,7 @@ def _from_hub(upstream: str, revision: str | None, *patterns: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RetortError(
-            f"upstream {upstream!r} is no folder here and could not be had from the hub ({reason}); "
+            f"upstream {upstream!r} is not a folder here and could not be had from the hub ({reason}); "
             "place its config.json, model.safetensors and preprocessor_config.json in a folder and give that folder"
         ) from None
 
@@ -112,7 +112,7 @@ def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> 
         raise RetortError(
             f"upstream {upstream}: {folder / 'adapter_config.json'} is a PEFT adapter, which transformers applies "
             "where peft is installed and ignores elsewhere; merge it (`merge_and_unload`, `save_pretrained`) and give "
-            "that folder, or take the file away to use the model without it"
+            "that folder, or remove the file to use the model without it"
         )
 
 
@@ -133,7 +133,7 @@ def own_normalisation(folder: Path) -> bool:
         check_type(bool, value, where=f"{where}: do_normalize")
     if len(set(wanted.values())) > 1:
         said = ", ".join(f"{where} says {str(value).lower()}" for where, value in wanted.items())
-        raise RetortError(f"do_normalize: {said}; give --normalise or --no-normalise, or take the wrong file away")
+        raise RetortError(f"do_normalize: {said}; give --normalise or --no-normalise, or remove the wrong file")
     return bool(next(iter(wanted.values())))
 
 

@@ -17,6 +17,7 @@ from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2Fea
 
 import tests.processes  # noqa: F401  # says what a fork server imports
 from extract.corpus import Corpus, Utterance, write_corpus
+from extract.run import Settings
 
 if TYPE_CHECKING:
     from tests.report_world import Made
@@ -114,3 +115,16 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> "Made":
     from tests.report_world import TEN_TASKS, make_whole
 
     return make_whole(tmp_path_factory.mktemp("ten"), TEN_TASKS)
+
+
+@pytest.fixture
+def settings(teacher: Path, corpus: Corpus, tmp_path: Path) -> Settings:
+    return Settings(
+        upstream=str(teacher),
+        corpus=corpus.path,
+        store=tmp_path / "stores",
+        manifest=tmp_path / "m.json",
+        codec="float16",
+        pack_frames=128,
+        shard_packs=2,
+    )

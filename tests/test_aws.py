@@ -79,7 +79,7 @@ def test_keys_and_region_come_from_the_environment_then_from_the_profile(
     [
         ({"AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID is set and AWS_SECRET_ACCESS_KEY is not; set both"),
         ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE: 'nobody' is in neither .*; expected one of command, default"),
-        ({"AWS_CONFIG_FILE": __file__}, r"test_aws.py: .*; mend it"),
+        ({"AWS_CONFIG_FILE": __file__}, r"test_aws.py: .*; correct it"),
         ({"AWS_ENDPOINT_URL": "s3.example.org"}, "AWS_ENDPOINT_URL: got 's3.example.org', expected an address"),
         ({"AWS_ENDPOINT_URL": "http://a b"}, "AWS_ENDPOINT_URL: got 'http://a b'"),
         ({"AWS_ENDPOINT_URL": "http://a:port"}, "AWS_ENDPOINT_URL: got 'http://a:port'"),

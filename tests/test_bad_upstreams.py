@@ -81,22 +81,22 @@ def renamed_weights(**changes: str) -> None:
 
 CORPORA = [
     instead("no corpus", "tiny.json", "none.json", "corpora/none.json does not exist; run the stage"),
-    instead("text as corpus", "corpora/tiny.json", "params.yaml", "params.yaml is no readable corpus"),
+    instead("text as corpus", "corpora/tiny.json", "params.yaml", "params.yaml is not a readable corpus"),
     Row("card a folder", EXTRACT, "tiny.json is a folder; give the JSON file", folder(CARD)),
     Row("audio a folder", EXTRACT, "tiny.h5 is a folder or a device; give the .h5 file", folder(AUDIO)),
-    Row("audio empty", EXTRACT, "tiny.h5 is no readable corpus", write(AUDIO, "")),
-    Row("audio cut off", EXTRACT, "is no readable corpus .*truncated file", cut(AUDIO, 4000)),
-    Row("audio is text", EXTRACT, "is no readable corpus .*signature not found", write(AUDIO, "hello")),
+    Row("audio empty", EXTRACT, "tiny.h5 is not a readable corpus", write(AUDIO, "")),
+    Row("audio cut off", EXTRACT, "is not a readable corpus .*truncated file", cut(AUDIO, 4000)),
+    Row("audio is text", EXTRACT, "is not a readable corpus .*signature not found", write(AUDIO, "hello")),
     Row("card without file", EXTRACT, "no corpus card .*no field 'file'", change_json(CARD, "file", drop=True)),
     Row("card with a number", EXTRACT, "file: got 1, expected str", change_json(CARD, "file", to=1)),
     Row("card without digest", EXTRACT, "no field 'digest'", change_json(CARD, "digest", drop=True)),
     Row("card of another", EXTRACT, "has digest .*its card says", change_json(CARD, "file", to="corpora/other.h5")),
-    Row("card to a system file", EXTRACT, "/etc/passwd is no readable", change_json(CARD, "file", to="/etc/passwd")),
+    Row("card to a system file", EXTRACT, "/etc/passwd is not a readable", change_json(CARD, "file", to="/etc/passwd")),
     Row("audio exchanged", EXTRACT, "the file changed after", lambda: shutil.copy("corpora/other.h5", AUDIO)),
     Row("samples elsewhere", EXTRACT, "its samples lie in another file", samples_elsewhere),
     Row("name climbs", EXTRACT, "name: got '../../x', expected a plain name", name_climbs),
     Row("fewer starts", EXTRACT, "start is not of its 10 utterances", lambda: change_h5("utterances/start", [0, 1])),
-    Row("numbers as ids", EXTRACT, "is no readable corpus", lambda: change_h5("utterances/id", list(range(10)))),
+    Row("numbers as ids", EXTRACT, "is not a readable corpus", lambda: change_h5("utterances/id", list(range(10)))),
     Row("ids alike", EXTRACT, "ids are not unique names", lambda: change_h5("utterances/id", ["a"] * 10)),
     Row(
         "beyond the end",
@@ -162,8 +162,10 @@ OPTIONS = [
 ]
 
 UPSTREAMS = [
-    instead("nowhere", "teacher", "nobody/none", "'nobody/none' is no folder here and could not be had from the hub"),
-    instead("a file", "teacher", "params.yaml", "'params.yaml' is no folder here"),
+    instead(
+        "nowhere", "teacher", "nobody/none", "'nobody/none' is not a folder here and could not be had from the hub"
+    ),
+    instead("a file", "teacher", "params.yaml", "'params.yaml' is not a folder here"),
     instead("an odd folder", "teacher", "corpora", "corpora/config.json does not exist"),
     Row("no config", EXTRACT, "teacher/config.json does not exist", remove("teacher/config.json")),
     Row("config cut off", EXTRACT, "teacher/config.json is not JSON", cut("teacher/config.json", 100)),

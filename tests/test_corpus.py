@@ -77,7 +77,7 @@ def test_a_card_and_its_audio_must_agree(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match="its card says"):
         Corpus.open(tmp_path / "c.json")
     (tmp_path / "c.h5").write_bytes(b"not HDF5")
-    with pytest.raises(RetortError, match="is no readable corpus"):
+    with pytest.raises(RetortError, match="is not a readable corpus"):
         Corpus.open(tmp_path / "c.json")
     (tmp_path / "c.h5").unlink()
     with pytest.raises(RetortError, match=r"c\.h5 does not exist"):
@@ -114,7 +114,7 @@ def test_trouble_of_the_place_is_not_told_as_damage(tmp_path: Path) -> None:
 def test_a_truncated_corpus_is_damaged(kept: int, tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=noise_utterances(3, shortest=9_000))
     (tmp_path / "c.h5").write_bytes((tmp_path / "c.h5").read_bytes()[:kept])
-    with pytest.raises(RetortError, match=r"is no readable corpus .*make it again"):
+    with pytest.raises(RetortError, match=r"is not a readable corpus .*make it again"):
         Corpus.open(tmp_path / "c.json")
 
 
@@ -124,5 +124,5 @@ def test_a_corpus_with_a_part_of_another_kind_is_damaged(what: str, tmp_path: Pa
     with h5py.File(tmp_path / "c.h5", "r+") as file:
         del file[what]
         file[what] = np.dtype("f4")  # a named type
-    with pytest.raises(RetortError, match="is no readable corpus"):
+    with pytest.raises(RetortError, match="is not a readable corpus"):
         Corpus.open(tmp_path / "c.json")

@@ -28,19 +28,6 @@ from tests.conftest import TINY, noise_utterances, save_teacher
 from tests.processes import Command, run_command
 
 
-@pytest.fixture
-def settings(teacher: Path, corpus: Corpus, tmp_path: Path) -> Settings:
-    return Settings(
-        upstream=str(teacher),
-        corpus=corpus.path,
-        store=tmp_path / "stores",
-        manifest=tmp_path / "m.json",
-        codec="float16",
-        pack_frames=128,
-        shard_packs=2,
-    )
-
-
 def contents(store: Path) -> dict[str, bytes]:
     return {
         path.relative_to(store).as_posix(): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()

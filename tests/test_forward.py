@@ -222,7 +222,7 @@ def test_fbank_is_kaldis_with_deltas(corpus: Corpus) -> None:
 
 
 def test_an_upstream_that_cannot_be_used_is_named(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match=r"'nobody/nothing' is no folder here .* place its config.json"):
+    with pytest.raises(RetortError, match=r"'nobody/nothing' is not a folder here .* place its config.json"):
         find_upstream("nobody/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(RetortError, match="model_type 'bert'; expected one of wav2vec2, hubert"):

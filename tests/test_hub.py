@@ -103,7 +103,7 @@ def test_without_a_network_one_line_says_where_to_place_the_files(
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f"upstream {upstream!r} is no folder here" in done.stderr
+    assert f"upstream {upstream!r} is not a folder here" in done.stderr
     assert "place its config.json, model.safetensors and preprocessor_config.json in a folder" in done.stderr
     assert not (tmp_path / "stores").exists() and not (tmp_path / "m.json").exists()
 

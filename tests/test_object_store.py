@@ -25,7 +25,7 @@ EXPECTED = [len(DATA), hashlib.sha256(DATA).hexdigest()]
 
 
 def whole(asked: Asked, data: bytes = DATA, **headers: str) -> bytes:
-    """What was asked for of an object."""
+    """The requests for an object."""
     start, end = asked.span
     if "range" not in asked.headers:
         return reply(data, **headers)
@@ -204,7 +204,7 @@ def test_large_and_empty_and_odd_objects_arrive_bit_for_bit(s3: S3, tmp_path: Pa
 
 
 def in_a_fork(work: Callable[[], object]) -> object:
-    """What `work` gives in a forked process; the text of its RetortError if it raises one."""
+    """Return the result of `work` in a forked process, or the text of its RetortError if it raises one."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def run() -> None:

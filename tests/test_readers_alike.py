@@ -190,7 +190,7 @@ def test_trials_of_dropped_utterances_are_left_out_and_counted(tmp_path: Path) -
     assert Corpus.open(out).metadata == {"trials": [[1, "id10270/y/00000", "id10270/y/00001"]], "trials_left_out": 2}
     assert json.loads(out.with_suffix(".json").read_text())["record"]["trials_left_out"] == 2
     (root / "test/wav/id10270/y/00001.wav").write_bytes(b"no audio")
-    with pytest.raises(RetortError, match="no trial is left"):
+    with pytest.raises(RetortError, match="every trial names an utterance that was dropped"):
         read_corpus("voxceleb1-trials", root, out, skip_bad=True)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from extract.forward import load_upstream
 from extract.run import Settings, extract
 from extract.store import StoreReader
 from extract.upstream import find_upstream
-from tests.train_world import SHAPE, World, job, make_world, student, teacher_config
+from tests.train_world import SHAPE, World, job, make_world, stop_after, student, teacher_config
 from train import checkpoint
-from train.display import Display
 from train.loop import train
 from train.run import begin
 from train.seed import STANDARD, StemShape
@@ -139,18 +137,6 @@ def test_the_stored_stem_is_the_slow_teachers(world: World) -> None:
     heard = train(job(world, student("distilhubert", 6, **frozen), "heard"))
     read = train(job(world, student("distilhubert", 6, **frozen, stem="stored"), "read"))
     assert read["loss"]["dev"] == pytest.approx(heard["loss"]["dev"], rel=2e-3)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Make a run stop dead once `steps` steps are done."""
-    show: Callable[..., None] = Display.show
-
-    def shown(self: Display, **values: Any) -> None:
-        show(self, **values)
-        if self.done == steps:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Display, "show", shown)
 
 
 def interrupted(world: World, monkeypatch: pytest.MonkeyPatch, family: str) -> Path:
@@ -275,10 +261,10 @@ def test_parts_that_are_not_the_teachers_are_reported(
 def test_a_checkpoint_says_what_it_began_from(usual: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = own(usual, tmp_path, monkeypatch)
     path = interrupted(world, monkeypatch, "distilhubert")
-    planted = begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts")).planted
-    assert list(planted.left) == planted.unequal == ["layer 1", "layer 2"]
+    initial_weights = begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts")).initial_weights
+    assert list(initial_weights.left) == initial_weights.unequal == ["layer 1", "layer 2"]
     value = read_checkpoint(path, format_version=checkpoint.FORMAT_VERSION)
-    assert value is not None and value.pop("planted") == asdict(planted)
+    assert value is not None and value.pop("initial_weights") == asdict(initial_weights)
     write_checkpoint(path, value, format_version=checkpoint.FORMAT_VERSION)  # as before this was recorded
     with pytest.raises(RetortError, match=r"checkpoint.pt does not record .*layer 1 .*hidden_act.*delete it"):
         begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts"))
@@ -287,7 +273,7 @@ def test_a_checkpoint_says_what_it_began_from(usual: World, tmp_path: Path, monk
 def test_an_older_checkpoint_goes_on_where_nothing_differs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path = interrupted(world, monkeypatch, "distilhubert")
     value = read_checkpoint(path, format_version=checkpoint.FORMAT_VERSION)
-    assert value is not None and value.pop("planted")["copied"][0] == "stem"
+    assert value is not None and value.pop("initial_weights")["copied"][0] == "stem"
     write_checkpoint(path, value, format_version=checkpoint.FORMAT_VERSION)
     run = begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts"))
     assert run.progress.step == 5 and run.from_teacher[-1] == "layer 2"
@@ -295,5 +281,5 @@ def test_an_older_checkpoint_goes_on_where_nothing_differs(world: World, monkeyp
 
 def test_a_wider_student_is_told_the_sizes(world: World) -> None:
     run = begin(job(world, student("distilhubert", shape=SHAPE | {"dim": 32})))
-    assert run.from_teacher == ["stem"] and not run.planted.unequal
-    assert "16 x 8, the student's 32 x 8" in run.planted.left["projection"]
+    assert run.from_teacher == ["stem"] and not run.initial_weights.unequal
+    assert "16 x 8, the student's 32 x 8" in run.initial_weights.left["projection"]

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from safetensors.torch import load_file
 
 from extract.errors import RetortError
 from tests.processes import Command, run_command
-from tests.train_world import SHAPE, World, job, make_world, student
+from tests.train_world import SHAPE, World, job, make_world, stop_after, student
 from train import checkpoint
 from train.__main__ import main
 from train.config import StudentConfig
-from train.display import Display
 from train.growth import grow_mapping
 from train.loop import draws_forcing, train
 from train.optimiser import STACK
@@ -51,18 +49,6 @@ def weights(world: World, name: str) -> dict[str, torch.Tensor]:
 def curves(world: World, name: str) -> dict[str, str]:
     root = world.folder / "runs" / name / "plots" / "metrics"
     return {file.relative_to(root).as_posix(): file.read_text() for file in root.rglob("*.tsv")}
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Make a run stop dead once `steps` steps are done."""
-    show: Callable[..., None] = Display.show
-
-    def shown(self: Display, **values: Any) -> None:
-        show(self, **values)
-        if self.done == steps:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Display, "show", shown)
 
 
 # Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n goes on from the checkpoint before: with one

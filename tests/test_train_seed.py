@@ -27,7 +27,7 @@ from tests.families import LARGE
 from tests.train_world import student
 from train.losses import build_distiller
 from train.modeling_retort import RetortStudent
-from train.seed import Planted, Seed, StemShape, plant, read_seed
+from train.seed import InitialWeights, Seed, StemShape, plant, read_seed
 
 # WavLM's own attention passes masks of two types to torch, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
@@ -92,7 +92,7 @@ def fresh(config: Any, family: str = "distilhubert", **changes: Any) -> RetortSt
 
 
 @torch.no_grad()
-def differences(model: Any, planted: RetortStudent) -> dict[str, float]:
+def differences(model: Any, student: RetortStudent) -> dict[str, float]:
     """The largest difference of each part's output in teacher and student, given the teacher's own input of it."""
     waveform_BS = 0.1 * torch.randn(1, 5_000, generator=torch.Generator().manual_seed(2))
     states = model(waveform_BS, output_hidden_states=True).hidden_states
@@ -101,11 +101,11 @@ def differences(model: Any, planted: RetortStudent) -> dict[str, float]:
     projected_BTD = model.feature_projection(stem_BTC)
     projected_BTD = projected_BTD[0] if isinstance(projected_BTD, tuple) else projected_BTD
     pairs: dict[str, tuple[Tensor, Tensor]] = {
-        "stem": (stem_BTC, planted.feature_extractor(waveform_BS)[0]),
-        "projection": (projected_BTD, planted.feature_projection(stem_BTC)),
-        "position": (states[0], planted.encoder.start(projected_BTD, None)),
+        "stem": (stem_BTC, student.feature_extractor(waveform_BS)[0]),
+        "projection": (projected_BTD, student.feature_projection(stem_BTC)),
+        "position": (states[0], student.encoder.start(projected_BTD, None)),
     }
-    for index, block in enumerate(planted.encoder.layers):
+    for index, block in enumerate(student.encoder.layers):
         pairs[f"layer {index + 1}"] = (states[index + 1], block(states[index], None))
     return {part: (one - other).abs().max().item() for part, (one, other) in pairs.items()}
 
@@ -145,12 +145,12 @@ def test_a_part_computes_what_the_teacher_computes_or_is_not_copied(
     model = teacher(family, **changes)
     seed, other = seed_of(model, tmp_path), fresh(model.config, **shape)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    planted = plant(other, seed, num_layers=2)
-    assert list(planted.left) == left
-    assert planted.copied == [one for one in ("stem", "projection", "position", *BLOCKS) if one not in left]
-    assert all(reason in one for one in planted.left.values())
+    initial_weights = plant(other, seed, num_layers=2)
+    assert list(initial_weights.left) == left
+    assert initial_weights.copied == [one for one in ("stem", "projection", "position", *BLOCKS) if one not in left]
+    assert all(reason in one for one in initial_weights.left.values())
     found = differences(model, other)
-    assert all(found[part] <= 1e-5 for part in planted.copied), found
+    assert all(found[part] <= 1e-5 for part in initial_weights.copied), found
     prefixes = {"projection": "feature_projection.", "position": "encoder.pos_conv_embed."}
     prefixes |= {f"layer {index + 1}": f"encoder.layers.{index}." for index in range(2)}
     for part in left:
@@ -182,8 +182,8 @@ def test_a_student_is_a_teacher_too(tmp_path: Path, family: str) -> None:
     config = teacher("hubert").config
     model = perturbed(fresh(config, family, layers=4 if family == "layerwise" else 2))
     other = fresh(config)
-    planted = plant(other, seed_of(model, tmp_path), num_layers=2)
-    assert list(planted.left) == ([] if family == "layerwise" else BLOCKS)
+    initial_weights = plant(other, seed_of(model, tmp_path), num_layers=2)
+    assert list(initial_weights.left) == ([] if family == "layerwise" else BLOCKS)
     waveform_BS = torch.randn(1, 5_000)
     with torch.no_grad():
         theirs = model(waveform_BS, output_hidden_states=True).hidden_states
@@ -262,10 +262,16 @@ def test_a_position_saved_under_torchs_old_names_is_the_same(tmp_path: Path) -> 
 
 
 def test_blocks_that_the_seed_does_not_have_are_named(tmp_path: Path) -> None:
-    planted = plant(fresh(HubertConfig(**TINY)), seed_of(teacher("hubert"), tmp_path, num_blocks=1), num_layers=2)
-    assert planted.copied[-1] == "layer 1" and "--seed-blocks" in planted.left["layer 2"] and not planted.unequal
-    planted = Planted(["stem"], {"projection": "a", "layer 1": "b", "layer 2": "b"})
-    assert str(planted) == "projection (a); layer 1, layer 2 (b)"
+    initial_weights = plant(
+        fresh(HubertConfig(**TINY)), seed_of(teacher("hubert"), tmp_path, num_blocks=1), num_layers=2
+    )
+    assert (
+        initial_weights.copied[-1] == "layer 1"
+        and "--seed-blocks" in initial_weights.left["layer 2"]
+        and not initial_weights.unequal
+    )
+    initial_weights = InitialWeights(["stem"], {"projection": "a", "layer 1": "b", "layer 2": "b"})
+    assert str(initial_weights) == "projection (a); layer 1, layer 2 (b)"
 
 
 def test_a_seed_file_keeps_config_and_names(tmp_path: Path) -> None:

@@ -24,20 +24,6 @@ from tests.families import FAMILIES
 from tests.test_forward import alone, change_config
 from train.data import DistillationData
 
-
-@pytest.fixture
-def settings(teacher: Path, corpus: Corpus, tmp_path: Path) -> Settings:
-    return Settings(
-        upstream=str(teacher),
-        corpus=corpus.path,
-        store=tmp_path / "stores",
-        manifest=tmp_path / "m.json",
-        codec="float16",
-        pack_frames=128,
-        shard_packs=2,
-    )
-
-
 STRANGER = """
 import torch
 from transformers import HubertConfig as Config, HubertModel

@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
@@ -13,6 +16,7 @@ from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
 from extract.store import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse
+from train.display import Display
 from train.ranks import ALONE, Ranks
 from train.run import Job
 
@@ -134,3 +138,15 @@ def job(world: World, config: StudentConfig, name: str = "tiny", ranks: Ranks = 
         device=torch.device("cpu"),
         ranks=ranks,
     )
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Interrupt a run once `steps` steps are done."""
+    show: Callable[..., None] = Display.show
+
+    def shown(self: Display, **values: Any) -> None:
+        show(self, **values)
+        if self.done == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "show", shown)

@@ -50,7 +50,9 @@ class Checkpoint:
     model: dict[str, Tensor]  # student and heads
     average: dict[str, Tensor] | None  # the same, averaged over steps; None without `optimiser.ema`
     optimiser: OptimiserState
-    planted: dict[str, Any] | None = None  # the parts that began as the teacher's; None: written before it was recorded
+    initial_weights: dict[str, Any] | None = (
+        None  # the parts that began as the teacher's; None: written before it was recorded
+    )
 
 
 def run_key(config: StudentConfig, *, store_digest: str, corpus_digest: str, stem: StemShape = STANDARD) -> str:

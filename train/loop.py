@@ -58,8 +58,8 @@ def train(job: Job) -> dict[str, Any]:
         closing(run.data.training_batches(progress.packs, rank=ranks.rank, size=ranks.size)) as batches,
     ):
         display.say(_headline(run))
-        if run.planted.left:
-            display.say(f"{job.student}: random initial weights: {run.planted}")
+        if run.initial_weights.left:
+            display.say(f"{job.student}: random initial weights: {run.initial_weights}")
         started_audio_s, clock = progress.audio_s, time.monotonic()
         saved = clock
         for step in range(progress.step, config.steps):
@@ -307,8 +307,8 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[st
             "dev_stored_stem": next((values[_STORED] for _, values in progress.curve if _STORED in values), None),
         },
         "dev_by_layer": {} if free is None else {str(layer): asdict(error) for layer, error in free.by_layer.items()},
-        "from_teacher": run.planted.copied,
-        "not_from_teacher": run.planted.left,
+        "from_teacher": run.initial_weights.copied,
+        "not_from_teacher": run.initial_weights.left,
         "growth": [{"step": stage.first_step, "layers": stage.depth} for stage in run.stages],
         "exposure_bias": None if free is None or forced is None else free.loss - forced.loss,
     }

@@ -22,7 +22,7 @@ from train.growth import Stage, grow_layers, plan_stages
 from train.losses import Distiller, LayerDistiller, build_distiller
 from train.optimiser import grown_state, make_optimiser, read_state, write_state
 from train.ranks import ALONE, Ranks, local_rank
-from train.seed import Planted, StemShape, plant, read_seed, teacher_stem
+from train.seed import InitialWeights, StemShape, plant, read_seed, teacher_stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Run:
     average: Distiller | None  # of its weights over steps, with `optimiser.ema`
     optimiser: torch.optim.AdamW
     progress: Progress
-    planted: Planted  # the parts that began as the teacher's
+    initial_weights: InitialWeights  # the parts that began as the teacher's
     key: str
     checkpoint: Path
 
@@ -80,7 +80,7 @@ class Run:
     @property
     def from_teacher(self) -> list[str]:
         """The parts that began as the teacher's."""
-        return self.planted.copied
+        return self.initial_weights.copied
 
     @property
     def packs_per_step(self) -> int:
@@ -117,7 +117,9 @@ def begin(job: Job) -> Run:
         note=store.manifest.upstream.get("note"),
         depth=stages[0].depth,
     )
-    planted = Planted() if seed is None else plant(distiller.student, seed, num_layers=config.seed_layers)
+    initial_weights = (
+        InitialWeights() if seed is None else plant(distiller.student, seed, num_layers=config.seed_layers)
+    )
     distiller.to(job.device).train()
     key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest, stem=stem)
     run = Run(
@@ -130,7 +132,7 @@ def begin(job: Job) -> Run:
         average=copy.deepcopy(distiller) if config.optimiser.ema else None,
         optimiser=make_optimiser(config, distiller),
         progress=Progress(),
-        planted=planted,
+        initial_weights=initial_weights,
         key=key,
         checkpoint=checkpoint.checkpoint_path(job.student, key, config.optimiser.accumulate * job.ranks.size),
     )
@@ -258,19 +260,19 @@ def snapshot(run: Run) -> Checkpoint:
         model=run.distiller.state_dict(),
         average=None if run.average is None else run.average.state_dict(),
         optimiser=read_state(run.optimiser, run.distiller),
-        planted=asdict(run.planted),
+        initial_weights=asdict(run.initial_weights),
     )
 
 
 def _take_up(run: Run, found: Checkpoint) -> None:
-    if found.planted is not None:
-        run.planted = Planted(**found.planted)
-    elif run.planted.unequal:
+    if found.initial_weights is not None:
+        run.initial_weights = InitialWeights(**found.initial_weights)
+    elif run.initial_weights.unequal:
         # Parts of equal shapes were once copied whatever they compute: their weights may be in this checkpoint.
+        part = run.initial_weights.unequal[0]
         raise RetortError(
-            f"checkpoint {run.checkpoint} does not record which parts began as the teacher's, and "
-            f"{run.planted.unequal[0]} no longer does ({run.planted.left[run.planted.unequal[0]]}); delete it to start "
-            "anew"
+            f"checkpoint {run.checkpoint} does not record which parts were copied from the teacher, and {part} no "
+            f"longer is ({run.initial_weights.left[part]}); delete it to start anew"
         )
     for distiller, weights in ((run.distiller, found.model), (run.average, found.average)):
         if distiller is not None and weights is not None:

@@ -76,7 +76,7 @@ class Seed:
 
 
 @dataclass(frozen=True)
-class Planted:
+class InitialWeights:
     """The parts of a student that began as the teacher's, and the others with the reason."""
 
     copied: list[str] = field(default_factory=list)
@@ -184,7 +184,7 @@ def _has_frames_of(stem: StemShape, store: StoreReader) -> bool:
 
 
 @torch.no_grad()
-def plant(student: RetortStudent, seed: Seed, *, num_layers: int) -> Planted:
+def plant(student: RetortStudent, seed: Seed, *, num_layers: int) -> InitialWeights:
     """Copy into `student` the parts that compute there what they compute in the teacher.
 
     Arguments:
@@ -194,7 +194,7 @@ def plant(student: RetortStudent, seed: Seed, *, num_layers: int) -> Planted:
     config: RetortStudentConfig = student.config  # type: ignore[assignment]  # transformers types the base alone
     parts = PARTS | {f"layer {index + 1}": (f"encoder.layers.{index}.",) for index in range(num_layers)}
     state = student.state_dict()
-    planted = Planted()
+    initial_weights = InitialWeights()
     for part, prefixes in parts.items():
         own = {name: value for name, value in state.items() if name.startswith(prefixes)}
         theirs = {name: value for name, value in seed.tensors.items() if name.startswith(prefixes)}
@@ -203,18 +203,18 @@ def plant(student: RetortStudent, seed: Seed, *, num_layers: int) -> Planted:
         if reason is None:
             for name, value in own.items():
                 value.copy_(theirs[name])
-            planted.copied.append(part)
+            initial_weights.copied.append(part)
             continue
-        planted.left[part] = reason
+        initial_weights.left[part] = reason
         if all(name in theirs and theirs[name].shape == value.shape for name, value in own.items()):
-            planted.unequal.append(part)
-    if "stem" in planted.left:
+            initial_weights.unequal.append(part)
+    if "stem" in initial_weights.left:
         raise RetortError(
             f"the teacher's convolution stem does not fit: it has {_form_of_stem(seed)}, the student "
-            f"{_form_of_stem(Seed(state, config.to_dict()))} ({planted.left['stem']}); "
+            f"{_form_of_stem(Seed(state, config.to_dict()))} ({initial_weights.left['stem']}); "
             f"set {_stem_that_fits(config, seed)}`init: random`"
         )
-    return planted
+    return initial_weights
 
 
 def _other_computation(part: str, config: RetortStudentConfig, seed: Seed) -> str | None:

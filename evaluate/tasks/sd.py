@@ -71,7 +71,7 @@ class SdBatch:
 
 
 def frames_to_labels(hop_samples: int, *, where: object) -> tuple[int, int]:
-    """How many frames of an upstream make one label of 20 ms, and how many labels one frame stands for; one of them 1.
+    """Return the frames of an upstream to one label of 20 ms, and the labels to one frame; one of the two is 1.
 
     Raises RetortError, which names `where`, for a hop that neither divides 20 ms nor is a multiple of it.
     """

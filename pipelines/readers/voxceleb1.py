@@ -86,7 +86,7 @@ def trials_without(metadata: dict[str, Any], dropped: Sequence[Source]) -> dict[
     lost = {source.id for source in dropped if source.split == "test"}
     kept = [trial for trial in metadata["trials"] if lost.isdisjoint(trial[1:])]
     if not kept:
-        raise RetortError("no trial is left: each names an utterance that was dropped; mend the files")
+        raise RetortError("every trial names an utterance that was dropped; repair the files")
     left_out = len(metadata["trials"]) - len(kept)
     return metadata | ({"trials": kept, "trials_left_out": left_out} if left_out else {})
 
