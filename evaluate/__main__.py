@@ -1,6 +1,6 @@
 """`python -m evaluate run` scores one task of one upstream, `many` all of them, `score` makes one table."""
 
-import extract.libraries  # noqa: F401  # first: explains a library that does not load
+import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
 # isort: split
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from extract.errors import CommandGroup, RetortError
-from extract.files import check_out, write_json
-from extract.options import version_option
-from extract.params import read_section
+from extract.base.errors import CommandGroup, RetortError
+from extract.base.files import check_out, write_json
+from extract.base.options import version_option
+from extract.base.params import read_section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +40,7 @@ def run(name: str, config: Path | None, upstream: str | None, manifest: Path, co
     """
     settings = read_section(config, "evaluate") if config else {}
     # Here, not at the top: torch takes seconds to import, and --help and a mistyped path need none of it.
-    from evaluate.many import job_of, score_here
+    from evaluate.jobs import job_of, score_here
     from evaluate.run import settle_torch
 
     settle_torch()
@@ -69,7 +69,7 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
     """
     if workers < 0 or (workers and scheduler):
         raise RetortError("--workers N starts a cluster of its own, --scheduler ADDRESS uses one: give one, N above 0")
-    from evaluate.many import jobs_of, score_all
+    from evaluate.jobs import jobs_of, score_all
 
     score_all(jobs_of(config, **asked), workers=workers, scheduler=scheduler, say=click.echo)
 

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from evaluate.source import Source
-from extract.checkpoint import read_checkpoint, write_checkpoint
-from extract.errors import RetortError
-from extract.files import in_main_tree, sha256_json
+from evaluate.features import Source
+from extract.base.checkpoint import read_checkpoint, write_checkpoint
+from extract.base.errors import RetortError
+from extract.base.files import in_main_tree, sha256_json
 
 FORMAT_VERSION = 1
 FOLDER = Path("checkpoints/evaluate")
@@ -24,7 +24,7 @@ _SHARE = 0.02  # of the time that writing may take: a sweep of ASR at full size 
 
 
 class Bar(Protocol):
-    """What shows how far a task is; `extract.progress.ProgressBar` is one."""
+    """What shows how far a task is; `extract.base.progress.ProgressBar` is one."""
 
     def advance(self, amount: float, *, detail: str = "") -> None: ...
 
@@ -32,7 +32,7 @@ class Bar(Protocol):
 
 
 class Progress(Protocol):
-    """A task under way; `Sitting` is one."""
+    """A task under way; `TaskSession` is one."""
 
     def advance(self, amount: float, *, detail: str = "") -> None:
         """Told after every step."""
@@ -47,7 +47,7 @@ class Progress(Protocol):
         ...
 
 
-class Sitting:
+class TaskSession:
     """A task under way in this process: it shows how far it is and keeps what the next sitting goes on from."""
 
     def __init__(self, bar: Bar, folder: Path, key: str) -> None:
@@ -78,7 +78,7 @@ class Sitting:
 class Checkpoint:
     """The file of one sweep."""
 
-    def __init__(self, path: Path, sitting: Sitting) -> None:
+    def __init__(self, path: Path, sitting: TaskSession) -> None:
         self.path, self.sitting = path, sitting
         self._next_s = time.monotonic() + EVERY_S
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 
 def corpus_of_tasks(params: dict[str, Any], path: Path) -> dict[str, str]:

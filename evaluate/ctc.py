@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
+from evaluate.features import Source
 from evaluate.frames import FrameReader, bucket
 from evaluate.heads import Head, Ragged
-from evaluate.source import Source
-from evaluate.sweep import Team
-from extract.errors import RetortError
+from evaluate.sweep import HeadPool
+from extract.base.errors import RetortError
 
 BLANK, END, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -147,7 +147,7 @@ class Transcription(Generic[H]):
             zero_infinity=True,
         )
 
-    def measure(self, heads: Sequence[H], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[H], split: str, team: HeadPool) -> list[dict[str, float]]:
         data = self.splits[split]
         hypotheses: list[list[Sequence[str]]] = [[] for _ in heads]
         references: list[Sequence[str]] = []

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evaluate.interval import Counts, Measured
+from evaluate.bootstrap import Counts, Measured
 
 # QUESST's scoring tool is given the prior 0.0741 = 0.08 / (0.08 + 0.9992): a miss costs 100 false alarms, and one
-# document in 1250 holds a query. Term weighted value: Fiscus et al., SIGIR 2007 workshop on spoken content retrieval.
+# document in 1250 holds a query. Term weighted value: Fiscus et al., SIGIR 2007 staging on spoken content retrieval.
 FALSE_ALARM_WEIGHT = (1 / 0.0008 - 1) / 100
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.interval import Measured, rate
-from extract.errors import RetortError
+from evaluate.bootstrap import Measured, rate
+from extract.base.errors import RetortError
 
 Turn = tuple[str, float, float]  # speaker, start and end in seconds
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.store import Pack, StoreReader
+from extract.store.reader import Pack, StoreReader
 
 
 @dataclass

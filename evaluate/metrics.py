@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from evaluate.interval import Measured, rate
+from evaluate.bootstrap import Measured, rate
 
 Slots = Sequence[tuple[str, str]]  # (type, value) of an utterance's slots, in order
 

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from evaluate.batches import steps_from
 from evaluate.checkpoint import Progress
+from evaluate.features import Source
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
 from evaluate.recipe import Recipe
-from evaluate.source import Source
-from evaluate.sweep import SweepResult, Team, sweep
+from evaluate.sweep import HeadPool, SweepResult, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class PooledClassification:
         logits_BC = head(head.sum_layers(batch.hidden_LBD))
         return summed_cross_entropy(logits_BC, batch.classes_BG, self.num_classes_G)
 
-    def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, team: HeadPool) -> list[dict[str, float]]:
         data = self.splits[split]
         hidden_LND = self.pooled_ULD[data.rows_N].transpose(0, 1)
         actual = data.classes_NG.tolist()

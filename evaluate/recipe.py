@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 RUN_ONLY = frozenset({"memory_gb"})  # how a run is done, not what it computes
 

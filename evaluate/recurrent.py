@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from evaluate.ctc import Noise, Transcription, read_transcripts
+from evaluate.features import Source
 from evaluate.frames import FrameReader
 from evaluate.heads import Ragged, RecurrentHead
 from evaluate.recipe import Recipe
-from evaluate.source import Source
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 DEVIATIONS = ("SpecAugment without time warping",)
 

@@ -10,26 +10,26 @@ from typing import Any
 
 import torch
 
-from evaluate.checkpoint import Bar, Progress, Sitting, checkpoint_folder, run_key
-from evaluate.interval import describe_intervals
+from evaluate.bootstrap import describe_intervals
+from evaluate.checkpoint import Bar, Progress, TaskSession, checkpoint_folder, run_key
+from evaluate.features import SPEAKER, Source
 from evaluate.recipe import Settings, differences, recipe_dict
-from evaluate.source import SPEAKER, Source
 from evaluate.sweep import SweepResult
 from evaluate.task import Task
+from extract.base.errors import RetortError
+from extract.base.files import check_out, sha256_matching, write_json
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.files import check_out, sha256_matching, write_json
-from extract.memory import keep_freed_blocks
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 
 FORMAT_VERSION = 2
 ROOT = Path(__file__).parents[1]
 CODE = (
     "evaluate/**/*.py",
-    "extract/store.py",
-    "extract/manifest.py",
-    "extract/place.py",
-    "extract/codec.py",
+    "extract/store/reader.py",
+    "extract/store/manifest.py",
+    "extract/store/location.py",
+    "extract/store/codec.py",
 )  # what makes a score
 
 
@@ -52,7 +52,7 @@ def score(job: Job, bar: Bar) -> dict[str, Any]:
     """
     check_out(job.out, "--out")
     source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
-    sitting = sitting_of(job, source, bar)
+    sitting = session_of(job, source, bar)
     made = _measure(job.task, job.recipe, source, job.upstream, sitting)
     made["seconds"] = round(sitting.seconds, 2)
     write_json(job.out, made)
@@ -60,10 +60,10 @@ def score(job: Job, bar: Bar) -> dict[str, Any]:
     return made
 
 
-def sitting_of(job: Job, source: Source, bar: Bar) -> Sitting:
+def session_of(job: Job, source: Source, bar: Bar) -> TaskSession:
     """The job under way in this process, with the checkpoints that earlier ones left."""
     key = run_key(job.task.name, recipe_dict(job.recipe), source)
-    return Sitting(bar, checkpoint_folder(job.upstream, job.task.name, key), key)
+    return TaskSession(bar, checkpoint_folder(job.upstream, job.task.name, key), key)
 
 
 def run_task(

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.checks import check_fields
-from extract.errors import RetortError, unknown
-from extract.files import read_json
+from extract.base.errors import RetortError, unknown
+from extract.base.files import read_json
+from extract.base.validate import check_fields
 
 CONSTANTS_NOTE = "superb_s: constants inferred by fitting (17 published scores, RMSE 0.3)"
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from evaluate.bootstrap import Measured, mean_of
 from evaluate.checkpoint import Checkpoint, Progress
 from evaluate.heads import Head
-from evaluate.interval import Measured, mean_of
 from evaluate.recipe import Recipe
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 H = TypeVar("H", bound=Head)
 Batch = TypeVar("Batch")
@@ -55,7 +55,7 @@ class Problem(Protocol[H, Batch]):
         """The head's loss on the batch, a scalar. Called for several heads at once, from as many threads."""
         ...
 
-    def measure(self, heads: Sequence[H], split: str, team: "Team") -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[H], split: str, team: "HeadPool") -> list[dict[str, float]]:
         """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once.
 
         What is measured on "dev" beside `metric` chooses nothing; it is in the result's `checkpoints`.
@@ -63,13 +63,13 @@ class Problem(Protocol[H, Batch]):
         ...
 
 
-class Team:
+class HeadPool:
     """Works on heads side by side, in threads that torch does not multiply. Results come in the heads' order."""
 
     def __init__(self, num_workers: int) -> None:
         self._pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> "HeadPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,12 +223,14 @@ def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, progress:
 
     Metrics and layer weights are means over the folds.
     """
-    with Team(min(len(recipe.learning_rates), os.cpu_count() or 1)) as team:
+    with HeadPool(min(len(recipe.learning_rates), os.cpu_count() or 1)) as team:
         trained = [_train(problem, recipe, progress, team, 1 / len(folds)) for problem in folds]
         return _conclude(folds, trained, team)
 
 
-def _train(problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: Team, share: float) -> list[Runner[H]]:
+def _train(
+    problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: HeadPool, share: float
+) -> list[Runner[H]]:
     """Every rate trained, ascending, each with its best checkpoint on dev. `share`: of the whole progress."""
     runners = [begin(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
     kept = progress.next_sweep()
@@ -269,7 +271,7 @@ def begin(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> Runner[H]:
     return Runner(lr, head, optimiser, dev=-math.inf if problem.higher_is_better else math.inf)
 
 
-def _evaluate(problem: Problem[H, Batch], runners: Sequence[Runner[H]], step: int, team: Team) -> None:
+def _evaluate(problem: Problem[H, Batch], runners: Sequence[Runner[H]], step: int, team: HeadPool) -> None:
     active = [runner for runner in runners if runner.diverged is None]
     if not active:
         return
@@ -278,7 +280,9 @@ def _evaluate(problem: Problem[H, Batch], runners: Sequence[Runner[H]], step: in
         runner.consider(runner.seen[-1][problem.metric], step, higher_is_better=problem.higher_is_better)
 
 
-def _conclude(folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[Runner[H]]], team: Team) -> SweepResult:
+def _conclude(
+    folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[Runner[H]]], team: HeadPool
+) -> SweepResult:
     """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with those heads."""
     rates = list(zip(*trained, strict=True))  # of each rate its runner in every fold
     finished = [rate for rate in rates if all(runner.best is not None for runner in rate)]

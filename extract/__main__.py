@@ -1,6 +1,6 @@
 """Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror`."""
 
-import extract.libraries  # noqa: F401  # first: explains a library that does not load
+import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
 # isort: split
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from extract.errors import CommandGroup, RetortError
-from extract.options import together, version_option
+from extract.base.errors import CommandGroup, RetortError
+from extract.base.options import together, version_option
 
 if TYPE_CHECKING:
-    from extract.store import Manifest
+    from extract.store.reader import Manifest
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
@@ -145,7 +145,7 @@ def run(
             f"got {len(corpora)} --corpus, {len(manifests)} --manifest and {len(keeps)} --keep; "
             "give one --manifest for each --corpus, and one --keep for all or for each"
         )
-    from extract.memory import keep_freed_blocks
+    from extract.base.malloc import keep_freed_blocks
     from extract.run import Settings, extract
 
     keep_freed_blocks()
@@ -172,13 +172,13 @@ def _say(path: Path, manifest: "Manifest", worked: bool) -> None:
 @click.argument("manifest", type=click.Path(path_type=Path))
 def verify(manifest: Path) -> None:
     """Read every byte of a store and compare it with its manifest. What is damaged in a folder is renamed .damaged."""
-    from extract.place import LocalPlace
-    from extract.store import StoreReader
+    from extract.store.location import LocalLocation
+    from extract.store.reader import StoreReader
 
     reader = StoreReader.open(manifest)
     if damaged := reader.damaged():
         mend = "delete them and run the same `python -m extract run` or `mirror` again"
-        if isinstance(place := reader.manifest.place, LocalPlace):
+        if isinstance(place := reader.manifest.place, LocalLocation):
             for name in damaged:
                 place.set_aside(name)
             mend = (
@@ -201,7 +201,7 @@ def info(manifest: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from extract.store import Manifest
+    from extract.store.reader import Manifest
 
     it = Manifest.read(manifest)
     frames = it.plan["num_frames"]
@@ -251,7 +251,7 @@ def _batches(manifest: "Manifest") -> str:
 
 def _bytes_a_value(manifest: "Manifest") -> str:
     """What a frame's feature costs on the disk, beside what the codec promises for a full pack."""
-    from extract.codec import CODECS
+    from extract.store.codec import CODECS
 
     values = manifest.plan["num_frames"] * len(manifest.layers) * manifest.dim
     if "frames" not in manifest.keep or not values:
@@ -272,9 +272,9 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
     """Norms, spread and likeness (linear CKA) of a store's layers, out of core: a table, a JSON and two figures."""
     from rich.console import Console
 
-    from extract.files import check_out
+    from extract.base.files import check_out
     from extract.stats import measure, table_of, write_stats
-    from extract.store import StoreReader
+    from extract.store.reader import StoreReader
 
     out = out or Path("stats") / manifest.stem
     check_out(out.with_name(f"{out.name}.json"), "--out")
@@ -296,7 +296,7 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
 )
 def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
     """Copy a finished store to another ROOT, a folder or a URL; checked, and resumed when it was killed."""
-    from extract.mirror import mirror as copy_store
+    from extract.store.mirror import mirror as copy_store
 
     done = copy_store(manifest, newroot, new_manifest=new_manifest)
     click.echo(

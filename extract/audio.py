@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 try:
     from torchaudio import functional, transforms

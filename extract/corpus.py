@@ -25,9 +25,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.checks import check_fields, check_name, is_plain
-from extract.errors import RetortError
-from extract.files import in_main_tree, read_json, sha256_json, write_json, written_aside
+from extract.base.errors import RetortError
+from extract.base.files import in_main_tree, read_json, sha256_json, write_json, written_aside
+from extract.base.validate import check_fields, check_name, is_plain
 
 FORMAT_VERSION = 1
 SAMPLE_RATE_HZ = 16_000

@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.codec import CODECS
+from extract.base.errors import RetortError, unknown
+from extract.base.files import in_main_tree
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError, unknown
-from extract.files import in_main_tree
-from extract.plan import Plan, count_frames, plan_packs, spread_packs
-from extract.store import KEEP_DEFAULT, check_keep
-from extract.upstream import UpstreamShape, check_layers, check_stem, find_upstream, read_shape
+from extract.store.codec import CODECS
+from extract.store.packing import Plan, count_frames, pack_utterances, spread_packs
+from extract.store.reader import KEEP_DEFAULT, check_keep
+from extract.upstream.card import UpstreamShape, check_layers, check_stem, find_upstream, read_shape
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from extract.forward import Upstream
+    from extract.upstream.forward import Upstream
 
 _SAMPLED_PACKS = 4  # at the least: long utterances and short ones run at different rates
 
@@ -93,7 +93,7 @@ class Size:
         """Raises RetortError for an upstream, a layer or a plan that can't be."""
         shape = read_shape(request.upstream, revision=request.revision)
         check_stem(request.keep, shape.stem_dim, request.upstream)
-        plan = plan_packs(
+        plan = pack_utterances(
             count_frames(corpus.num_samples, hop_samples=shape.hop_samples, receptive_samples=shape.receptive_samples),
             ids=corpus.ids,
             pack_frames=request.pack_frames,
@@ -236,8 +236,8 @@ def _find_rate(request: Request, corpus: Corpus, size: Size) -> tuple[float | No
     if not request.sample_s or not size.plan.num_packs:
         return None, "not timed: give --rate, or --sample-s above 0"
     # Late: torch takes seconds to import, and sizes need none of it.
-    from extract.forward import load_upstream
-    from extract.memory import keep_freed_blocks
+    from extract.base.malloc import keep_freed_blocks
+    from extract.upstream.forward import load_upstream
 
     keep_freed_blocks()
     card = find_upstream(request.upstream, revision=request.revision, normalise=request.normalise)

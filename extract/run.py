@@ -1,6 +1,6 @@
 """Stage one: run an upstream once over a corpus and leave a store and its manifest.
 
-This file decides what there is to do; `extract.job` does it in this process, `extract.cluster` on many.
+This file decides what there is to do; `extract.shards` does it in this process, `extract.dask_runner` on many.
 Asking again for what is there does no work; a killed run goes on from its last finished shard.
 """
 
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.codec import CODECS
+from extract.base.errors import RetortError, unknown
+from extract.base.files import check_out, in_main_tree, parse_json, sha256_json, write_json
+from extract.base.progress import ProgressBar
 from extract.corpus import Corpus
-from extract.errors import RetortError, unknown
-from extract.files import check_out, in_main_tree, parse_json, sha256_json, write_json
-from extract.job import InProcess, Request, UpstreamFacts, open_writer, seconds_of
-from extract.place import is_url, place_of, root_text
-from extract.progress import ProgressBar
-from extract.seed import seed_path, write_seed
-from extract.store import FORMAT_VERSION, KEEP_DEFAULT, MANIFEST_NAME, Manifest, check_keep, check_sizes
-from extract.upstream import FBANK, UpstreamCard, find_upstream
-from extract.writer import StoreWriter
+from extract.shards import LocalRunner, Request, UpstreamFacts, open_writer, seconds_of
+from extract.store.codec import CODECS
+from extract.store.location import is_url, location_of, root_text
+from extract.store.reader import FORMAT_VERSION, KEEP_DEFAULT, MANIFEST_NAME, Manifest, check_keep, check_sizes
+from extract.store.writer import StoreWriter
+from extract.upstream.card import FBANK, UpstreamCard, find_upstream
+from extract.upstream.initial_weights import seed_path, write_seed
 
 if TYPE_CHECKING:
-    from extract.cluster import OnCluster
+    from extract.dask_runner import DaskRunner
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -138,17 +138,17 @@ def request_of(settings: Settings, corpus: Corpus, card: UpstreamCard) -> Reques
     )
 
 
-def _hands(settings: Settings, request: Request) -> "InProcess | OnCluster":
+def _hands(settings: Settings, request: Request) -> "LocalRunner | DaskRunner":
     if not settings.workers and settings.scheduler is None:
-        return InProcess(request)
-    from extract.cluster import OnCluster  # late: dask takes a second to import
+        return LocalRunner(request)
+    from extract.dask_runner import DaskRunner  # late: dask takes a second to import
 
-    return OnCluster(request, workers=settings.workers, address=settings.scheduler)
+    return DaskRunner(request, workers=settings.workers, address=settings.scheduler)
 
 
 def _finished(store: dict[str, str]) -> Manifest | None:
     """The finished, undamaged (in size) store, if there is one."""
-    place, name = place_of(**store), MANIFEST_NAME
+    place, name = location_of(**store), MANIFEST_NAME
     if place.size(name) is None:
         return None
     data = place.read(name)
@@ -160,7 +160,7 @@ def _finished(store: dict[str, str]) -> Manifest | None:
     return replace(manifest, store=store)
 
 
-def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "InProcess | OnCluster") -> Manifest:
+def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "LocalRunner | DaskRunner") -> Manifest:
     """Make the store and the manifest of `settings` with hands that have their upstream; finished shards are kept."""
     facts = hands.facts()
     writer = open_writer(hands.request, corpus, facts)
@@ -198,7 +198,7 @@ def _remarks(facts: UpstreamFacts) -> list[str]:
 
 
 def _write_seed(settings: Settings, card: UpstreamCard) -> None:
-    from extract.forward import Transformer, load_upstream
+    from extract.upstream.forward import Transformer, load_upstream
 
     # Loaded here, on the CPU: the workers' models may lie on other machines.
     upstream = load_upstream(card, trust_remote_code=settings.trust_remote_code, check=False)

@@ -20,11 +20,11 @@ import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.errors import RetortError
-from extract.files import write_json, written_aside
-from extract.plan import spread_packs
-from extract.progress import ProgressBar
-from extract.store import StoreReader
+from extract.base.errors import RetortError
+from extract.base.files import write_json, written_aside
+from extract.base.progress import ProgressBar
+from extract.store.packing import spread_packs
+from extract.store.reader import StoreReader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

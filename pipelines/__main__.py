@@ -1,6 +1,6 @@
 """What ties the stages together: `python -m pipelines corpus | demo | profile | report | bench`."""
 
-import extract.libraries  # noqa: F401  # first: explains a library that does not load
+import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
 # isort: split
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from extract.errors import CommandGroup, RetortError
-from extract.options import version_option
+from extract.base.errors import CommandGroup, RetortError
+from extract.base.options import version_option
 from pipelines.bench import bench_command
 from pipelines.demo.corpora import demo_command
 from pipelines.profiles import profile_command

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.corpus import Corpus, Utterance, write_corpus
-from extract.plan import plan_packs
-from extract.store import FORMAT_VERSION, Manifest
-from extract.writer import StoreWriter
+from extract.store.packing import pack_utterances
+from extract.store.reader import FORMAT_VERSION, Manifest
+from extract.store.writer import StoreWriter
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400
 Hidden = Callable[[int, int], NDArray[np.float32]]  # corpus index, frames -> (L, T, D)
@@ -74,7 +74,7 @@ def make_store(
     """A finished store of `corpus_card` whose hidden states are what `hidden` gives. Returns its manifest."""
     corpus = Corpus.open(corpus_card)
     num_frames = (corpus.num_samples - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1
-    plan = plan_packs(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
+    plan = pack_utterances(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
     num_layers, _, dim = hidden(0, int(num_frames[0])).shape
     location = folder / "stores" / "hand" / corpus.name
     writer = StoreWriter(location, plan, tuple(range(num_layers)), dim, codec, frozenset(keep))

@@ -39,17 +39,17 @@ def marked(owner: Any, name: str, phase: str, after: str | None = None) -> None:
 
 def mark_extract() -> None:
     from extract import run
-    from extract.job import InProcess
-    from extract.writer import StoreWriter
+    from extract.shards import LocalRunner
+    from extract.store.writer import StoreWriter
 
     marked(run, "extract", "before", "done")
     marked(run, "_write_seed", "work")
-    marked(InProcess, "write", "work")
+    marked(LocalRunner, "write", "work")
     marked(StoreWriter, "finish", "closing")
     if "--workers" in sys.argv:
-        from extract.cluster import OnCluster
+        from extract.dask_runner import DaskRunner
 
-        marked(OnCluster, "write", "work")
+        marked(DaskRunner, "write", "work")
 
 
 def mark_train() -> None:

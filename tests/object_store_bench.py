@@ -1,4 +1,4 @@
-"""`python -m tests.object_store_bench`: obstore, as extract/object_store.py uses it, beside s3fs, on this machine.
+"""`python -m tests.object_store_bench`: obstore, as extract/store/object_store.py uses it, beside s3fs.
 
 s3fs is no dependency of ours: `pip install s3fs` first. Two servers, each a process of its own: moto, a real S3 API
 whose own speed is part of what is measured, and a bare one that keeps nothing and answers from memory. The clients take
@@ -32,10 +32,10 @@ LISTED = 2_000
 
 
 class Obstore:
-    """The calls of extract/object_store.py."""
+    """The calls of extract/store/object_store.py."""
 
     def __init__(self, bucket: str) -> None:
-        from extract.object_store import Objects
+        from extract.store.object_store import Objects
 
         self.objects = Objects(f"s3://{bucket}/bench")
 
@@ -67,7 +67,7 @@ class Obstore:
 
 
 class S3fs:
-    """The calls of extract/place.py while it used s3fs."""
+    """The calls of extract/store/location.py while it used s3fs."""
 
     def __init__(self, bucket: str) -> None:
         import fsspec

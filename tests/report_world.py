@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from numpy.typing import NDArray
 
-from extract.files import write_json
+from extract.base.files import write_json
 from pipelines.machine import describe_machine
 from pipelines.report import report_command, speed
 from pipelines.report.speed import Speed
@@ -68,7 +68,7 @@ def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]
     write_json(
         root / "manifests/distill/teacher.json",
         {"fingerprint": FINGERPRINT, "digest": "d1" * 32, "layers": [4, 8, 12], "codec": "int8",
-         "upstream": {"id": "pipelines/demo/teacher", "revision": None, "name": "teacher", "note": NOTE},
+         "upstream": {"id": "pipelines/teacher/model", "revision": None, "name": "teacher", "note": NOTE},
          "corpus": {"name": "distill", "digest": "c0" * 32}, "versions": {"torch": "2.11.0"}},
     )  # fmt: skip
     for task, (metric, higher, tests) in tasks.items():

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from extract.aws import bucket_region
-from extract.errors import RetortError
-from extract.place import RemotePlace
+from extract.base.errors import RetortError
+from extract.store.aws import bucket_region
+from extract.store.location import RemoteLocation
 from tests.faulty_server import Server, reply, serving
 from tests.s3_world import running_s3
 
@@ -25,12 +25,12 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
 def test_a_public_bucket_needs_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_s3(tmp_path / "cache") as s3:
-        RemotePlace(s3.root).write("x", b"x")
+        RemoteLocation(s3.root).write("x", b"x")
         s3.client.put_object_acl(Bucket="features", Key="stores/x", ACL="public-read")
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-        assert RemotePlace(s3.root).read("x") == b"x"
+        assert RemoteLocation(s3.root).read("x") == b"x"
 
 
 def signer(server: Server) -> tuple[str, str]:
@@ -56,7 +56,7 @@ def test_keys_and_region_come_from_the_environment_then_from_the_profile(
     (tmp_path / "keys.py").write_text(f"print('''{json.dumps(keys)}''')")
 
     def signed() -> tuple[str, str]:
-        RemotePlace("s3://bucket/store").read("x")
+        RemoteLocation("s3://bucket/store").read("x")
         return signer(server)
 
     assert signed() == ("anybody", "us-east-1")
@@ -119,7 +119,7 @@ def test_a_server_or_keys_that_can_not_be_used_are_one_line(
     for name, value in changes.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
     with pytest.raises(RetortError, match=expected) as refused:
-        RemotePlace("s3://bucket/store").size("x")
+        RemoteLocation("s3://bucket/store").size("x")
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
 
 

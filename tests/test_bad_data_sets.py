@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from extract.upstream import find_upstream
+from extract.upstream.card import find_upstream
 from pipelines.readers import READERS
 from tests.bad_input_world import Row, change_params, check_refused, enter_world, folder, tree, write
 
@@ -241,7 +241,7 @@ def test_refused(row: Row) -> None:
 @pytest.mark.parametrize("change", ["its code", "its map", "one file more"])
 def test_the_report_runs_no_code_but_this_repositorys(change: str) -> None:
     # Late: it imports torch, and no other row of this file does.
-    from extract.errors import RetortError
+    from extract.base.errors import RetortError
     from pipelines.report.results import Upstream
     from pipelines.report.speed import _load
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError
 from pipelines.bench import material
 from pipelines.bench.codecs import table_of
 from pipelines.bench.extract import ExtractBench, summarise
-from pipelines.bench.measure import Clocked, Run, Spread, take_turns, times_as_fast
+from pipelines.bench.measure import Clocked, Run, Spread, run_interleaved, times_as_fast
 from tests.bench_world import run_bench_command
 from tests.processes import run_command
 
@@ -54,7 +54,7 @@ def dying(settings: float) -> Clocked:
 def test_contenders_take_turns_each_in_its_own_process() -> None:
     said: list[str] = []
     contenders = {"computing": computing, "remembering": remembering}
-    runs = take_turns(contenders, 0.1, rounds=2, threads=3, progress=said.append)
+    runs = run_interleaved(contenders, 0.1, rounds=2, threads=3, progress=said.append)
     assert [(run.round, run.contender) for run in runs] == [
         (0, "computing"),
         (0, "remembering"),
@@ -75,7 +75,7 @@ def test_contenders_take_turns_each_in_its_own_process() -> None:
 @pytest.mark.parametrize(("contender", "message"), [(refusing, "no such device"), (dying, "was killed")])
 def test_a_contender_that_fails_is_one_line(contender: Any, message: str) -> None:
     with pytest.raises(RetortError, match=message):
-        take_turns({"it": contender}, 0.0, rounds=1, threads=None, progress=lambda text: None)
+        run_interleaved({"it": contender}, 0.0, rounds=1, threads=None, progress=lambda text: None)
 
 
 def invented_runs() -> list[Run]:
@@ -147,8 +147,8 @@ def test_operations_are_those_of_the_formula() -> None:
 
 
 def test_a_teacher_of_a_shape_is_one_that_stage_one_takes(tmp_path: Path) -> None:
-    from extract.forward import load_upstream
-    from extract.upstream import find_upstream
+    from extract.upstream.card import find_upstream
+    from extract.upstream.forward import load_upstream
 
     material.make_teacher(tmp_path / "hubert-demo", "hubert-demo")
     upstream = load_upstream(find_upstream(str(tmp_path / "hubert-demo")))

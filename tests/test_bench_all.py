@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.bench.command import bench_command
 from pipelines.bench.hotpath import ELSE, Part, ProfileBench, watched
 from pipelines.bench.page import SHOWN, TITLES, write_page

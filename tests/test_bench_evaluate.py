@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from extract.errors import RetortError
-from extract.files import write_json
+from extract.base.errors import RetortError
+from extract.base.files import write_json
 from tests.bench_world import run_bench_command
 
 

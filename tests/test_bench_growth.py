@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.bench.growth import CONTENDERS, METHODS, ONLINE, GrowthBench, run_bench, shown, summarise, table_of
 from pipelines.bench.measure import Run
 from pipelines.bench.train import Bench, TrainBench, prepare

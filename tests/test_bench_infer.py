@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.bench.infer import InferBench, prepare
 from tests.bench_world import run_bench_command
 

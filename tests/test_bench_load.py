@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.bench.load import LoadBench, Place, files, loader, make_material, memmap, summarise
 from pipelines.bench.measure import Clocked, Run
 from tests.bench_world import run_bench_command

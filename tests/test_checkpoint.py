@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from extract.checkpoint import read_checkpoint, write_checkpoint
-from extract.errors import RetortError
+from extract.base.checkpoint import read_checkpoint, write_checkpoint
+from extract.base.errors import RetortError
 
 
 def test_what_was_written_comes_back(tmp_path: Path) -> None:

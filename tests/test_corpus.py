@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
+from extract.base.errors import RetortError
 from extract.corpus import Corpus, _open_without_lock, write_corpus
-from extract.errors import RetortError
 from tests.conftest import noise_utterances
 
 

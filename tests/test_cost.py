@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from extract.__main__ import main
-from extract.codec import CODECS
+from extract.base.errors import RetortError
 from extract.corpus import FORMAT_VERSION, Corpus
 from extract.cost import Request, Size, Times, as_bytes, as_time, free_bytes, sample_batches
-from extract.errors import RetortError
-from extract.forward import load_upstream
-from extract.plan import spread_packs
 from extract.run import Settings, extract
-from extract.upstream import find_upstream, read_shape
+from extract.store.codec import CODECS
+from extract.store.packing import spread_packs
+from extract.upstream.card import find_upstream, read_shape
+from extract.upstream.forward import load_upstream
 from tests.conftest import TINY, save_teacher
 from train.modeling_retort import (
     RetortGen2dStudent,

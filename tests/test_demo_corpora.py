@@ -13,8 +13,8 @@ import torchaudio
 from click.testing import CliRunner
 from torchaudio_readers import same_as_torchaudio
 
-from extract.errors import RetortError
-from extract.files import read_json
+from extract.base.errors import RetortError
+from extract.base.files import read_json
 from pipelines.demo.corpora import (
     DISTILL,
     DemoConfig,

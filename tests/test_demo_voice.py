@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.signal import correlate
 
-from extract.errors import RetortError
-from pipelines.demo.booth import Booth
+from extract.base.errors import RetortError
 from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
 from pipelines.demo.lexicon import VOWEL_PHONES, arpabet, lexicon_text
-from pipelines.demo.room import (
+from pipelines.demo.process_pool import ProcessPool
+from pipelines.demo.room_acoustics import (
     MICROPHONE_HZ,
     NOISE_EXPONENTS,
     Place,
@@ -103,7 +103,7 @@ def _say(voice: Voice) -> bytes:
 
 def test_every_variant_says_the_same_in_every_process() -> None:
     variants = [*TAUGHT_VARIANTS, *SCORED_VARIANTS]
-    with Booth(workers=2) as booth:
+    with ProcessPool(workers=2) as booth:
         takes = list(booth.record(_say, [Voice(variant) for variant in variants for _ in range(4)]))
     said = {variant: set(takes[4 * index : 4 * index + 4]) for index, variant in enumerate(variants)}
     assert [variant for variant, different in said.items() if len(different) > 1] == []

@@ -34,7 +34,7 @@ from dvc.utils.hydra import get_hydra_sweeps
 from scipy.signal import lfilter
 from torch.distributed.run import get_args_parser
 
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 from pipelines.profiles import read_profile
 from tests.processes import run_command
 from tests.train_world import job, make_world, student

@@ -17,13 +17,13 @@ from evaluate.__main__ import main
 from evaluate.diarization import frame_labels
 from evaluate.heads import Ragged
 from evaluate.run import open_source, run_task
-from evaluate.sweep import Team
+from evaluate.sweep import HeadPool
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.asv import CONTEXT_FRAMES, AsvRecipe, Verification, XVectorHead, dev_trials
 from evaluate.tasks.qbe import search
 from evaluate.tasks.sd import FRAME_S, Diarization, SdRecipe, frames_to_labels, permutation_free_loss
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 SHORT: dict[str, dict[str, Any]] = {
     "asv": {
@@ -101,7 +101,7 @@ def test_the_test_selected_rate_is_the_lowest_of_all_checkpoints(
     seen: list[float] = []
     measure = Verification._rates
 
-    def listening(self: Verification, heads: Any, split: str, team: Team) -> list[float]:
+    def listening(self: Verification, heads: Any, split: str, team: HeadPool) -> list[float]:
         rates = measure(self, heads, split, team)
         seen.extend(rates if split == "test" else [])
         return rates

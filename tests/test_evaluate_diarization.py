@@ -15,7 +15,7 @@ from evaluate.diarization import (
     median_filtered,
     parse_turns,
 )
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 FRAME_S = 0.02
 

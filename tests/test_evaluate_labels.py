@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from evaluate.pooled import PooledClassification, PooledRecipe, PooledSplit
 from evaluate.run import open_source, run_task
-from evaluate.sweep import SweepResult, Team, cross_validate, sweep
+from evaluate.sweep import HeadPool, SweepResult, cross_validate, sweep
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.er import folds
 from evaluate.tasks.ic import LABELS
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 INTENTS = [
     ("activate", "lights", "none"),
@@ -181,7 +181,7 @@ class Told(PooledClassification):
         )
         self.dev, self.turn, self.states = dev, 0, []
 
-    def measure(self, heads: Sequence[Any], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[Any], split: str, team: HeadPool) -> list[dict[str, float]]:
         if split == "test":
             mine = heads[0].output.weight
             self.tested = next(n for n, some in enumerate(self.states) if any(torch.equal(mine, one) for one in some))

@@ -13,7 +13,7 @@ from evaluate import checkpoint
 from evaluate.run import Job, run_task, score
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from tests.processes import Command, run_command
 
 RECIPES: dict[str, dict[str, Any]] = {

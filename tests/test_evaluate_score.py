@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from evaluate.score import SUPERB_CONSTANTS, TEST_SIZES, gather, relative_score, summarise, superb_s, superb_shares
-from extract.errors import RetortError
-from extract.files import write_json
+from extract.base.errors import RetortError
+from extract.base.files import write_json
 
 # SUPERB's leaderboard and the models' own papers, collected in superb_published.csv of the project's shared data:
 # superb_s, then percent by task (QbE: MTWV x 100).

@@ -15,7 +15,7 @@ from evaluate.run import run_task
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.sf import SfRecipe, encode, rates, read_slots
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 SHORT: dict[str, Any] = {
     "learning_rates": [3e-2],

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from evaluate.batches import generator_of
 from evaluate.heads import LinearHead
 from evaluate.recipe import Recipe
-from evaluate.sweep import Adam, SweepResult, Team, sweep
-from extract.errors import RetortError
+from evaluate.sweep import Adam, HeadPool, SweepResult, sweep
+from extract.base.errors import RetortError
 
 RECIPE = Recipe(learning_rates=(1e-1, 1e-2, 1e-3), steps=30, batch_size=8, dev_evaluations=5, seed=3)
 
@@ -49,7 +49,7 @@ class Points:
     def loss(self, head: LinearHead, batch: Tensor) -> Tensor:
         return F.mse_loss(head(head.sum_layers(batch))[:, 0], self.target(batch))
 
-    def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, team: HeadPool) -> list[dict[str, float]]:
         self.measured.append((split, len(heads)))
         return team.each(lambda head: {self.metric: self.loss(head, self.data[split]).item()}, heads)
 
@@ -141,7 +141,7 @@ class Scripted(Points):
     dev: tuple[tuple[float, ...], ...] = ((5, 5, 5, 5, 5), (4, 2, 3, 2, 6), (3, 3, 3, 3, 3))
     test: tuple[float, ...] = (0.0, 9.0, 1.0)
 
-    def measure(self, heads: Sequence[LinearHead], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, team: HeadPool) -> list[dict[str, float]]:
         turn = len(self.measured)
         self.measured.append((split, len(heads)))
         if split == "dev":

@@ -17,9 +17,9 @@ from evaluate.run import open_source, run_task
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS, pr
 from evaluate.tasks.asr import characters
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 
 SHORT: dict[str, dict[str, Any]] = {
     "ks": {"learning_rates": [1e-1, 1e-2, 1e-4], "steps": 40, "dev_evaluations": 4},

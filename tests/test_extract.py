@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.__main__ import main
-from extract.codec import CODECS
+from extract.base.errors import RetortError
+from extract.base.files import writing_in
 from extract.corpus import Corpus, write_corpus
-from extract.errors import RetortError
-from extract.files import writing_in
-from extract.plan import plan_packs
 from extract.run import Settings, extract
-from extract.store import Manifest, StoreReader
-from extract.writer import StoreWriter
+from extract.store.codec import CODECS
+from extract.store.packing import pack_utterances
+from extract.store.reader import Manifest, StoreReader
+from extract.store.writer import StoreWriter
 from tests.conftest import TINY, noise_utterances, save_teacher
 from tests.processes import Command, run_command
 
@@ -301,7 +301,7 @@ def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
     ("dtype", "way"), [("fp32", "--layers below 1"), ("bf16", "--dtype fp32"), ("fp16", "--dtype bf16 or --dtype fp32")]
 )
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...], dtype: str, way: str) -> None:
-    plan = plan_packs(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
+    plan = pack_utterances(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
     keep = frozenset({"pooled"})
     writer = StoreWriter(location=tmp_path, plan=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
     writer = replace(writer, ids=["a", "b"], dtype=dtype)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.files import check_out, read_json, write_json, written_aside
+from extract.base.files import check_out, read_json, write_json, written_aside
 
 
 class Killed(BaseException):

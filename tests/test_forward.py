@@ -21,10 +21,10 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.forward import OwnFramesGroupNorm, Transformer, load_upstream
-from extract.upstream import find_upstream
+from extract.upstream.card import find_upstream
+from extract.upstream.forward import OwnFramesGroupNorm, Transformer, load_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
 from tests.train_world import student

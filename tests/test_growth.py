@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from tests.train_world import TARGETS, student
 from train.config import Family, GrowthConfig, StudentConfig
 from train.growth import METHODS, grow_layers, growth_tables, matched_position, plan_stages

@@ -18,10 +18,10 @@ from transformers import HubertConfig, HubertModel
 
 from extract.__main__ import main
 from extract.corpus import Corpus
-from extract.forward import load_upstream
-from extract.store import StoreReader
-from extract.upstream import find_upstream, read_shape
-from extract.upstream_files import folder_of, weights_files
+from extract.store.reader import StoreReader
+from extract.upstream.card import find_upstream, read_shape
+from extract.upstream.files import folder_of, weights_files
+from extract.upstream.forward import load_upstream
 from tests.conftest import TINY, save_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +205,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 FETCH = """
 import json, sys
-from extract.upstream_files import folder_of
+from extract.upstream.files import folder_of
 for form in sys.argv[1:]:
     for weights in (False, True):
         folder = folder_of(f"somebody/{form}", None, weights=weights)

@@ -45,12 +45,12 @@ def test_torchaudio_of_another_torch_is_one_line(tmp_path: Path) -> None:
     broken = package(tmp_path, "torchaudio", "raise OSError('undefined symbol: torch_exception_get_what')")
     done = run_with(broken, "-c", "import extract.audio")
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("extract.errors.RetortError: torchaudio does not load beside torch")
+    assert last.startswith("extract.base.errors.RetortError: torchaudio does not load beside torch")
     assert "undefined symbol" in last and "requirements/run.lock" in last
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
-    code = "import extract.libraries\nfrom extract.files import not_there"
+    code = "import extract.base.libraries\nfrom extract.base.files import not_there"
     done = run_with(tmp_path, "-c", code)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback") and "not_there" in done.stderr

@@ -13,6 +13,7 @@ from transformers import HubertModel, WavLMConfig, WavLMModel
 
 from tests.train_world import TARGETS, student, teacher_config
 from train.config import StudentConfig, parse
+from train.initial_weights import Seed, plant
 from train.losses import build_distiller
 from train.modeling_retort import (
     RetortGen2dStudent,
@@ -21,7 +22,6 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
-from train.seed import Seed, plant
 from train.student_folder import save_student
 
 SMALL = {

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.errors import RetortError
-from extract.object_store import Address, Objects
-from extract.place import LocalPlace, RemotePlace, place_of, root_text
+from extract.base.errors import RetortError
+from extract.store.location import LocalLocation, RemoteLocation, location_of, root_text
+from extract.store.object_store import Address, Objects
 from tests.faulty_server import Asked, Server, reply, serving
 from tests.s3_world import S3, running_s3
 
@@ -62,7 +62,7 @@ def test_a_read_outlives_a_fault(
     serve: Callable[..., Server], tmp_path: Path, answer: object, starts: list[int] | None
 ) -> None:
     server = serve(answer)
-    RemotePlace("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
+    RemoteLocation("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
     assert (tmp_path / "x").read_bytes() == DATA
     asked = sorted(request.span[0] for request in server.asked)
     # What has arrived isn't asked for again.
@@ -116,7 +116,7 @@ def test_a_read_that_can_not_be_right_is_one_line_and_leaves_nothing(
 ) -> None:
     server = serve(answer)
     with pytest.raises(RetortError, match=expected) as refused:
-        RemotePlace("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
+        RemoteLocation("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
     assert len(server.asked) <= most
     assert str(refused.value).startswith("s3://bucket/store/x") and "\n" not in str(refused.value)
     assert len(str(refused.value)) < 700
@@ -152,7 +152,7 @@ def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
     server = serve(answer)
     with (tmp_path / "large").open("wb") as file:
         file.truncate(12 * PART)
-    place = RemotePlace("s3://bucket/store")
+    place = RemoteLocation("s3://bucket/store")
     with pytest.raises(KeyboardInterrupt if interrupted else RetortError) as stopped:
         place.put(tmp_path / "large", "x")
     assert interrupted or re.match("s3://bucket/store/x: .*403 Forbidden", str(stopped.value))
@@ -186,14 +186,14 @@ def s3(tmp_path: Path) -> Iterator[S3]:
 
 
 def test_large_and_empty_and_odd_objects_arrive_bit_for_bit(s3: S3, tmp_path: Path) -> None:
-    place = RemotePlace(f"{s3.root}/a b%20+ü")
+    place = RemoteLocation(f"{s3.root}/a b%20+ü")
     contents = {"large": DATA * 2, "empty": b"", "odd name/%41 ü+&?": b"odd", "small": DATA[:10]}
     for name, data in contents.items():
         (tmp_path / "file").write_bytes(data)
         place.put(tmp_path / "file", name)
     assert s3.objects() == {f"a b%20+ü/{name}": data for name, data in contents.items()}
     assert len(s3.requests("PUT", "partNumber")) == 3
-    again = RemotePlace(place.url)
+    again = RemoteLocation(place.url)
     with ThreadPoolExecutor(16) as pool:  # one connection, many threads
         read = list(pool.map(again.read, [*contents] * 3))
     assert read == [*contents.values()] * 3
@@ -225,7 +225,7 @@ def in_a_fork(work: Callable[[], object]) -> object:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_reads_and_writes_after_its_parent_did(s3: S3, tmp_path: Path) -> None:
-    place = RemotePlace(s3.root)
+    place = RemoteLocation(s3.root)
     place.write("small", b"small")
     (tmp_path / "large").write_bytes(DATA)
     place.put(tmp_path / "large", "large")
@@ -235,7 +235,7 @@ def test_a_forked_process_reads_and_writes_after_its_parent_did(s3: S3, tmp_path
         place.write("new", b"new")
         place.put(tmp_path / "large", "other")
         place.fetch("large", tmp_path / "back", EXPECTED)
-        return place.read("small"), RemotePlace(place.url).size("other"), place.sha256("other")
+        return place.read("small"), RemoteLocation(place.url).size("other"), place.sha256("other")
 
     assert in_a_fork(work) == (b"small", *EXPECTED)
     assert (tmp_path / "back").read_bytes() == DATA == s3.objects()["other"]
@@ -245,7 +245,7 @@ def test_a_forked_process_reads_and_writes_after_its_parent_did(s3: S3, tmp_path
 
 
 def test_a_place_in_another_process_holds_no_credentials(s3: S3) -> None:
-    place = RemotePlace(s3.root)
+    place = RemoteLocation(s3.root)
     place.write("x", b"x")
     pickled = pickle.dumps(place)
     assert b"secret" not in pickled and b"anybody" not in pickled
@@ -274,12 +274,12 @@ def test_a_url_is_taken_literally(url: str, kind: str, bucket: str, prefix: str,
 )
 def test_a_url_that_names_no_place_is_refused(url: str) -> None:
     with pytest.raises(RetortError, match=r"expected|into the environment"):
-        RemotePlace(url).size("x")
+        RemoteLocation(url).size("x")
 
 
 def test_a_file_url_is_a_folder_and_a_root_names_a_bucket(tmp_path: Path) -> None:
     assert root_text(f"file://{tmp_path}/stores/") == f"{tmp_path}/stores"
-    assert place_of(f"file://{tmp_path}", "a/b") == LocalPlace(tmp_path / "a/b")
+    assert location_of(f"file://{tmp_path}", "a/b") == LocalLocation(tmp_path / "a/b")
     for root in ("s3://", "s3:/bucket/x", "s3:bucket", "file://", ""):
         with pytest.raises(RetortError, match="ROOT of all stores"):
             root_text(root)
@@ -290,4 +290,4 @@ def test_azure_without_an_account_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         RetortError, match=r"az://container/a: .*Account must be specified; .*AZURE_STORAGE_ACCOUNT_NAME"
     ):
-        RemotePlace("az://container/a").size("x")
+        RemoteLocation("az://container/a").size("x")

@@ -17,8 +17,8 @@ from dvc.repo import Repo
 
 from evaluate.corpora import corpus_of_tasks
 from evaluate.tasks import TASKS
-from extract.errors import RetortError
-from extract.params import parse
+from extract.base.errors import RetortError
+from extract.base.params import parse
 from pipelines.__main__ import main
 from pipelines.profiles import read_profile
 from train.config import StudentConfig, read_student

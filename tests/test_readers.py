@@ -12,8 +12,8 @@ import torch
 import torchaudio
 from torchaudio_readers import same_as_torchaudio
 
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
 from pipelines.readers import ReaderOptions, read_corpus
 
 

@@ -12,8 +12,8 @@ import soundfile
 from click.testing import CliRunner
 from test_readers import fluent_folder, iemocap_folder, snips_folder, tone, write_audio
 
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
 from pipelines.__main__ import main
 from pipelines.readers import READERS, ReaderOptions, read_corpus
 

@@ -8,8 +8,8 @@ import pytest
 import torchaudio
 from test_readers import tone, write_audio
 
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
 from pipelines.readers import read_corpus
 from pipelines.readers.silence import without_silence
 

@@ -21,7 +21,7 @@ from train.config import StudentConfig, parse
 from train.loop import train
 from train.run import Job, find_device
 
-TEACHER = Path(__file__).parent.parent / "pipelines" / "demo" / "teacher"
+TEACHER = Path(__file__).parent.parent / "pipelines" / "teacher" / "model"
 
 pytestmark = [
     pytest.mark.real_data,

@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from evaluate.score import TEST_SIZES, superb_s
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.report import report_command, speed
 from pipelines.report.command import read_config
 from pipelines.report.published import PUBLISHED

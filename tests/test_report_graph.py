@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.report.graph import BOX_HEIGHT, Drawing, Stage, draw_stages, read_stages
 
 ROOT = Path(__file__).parent.parent

@@ -67,7 +67,7 @@ def test_charts_are_named_and_take_their_colours_from_the_page(page: str) -> Non
     assert "font: " not in "".join(re.findall(r"<text[^>]*>", page))
 
 
-def place_of(element: ElementTree.Element) -> float:
+def location_of(element: ElementTree.Element) -> float:
     """The x of a vertical line, or of the first point of a path."""
     path = element.find(f".//{SVG}path")
     assert path is not None
@@ -79,7 +79,7 @@ def test_growth_is_marked_where_the_student_grew(page: str) -> None:
     texts = [element.text for element in chart.iter(f"{SVG}text")]
     labels = ["3 layers", "6 layers", "9 layers", "12 layers"]
     assert [text for text in texts if text and text.endswith("layers")] == labels
-    lines = [place_of(group) for group in chart.iter(f"{SVG}g") if group.get("class") == "grown"]
+    lines = [location_of(group) for group in chart.iter(f"{SVG}g") if group.get("class") == "grown"]
     # the dev curve has a point every sixty steps: where it is at 60 and 120, the student grew at 90 halfway between
     (dev,) = [group for group in chart.iter(f"{SVG}g") if group.get("class") == "mark"]
     (path,) = [element for element in dev.iter(f"{SVG}path") if element.get("d", "").count("L") > 3]

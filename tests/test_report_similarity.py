@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from extract.corpus import Corpus
 from extract.stats import measure
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 from pipelines.report import similarity
 from pipelines.report.similarity import choose_utterances, linear_cka, measure_similarity, read_frames, unit_energy
 from tests.evaluate_stores import Hidden, make_corpus, make_store

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from extract.base.files import write_json
 from extract.corpus import Corpus, Utterance, write_corpus
-from extract.files import write_json
 from pipelines.report.results import Upstream
 from pipelines.report.speed import SpeedConfig, choose_waveforms, measure_speed
 

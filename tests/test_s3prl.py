@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from extract.base.files import write_json
 from extract.corpus import Corpus
-from extract.files import write_json
-from extract.forward import load_upstream
 from extract.run import Settings, extract
-from extract.store import StoreReader
-from extract.upstream import find_upstream
+from extract.store.reader import StoreReader
+from extract.upstream.card import find_upstream
+from extract.upstream.forward import load_upstream
 from tests.train_world import student
+from train.initial_weights import STANDARD, StemShape
 from train.losses import build_distiller
-from train.seed import STANDARD, StemShape
 from train.student_folder import save_student
 
 FILE = Path(__file__).parent.parent / "docs/s3prl_upstream/expert.py"

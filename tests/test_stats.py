@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from extract.__main__ import main
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from extract.stats import NEAR_DEAD, hidden_array, measure
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 from tests.evaluate_stores import Hidden, make_corpus, make_store
 
 DIM = 24

@@ -17,15 +17,15 @@ from transformers import (
 )
 
 from extract.__main__ import main
-from extract.codec import CODECS
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.forward import load_upstream
-from extract.mirror import mirror
 from extract.run import Settings, extract
-from extract.store import Manifest, StoreReader
-from extract.upstream import find_upstream
-from extract.writer import StoreWriter
+from extract.store.codec import CODECS
+from extract.store.mirror import mirror
+from extract.store.reader import Manifest, StoreReader
+from extract.store.writer import StoreWriter
+from extract.upstream.card import find_upstream
+from extract.upstream.forward import load_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
 from train.modeling_retort import RetortStackedStudent, RetortStudentConfig

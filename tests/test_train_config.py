@@ -12,8 +12,8 @@ from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo as DvcRepo
 from safetensors import safe_open
 
-from extract.errors import RetortError
-from extract.params import parse, read_section
+from extract.base.errors import RetortError
+from extract.base.params import parse, read_section
 from train.config import Family, OptimiserConfig, StudentConfig, read_student
 from train.losses import build_distiller
 
@@ -90,7 +90,7 @@ def test_unknown_student_and_missing_section(tmp_path: Path) -> None:
 def test_students_that_the_repository_ships() -> None:
     """Every family is there, each student with at most a quarter of the demo teacher's parameters."""
     students = read_section(ROOT / "params.yaml", "train")
-    with safe_open(ROOT / "pipelines/demo/teacher/model.safetensors", framework="pt") as teacher:
+    with safe_open(ROOT / "pipelines/teacher/model/model.safetensors", framework="pt") as teacher:
         most = sum(math.prod(teacher.get_slice(name).get_shape()) for name in teacher.keys()) / 4  # noqa: SIM118
     families = []
     for name in students:

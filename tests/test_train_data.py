@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from extract.codec import CODECS
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.store import StoreReader
+from extract.store.codec import CODECS
+from extract.store.reader import StoreReader
 from tests.train_world import TARGETS, World, make_world
 from train.data import DistillationData, PackSampler, read_ahead
 

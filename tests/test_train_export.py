@@ -60,7 +60,7 @@ def test_onnxruntime_gives_what_the_student_gives(tmp_path: Path, family: str, c
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
-    for folder, message in ((tmp_path / "none", "does not exist"), (ROOT / "pipelines/demo/teacher", "'hubert'")):
+    for folder, message in ((tmp_path / "none", "does not exist"), (ROOT / "pipelines/teacher/model", "'hubert'")):
         result = CliRunner().invoke(main, ["export", str(folder), "--out", str(tmp_path / "x.onnx")])
         assert result.exit_code == 1 and message in result.stderr
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import HubertModel
 
-from extract.checkpoint import read_checkpoint, write_checkpoint
+from extract.base.checkpoint import read_checkpoint, write_checkpoint
+from extract.base.errors import RetortError
+from extract.base.files import sha256_json, write_json
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.files import sha256_json, write_json
-from extract.forward import load_upstream
 from extract.run import Settings, extract
-from extract.store import StoreReader
-from extract.upstream import find_upstream
+from extract.store.reader import StoreReader
+from extract.upstream.card import find_upstream
+from extract.upstream.forward import load_upstream
 from tests.train_world import SHAPE, World, job, make_world, stop_after, student, teacher_config
 from train import checkpoint
+from train.initial_weights import STANDARD, StemShape
 from train.loop import train
 from train.run import begin
-from train.seed import STANDARD, StemShape
 
 KERNELS, STRIDES = [10, 3, 3, 3, 3, 2, 2, 2], [5, 2, 2, 2, 2, 2, 2, 2]
 SLOW = {"conv_dim": [8] * 8, "conv_kernel": KERNELS, "conv_stride": STRIDES, "num_feat_extract_layers": 8}

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from tests.processes import Command, run_command
 from tests.train_world import SHAPE, World, job, make_world, stop_after, student
 from train import checkpoint

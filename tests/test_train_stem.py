@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extract.codec import CODECS
+from extract.base.errors import RetortError
+from extract.base.params import parse
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.params import parse
+from extract.store.codec import CODECS
 from tests.train_world import SHAPE, World, job, make_world, student
 from train.config import StudentConfig
-from train.display import Display
 from train.loop import train
+from train.progress import Display
 from train.run import begin
 
 FROZEN = {"lr": 3e-3, "stem_grad_scale": 0.0}

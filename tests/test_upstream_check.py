@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.__main__ import main
+from extract.base.errors import RetortError
 from extract.corpus import Corpus, write_corpus
-from extract.errors import RetortError
-from extract.forward import load_upstream
 from extract.run import Settings, extract
-from extract.store import StoreReader
-from extract.upstream import find_upstream
+from extract.store.reader import StoreReader
+from extract.upstream.card import find_upstream
+from extract.upstream.forward import load_upstream
 from tests.conftest import noise_utterances, save_teacher
 from tests.families import FAMILIES
 from tests.test_forward import alone, change_config

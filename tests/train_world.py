@@ -14,10 +14,10 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
-from extract.store import KEEP_DEFAULT
+from extract.store.reader import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse
-from train.display import Display
-from train.ranks import ALONE, Ranks
+from train.distributed import ALONE, Ranks
+from train.progress import Display
 from train.run import Job
 
 TARGETS = (2, 4, 6)

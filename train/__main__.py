@@ -8,7 +8,7 @@ Writes DIR (a folder for AutoModel.from_pretrained) and RUNDIR/metrics.json with
 command goes on from its last checkpoint.
 """
 
-import extract.libraries  # noqa: F401  # first: explains a library that does not load
+import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
 # isort: split
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 
-from extract.errors import CommandGroup
-from extract.options import version_option
+from extract.base.errors import CommandGroup
+from extract.base.options import version_option
 
 
 @click.group(cls=CommandGroup)
@@ -58,9 +58,9 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
     from train.config import read_student
 
     config = read_student(params, student)  # a typo is told before torch is imported
-    from extract.memory import keep_freed_blocks
+    from extract.base.malloc import keep_freed_blocks
+    from train.distributed import join
     from train.loop import train
-    from train.ranks import join
     from train.run import Job, find_device
 
     keep_freed_blocks()

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from extract.checkpoint import read_checkpoint, write_checkpoint
-from extract.files import in_main_tree, sha256_json
+from extract.base.checkpoint import read_checkpoint, write_checkpoint
+from extract.base.files import in_main_tree, sha256_json
 from train.config import StudentConfig
+from train.initial_weights import STANDARD, StemShape
 from train.optimiser import OptimiserState
-from train.seed import STANDARD, StemShape
 
 FORMAT_VERSION = 3
 FOLDER = Path("checkpoints")

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from extract.errors import RetortError, unknown
-from extract.params import parse, read_section
+from extract.base.errors import RetortError, unknown
+from extract.base.params import parse, read_section
 
 Family = Literal[
     "distilhubert",

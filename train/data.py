@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.codec import Codec, Scale
+from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError
-from extract.store import StoreReader
+from extract.store.codec import Codec, Scale
+from extract.store.reader import StoreReader
 
 T = TypeVar("T")
 

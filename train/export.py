@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.errors import RetortError
-from extract.files import check_out, read_json, written_aside
-from extract.pretrained import open_pretrained
+from extract.base.errors import RetortError
+from extract.base.files import check_out, read_json, written_aside
+from extract.upstream.pretrained import open_pretrained
+from train.initial_weights import StemShape
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -29,7 +30,6 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
-from train.seed import StemShape
 
 OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4

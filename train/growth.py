@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from train.config import GROWN, Family, GrowthConfig, StudentConfig
 
 Sources = tuple[int, ...]  # for every position of the deeper stack the position it copies

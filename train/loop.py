@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.errors import RetortError
-from extract.files import check_out, write_json
+from extract.base.errors import RetortError
+from extract.base.files import check_out, write_json
 from train import checkpoint
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
-from train.display import Display
 from train.losses import GenerationDistiller, LayerError, layer_errors
 from train.optimiser import learning_rate, update_average
+from train.progress import Display
 from train.run import Job, Run, begin, grow, snapshot, stage_at, thaw
 from train.student_folder import MADE_FROM, save_student, versions
 

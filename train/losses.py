@@ -21,6 +21,7 @@ from torch.nn import functional
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
+from train.initial_weights import STANDARD, StemShape
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -28,7 +29,6 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
-from train.seed import STANDARD, StemShape
 
 
 def regression_loss(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from extract.base.device import check_there, named_device
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.device import check_there, named_device
-from extract.errors import RetortError
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 from train import checkpoint
 from train.checkpoint import Checkpoint, Progress
 from train.config import GENERATING, StudentConfig
 from train.data import DistillationData
+from train.distributed import ALONE, Ranks, local_rank
 from train.growth import Stage, grow_layers, plan_stages
+from train.initial_weights import InitialWeights, StemShape, plant, read_seed, teacher_stem
 from train.losses import Distiller, LayerDistiller, build_distiller
 from train.optimiser import grown_state, make_optimiser, read_state, write_state
-from train.ranks import ALONE, Ranks, local_rank
-from train.seed import InitialWeights, StemShape, plant, read_seed, teacher_stem
 
 
 @dataclass(frozen=True, kw_only=True)

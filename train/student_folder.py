@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from extract.base.files import write_json, written_aside
 from extract.corpus import SAMPLE_RATE_HZ
-from extract.files import write_json, written_aside
 from train.checkpoint import full_disk
 from train.modeling_retort import RetortStudent
 

@@ -6,9 +6,9 @@ python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.j
 from collections.abc import Sequence
 
 from evaluate.checkpoint import Progress
+from evaluate.features import Source
 from evaluate.metrics import character_error_rate, word_error_rate
 from evaluate.recurrent import DEVIATIONS, RecurrentRecipe, recurrent_problem
-from evaluate.source import Source
 from evaluate.sweep import SweepResult, sweep
 from evaluate.task import Task
 

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
+from evaluate.bootstrap import Measured
 from evaluate.checkpoint import Progress
 from evaluate.detection import equal_error_rate
+from evaluate.features import SPEAKER, Source
 from evaluate.frames import FrameReader, bucket, shuffled
 from evaluate.heads import Head, Ragged
-from evaluate.interval import Measured
 from evaluate.recipe import Recipe
-from evaluate.source import SPEAKER, Source
-from evaluate.sweep import SweepResult, Team, sweep
+from evaluate.sweep import HeadPool, SweepResult, sweep
 from evaluate.task import Task
+from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
-from extract.errors import RetortError
 
 TDNN = ((5, 1), (3, 2), (3, 3), (1, 1), (1, 1))  # context and dilation of each layer (Snyder et al. 2018)
 CONTEXT_FRAMES = 1 + sum((size - 1) * dilation for size, dilation in TDNN)
@@ -171,14 +171,14 @@ class Verification:
         margin_BS = self.recipe.margin * F.one_hot(batch.speakers_B, self.num_speakers)
         return F.cross_entropy(self.recipe.scale * (cosine_BS - margin_BS), batch.speakers_B)
 
-    def measure(self, heads: Sequence[XVectorHead], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[XVectorHead], split: str, team: HeadPool) -> list[dict[str, float]]:
         rates = self._rates(heads, split, team)
         if split == "test":
             return [{"eer": rate} for rate in rates]
         on_test = self._rates(heads, "test", team)
         return [{"eer": dev, "eer_on_test": test} for dev, test in zip(rates, on_test, strict=True)]
 
-    def _rates(self, heads: Sequence[XVectorHead], split: str, team: Team) -> list[Measured]:
+    def _rates(self, heads: Sequence[XVectorHead], split: str, team: HeadPool) -> list[Measured]:
         """Each head's EER over a split's trials; whole utterances."""
         trials, store = self.trials[split], self.reader.reader
         rows, places_N2 = np.unique(trials.pairs_N2, return_inverse=True)
@@ -190,8 +190,8 @@ class Verification:
             found = team.each(partial(_embed, hidden_LFD=hidden_LFD, frames=frames), heads)
             for own, embedded_BH in zip(embedded, found, strict=True):
                 own.append(embedded_BH)
-        place_of = np.argsort(np.searchsorted(rows, np.concatenate(batches)))
-        left, right = torch.from_numpy(place_of[places_N2.reshape(-1, 2)]).unbind(1)
+        location_of = np.argsort(np.searchsorted(rows, np.concatenate(batches)))
+        left, right = torch.from_numpy(location_of[places_N2.reshape(-1, 2)]).unbind(1)
         return [equal_error_rate((x[left] * x[right]).sum(1), trials.targets_N) for x in map(torch.cat, embedded)]
 
 

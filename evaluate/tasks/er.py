@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from evaluate.checkpoint import Progress
+from evaluate.features import Source
 from evaluate.pooled import PooledRecipe, pooled_problem, read_pooled
-from evaluate.source import Source
 from evaluate.sweep import SweepResult, cross_validate
 from evaluate.task import Task
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 DEV_SHARE = 0.2
 

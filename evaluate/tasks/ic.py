@@ -6,8 +6,8 @@ python -m evaluate run --task ic --upstream NAME --manifest M.json --corpus C.js
 from dataclasses import dataclass
 
 from evaluate.checkpoint import Progress
+from evaluate.features import Source
 from evaluate.pooled import PooledRecipe, classify
-from evaluate.source import Source
 from evaluate.sweep import SweepResult
 from evaluate.task import Task
 

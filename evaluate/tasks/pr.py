@@ -10,11 +10,11 @@ from torch import Tensor
 
 from evaluate.checkpoint import Progress
 from evaluate.ctc import Noise, Transcription, read_transcripts
+from evaluate.features import Source
 from evaluate.frames import FrameReader
 from evaluate.heads import LinearHead, Ragged
 from evaluate.metrics import token_error_rate
 from evaluate.recipe import Recipe
-from evaluate.source import Source
 from evaluate.sweep import SweepResult, sweep
 from evaluate.task import Task
 

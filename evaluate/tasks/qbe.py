@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate.bootstrap import Measured
 from evaluate.checkpoint import Progress
 from evaluate.detection import max_term_weighted_value
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
-from evaluate.interval import Measured
+from evaluate.features import Source
 from evaluate.recipe import Settings
-from evaluate.source import Source
 from evaluate.sweep import LayerPoint, SweepResult
 from evaluate.task import Task
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 SHORTEST_QUERY_FRAMES = 5
 BLOCK_FRAMES = 16_384  # documents that are searched together
@@ -106,7 +106,7 @@ def search(source: Source, split: str, layers: list[int]) -> NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Judge:
+class MtwvScorer:
     """Scores of a split's queries -> MTWV, as the published tool has it and over the corpus's own documents alone.
 
     The reference searches English and lets QUESST's tool score it against the ground truth of all six languages, by
@@ -119,7 +119,7 @@ class Judge:
     num_documents: int
 
     @classmethod
-    def of(cls, source: Source, split: str) -> "Judge":
+    def of(cls, source: Source, split: str) -> "MtwvScorer":
         documents = [source.corpus.ids[row] for row in source.select("docs")]
         held_by = [set(label.split()) for label in source.labels("documents", source.select(split))]
         scope = source.corpus.metadata
@@ -147,11 +147,11 @@ class Judge:
 
 def score(source: Source, recipe: QbeRecipe, progress: Progress) -> SweepResult:
     layers = list(source.reader.layers)
-    judge = Judge.of(source, "dev")
+    judge = MtwvScorer.of(source, "dev")
     dev = [float(judge.mtwv(scores_QN)) for scores_QN in search(source, "dev", layers)]
     progress.advance(0.9)
     best = int(np.argmax(dev))
-    judge = Judge.of(source, "test")
+    judge = MtwvScorer.of(source, "test")
     dropped = source.corpus.metadata.get("dropped", {})
     wider = judge.num_queries - int((judge.num_holding_Q > 0).sum())
     others = "other languages, or dropped," if dropped else "other languages"

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from evaluate.batches import steps_from
 from evaluate.checkpoint import Progress
 from evaluate.diarization import Reference, diarization_error_rate, frame_labels, median_filtered, parse_turns
+from evaluate.features import Source
 from evaluate.frames import FrameReader, bucket, shuffled
 from evaluate.heads import Head, Ragged
 from evaluate.recipe import Recipe
-from evaluate.source import Source
-from evaluate.sweep import SweepResult, Team, sweep
+from evaluate.sweep import HeadPool, SweepResult, sweep
 from evaluate.task import Task
+from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
-from extract.errors import RetortError
 
 SPEAKERS = 2
 FRAME_SAMPLES = 320
@@ -160,7 +160,7 @@ class Diarization:
         logits_BTS = head(head.sum_layers(batch.hidden_LFD), batch.frames)
         return permutation_free_loss(logits_BTS, batch.labels_BTS, batch.frames.num_frames_B)
 
-    def measure(self, heads: Sequence[DiarizationHead], split: str, team: Team) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[DiarizationHead], split: str, team: HeadPool) -> list[dict[str, float]]:
         on_dev = self._grids(heads, "dev", team)
         if split == "dev":
             return [{"der": min(rates.values())} for rates in on_dev]
@@ -177,7 +177,9 @@ class Diarization:
             )
         return measured
 
-    def _grids(self, heads: Sequence[DiarizationHead], split: str, team: Team) -> list[dict[tuple[float, int], float]]:
+    def _grids(
+        self, heads: Sequence[DiarizationHead], split: str, team: HeadPool
+    ) -> list[dict[tuple[float, int], float]]:
         """Each head's DER by threshold and median filter."""
         said: list[dict[int, NDArray[np.float32]]] = [{} for _ in heads]
         for rows_B in bucket(self.rows[split], self.store.num_frames, self.recipe.batch_size):

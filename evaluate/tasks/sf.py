@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from evaluate.checkpoint import Progress
+from evaluate.features import Source
 from evaluate.metrics import Slots, slot_type_f1, slot_value_cer
 from evaluate.recurrent import DEVIATIONS, RecurrentRecipe, recurrent_problem
-from evaluate.source import Source
 from evaluate.sweep import SweepResult, sweep
 from evaluate.task import Task
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 BEGIN, END = "B-", "E-"
 OUTSIDE = "O"

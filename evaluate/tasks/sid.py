@@ -4,8 +4,8 @@ python -m evaluate run --task sid --upstream NAME --manifest M.json --corpus C.j
 """
 
 from evaluate.checkpoint import Progress
+from evaluate.features import Source
 from evaluate.pooled import PooledRecipe, classify
-from evaluate.source import Source
 from evaluate.sweep import SweepResult
 from evaluate.task import Task
 

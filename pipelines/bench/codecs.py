@@ -22,10 +22,10 @@ import yaml
 from rich.table import Table
 
 from evaluate.corpora import corpus_of_tasks
-from extract.codec import CODECS
-from extract.errors import RetortError, unknown
-from extract.params import read_params, read_section
-from extract.store import Manifest
+from extract.base.errors import RetortError, unknown
+from extract.base.params import read_params, read_section
+from extract.store.codec import CODECS
+from extract.store.reader import Manifest
 from pipelines.machine import describe_machine
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from extract.options import together
+from extract.base.options import together
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -276,7 +276,7 @@ def _measure(
     show: "Callable[[dict[str, Any]], list[Table | str]]",
 ) -> dict[str, Any]:
     """Run a benchmark as asked, write its figures to `out`, print its tables and sentences; return the figures."""
-    from extract.files import check_out, write_json
+    from extract.base.files import check_out, write_json
 
     check_out(out, "--out")
     with _progress() as progress:

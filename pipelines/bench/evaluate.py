@@ -27,18 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.features import Source
 from evaluate.frames import FrameReader
 from evaluate.pooled import pooled_problem, read_pooled
 from evaluate.recipe import Recipe
 from evaluate.run import open_source
-from evaluate.source import Source
 from evaluate.sweep import begin
 from evaluate.tasks import TASKS
 from evaluate.tasks.pr import problem as pr_problem
+from extract.base.errors import RetortError, unknown
+from extract.base.files import read_json
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
-from extract.errors import RetortError, unknown
-from extract.files import read_json
-from extract.memory import keep_freed_blocks
 from extract.run import Settings, extract
 from pipelines.bench import material
 from pipelines.bench.material import Lengths
@@ -50,8 +50,8 @@ from pipelines.bench.measure import (
     check_asked,
     headed,
     in_fresh_process,
+    run_interleaved,
     spread,
-    take_turns,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def run_bench(asked: EvaluateBench, progress: Progress) -> dict[str, Any]:
         bench = Bench(asked, Path(name))
         progress(f"making an upstream of {asked.shape}'s shape and its caches")
         made_s = in_fresh_process(prepare, bench, threads=asked.threads)
-        turns = take_turns(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
+        turns = run_interleaved(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
     return head | {
         "lengths": {task: str(lengths) for task, lengths in LENGTHS.items()},
         "runs": [asdict(turn) for turn in turns],
@@ -235,12 +235,12 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
 # The contenders: each in a process of its own.
 
 
-class Listener:
+class OnlineUpstream:
     """The upstream in the loop: hidden states of the utterances asked for, made when they are asked for."""
 
     def __init__(self, bench: Bench, corpus: Corpus, layers: Sequence[int]) -> None:
-        from extract.forward import Transformer, load_upstream
-        from extract.upstream import find_upstream
+        from extract.upstream.card import find_upstream
+        from extract.upstream.forward import Transformer, load_upstream
 
         upstream = load_upstream(find_upstream(str(bench.folder / "upstream")))
         assert isinstance(upstream, Transformer)
@@ -256,7 +256,7 @@ class Listener:
 class OnlineFrames(FrameReader):
     """In the place of the store's frames."""
 
-    def __init__(self, source: Source, listener: Listener) -> None:
+    def __init__(self, source: Source, listener: OnlineUpstream) -> None:
         super().__init__(source.reader, memory_gb=1)
         self.listener = listener
 
@@ -267,7 +267,7 @@ class OnlineFrames(FrameReader):
 class OnlineMeans:
     """In the place of the store's time means, (U, L, D), of which utterances are taken."""
 
-    def __init__(self, stored_ULD: Tensor, listener: Listener) -> None:
+    def __init__(self, stored_ULD: Tensor, listener: OnlineUpstream) -> None:
         self.shape, self.listener = stored_ULD.shape, listener
 
     def __getitem__(self, picked_B: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class OnlineMeans:
 def problem_of(bench: Bench, task: str, *, online: bool = False) -> Any:
     """What the sweep trains on: keywords ("ks") or phones ("pr"), from the cache or from the upstream in the loop."""
     source, recipe = bench.source(task), bench.recipe(task)
-    listener = Listener(bench, source.corpus, source.reader.layers) if online else None
+    listener = OnlineUpstream(bench, source.corpus, source.reader.layers) if online else None
     if task == "ks":
         pooled_ULD: Any = read_pooled(source)
         if listener is not None:

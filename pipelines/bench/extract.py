@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extract.base.errors import RetortError, unknown
+from extract.base.files import sha256_json
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError, unknown
-from extract.files import sha256_json
-from extract.job import InProcess, Job
-from extract.memory import keep_freed_blocks
 from extract.run import Settings, make_store, request_of
-from extract.store import StoreReader
-from extract.upstream import find_upstream
+from extract.shards import Job, LocalRunner
+from extract.store.reader import StoreReader
+from extract.upstream.card import find_upstream
 from pipelines.bench import material
 from pipelines.bench.measure import (
     CLOCKS,
@@ -35,14 +35,14 @@ from pipelines.bench.measure import (
     check_asked,
     headed,
     in_fresh_process,
+    run_interleaved,
     spread,
-    take_turns,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from extract.forward import Transformer
+    from extract.upstream.forward import Transformer
 
 AIMS = {"cpu": 0.95, "cuda": 0.9}  # of the bare forward pass's speed
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -130,7 +130,7 @@ def _measure(
 ) -> dict[str, Any]:
     corpus = Corpus.open(settings.corpus)
     flop = float(np.polyval(flop_by_length, corpus.num_samples).sum())
-    runs = take_turns(CONTENDERS, settings, rounds=bench.rounds, threads=bench.threads, progress=progress)
+    runs = run_interleaved(CONTENDERS, settings, rounds=bench.rounds, threads=bench.threads, progress=progress)
     seen = {run.did["utterances_sha256"] for run in runs if run.contender != "matmul"}
     assert len(seen) == 1, "the contenders worked on different utterances"
     return summarise(runs, audio_s=float(corpus.num_samples.sum()) / SAMPLE_RATE_HZ, forward_flop=flop) | {
@@ -331,15 +331,15 @@ CONTENDERS: dict[str, Callable[[Settings], Clocked]] = {
 }
 
 
-def _hands(settings: Settings) -> InProcess:
+def _hands(settings: Settings) -> LocalRunner:
     """The command's own, with the upstream loaded."""
     keep_freed_blocks()  # as the command does, and for its limit too
     corpus, card = Corpus.open(settings.corpus), find_upstream(settings.upstream)
-    return InProcess(request_of(settings, corpus, card))
+    return LocalRunner(request_of(settings, corpus, card))
 
 
 def _transformer_of(job: Job) -> "Transformer":
-    from extract.forward import Transformer
+    from extract.upstream.forward import Transformer
 
     assert isinstance(job.upstream, Transformer)
     return job.upstream

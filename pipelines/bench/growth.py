@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from extract.errors import RetortError
-from extract.memory import keep_freed_blocks
+from extract.base.errors import RetortError
+from extract.base.malloc import keep_freed_blocks
 from pipelines.bench.measure import (
     CLOCKS,
     Clocked,
@@ -29,8 +29,8 @@ from pipelines.bench.measure import (
     Spread,
     headed,
     in_fresh_process,
+    run_interleaved,
     spread,
-    take_turns,
     times_as_fast,
 )
 from pipelines.bench.measure import Run as Turn
@@ -89,7 +89,7 @@ def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
         if bench.step.config.family not in GROWN:
             raise RetortError(f"--student {asked.student} does not grow; give one of family {', '.join(GROWN)}")
         depths = {method: _depths(bench.config(method)) for method in METHODS}
-        turns = take_turns(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
+        turns = run_interleaved(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
         section = asdict(bench.step.config)
     return (
         head

@@ -25,19 +25,28 @@ from evaluate.frames import FrameReader
 from evaluate.heads import Head, LinearHead
 from evaluate.pooled import PooledClassification
 from evaluate.sweep import Adam, begin
-from extract.codec import CODECS, CodecError
+from extract.base.files import sha256_file
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import Corpus
-from extract.files import sha256_file
-from extract.forward import OwnFramesGroupNorm, Transformer
-from extract.job import Job
-from extract.memory import keep_freed_blocks
 from extract.run import Settings, request_of
-from extract.upstream import find_upstream
-from extract.writer import StoreWriter
+from extract.shards import Job
+from extract.store.codec import CODECS, CodecError
+from extract.store.writer import StoreWriter
+from extract.upstream.card import find_upstream
+from extract.upstream.forward import OwnFramesGroupNorm, Transformer
 from pipelines.bench import evaluate
 from pipelines.bench import train as train_bench
 from pipelines.bench.evaluate import EvaluateBench, problem_of
-from pipelines.bench.measure import Clocked, Progress, Run, check_asked, headed, in_fresh_process, spread, take_turns
+from pipelines.bench.measure import (
+    Clocked,
+    Progress,
+    Run,
+    check_asked,
+    headed,
+    in_fresh_process,
+    run_interleaved,
+    spread,
+)
 from pipelines.bench.train import TrainBench
 from train.data import Batch, DistillationData
 from train.loop import train_step
@@ -109,7 +118,7 @@ def run_bench(asked: ProfileBench, progress: Progress) -> dict[str, Any]:
         bench = Bench(asked, Path(name))
         progress(f"making a teacher of {asked.shape}'s shape, its stores and a student")
         in_fresh_process(prepare, bench, threads=asked.threads)
-        turns = take_turns(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
+        turns = run_interleaved(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
     return head | {"runs": [asdict(turn) for turn in turns], "stages": summarise(turns)}
 
 

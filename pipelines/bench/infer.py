@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from extract.base.errors import RetortError, unknown
 from extract.corpus import SAMPLE_RATE_HZ
-from extract.errors import RetortError, unknown
 from pipelines.bench import material
 from pipelines.bench.measure import (
     Clocked,
@@ -26,8 +26,8 @@ from pipelines.bench.measure import (
     check_asked,
     headed,
     in_fresh_process,
+    run_interleaved,
     spread,
-    take_turns,
     times_as_fast,
 )
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
@@ -70,7 +70,7 @@ def run_bench(asked: InferBench, progress: Progress) -> dict[str, Any]:
         contenders: dict[str, Callable[[InferBench], Clocked]] = {
             name: partial(_listen, folder=folder / name) for name in sizes
         }
-        turns = take_turns(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
+        turns = run_interleaved(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
     return head | {
         "runs": [asdict(turn) for turn in turns],
         "contenders": {name: size | summarise(turns, name, asked) for name, size in sizes.items()},

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.codec import CODECS
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.job import Request, UpstreamFacts, open_writer
-from extract.memory import keep_freed_blocks
 from extract.run import Settings, make_store, request_of
-from extract.store import StoreReader
-from extract.upstream import find_upstream
+from extract.shards import Request, UpstreamFacts, open_writer
+from extract.store.codec import CODECS
+from extract.store.reader import StoreReader
+from extract.upstream.card import find_upstream
 from pipelines.bench import material
 from pipelines.bench.measure import (
     CLOCKS,
@@ -36,8 +36,8 @@ from pipelines.bench.measure import (
     check_asked,
     headed,
     in_fresh_process,
+    run_interleaved,
     spread,
-    take_turns,
 )
 from train.config import read_student
 
@@ -97,7 +97,7 @@ def run_bench(bench: LoadBench, progress: Progress) -> dict[str, Any]:
         place = Place(bench=replace(bench, params=bench.params.resolve()), folder=Path(name))
         progress(f"making {bench.packs} packs of {bench.codec}")
         packs = in_fresh_process(make_material, place)
-        runs = take_turns(CONTENDERS, place, rounds=bench.rounds, threads=bench.threads, progress=progress)
+        runs = run_interleaved(CONTENDERS, place, rounds=bench.rounds, threads=bench.threads, progress=progress)
     assert len({run.did["bytes"] for run in runs if run.contender in ("memmap", "loader")}) == 1, "not the same bytes"
     return head | {
         "packs": packs,

@@ -15,7 +15,7 @@ from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DEMO_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
+DEMO_TEACHER = Path(__file__).parents[1] / "teacher" / "model"
 SEED = 0
 NOISE = "noise"  # the reader that a corpus of noise names
 

@@ -23,8 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from extract.codec import CODECS
-from extract.errors import RetortError, unknown
+from extract.base.errors import RetortError, unknown
+from extract.store.codec import CODECS
 from pipelines.machine import describe_machine
 
 Clocked = Generator[None, None, dict[str, Any]]
@@ -88,7 +88,7 @@ class Spread:
         return cls(median=statistics.median(values), min=min(values), max=max(values))
 
 
-def take_turns(
+def run_interleaved(
     contenders: Mapping[str, Callable[[Settings], Clocked]],
     settings: Settings,
     *,

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from extract.files import written_aside
+from extract.base.files import written_aside
 from pipelines.bench import evaluate, extract, growth, hotpath, infer, load, scaling, train
 
 SHOWN: dict[str, Callable[[dict[str, Any]], "list[Table | str]"]] = {

@@ -20,15 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extract.base.errors import unknown
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import unknown
-from extract.memory import keep_freed_blocks
 from extract.run import Settings, extract
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 from pipelines.bench import material
 from pipelines.bench.extract import extract_run
 from pipelines.bench.material import Lengths
-from pipelines.bench.measure import Clocked, Progress, Run, check_asked, headed, in_fresh_process, spread, take_turns
+from pipelines.bench.measure import (
+    Clocked,
+    Progress,
+    Run,
+    check_asked,
+    headed,
+    in_fresh_process,
+    run_interleaved,
+    spread,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,7 +119,7 @@ def run_bench(asked: ScalingBench, progress: Progress) -> dict[str, Any]:
         for point in asked_points:
             for kind, contender in (("extract", _extract), ("read", _read)):
                 contenders[contender_name(point.axis, point.number, kind)] = partial(contender, point=point)
-        turns = take_turns(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
+        turns = run_interleaved(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
     return head | {"axes": summarise(turns, sizes), "runs": [asdict(turn) for turn in turns]}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from click import Command
 
-from extract.errors import RetortError, unknown
-from extract.files import check_out, read_json, sha256_matching, written_aside
+from extract.base.errors import RetortError, unknown
+from extract.base.files import check_out, read_json, sha256_matching, written_aside
 from pipelines.bench.measure import library_versions
 from pipelines.bench.page import write_page
 from pipelines.machine import describe_machine
@@ -56,7 +56,7 @@ SIZES = {
     },
 }
 # What a benchmark's figures depend on, beside the benchmark itself.
-_FRAME = ("pipelines/bench/measure.py", "pipelines/bench/material.py", "pipelines/demo/teacher/config.json")
+_FRAME = ("pipelines/bench/measure.py", "pipelines/bench/material.py", "pipelines/teacher/model/config.json")
 _STEPS = ("extract/*.py", "train/*.py", "pipelines/bench/train.py", "params.yaml", "pipelines/profiles/*.yaml")
 CODE = {
     "extract": ("extract/*.py", "pipelines/bench/extract.py"),

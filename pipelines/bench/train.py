@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from ruamel.yaml import YAML
 
+from extract.base.errors import unknown
+from extract.base.malloc import keep_freed_blocks
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import unknown
-from extract.memory import keep_freed_blocks
 from extract.run import Settings, extract
-from extract.store import KEEP
+from extract.store.reader import KEEP
 from pipelines.bench import material
 from pipelines.bench.measure import (
     CLOCKS,
@@ -36,8 +36,8 @@ from pipelines.bench.measure import (
     check_asked,
     headed,
     in_fresh_process,
+    run_interleaved,
     spread,
-    take_turns,
 )
 from pipelines.bench.measure import Run as Turn
 from pipelines.profiles import read_profile
@@ -50,7 +50,7 @@ from train.run import Job, Run, begin, find_device
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from extract.forward import Transformer
+    from extract.upstream.forward import Transformer
 
 # Which ready params.yaml has the students of a teacher's shape; the demo's is the repository's own.
 PROFILES = {
@@ -121,7 +121,7 @@ def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
         bench = Bench(asked, Path(name))
         progress(f"making a teacher of {asked.shape}'s shape and its store")
         in_fresh_process(prepare, bench, threads=asked.threads)
-        turns = take_turns(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
+        turns = run_interleaved(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
         corpus = Corpus.open(bench.folder / "noise.h5")
         section = asdict(bench.config)
     assert len({str(turn.did["utterances"]) for turn in turns}) == 1, "the contenders worked on different utterances"
@@ -277,8 +277,8 @@ def _begin(bench: Bench, *, frozen: bool, stored: bool = False) -> Run:
 
 def load_teacher(bench: Bench) -> "Transformer":
     """The teacher beside its student, in the student's precision."""
-    from extract.forward import Transformer, load_upstream
-    from extract.upstream import find_upstream
+    from extract.upstream.card import find_upstream
+    from extract.upstream.forward import Transformer, load_upstream
 
     card = find_upstream(str(bench.folder / "teacher"))
     teacher = load_upstream(card, device=bench.asked.device, dtype=bench.asked.dtype)

@@ -19,16 +19,16 @@ import click
 import espeakng_loader
 import soundfile
 
-from extract.errors import RetortError
-from extract.files import check_out, in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
-from extract.params import parse, read_section
-from extract.progress import ProgressBar
+from extract.base.errors import RetortError
+from extract.base.files import check_out, in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
+from extract.base.params import parse, read_section
+from extract.base.progress import ProgressBar
 from pipelines.demo import fluent, snips
-from pipelines.demo.booth import Booth
-from pipelines.demo.fluent import plan_commanders
+from pipelines.demo.fluent import plan_command_speakers
 from pipelines.demo.iemocap import plan_dialogs
 from pipelines.demo.librimix import plan_mixtures, write_kaldi
-from pipelines.demo.librispeech import Pronouncing, Subset, plan_readings, write_tables
+from pipelines.demo.librispeech import LexiconJob, Subset, plan_readings, write_tables
+from pipelines.demo.process_pool import ProcessPool
 from pipelines.demo.quesst14 import plan_search, write_scoring
 from pipelines.demo.recording import Job, Recorded, record
 from pipelines.demo.snips import plan_requests
@@ -42,7 +42,7 @@ DISTILL, LIBRISPEECH, SPEECH_COMMANDS, VOXCELEB1 = "distill", "librispeech", "sp
 FLUENT, IEMOCAP, SNIPS = "fluent", "iemocap", "snips"
 VOXCELEB1_TRIALS, LIBRIMIX, QUESST14 = "voxceleb1_trials", "librimix", "quesst14"
 CODE = [
-    "espeak", "voices", "room", "sentences", "lexicon", "recording", "librispeech", "speech_commands", "voxceleb1",
+    "espeak", "voices", "room_acoustics", "sentences", "lexicon", "recording", "librispeech", "speech_commands", "voxceleb1",
     "fluent", "iemocap", "snips", "librimix", "quesst14", "corpora",
 ]  # fmt: skip
 
@@ -167,12 +167,12 @@ def _plan(config: DemoConfig, root: Path) -> dict[str, Sequence[Job]]:
     readings = plan_readings(root / LIBRISPEECH, scored, SCORED_VARIANTS, 1001, scale, seed + 2)
     return {
         DISTILL: plan_readings(root / DISTILL, distill, TAUGHT_VARIANTS, 101, scale, seed + 1),
-        LIBRISPEECH: [*readings, Pronouncing(root / LIBRISPEECH)],
+        LIBRISPEECH: [*readings, LexiconJob(root / LIBRISPEECH)],
         SPEECH_COMMANDS: plan_keywords(
             root / SPEECH_COMMANDS, config.keyword_speakers, config.keyword_test_speakers, scale, seed + 3
         ),
         VOXCELEB1: plan_celebrities(root / VOXCELEB1, config.celebrities, config.utterances_a_video, scale, seed + 4),
-        FLUENT: plan_commanders(root / FLUENT, config.commanders, config.commands_a_speaker, scale, seed + 11),
+        FLUENT: plan_command_speakers(root / FLUENT, config.commanders, config.commands_a_speaker, scale, seed + 11),
         IEMOCAP: plan_dialogs(root / IEMOCAP, config.turns_a_dialog, scale, seed + 12),
         SNIPS: plan_requests(root / SNIPS, config.requests_a_speaker, scale, seed + 13),
         VOXCELEB1_TRIALS: plan_trials(
@@ -191,7 +191,7 @@ def _plan(config: DemoConfig, root: Path) -> dict[str, Sequence[Job]]:
 
 def _record(jobs: dict[str, Sequence[Job]], workers: int) -> None:
     total_s = sum(job.planned_s for some in jobs.values() for job in some)
-    with Booth(workers) as booth, ProgressBar("speak", total=total_s, unit="s of audio") as bar:
+    with ProcessPool(workers) as booth, ProgressBar("speak", total=total_s, unit="s of audio") as bar:
         for name, some in jobs.items():
             recorded: list[Recorded] = []
             for job, take in zip(some, booth.record(record, some), strict=True):

@@ -17,7 +17,7 @@ import espeakng_loader
 import numpy as np
 from scipy.signal import firwin, resample_poly
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.demo.voices import Voice
 
 SAMPLE_RATE_HZ = 16_000

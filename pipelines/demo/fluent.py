@@ -20,7 +20,7 @@ import numpy as np
 
 from pipelines.demo.espeak import Speaker
 from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room import draw_place, heard_in
+from pipelines.demo.room_acoustics import draw_place, heard_in
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 FOLDER = Path("fluent_speech_commands_dataset")
@@ -65,7 +65,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Commander:
+class CommandSpeaker:
     """The job of one speaker: some commands, each in a place of its own."""
 
     root: Path
@@ -102,7 +102,9 @@ def intents() -> list[tuple[Command, ...]]:
     return found
 
 
-def plan_commanders(root: Path, num_speakers: int, commands_a_speaker: int, scale: float, seed: int) -> list[Commander]:
+def plan_command_speakers(
+    root: Path, num_speakers: int, commands_a_speaker: int, scale: float, seed: int
+) -> list[CommandSpeaker]:
     """The jobs. Intents come equally often, over all speakers of a split."""
     generator = np.random.default_rng(seed)
     count = scaled(num_speakers, scale, least=4)
@@ -117,11 +119,13 @@ def plan_commanders(root: Path, num_speakers: int, commands_a_speaker: int, scal
             waiting[split] += [every[index] for index in generator.permutation(len(every))]
         asked, waiting[split] = waiting[split][:commands_a_speaker], waiting[split][commands_a_speaker:]
         commands = tuple(phrasings[int(generator.integers(len(phrasings)))] for phrasings in asked)
-        jobs.append(Commander(root, split, "".join(generator.choice(SPEAKER_LETTERS, 16)), voice, commands, job_seed))
+        jobs.append(
+            CommandSpeaker(root, split, "".join(generator.choice(SPEAKER_LETTERS, 16)), voice, commands, job_seed)
+        )
     return jobs
 
 
-def write_tables(jobs: Sequence[Commander], recorded: Sequence[Recorded]) -> None:
+def write_tables(jobs: Sequence[CommandSpeaker], recorded: Sequence[Recorded]) -> None:
     """{train,valid,test}_data.csv, with the published columns."""
     folder = jobs[0].root / FOLDER / "data"
     folder.mkdir()

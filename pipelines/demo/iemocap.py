@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.demo.espeak import Speaker
 from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room import draw_place, heard_in
+from pipelines.demo.room_acoustics import draw_place, heard_in
 from pipelines.demo.sentences import sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 

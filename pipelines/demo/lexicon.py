@@ -5,7 +5,7 @@ The result has the form of the published librispeech-lexicon.txt: 39 phones, a s
 
 from __future__ import annotations
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 # espeak-ng's en-us phones (phsource/ph_english_us) -> ARPAbet; a vowel's digit is put on afterwards.
 # Reduced vowels have no stress whatever the mark says.

@@ -17,7 +17,7 @@ import numpy as np
 from pipelines.demo.espeak import Speaker
 from pipelines.demo.lexicon import arpabet, lexicon_text
 from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room import draw_place, heard_in
+from pipelines.demo.room_acoustics import draw_place, heard_in
 from pipelines.demo.sentences import VOCABULARY, sentences
 from pipelines.demo.voices import Voice, draw_voices
 
@@ -73,7 +73,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Pronouncing:
+class LexiconJob:
     """The job that writes librispeech-lexicon.txt for the whole vocabulary."""
 
     root: Path
@@ -114,7 +114,7 @@ def plan_readings(
     ]
 
 
-def write_tables(jobs: Sequence[Reading | Pronouncing], recorded: Sequence[Recorded]) -> None:
+def write_tables(jobs: Sequence[Reading | LexiconJob], recorded: Sequence[Recorded]) -> None:
     """SPEAKERS.TXT and CHAPTERS.TXT beside the subsets, with the published columns."""
     readings = [(job, take) for job, take in zip(jobs, recorded, strict=True) if isinstance(job, Reading)]
     speakers = [";ID  |SEX| SUBSET           |MINUTES| NAME\n"]

@@ -20,7 +20,7 @@ from scipy.signal import resample_poly
 
 from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
 from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room import draw_place, heard_in
+from pipelines.demo.room_acoustics import draw_place, heard_in
 from pipelines.demo.sentences import ADJECTIVES, NOUNS, sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 

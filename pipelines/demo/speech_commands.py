@@ -16,7 +16,7 @@ import numpy as np
 
 from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
 from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room import coloured_noise, draw_place, heard_in
+from pipelines.demo.room_acoustics import coloured_noise, draw_place, heard_in
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
 from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room import draw_microphone, draw_place, heard_in, through_microphone
+from pipelines.demo.room_acoustics import draw_microphone, draw_place, heard_in, through_microphone
 from pipelines.demo.sentences import sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 

@@ -23,9 +23,9 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from extract.errors import RetortError, unknown
-from extract.files import check_out, written_aside
-from extract.params import read_params
+from extract.base.errors import RetortError, unknown
+from extract.base.files import check_out, written_aside
+from extract.base.params import read_params
 
 _FOLDER = Path(__file__).parent
 

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from extract.base.errors import RetortError, unknown
+from extract.base.files import check_out, in_main_tree
+from extract.base.progress import ProgressBar
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
-from extract.errors import RetortError, unknown
-from extract.files import check_out, in_main_tree
-from extract.progress import ProgressBar
 from pipelines.readers.decode import Bad, Decoded, TooLong, decode
 from pipelines.readers.fluent import read_fluent
 from pipelines.readers.folder import read_folder

@@ -25,8 +25,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
-from extract.errors import RetortError
 from pipelines.readers.headers import Header, Patched, read_header
 from pipelines.readers.silence import without_silence
 from pipelines.readers.source import Source

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from extract.checks import is_plain
-from extract.errors import RetortError
+from extract.base.errors import RetortError
+from extract.base.validate import is_plain
 from pipelines.readers.source import ReaderOptions, Source, layout_error, listed_file, read_table
 
 

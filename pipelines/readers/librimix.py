@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.readers.source import ReaderOptions, Source, check_any_there, layout_error, read_lines
 
 

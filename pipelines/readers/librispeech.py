@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.readers.source import (
     ReaderOptions,
     Source,

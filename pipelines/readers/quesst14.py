@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.readers.source import ReaderOptions, Source, check_any_there, layout_error, read_lines, visible
 
 LANGUAGE = "nnenglish"

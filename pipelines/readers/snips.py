@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.readers.source import ReaderOptions, Source, audio_file, layout_error, read_lines
 
 

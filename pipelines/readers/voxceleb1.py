@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 from pipelines.readers.source import (
     ReaderOptions,
     Source,

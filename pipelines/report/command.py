@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from evaluate.corpora import corpus_of_tasks
-from extract.errors import RetortError
-from extract.files import check_out
-from extract.params import parse, read_params, read_section
+from extract.base.errors import RetortError
+from extract.base.files import check_out
+from extract.base.params import parse, read_params, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,8 +90,8 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
     """Read, measure, print, write. Raises RetortError naming the stage that makes what is missing."""
     from rich.console import Console
 
+    from extract.base.files import write_json, written_aside
     from extract.corpus import Corpus
-    from extract.files import write_json, written_aside
     from pipelines.report.graph import read_stages
     from pipelines.report.markdown import render_markdown
     from pipelines.report.page import render_page

@@ -15,7 +15,7 @@ from typing import Any
 
 import networkx as nx
 
-from extract.errors import RetortError
+from extract.base.errors import RetortError
 
 BOX_HEIGHT, ROW_HEIGHT = 34, 62
 LETTER, PADDING, GAP, LANE = (

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluate.score import Score, check_sizes, gather, summarise, without_scale
-from extract.errors import RetortError
-from extract.files import read_json
+from extract.base.errors import RetortError
+from extract.base.files import read_json
 
 Kind = Literal["teacher", "student", "baseline"]
 TEACHER, BASELINE = "teacher", "fbank"
@@ -100,7 +100,7 @@ class Upstream:
 
     name: str
     kind: Kind
-    source: str  # folder or hub id, as `extract.upstream` finds it
+    source: str  # folder or hub id, as `extract.upstream.card` finds it
     revision: str | None
     scores: dict[str, TaskScore]
     training: Training | None

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.errors import RetortError
-from extract.store import StoreReader
+from extract.store.reader import StoreReader
 from pipelines.report.results import TEACHER
 
 NUM_UTTERANCES, FRAMES_EACH = 32, 128

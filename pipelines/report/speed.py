@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from extract.base.errors import RetortError
+from extract.base.files import read_json
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.errors import RetortError
-from extract.files import read_json
-from extract.upstream import find_upstream
+from extract.upstream.card import find_upstream
 from pipelines.machine import describe_machine
 from pipelines.macs import count_macs
 from pipelines.report.results import Upstream
 
 if TYPE_CHECKING:  # the module imports torch, which only a measurement needs
-    from extract.forward import Upstream as LoadedUpstream
+    from extract.upstream.forward import Upstream as LoadedUpstream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def choose_waveforms(corpus: Corpus, split: str, audio_seconds: float) -> list[N
 
 
 def _load(upstream: Upstream) -> "LoadedUpstream":
-    from extract.forward import load_upstream
+    from extract.upstream.forward import load_upstream
 
     card = find_upstream(upstream.source, revision=upstream.revision, name=upstream.name)
     ours = upstream.kind == "student" and card.folder is not None and _is_ours(card.folder)

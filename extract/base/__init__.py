@@ -1,0 +1,1 @@
+"""Errors, files, configuration and progress: shared by all rooms."""

@@ -1,0 +1,1 @@
+"""The feature store: its format, written and read with numpy and zarr alone."""

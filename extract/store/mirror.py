@@ -1,0 +1,184 @@
+"""`python -m extract mirror M.json NEWROOT`: copy a finished store to another root, checked and resumable.
+
+Every object that is read is checked against its sha256 in the manifest before it counts. What is written to a folder
+is checked there and renamed into place. What is written to a URL is checked by size, against a fresh listing at the
+end; on the way, S3 itself refuses an upload whose checksum differs. `extract verify` on the new manifest reads every
+byte back, at the price of a download.
+
+A shard's objects go first, its card (`shards/NNNNN.json`, their digests) after them, the manifest last. So a mirror
+that was killed goes on: in a folder what has the right digest is skipped, at a URL what a card there vouches for.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from extract.base.errors import RetortError
+from extract.base.files import check_out, json_text, parse_json, write_json, writing_in, written_aside
+from extract.base.progress import ProgressBar
+from extract.store.location import (
+    Expected,
+    LocalLocation,
+    Place,
+    RemoteLocation,
+    check_bytes,
+    root_text,
+    staging_folder,
+)
+from extract.store.reader import MANIFEST_NAME, Manifest, card_name, check_sizes
+
+_AT_ONCE = 4  # parts under way; a single connection to an object store is slower than the line
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """What a mirror did: the manifest of the new root, where the store lies, and how much had to be copied."""
+
+    manifest: Manifest
+    place: Place
+    copied_objects: int
+    copied_bytes: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Objects that are copied in a row, and the card that then vouches for them, if they are a shard's."""
+
+    names: tuple[str, ...]
+    card: str | None = None
+
+
+def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mirrored:
+    """Copy the store of `manifest` below `root` and write the new root's manifest there and to `new_manifest`.
+
+    Raises RetortError for a store that is incomplete or damaged, a root that is the old one or holds another store of
+    the same name, and a place that can't be reached or written.
+    """
+    if new_manifest:
+        check_out(new_manifest, "--manifest")
+    old = Manifest.read(manifest)
+    new = replace(old, store={"root": root_text(root), "path": old.store["path"]})
+    source, target = old.place, new.place
+    check_sizes(old.objects, source, source=manifest)
+    _refuse(source, target, old)
+    with _alone_in(target), ProgressBar("mirror", total=_megabytes(old, old.objects), unit="MB") as bar:
+        missing = _copy(old, source, target, bar)
+    check_sizes(new.objects, new.place, source=manifest)
+    target.write(MANIFEST_NAME, json_text(new.to_dict()).encode())
+    if new_manifest:
+        write_json(new_manifest, new.to_dict())
+        _copy_seed(manifest, new_manifest)
+    return Mirrored(new, target, len(missing), sum(old.objects[name][0] for name in missing))
+
+
+def _refuse(source: Place, target: Place, manifest: Manifest) -> None:
+    """Raises RetortError for a target that is the source, or holds a finished store of the same name, other bytes."""
+    same = (
+        source.folder.resolve() == target.folder.resolve()
+        if isinstance(source, LocalLocation) and isinstance(target, LocalLocation)
+        else source == target
+    )
+    if same:
+        raise RetortError(f"NEWROOT: the store already lies at {target}; give another root")
+    if target.size(MANIFEST_NAME) is not None:
+        there = parse_json(target.read(MANIFEST_NAME), where=f"{target}/{MANIFEST_NAME}").get("digest")
+        if there != manifest.digest:
+            raise RetortError(
+                f"NEWROOT: {target} holds a store of the same name with other bytes (digest {str(there)[:12]}, "
+                f"not {manifest.digest[:12]}); delete it or give another root"
+            )
+
+
+def _copy(manifest: Manifest, source: Place, target: Place, bar: ProgressBar) -> list[str]:
+    """Copy what is missing, several parts at once; return the names of what was copied."""
+    parts = [_Part(tuple(objects), card) for card, objects in _cards(manifest, source).items()]
+    of_shards = {name for part in parts for name in part.names}
+    parts += [_Part((name,)) for name in manifest.objects if name not in of_shards]
+    there = _there(manifest, target)
+    bar.advance(_megabytes(manifest, there), detail="there already")
+    copied: list[str] = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        futures = [pool.submit(_copy_part, manifest, source, target, part, there) for part in parts]
+        try:
+            for future in as_completed(futures):
+                copied += (names := future.result())
+                bar.advance(_megabytes(manifest, names))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return copied
+
+
+def _cards(manifest: Manifest, place: Place) -> dict[str, dict[str, list[object]]]:
+    """The cards at a place that speak of this store's bytes: name -> objects. Others are of no use here."""
+    names = [name for shard in range(manifest.plan["num_shards"]) if place.size(name := card_name(shard)) is not None]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        cards = zip(names, pool.map(place.read, names), strict=True)
+        read = {name: parse_json(data, where=f"{place}/{name}").get("objects") for name, data in cards}
+    return {
+        name: objects
+        for name, objects in read.items()
+        if isinstance(objects, dict) and all(manifest.objects.get(one) == value for one, value in objects.items())
+    }
+
+
+def _there(manifest: Manifest, target: Place) -> set[str]:
+    """The objects that the target has already, with the right bytes as far as it can say without sending them."""
+    right_size = {name for name, (size, _) in manifest.objects.items() if target.size(name) == size}
+    if isinstance(target, LocalLocation):
+        return {name for name in right_size if target.sha256(name) == manifest.objects[name][1]}
+    if target.size(MANIFEST_NAME) is not None:  # of the same digest, or it would have been refused
+        return right_size
+    return right_size & {name for objects in _cards(manifest, target).values() for name in objects}
+
+
+def _copy_part(manifest: Manifest, source: Place, target: Place, part: _Part, there: set[str]) -> list[str]:
+    names = [name for name in part.names if name not in there]
+    for name in names:
+        _copy_object(source, target, name, manifest.objects[name])
+    if part.card and (names or target.size(part.card) != source.size(part.card)):
+        target.write(part.card, source.read(part.card))
+    return names
+
+
+def _copy_object(source: Place, target: Place, name: str, expected: Expected) -> None:
+    if isinstance(target, LocalLocation):
+        source.fetch(name, target.folder / name, expected)
+    elif isinstance(source, LocalLocation):
+        check_bytes(source.folder / name, expected, what=f"{source}/{name}")
+        target.put(source.folder / name, name)
+    else:
+        with staging_folder() as folder:
+            source.fetch(name, folder / "object", expected)
+            target.put(folder / "object", name)
+
+
+@contextmanager
+def _alone_in(target: Place) -> Iterator[None]:
+    """One mirror at a time into a folder: a second one waits and finds its work done. At a URL two do no harm."""
+    if isinstance(target, RemoteLocation):
+        yield
+        return
+    try:
+        target.folder.mkdir(parents=True, exist_ok=True)
+        lock = (target.folder / ".lock").open("w")
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise RetortError(f"NEWROOT: can't write to the folder {target} ({error.strerror})") from None
+    with lock, writing_in(target.folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _copy_seed(manifest: Path, new_manifest: Path) -> None:
+    """The teacher's first weights travel with the manifest: students look for them beside it."""
+    old, new = (path.with_suffix(".seed.safetensors") for path in (manifest, new_manifest))
+    if old.is_file() and old.resolve() != new.resolve():
+        with written_aside(new) as aside:
+            shutil.copyfile(old, aside)
+
+
+def _megabytes(manifest: Manifest, names: Iterable[str]) -> float:
+    return float(sum(manifest.objects[name][0] for name in names)) / 1e6

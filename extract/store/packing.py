@@ -1,0 +1,118 @@
+"""Utterances -> packs -> shards, from lengths alone.
+
+A pack is a fixed number of frames that holds whole utterances of similar length: one nearly padding-free micro-batch
+and one contiguous read per layer. A shard is a whole number of packs: the unit of work, resumption and verification.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.base.errors import RetortError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every utterance lies. Arrays are int64 (utterances,), in corpus order; `pack` is -1 for a dropped one."""
+
+    pack_frames: int
+    shard_packs: int
+    pack: NDArray[np.int64]
+    first_frame: NDArray[np.int64]
+    num_frames: NDArray[np.int64]
+
+    @property
+    def num_packs(self) -> int:
+        return int(self.pack.max(initial=-1)) + 1
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_packs // self.shard_packs)
+
+    def packs_of(self, shard: int) -> range:
+        """The packs of a shard; the last shard may be short."""
+        first = shard * self.shard_packs
+        return range(first, min(first + self.shard_packs, self.num_packs))
+
+    @cached_property
+    def by_pack(self) -> list[NDArray[np.int64]]:
+        """For every pack its utterances' corpus indices, in order of first frame."""
+        return group_by_pack(self.pack, self.first_frame, self.num_packs)
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest records of the plan."""
+        return {
+            "pack_frames": self.pack_frames,
+            "shard_packs": self.shard_packs,
+            "num_packs": self.num_packs,
+            "num_shards": self.num_shards,
+            "num_frames": int(self.num_frames[self.pack >= 0].sum()),
+        }
+
+
+def group_by_pack(pack: NDArray[np.int64], first_frame: NDArray[np.int64], num_packs: int) -> list[NDArray[np.int64]]:
+    """For every pack the indices of its utterances, in order of first frame."""
+    order = np.lexsort((first_frame, pack))
+    order = order[pack[order] >= 0]
+    return np.split(order, np.searchsorted(pack[order], np.arange(1, num_packs)))
+
+
+def spread_packs(num_packs: int, count: int) -> NDArray[np.int64]:
+    """`count` packs (or all, if there are fewer), one from the middle of each equal part of the plan, in order.
+
+    Packs go from the longest utterances to the shortest, so these stand for all lengths alike.
+    """
+    count = min(count, num_packs)
+    return (np.arange(count, dtype=np.int64) * 2 + 1) * num_packs // max(1, 2 * count)
+
+
+def count_frames(num_samples: NDArray[np.int64], *, hop_samples: int, receptive_samples: int) -> NDArray[np.int64]:
+    """Frames of utterances, int64: frame t covers samples [hop t, hop t + receptive)."""
+    return np.maximum((num_samples - receptive_samples) // hop_samples + 1, 0)
+
+
+def pack_utterances(
+    num_frames: NDArray[np.int64],
+    *,
+    ids: Sequence[str],
+    pack_frames: int,
+    shard_packs: int,
+    drop_long: bool = False,
+    drop_short: bool = False,
+) -> Plan:
+    """Sort utterances by length, longest first, and fill pack after pack: deterministic.
+
+    num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame unless `drop_short`, and for
+    one longer than a pack unless `drop_long`.
+    """
+    for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
+        if not 1 <= count < 1 << 53:
+            raise RetortError(f"{option} {count}: expected at least 1, and a number that a machine can count to")
+    if len(empty := np.flatnonzero(num_frames < 1)) and not drop_short:
+        raise RetortError(
+            f"utterance {ids[empty[0]]!r} is too short for one frame of this upstream ({len(empty)} such); "
+            "drop them with --drop-short"
+        )
+    if len(long := np.flatnonzero(num_frames > pack_frames)) and not drop_long:
+        worst = long[np.argmax(num_frames[long])]
+        raise RetortError(
+            f"utterance {ids[worst]!r} has {num_frames[worst]} frames, a pack holds {pack_frames} ({len(long)} such); "
+            f"use --pack-frames {num_frames[worst]} or drop them with --drop-long"
+        )
+    order = np.argsort(-num_frames, kind="stable")
+    order = order[(num_frames[order] <= pack_frames) & (num_frames[order] >= 1)]
+    ends = np.cumsum(num_frames[order], dtype=np.int64)  # as if all utterances lay end to end
+    starts = [0]  # every pack's first utterance in `order`
+    while starts[-1] < len(order):
+        filled = ends[starts[-1] - 1] if starts[-1] else 0
+        starts.append(int(np.searchsorted(ends, filled + pack_frames, side="right")))
+    pack = np.full(len(num_frames), -1, dtype=np.int64)
+    pack[order] = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    before = ends - num_frames[order]
+    first_frame = np.zeros(len(num_frames), dtype=np.int64)
+    first_frame[order] = before - before[starts[:-1]][pack[order]]
+    return Plan(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))

@@ -1,0 +1,1 @@
+"""Upstreams: teachers, students and filter banks, identified, loaded and run."""

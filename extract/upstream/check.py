@@ -1,0 +1,239 @@
+"""The check of an upstream when it is loaded: a few seconds of noise, on the device and in the precision of the run.
+
+1. Every hidden state is there, finite, of the shape that config.json states, with one frame a hop; the model's own
+   formula of frames agrees. The same input gives the same output twice.
+2. A padded batch of utterances of three lengths gives each of them what it gets alone. Where it does not, utterances
+   are run one by one, without padding: always exact, and slower. The measured error stands in the manifest.
+
+The bounds of step 2, for each utterance and layer, with the error taken against the utterance alone:
+
+    norm of the error <= bound x norm of the layer     catches a leak in a layer of small values
+    each error <= bound x (max(1, rms) + |value|)      fp32 alone; rms: the layer's root mean square. The design's 1e-4,
+                                                       relative where values are large, as fp32's own rounding is
+
+In fp32 the bound is 1e-4: another shape of a batch changes the norm by about 1e-6, a leak changes it by 1e-3 and more.
+Rounding in 16 bits hides small leaks, so fp32 is measured first whatever the precision of the run is, and the bound of
+16 bits is one that only values that overflow or belong elsewhere exceed.
+Shapes: B batch, T frames, D features, C channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.base.errors import RetortError
+from extract.corpus import SAMPLE_RATE_HZ
+from extract.store.packing import count_frames
+
+if TYPE_CHECKING:
+    from extract.upstream.forward import Transformer
+
+BOUND = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.3}  # of a padded batch against each utterance alone
+_PROBED_S = (0.5, 0.2, 0.0)
+_FEWEST_FRAMES = (12, 5, 1)  # of the three, whatever the hop is; the last has one
+_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+_WIDER = {
+    "fp16": "float16 ends at 65504, give --dtype bf16 or --dtype fp32",
+    "bf16": "give --dtype fp32",
+    "fp32": "its weights are damaged or not those of its config.json, download or train it again",
+}
+
+
+def check_upstream(upstream: "Transformer", name: str, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Check a loaded upstream, of its values those of `layers` (None: all); return how it batches, for the manifest.
+
+    `mode` is "padded" or "single" (one by one), the errors are those of a padded batch: `max_abs_error` and
+    `relative_error` (of the norm) over the layers and in `layers` by layer, None where there is no number.
+    Raises RetortError for an upstream whose hidden states are not what its config.json states.
+    """
+    _check_formula(upstream, name)
+    kept = [layer for layer in range(upstream.num_layers) if layers is None or layer in layers]
+    probes = _probes(upstream)
+    with _in_fp32(upstream):
+        alone = _check_alone(upstream, name, probes, kept, dtype="fp32")
+        batching = _measure(upstream, probes, alone, kept, dtype="fp32")
+    if upstream.dtype != "fp32":
+        alone = _check_alone(upstream, name, probes, kept, dtype=upstream.dtype)
+        if batching["mode"] == "padded":
+            batching = _measure(upstream, probes, alone, kept, dtype=upstream.dtype)
+    return batching
+
+
+def _probes(upstream: "Transformer") -> list[NDArray[np.float32]]:
+    """Noise and a tone, of three lengths that are no whole number of hops but for the shortest, which has one frame."""
+    generator = np.random.default_rng(0)
+    probes = []
+    for seconds, fewest in zip(_PROBED_S, _FEWEST_FRAMES, strict=True):
+        hops = max(fewest, int(seconds * SAMPLE_RATE_HZ) // upstream.hop_samples) - 1
+        num_samples = (
+            upstream.receptive_samples + hops * upstream.hop_samples + (upstream.hop_samples // 2 if hops else 0)
+        )
+        time_s = np.arange(num_samples) / SAMPLE_RATE_HZ
+        tone = np.sin(2 * np.pi * 220 * time_s) * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * time_s))
+        probes.append((0.1 * tone + 0.05 * generator.standard_normal(num_samples)).astype(np.float32))
+    return probes
+
+
+@contextmanager
+def _in_fp32(upstream: "Transformer") -> Iterator[None]:
+    """IEEE fp32 inside, whatever the run's precision: TF32 convolutions would round as other shapes do not."""
+    autocast, on_cuda = upstream.autocast, torch.device(upstream.device).type == "cuda"
+    tf32 = on_cuda and torch.backends.cudnn.allow_tf32
+    upstream.autocast = None
+    if tf32:
+        torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        upstream.autocast = autocast
+        if tf32:
+            torch.backends.cudnn.allow_tf32 = True
+
+
+def _check_formula(upstream: "Transformer", name: str) -> None:
+    """The frames that the model itself expects of a waveform are those that the manifest and every reader count."""
+    formula = getattr(upstream.model, "_get_feat_extract_output_lengths", None)
+    if formula is None:
+        return  # a student: its frames are counted where it runs
+    hop, receptive = upstream.hop_samples, upstream.receptive_samples
+    num_samples = np.array([receptive, receptive + hop - 1, receptive + hop, 16_000, 160_001, 1_000_003])
+    expected = count_frames(num_samples, hop_samples=hop, receptive_samples=receptive)
+    try:
+        found = np.asarray(formula(torch.from_numpy(num_samples)))
+    except _FAILURES as error:
+        raise _unusable(name, "its formula of frames fails", error) from None
+    if found.shape != expected.shape or (odd := np.flatnonzero(found != expected)).size:
+        place = 0 if found.shape != expected.shape else odd[0]
+        raise _other_frames(name, int(num_samples[place]), found.ravel()[place], int(expected[place]), hop)
+
+
+_States = list[dict[int, NDArray[np.float32]]]  # by probe and kept layer (T, D)
+
+
+def _check_alone(
+    upstream: "Transformer", name: str, probes: list[NDArray[np.float32]], kept: list[int], *, dtype: str
+) -> _States:
+    """The states of each probe alone, once they are of the right shapes, finite and the same twice."""
+    found: _States = []
+    for probe in [*probes, probes[1]]:
+        try:
+            states_1TD = upstream.forward([probe])
+        except _FAILURES as error:
+            raise _unusable(name, f"its forward pass fails on {len(probe)} samples", error) from None
+        _check_shapes(upstream, name, len(probe), states_1TD)
+        found.append({layer: _on_cpu(states_1TD[layer][0]) for layer in kept})
+    again = found.pop()
+    for probe, states_TD in zip(probes, found, strict=True):
+        if odd := [layer for layer in kept if not np.isfinite(states_TD[layer]).all()]:
+            below = "" if odd[0] == kept[0] else f", or keep --layers below {odd[0]}"
+            raise RetortError(
+                f"upstream {name}: layer {odd[0]} is not finite on {len(probe) / SAMPLE_RATE_HZ:.2f} s of noise in "
+                f"{dtype}; {_WIDER[dtype]}{below}"
+            )
+    on_cpu = torch.device(upstream.device).type == "cpu"  # elsewhere sums may be made in any order
+    for layer in kept:
+        pair = found[1][layer], again[layer]
+        if not (np.array_equal(*pair) if on_cpu else _Gap(*pair).fits(dtype)):
+            cause = (
+                "its code draws random numbers though it is in eval mode; correct that code (dropout, masking, dither)"
+                if dtype == "fp32"
+                else f"this device's {dtype} is not reproducible, while its fp32 is; give --dtype fp32"
+            )
+            raise RetortError(f"upstream {name}: layer {layer} differs between two runs on the same input: {cause}")
+    return found
+
+
+def _check_shapes(upstream: "Transformer", name: str, num_samples: int, states_1TD: list[Tensor]) -> None:
+    if len(states_1TD) != upstream.num_layers:
+        raise RetortError(
+            f"upstream {name} gave {len(states_1TD)} hidden states, expected {upstream.num_layers}, one more than the "
+            "num_hidden_layers of its config.json; config and code are not of one model"
+        )
+    (expected,) = upstream.num_frames([np.zeros(num_samples, dtype=np.float32)])
+    for layer, state_1TD in enumerate(states_1TD):
+        shape = tuple(getattr(state_1TD, "shape", ()))
+        if len(shape) != 3 or shape[0] != 1 or shape[2] != upstream.dim:
+            raise RetortError(
+                f"upstream {name}: layer {layer} is of shape {shape}, expected (1, frames, {upstream.dim}) as the "
+                "hidden_size of its config.json has it; config and code are not of one model"
+            )
+        if shape[1] != expected:
+            raise _other_frames(name, num_samples, shape[1], expected, upstream.hop_samples)
+
+
+def _measure(
+    upstream: "Transformer", probes: list[NDArray[np.float32]], alone: _States, kept: list[int], *, dtype: str
+) -> dict[str, Any]:
+    """The errors of a padded batch of the probes, and the mode that follows from them."""
+    gaps: dict[int, list[_Gap]] = {}
+    try:
+        states_BTD = upstream.forward(probes)
+        for layer in kept:
+            padded_BTD = _on_cpu(states_BTD[layer])
+            own = [states_TD[layer] for states_TD in alone]
+            gaps[layer] = [_Gap(own_TD, padded_BTD[row, : len(own_TD)]) for row, own_TD in enumerate(own)]
+    except _FAILURES:
+        gaps = {}  # alone it runs
+    of_all = [gap for of_layer in gaps.values() for gap in of_layer]
+    return {
+        "mode": "padded" if gaps and all(gap.fits(dtype) for gap in of_all) else "single",
+        "dtype": dtype,
+        "bound": BOUND[dtype],
+        **_figures(of_all),
+        "layers": {str(layer): _figures(of_layer) for layer, of_layer in gaps.items()},
+    }
+
+
+class _Gap:
+    """Errors of one layer of an utterance, in a padded batch or run again, against the utterance alone."""
+
+    def __init__(self, alone_TD: NDArray[np.float32], other_TD: NDArray[np.float32]) -> None:
+        own_TD = alone_TD.astype(np.float64)
+        error_TD = np.abs(other_TD - own_TD)
+        norm = float(np.linalg.norm(own_TD))
+        root_mean_square = norm / own_TD.size**0.5
+        self.max_abs = float(error_TD.max())
+        self.relative = float(np.linalg.norm(error_TD)) / max(norm, 1e-30)
+        self.scaled = float((error_TD / (max(1.0, root_mean_square) + np.abs(own_TD))).max())
+
+    def fits(self, dtype: str) -> bool:
+        # A comparison with NaN is false: NaN does not fit.
+        return self.relative <= BOUND[dtype] and (dtype != "fp32" or self.scaled <= BOUND[dtype])
+
+
+def _figures(gaps: list[_Gap]) -> dict[str, float | None]:
+    """The largest errors for the manifest, two digits; None where one is not a number."""
+    worst = {
+        "max_abs_error": [gap.max_abs for gap in gaps],
+        "relative_error": [gap.relative for gap in gaps],
+    }
+    return {
+        name: float(f"{max(values):.2g}") if values and np.isfinite(values).all() else None
+        for name, values in worst.items()
+    }
+
+
+def _on_cpu(state: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = state.float().cpu().numpy()
+    return values
+
+
+def _other_frames(name: str, num_samples: int, found: object, expected: int, hop_samples: int) -> RetortError:
+    return RetortError(
+        f"upstream {name} has {found} frames for {num_samples} samples, expected {expected} (one every {hop_samples} "
+        "samples, the product of its config.json's conv_stride); features of other frames can't be stored, give "
+        "another upstream"
+    )
+
+
+def _unusable(name: str, what: str, error: BaseException) -> RetortError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return RetortError(
+        f"upstream {name}: {what} ({reason}); expected `hidden_states` and `last_hidden_state` of `input_values` and "
+        "`attention_mask`, as the models of transformers have it"
+    )

@@ -1,0 +1,167 @@
+"""Stage one on Dask: the same bytes as one process makes, whatever happens to workers and cluster."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from extract.base.errors import RetortError
+from extract.corpus import Corpus, write_corpus
+from extract.run import Settings, extract
+from extract.store.reader import Manifest
+from tests.conftest import noise_utterances
+from tests.processes import Command, run_command
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("long")
+    write_corpus(
+        folder / "long.h5", name="long", reader="folder", utterances=noise_utterances(60, seed=1, shortest=15_000)
+    )
+    return Corpus.open(folder / "long.json")
+
+
+@pytest.fixture
+def settings(teacher: Path, long_corpus: Corpus, tmp_path: Path) -> Settings:
+    return Settings(
+        upstream=str(teacher),
+        corpus=long_corpus.path,
+        store=tmp_path / "alone",
+        manifest=tmp_path / "alone.json",
+        pack_frames=128,
+        shard_packs=2,
+        threads=1,
+    )
+
+
+def elsewhere(settings: Settings, name: str, **changes: object) -> Settings:
+    folder = settings.manifest.parent
+    return replace(settings, store=folder / name, manifest=folder / f"{name}.json", **changes)  # type: ignore[arg-type]
+
+
+def command(settings: Settings) -> list[str]:
+    return [
+        *("extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
+        *("--store", str(settings.store), "--manifest", str(settings.manifest), "--threads", str(settings.threads)),
+        *("--pack-frames", str(settings.pack_frames), "--shard-packs", str(settings.shard_packs)),
+        *(["--scheduler", settings.scheduler] if settings.scheduler else ["--workers", str(settings.workers)]),
+    ]
+
+
+class Cluster:
+    """A scheduler and its workers, each a process of its own, as on real machines."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.address_file = folder / "scheduler.json"
+        self.processes = [self._start("scheduler", "--port", "0", "--dashboard-address", ":0", "--scheduler-file")]
+        for _ in range(workers):
+            self.add_worker()
+
+    def _start(self, *arguments: str) -> Command:
+        return Command("dask", *arguments, str(self.address_file))
+
+    def add_worker(self) -> None:
+        self.processes.append(
+            self._start("worker", "--nthreads", "2", "--no-dashboard", "--no-nanny", "--scheduler-file")
+        )
+
+    @property
+    def address(self) -> str:
+        import json
+
+        while not self.address_file.is_file():
+            time.sleep(0.05)
+        while True:
+            try:
+                return str(json.loads(self.address_file.read_text())["address"])
+            except json.JSONDecodeError:  # being written at this moment
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path, workers=2)
+    yield made
+    made.stop()
+
+
+def finished_shards(settings: Settings) -> list[Path]:
+    return sorted(settings.store.glob("*/*/shards/*.json"))
+
+
+def wait_for_shards(settings: Settings, count: int, process: Command) -> None:
+    while len(finished_shards(settings)) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def start(settings: Settings) -> Command:
+    return Command(*command(settings))
+
+
+def test_two_workers_write_what_one_process_writes(settings: Settings) -> None:
+    alone, _ = extract(settings)
+    shared = elsewhere(settings, "shared", workers=2)
+    run = run_command(*command(shared), check=True)
+    together = Manifest.read(shared.manifest)
+    assert together.objects == alone.objects
+    assert together.digest == alone.digest
+    assert together.threads == alone.threads == 1
+    assert run.stderr.splitlines()[-1].startswith("extract teacher0 on long:")  # progress, nothing of Dask's
+
+
+def test_a_worker_killed_in_mid_shard_loses_nothing(settings: Settings, cluster: Cluster) -> None:
+    alone, _ = extract(settings)
+    shared = elsewhere(settings, "killed", scheduler=cluster.address)
+    process = start(shared)
+    wait_for_shards(shared, 2, process)
+    os.kill(cluster.processes[-1].pid, signal.SIGKILL)
+    assert process.wait(timeout=120) == 0, process.communicate()
+    process.communicate()
+    assert Manifest.read(shared.manifest).digest == alone.digest
+
+
+def test_a_cluster_that_dies_costs_unfinished_shards_alone(
+    settings: Settings, cluster: Cluster, tmp_path: Path
+) -> None:
+    alone, _ = extract(settings)
+    shared = elsewhere(settings, "restarted", scheduler=cluster.address)
+    process = start(shared)
+    wait_for_shards(shared, 3, process)
+    cluster.stop()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: the Dask cluster")
+    assert "Traceback" not in errors
+    assert not shared.manifest.exists()
+    before = {path: path.stat().st_mtime_ns for path in finished_shards(shared)}
+    assert before
+    (tmp_path / "scheduler.json").unlink()
+    again = Cluster(tmp_path, workers=1)
+    try:
+        extract(replace(shared, scheduler=again.address))
+    finally:
+        again.stop()
+    assert Manifest.read(shared.manifest).digest == alone.digest
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_errors_of_a_worker_are_one_line(settings: Settings, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extract.base.dask_pool._CONNECT_S", 1)
+    wrong = elsewhere(settings, "wrong", scheduler=cluster.address, layers=(99,))
+    with pytest.raises(RetortError, match="has no layer 99; it has 0 to 4"):
+        extract(wrong)
+    with pytest.raises(RetortError, match="no Dask scheduler answers there"):
+        extract(elsewhere(settings, "nowhere", scheduler="tcp://127.0.0.1:9"))
+    with pytest.raises(RetortError, match="give one of them"):
+        elsewhere(settings, "both", workers=1, scheduler="tcp://127.0.0.1:9")

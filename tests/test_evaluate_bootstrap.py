@@ -1,0 +1,118 @@
+"""Bootstrap intervals against scipy's, and against measuring the drawn utterances themselves."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import roc_curve
+
+from evaluate.bootstrap import Counts, Measured, describe_intervals, interval, mean_of, rate
+from evaluate.metrics import accuracy, token_error_rate
+
+said = st.lists(st.sampled_from("ABC"), max_size=6)
+drawn = st.lists(
+    st.tuples(said, st.lists(st.sampled_from("ABC"), min_size=1, max_size=6), st.integers(0, 3)), min_size=1
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn)
+def test_measuring_again_is_measuring_the_drawn_utterances(rows: list[tuple[list[str], list[str], int]]) -> None:
+    hypotheses, references, counts = map(list, zip(*rows, strict=True))
+    if not sum(counts):
+        counts[0] = 1
+    taken = [index for index, count in enumerate(counts) for _ in range(count)]
+    rates = token_error_rate(hypotheses, references)
+    assert rates.again(np.array(counts)) == token_error_rate(
+        [hypotheses[index] for index in taken], [references[index] for index in taken]
+    )
+    lengths = [len(text) for text in hypotheses], [len(text) for text in references]
+    hits = accuracy(*lengths)
+    assert hits.again(np.array(counts)) == pytest.approx(accuracy(*([one[i] for i in taken] for one in lengths)))
+
+
+def test_intervals_are_scipys() -> None:
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, 30, 150)
+    edits = generator.binomial(lengths, generator.beta(2, 6, 150))
+    low, high = interval(rate(edits, lengths))
+    independent = stats.bootstrap(
+        (edits, lengths),
+        lambda over, under, axis: 100 * over.sum(axis) / under.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        rng=generator,
+    ).confidence_interval
+    width = independent.high - independent.low
+    assert low == pytest.approx(independent.low, abs=0.06 * width)
+    assert high == pytest.approx(independent.high, abs=0.06 * width)
+
+
+def test_an_accuracys_interval_is_as_wide_as_the_binomial_one() -> None:
+    low, high = interval(accuracy([1] * 340 + [0] * 60, [1] * 400))
+    assert high - low == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.85 * 0.15 / 400), rel=0.06)
+    assert low < 85 < high
+
+
+def test_the_same_scores_have_the_same_interval() -> None:
+    first, second = (interval(accuracy([1, 2, 3, 3, 1] * 9, [1, 2, 2, 3, 1] * 9)) for _ in range(2))
+    assert first == second
+    assert interval(accuracy([1], [1])) == (100, 100)
+
+
+def test_a_measured_value_is_a_number() -> None:
+    value = accuracy([1, 1, 0], [1, 1, 1])
+    assert value == 100 * 2 / 3 and f"{value:.1f}" == "66.7"
+    assert json.dumps({"acc": value}) == json.dumps({"acc": 100 * 2 / 3})
+    assert type(value + 0) is float
+
+
+def test_a_metric_that_pairs_utterances_is_drawn_by_its_own_units() -> None:
+    """An equal error rate over speakers: a trial counts as often as its two speakers were drawn together."""
+    generator = np.random.default_rng(1)
+    enrolled, tested = (generator.integers(0, 12, 600) for _ in range(2))
+    same = enrolled == tested
+    scores = same * 1.5 + generator.normal(size=600)
+
+    def again(counts: Counts) -> float:
+        weights = np.where(same, counts[enrolled], counts[enrolled] * counts[tested])
+        if not (weights[same].any() and weights[~same].any()):
+            return float("nan")
+        false, true, _ = roc_curve(same, scores, sample_weight=weights)
+        return 100 * float(false[np.nanargmin(np.abs(1 - true - false))])
+
+    measured = Measured(again, 12, "speakers")
+    low, high = interval(measured)
+    assert 0 < low < measured < high < 50
+    assert describe_intervals({"eer": measured}, "eer")["of"] == "speakers"
+
+
+def test_resamples_without_a_metric_are_left_out() -> None:
+    # Drawn with replacement, a fifth of the resamples miss the one reference that has a token.
+    low, high = interval(rate([0, 1, 0], [0, 2, 0]))
+    assert low == high == 50
+    with pytest.raises(ValueError, match="sum to 0 is not defined"):
+        rate([1, 2], [0, 0])
+    with pytest.raises(ValueError, match="one of each a unit"):
+        rate([1, 2], [1])
+
+
+def test_the_mean_of_folds_draws_from_all_of_them() -> None:
+    folds = [accuracy([1] * hits + [0] * (50 - hits), [1] * 50) for hits in (20, 40)]
+    mean = mean_of(folds)
+    assert mean == 60 and mean.num_units == 100
+    counts = np.arange(100)
+    assert mean.again(counts) == (folds[0].again(counts[:50]) + folds[1].again(counts[50:])) / 2
+    low, high = interval(mean)
+    assert high - low == pytest.approx(2 * 1.96 * 50 * np.sqrt((0.4 * 0.6 + 0.8 * 0.2) / 50), rel=0.1)
+
+
+def test_a_score_file_has_the_interval_of_its_metric_and_of_what_is_beside_it() -> None:
+    words, characters = rate([1, 0, 2], [4, 4, 4]), rate([2, 0, 5], [16, 16, 16])
+    found = describe_intervals({"wer": words, "cer": characters, "plain": 3.0}, "wer")
+    assert found["test"] == list(interval(words)) and found["also"] == {"cer": list(interval(characters))}
+    assert (found["of"], found["level_percent"], found["resamples"]) == ("utterances", 95, 1000)
