@@ -209,7 +209,7 @@ def test_fbank_frames_line_up_with_the_teachers() -> None:
 
 
 def test_lessons_that_are_not_there_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match=r"pipelines\.demo\.lessons"):
+    with pytest.raises(RetortError, match=r"pipelines\.teacher\.teacher_data"):
         Lessons.open(tmp_path, "teach")
 
 

@@ -42,8 +42,8 @@ DISTILL, LIBRISPEECH, SPEECH_COMMANDS, VOXCELEB1 = "distill", "librispeech", "sp
 FLUENT, IEMOCAP, SNIPS = "fluent", "iemocap", "snips"
 VOXCELEB1_TRIALS, LIBRIMIX, QUESST14 = "voxceleb1_trials", "librimix", "quesst14"
 CODE = [
-    "espeak", "voices", "room_acoustics", "sentences", "lexicon", "recording", "librispeech", "speech_commands", "voxceleb1",
-    "fluent", "iemocap", "snips", "librimix", "quesst14", "corpora",
+    "espeak", "voices", "room_acoustics", "sentences", "lexicon", "recording", "librispeech", "speech_commands",
+    "voxceleb1", "fluent", "iemocap", "snips", "librimix", "quesst14", "corpora",
 ]  # fmt: skip
 
 
