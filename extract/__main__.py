@@ -178,7 +178,7 @@ def verify(manifest: Path) -> None:
     reader = StoreReader.open(manifest)
     if damaged := reader.damaged():
         mend = "delete them and run the same `python -m extract run` or `mirror` again"
-        if isinstance(place := reader.manifest.place, LocalLocation):
+        if isinstance(place := reader.manifest.location, LocalLocation):
             for name in damaged:
                 place.set_aside(name)
             mend = (
@@ -220,7 +220,7 @@ def info(manifest: Path) -> None:
         "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
-        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.place}",
+        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
     }
@@ -300,7 +300,7 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
 
     done = copy_store(manifest, newroot, new_manifest=new_manifest)
     click.echo(
-        f"{done.place}: {done.copied_objects} of {len(done.manifest.objects)} objects copied "
+        f"{done.location}: {done.copied_objects} of {len(done.manifest.objects)} objects copied "
         f"({done.copied_bytes / 1e6:.1f} MB), the others were there already"
         + (f"; {new_manifest} is its manifest" if new_manifest else "")
     )

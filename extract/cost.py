@@ -29,7 +29,7 @@ from extract.base.errors import RetortError, unknown
 from extract.base.files import in_main_tree
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.store.codec import CODECS
-from extract.store.packing import Plan, count_frames, pack_utterances, spread_packs
+from extract.store.packing import Packing, count_frames, pack_utterances, spread_packs
 from extract.store.reader import KEEP_DEFAULT, check_keep
 from extract.upstream.card import UpstreamShape, check_layers, check_stem, find_upstream, read_shape
 
@@ -82,7 +82,7 @@ class Request:
 class Size:
     """How much there is to extract and to keep: exact, from lengths alone."""
 
-    plan: Plan
+    plan: Packing
     shape: UpstreamShape
     layers: tuple[int, ...]
     keep: frozenset[str]

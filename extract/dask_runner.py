@@ -49,7 +49,7 @@ class DaskRunner:
     def write(self, shards: list[int], advance: Callable[[float], None]) -> None:
         """Write `shards`; the first error is raised and ends the others."""
         corpus = Corpus.open(self.request.corpus)
-        plan = open_writer(self.request, corpus, self.facts()).plan
+        plan = open_writer(self.request, corpus, self.facts()).packing
         for shard, _ in self.workers.each(partial(_write_shard, self.request), shards):
             advance(sum(seconds_of(corpus, plan, pack) for pack in plan.packs_of(shard)))
 

@@ -169,8 +169,10 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "L
     writer.create()
     if settings.seed_blocks:
         _write_seed(settings, card)
-    shards = [shard for shard in range(writer.plan.num_shards) if not writer.finished(shard)]
-    total_s = sum(seconds_of(corpus, writer.plan, pack) for shard in shards for pack in writer.plan.packs_of(shard))
+    shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
+    total_s = sum(
+        seconds_of(corpus, writer.packing, pack) for shard in shards for pack in writer.packing.packs_of(shard)
+    )
     with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
         for line in _remarks(facts):
             bar.say(f"{card.name}: {line}")
@@ -227,9 +229,9 @@ def _describe(
         "dtype_error": facts.dtype_error,
         "threads": facts.threads,
         "attention": facts.attention,
-        "plan": writer.plan.summary(),
+        "plan": writer.packing.summary(),
         "corpus": {"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
-        "dropped": tuple(corpus.ids[index] for index in np.flatnonzero(writer.plan.pack < 0)),
+        "dropped": tuple(corpus.ids[index] for index in np.flatnonzero(writer.packing.pack < 0)),
         "objects": {},
         "batching": facts.batching,
         "stem": facts.stem,

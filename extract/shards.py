@@ -22,7 +22,7 @@ from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.store.codec import CodecError
 from extract.store.location import RemoteLocation, location_of
-from extract.store.packing import Plan, count_frames, pack_utterances
+from extract.store.packing import Packing, count_frames, pack_utterances
 from extract.store.writer import EncodedPack, StoreWriter
 from extract.upstream.card import UpstreamCard, check_layers, check_stem
 
@@ -136,19 +136,19 @@ class Job:
             waveforms = self._read_ahead(reader, shard)
             encoding: list[Future[EncodedPack]] = []
             with self.turn:
-                for pack, waveforms_of_pack in zip(self.writer.plan.packs_of(shard), waveforms, strict=True):
+                for pack, waveforms_of_pack in zip(self.writer.packing.packs_of(shard), waveforms, strict=True):
                     if self.stopped.is_set():
                         return
                     features = self.run_pack(pack, waveforms_of_pack)
                     encoding.append(encoder.submit(self.writer.encode_pack, pack, *features))
                     if len(encoding) > 2:
                         encoding[-3].result()  # bounds memory: at most two packs wait to be encoded
-                    advance(seconds_of(self.corpus, self.writer.plan, pack))
+                    advance(seconds_of(self.corpus, self.writer.packing, pack))
             self.writer.write_shard(shard, [future.result() for future in encoding])
 
     def _read_ahead(self, reader: ThreadPoolExecutor, shard: int) -> Iterator[list[NDArray[np.float32]]]:
         """The waveforms of a shard's packs, each read while the one before it is run."""
-        packs = self.writer.plan.packs_of(shard)
+        packs = self.writer.packing.packs_of(shard)
         ahead = reader.submit(self.read_pack, packs[0])
         for following in [*packs[1:], None]:
             current = ahead.result()
@@ -158,13 +158,13 @@ class Job:
 
     def read_pack(self, pack: int) -> list[NDArray[np.float32]]:
         """The waveforms of a pack's utterances, each float32 (samples,)."""
-        return [self.corpus.waveform(int(index)) for index in self.writer.plan.by_pack[pack]]
+        return [self.corpus.waveform(int(index)) for index in self.writer.packing.by_pack[pack]]
 
     def run_pack(
         self, pack: int, waveforms: list[NDArray[np.float32]]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """float32 (layers, pack_frames, dim), and the stem's (pack_frames, channels) if kept; rows past the last 0."""
-        plan, writer = self.writer.plan, self.writer
+        plan, writer = self.writer.packing, self.writer
         features = self.upstream.features(waveforms, writer.layers, stem=writer.stem_dim is not None)
         hidden_LFD = np.zeros((len(writer.layers), plan.pack_frames, writer.dim), dtype=np.float32)
         stem_FC = None
@@ -234,11 +234,11 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
         raise RetortError(f"--pack-frames {request.pack_frames}: a store's index is int32, expected less than 2^31")
     if not plan.num_packs:
         raise RetortError(all_dropped(corpus, plan))
-    place = location_of(request.root, request.path)
+    location = location_of(request.root, request.path)
     return StoreWriter(
-        location=place.staging(),
-        remote=place if isinstance(place, RemoteLocation) else None,
-        plan=plan,
+        folder=location.staging(),
+        remote=location if isinstance(location, RemoteLocation) else None,
+        packing=plan,
         layers=check_layers(request.layers, facts.num_layers, request.card.id),
         dim=facts.dim,
         codec_name=request.codec,
@@ -249,7 +249,7 @@ def open_writer(request: Request, corpus: Corpus, facts: UpstreamFacts) -> Store
     )
 
 
-def all_dropped(corpus: Corpus, plan: Plan) -> str:
+def all_dropped(corpus: Corpus, plan: Packing) -> str:
     """The error line for a plan without a pack: every utterance is too long or too short."""
     shortest = int(plan.num_frames.min(initial=plan.pack_frames + 1))
     if shortest > plan.pack_frames:
@@ -263,7 +263,7 @@ def all_dropped(corpus: Corpus, plan: Plan) -> str:
     )
 
 
-def seconds_of(corpus: Corpus, plan: Plan, pack: int) -> float:
+def seconds_of(corpus: Corpus, plan: Packing, pack: int) -> float:
     """Seconds of audio in a pack."""
     return float(corpus.num_samples[plan.by_pack[pack]].sum()) / SAMPLE_RATE_HZ
 
@@ -289,7 +289,7 @@ def _dtype_error(
     from extract.upstream.forward import load_upstream
 
     exact = load_upstream(request.card, device=request.device, trust_remote_code=request.trust_remote_code, check=False)
-    by_length = np.concatenate(writer.plan.by_pack)
+    by_length = np.concatenate(writer.packing.by_pack)
     error, probed_s = CodecError.none(len(writer.error_rows)), 0.0
     for index in by_length[np.unique(np.linspace(0, len(by_length) - 1, 64).astype(int))][::-1]:
         waveform = [corpus.waveform(int(index))]

@@ -295,4 +295,4 @@ def test_int4_refuses_an_odd_dim_before_anything_is_made(tmp_path: Path) -> None
     writer = StoreWriter(tmp_path / "store", plan, (0,), 5, "int4", frozenset({"frames", "pooled"}))
     with pytest.raises(RetortError, match="got 5"):
         writer.create()
-    assert not writer.location.exists()
+    assert not writer.folder.exists()

@@ -78,7 +78,7 @@ def test_info_says_what_a_value_costs_and_what_it_lost(settings: Settings, codec
     manifest, _ = extract(replace(settings, codec=codec))
     said = CliRunner().invoke(main, ["info", str(settings.manifest)])
     assert said.exit_code == 0
-    arrays = [path for name in ("hidden", "scale") for path in (manifest.location / name).glob("c/**/*")]
+    arrays = [path for name in ("hidden", "scale") for path in (manifest.folder / name).glob("c/**/*")]
     stored = sum(path.stat().st_size for path in arrays if path.is_file())
     values = manifest.plan["num_frames"] * 5 * 32
     assert f"{stored / values:.3f} on the disk, {promised} in a full pack" in said.output
@@ -90,7 +90,7 @@ def test_info_says_what_a_value_costs_and_what_it_lost(settings: Settings, codec
 
 def test_plain_zarr_opens_a_store(settings: Settings) -> None:
     manifest, _ = extract(settings)
-    group = zarr.open_group(manifest.location, mode="r")
+    group = zarr.open_group(manifest.folder, mode="r")
     assert group["hidden"].shape == (manifest.plan["num_packs"], 5, 128, 32)  # type: ignore[union-attr]
     assert group["pooled"].shape == (20, 5, 32)  # type: ignore[union-attr]
 
@@ -98,24 +98,24 @@ def test_plain_zarr_opens_a_store(settings: Settings) -> None:
 def test_asking_again_does_no_work_and_changes_nothing(settings: Settings) -> None:
     first, worked = extract(settings)
     assert worked
-    before = contents(first.location)
+    before = contents(first.folder)
     manifest_bytes = settings.manifest.read_bytes()
     settings.manifest.unlink()
     again, worked = extract(settings)
     assert not worked
-    assert contents(again.location) == before
+    assert contents(again.folder) == before
     assert settings.manifest.read_bytes() == manifest_bytes
 
 
 def test_whatever_decides_the_bytes_decides_the_place(settings: Settings) -> None:
-    here = extract(settings)[0].location
+    here = extract(settings)[0].folder
     for other in (
         replace(settings, layers=(4,)),
         replace(settings, codec="int8"),
         replace(settings, normalise=False),
         replace(settings, keep=frozenset({"pooled"})),
     ):
-        assert extract(other)[0].location != here
+        assert extract(other)[0].folder != here
 
 
 class Stopped(BaseException):
@@ -155,7 +155,7 @@ def test_resumed_at_every_shard_boundary_is_bit_identical(
             patch.setattr(StoreWriter, "write_shard", counting)
             resumed = extract(elsewhere)[0]
         assert sorted(calls) == sorted(set(range(num_shards)) - cards)  # only what was missing
-        left, right = contents(whole.location), contents(resumed.location)
+        left, right = contents(whole.folder), contents(resumed.folder)
         left.pop("manifest.json"), right.pop("manifest.json")  # they name different roots
         assert left == right
         assert resumed.digest == whole.digest
@@ -185,7 +185,7 @@ def test_what_killed_writers_left_is_no_part_of_the_store(
     assert all((location / name).exists() for name in half)
     (location / "manifest.json").unlink()
     assert extract(killed)[0].objects == whole.objects
-    assert contents(location).keys() == contents(whole.location).keys()
+    assert contents(location).keys() == contents(whole.folder).keys()
     assert Manifest.read(killed.manifest).objects == whole.objects
 
 
@@ -216,9 +216,9 @@ def test_kill_minus_9_then_resume(settings: Settings, tmp_path: Path) -> None:
 
 def test_a_damaged_store_is_named_refused_and_repaired(settings: Settings, corpus: Corpus) -> None:
     manifest, _ = extract(settings)
-    shard = manifest.location / "hidden/c/1/0/0/0"
+    shard = manifest.folder / "hidden/c/1/0/0/0"
     good = shard.read_bytes()
-    before = contents(manifest.location)
+    before = contents(manifest.folder)
     shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     assert StoreReader.open(settings.manifest).damaged() == ["hidden/c/1/0/0/0"]
     shard.write_bytes(good[:-1])
@@ -229,7 +229,7 @@ def test_a_damaged_store_is_named_refused_and_repaired(settings: Settings, corpu
         StoreReader.open(settings.manifest)
     _, worked = extract(settings)
     assert worked
-    assert contents(manifest.location) == before
+    assert contents(manifest.folder) == before
 
 
 def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path
     with pytest.raises(RetortError, match=r"unknown codec in .*m.json: 'mp3': expected one of float16, int4, int8"):
         StoreReader.open(settings.manifest)
     settings.manifest.write_text(json.dumps(value))
-    manifest.location.rename(tmp_path / "moved")
+    manifest.folder.rename(tmp_path / "moved")
     with pytest.raises(RetortError, match="is gone"):
         StoreReader.open(settings.manifest)
 
@@ -293,7 +293,7 @@ def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
     np.testing.assert_array_equal(reader.pooled(), full)
     with pytest.raises(RetortError, match="no frames; extract with --keep frames,pooled"):
         reader.hidden("u000")
-    assert not (reader.manifest.location / "hidden").exists()
+    assert not (reader.manifest.folder / "hidden").exists()
 
 
 @pytest.mark.parametrize("wrong", [(np.nan,), (np.inf,), (-np.inf, np.inf)])
@@ -303,7 +303,7 @@ def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...], dtype: str, way: str) -> None:
     plan = pack_utterances(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
     keep = frozenset({"pooled"})
-    writer = StoreWriter(location=tmp_path, plan=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
+    writer = StoreWriter(folder=tmp_path, packing=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
     writer = replace(writer, ids=["a", "b"], dtype=dtype)
     hidden_LFD = np.full((2, 100, 4), np.finfo(np.float32).max)
     hidden_LFD[:, 70:] = 0

@@ -92,9 +92,9 @@ def test_two_extractors_on_one_store_do_no_harm(settings: Settings) -> None:
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated"])
 def test_damage_is_named_and_only_it_is_repaired(settings: Settings, damage: str) -> None:
     manifest, _ = extract(settings)
-    shard = manifest.location / "hidden/c/1/0/0/0"
+    shard = manifest.folder / "hidden/c/1/0/0/0"
     good = shard.read_bytes()
-    before = {path: path.stat().st_mtime_ns for path in manifest.location.glob("hidden/c/*/0/0/0")}
+    before = {path: path.stat().st_mtime_ns for path in manifest.folder.glob("hidden/c/*/0/0/0")}
     shard.write_bytes(good[:200] + bytes([good[200] ^ 16]) + good[201:] if damage == "flipped bit" else good[:-7])
     verify = ("extract", "verify", str(settings.manifest))
     named = run_command(*verify)
@@ -107,7 +107,7 @@ def test_damage_is_named_and_only_it_is_repaired(settings: Settings, damage: str
     assert {path for path in before if before[path] != after[path]} == {shard}
     assert run_command(*verify).returncode == 0
     assert Manifest.read(settings.manifest).objects == manifest.objects
-    assert not list(manifest.location.rglob("*.damaged"))
+    assert not list(manifest.folder.rglob("*.damaged"))
 
 
 @pytest.fixture
@@ -165,4 +165,4 @@ def test_a_changed_corpus_or_teacher_is_another_store(settings: Settings, tmp_pa
     save_teacher(HubertModel(HubertConfig(**TINY)), teacher)
     third, worked = extract(settings)
     assert worked and third.fingerprint != second.fingerprint
-    assert first.location.is_dir() and second.location.is_dir()  # nothing that was paid for is thrown away
+    assert first.folder.is_dir() and second.folder.is_dir()  # nothing that was paid for is thrown away

@@ -63,7 +63,7 @@ def store(teacher: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
         seed_blocks=1,
     )
     manifest, _ = extract(settings)
-    return Store(settings, manifest.location)
+    return Store(settings, manifest.folder)
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -148,7 +148,7 @@ def test_two_processes_that_want_the_same_fetch_it_once_and_without_torch(s3: S3
 def test_what_a_killed_reader_left_is_swept(s3: S3, store: Store, tmp_path: Path) -> None:
     mirror(store.manifest, s3.root, new_manifest=tmp_path / "far.json")
     reader = StoreReader.open(tmp_path / "far.json")
-    place = reader.manifest.place.cached(reader.digest, reader.manifest.objects)
+    place = reader.manifest.location.cached(reader.digest, reader.manifest.objects)
     assert isinstance(place, CachedLocation)
     half = place.folder / "hidden/c/0/0/0/.0.12345678.aside"
     half.parent.mkdir(parents=True)
@@ -185,11 +185,11 @@ def test_mirror_to_s3_and_back_and_to_another_folder_is_bit_identical(s3: S3, st
     prefix = f"{far.manifest.store['path']}/"
     on_s3 = {name.removeprefix(prefix): data for name, data in s3.objects().items() if name.startswith(prefix)}
     on_s3.pop("manifest.json")
-    assert on_s3 == contents(store.folder) == contents(back.manifest.location) == contents(aside.manifest.location)
+    assert on_s3 == contents(store.folder) == contents(back.manifest.folder) == contents(aside.manifest.folder)
     assert {done.manifest.digest for done in (far, back, aside, further)} == {StoreReader.open(store.manifest).digest}
     assert_reads_alike(StoreReader.open(store.manifest), StoreReader.open(tmp_path / "back.json"))
     assert StoreReader.open(tmp_path / "far.json").damaged() == []
-    group = zarr.open_group(back.manifest.location, mode="r")
+    group = zarr.open_group(back.manifest.folder, mode="r")
     assert group["pooled"].shape == (20, 5, 32)  # type: ignore[union-attr]
 
 
@@ -221,7 +221,7 @@ def long_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Store
     )
     manifest, _ = extract(settings)
     assert manifest.plan["num_shards"] > 20
-    return Store(settings, manifest.location)
+    return Store(settings, manifest.folder)
 
 
 def test_a_mirror_killed_half_way_goes_on(s3: S3, long_store: Store, tmp_path: Path) -> None:
@@ -282,13 +282,13 @@ def test_extraction_straight_to_s3_resumed_is_the_local_store(
             raise Stopped
         write(self, shard, packs)  # type: ignore[arg-type]
         wrote.append(shard)
-        assert not (self.location / f"hidden/c/{shard}/0/0/0").exists(), "what is sent is freed"
+        assert not (self.folder / f"hidden/c/{shard}/0/0/0").exists(), "what is sent is freed"
 
     monkeypatch.setattr(StoreWriter, "write_shard", stopping)
     with pytest.raises(Stopped):
         extract(far)
     assert not far.manifest.exists()
-    for staging in (tmp_path / "cache").glob("passing-*"):
+    for staging in (tmp_path / "cache").glob("staging-*"):
         shutil.rmtree(staging)  # as on another machine
     wrote.append(-1)
     manifest, worked = extract(far)
@@ -313,9 +313,9 @@ def test_a_worker_without_a_shared_disk_writes_to_s3(s3: S3, store: Store, tmp_p
     manifest, _ = extract(far)
     assert manifest.objects == StoreReader.open(store.manifest).manifest.objects
     assert StoreReader.open(far.manifest).damaged() == []
-    workshops = list((tmp_path / "cache").glob("passing-*"))
-    assert len(workshops) == 1, "the worker's own is gone with it"
-    assert not list(workshops[0].glob("hidden/c/*"))
+    staging_folders = list((tmp_path / "cache").glob("staging-*"))
+    assert len(staging_folders) == 1, "the worker's own is gone with it"
+    assert not list(staging_folders[0].glob("hidden/c/*"))
 
 
 def test_a_store_damaged_on_s3_is_made_whole_again(s3: S3, store: Store, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_root_that_is_taken_is_one_line(store: Store, tmp_path: Path, capsys: 
         assert "NEWROOT: the store already lies at" in message(["mirror", str(store.manifest), same], capsys)
     (tmp_path / "file").write_text("")
     assert "can't write to the folder" in message(["mirror", str(store.manifest), str(tmp_path / "file")], capsys)
-    there = mirror(store.manifest, str(tmp_path / "other")).manifest.location / "manifest.json"
+    there = mirror(store.manifest, str(tmp_path / "other")).manifest.folder / "manifest.json"
     there.write_text(json.dumps(json.loads(there.read_text()) | {"digest": "f" * 64}))
     taken = message(["mirror", str(store.manifest), str(tmp_path / "other")], capsys)
     assert "holds a store of the same name with other bytes (digest ffffffffffff" in taken
@@ -396,7 +396,7 @@ def test_a_root_that_is_taken_is_one_line(store: Store, tmp_path: Path, capsys: 
 def test_a_damaged_source_and_a_cache_that_is_no_folder_are_one_line(
     s3: S3, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = mirror(store.manifest, str(tmp_path / "copy"), new_manifest=tmp_path / "copy.json").manifest.location
+    copy = mirror(store.manifest, str(tmp_path / "copy"), new_manifest=tmp_path / "copy.json").manifest.folder
     shard = copy / "hidden/c/1/0/0/0"
     shard.write_bytes(bytes(shard.stat().st_size))
     for root in (s3.root, str(tmp_path / "third")):
@@ -413,7 +413,7 @@ def test_a_damaged_source_and_a_cache_that_is_no_folder_are_one_line(
 def test_what_needs_a_folder_says_so(s3: S3, store: Store) -> None:
     far = mirror(store.manifest, s3.root).manifest
     with pytest.raises(RetortError, match=r"not at s3://features/.*; copy it with `python -m extract mirror`"):
-        _ = far.location
+        _ = far.folder
 
 
 def test_the_command_says_what_it_did(s3: S3, store: Store, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extract.base.errors import RetortError
-from extract.store.packing import Plan, count_frames, pack_utterances, spread_packs
+from extract.store.packing import Packing, count_frames, pack_utterances, spread_packs
 
 
 @given(
@@ -53,7 +53,7 @@ def test_packs_are_filled_one_utterance_after_the_other(lengths: list[int], pack
 def test_every_row_of_a_pack_is_of_one_utterance_at_most_and_the_plan_is_the_same_again(
     lengths: list[int], pack_frames: int, shard_packs: int
 ) -> None:
-    def plan_again() -> Plan:
+    def plan_again() -> Packing:
         ids = [str(index) for index in range(len(lengths))]
         array = np.array(lengths, dtype=np.int64)
         return pack_utterances(array, ids=ids, pack_frames=pack_frames, shard_packs=shard_packs, drop_long=True)

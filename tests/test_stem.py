@@ -124,7 +124,7 @@ def test_packs_hold_the_stem_where_they_hold_the_frames(settings: Settings, code
         for index in reader.utterances_of(number):
             first, count = reader.first_frame[index], reader.num_frames[index]
             np.testing.assert_array_equal(decoded_FC[first : first + count], reader.stem_at(int(index)))
-    group = zarr.open_group(manifest.location, mode="r")
+    group = zarr.open_group(manifest.folder, mode="r")
     assert group["stem"].shape == (reader.num_packs, 128, reader.codec.width(16))  # type: ignore[union-attr]
 
 
@@ -186,7 +186,7 @@ def test_resumed_is_bit_identical(settings: Settings, tmp_path: Path, monkeypatc
 
 def test_a_damaged_stem_is_found_mended_and_mirrored(settings: Settings, tmp_path: Path) -> None:
     manifest, _ = extract(settings)
-    file = manifest.location / "stem/c/1/0/0"
+    file = manifest.folder / "stem/c/1/0/0"
     good = file.read_bytes()
     file.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     verified = CliRunner().invoke(main, ["verify", str(settings.manifest)])

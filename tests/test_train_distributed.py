@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(world: World, tmp_p
     folder = tmp_path / "world"
     poisoned = make_world(folder)
     store = StoreReader.open(poisoned.manifest)
-    group = zarr.open_group(store.manifest.location, mode="r+")
+    group = zarr.open_group(store.manifest.folder, mode="r+")
     scale = group["scale"][:]
     packs = set(store.pack_of[Corpus.open(poisoned.corpus).select("train")].tolist())
     odd = list(islice(PackSampler(sorted(packs), seed=0).from_position(0), 4))[3]

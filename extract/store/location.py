@@ -1,6 +1,6 @@
 """Location of a store's objects: a local folder, or an object store at a URL such as s3://bucket/prefix.
 
-A store is a set of objects that its manifest names with [bytes, sha256]. A place says what is there and moves whole
+A store is a set of objects that its manifest names with [bytes, sha256]. A location says what is there and moves whole
 objects. A store at a URL is read through a local cache: an object is fetched whole when it is first asked for, checked
 against the manifest and renamed into place, so that zarr and numpy read local files, and what was read once is read
 again without the network. The cache lies in `stores/.cache` or where RETORT_CACHE says, one folder a store digest;
@@ -58,8 +58,8 @@ def root_text(root: Path | str) -> str:
     return url
 
 
-def location_of(root: str, path: str) -> "Place":
-    """The place of the store `path` below `root`, a folder (relative: below the main working tree) or a URL."""
+def location_of(root: str, path: str) -> "Location":
+    """The location of the store `path` below `root`, a folder (relative: below the main working tree) or a URL."""
     root = root.removeprefix(_FILE)
     return RemoteLocation(f"{root}/{path}") if is_url(root) else LocalLocation(in_main_tree(root) / path)
 
@@ -98,7 +98,7 @@ class LocalLocation:
             aside.write_bytes(data)
 
     def cached(self, digest: str, objects: Mapping[str, Expected]) -> "LocalLocation":
-        """The place to read from: local files need no cache."""
+        """The location to read from: local files need no cache."""
         return self
 
     def zarr_store(self) -> LocalStore:
@@ -179,17 +179,17 @@ class RemoteLocation:
         self._sizes[name] = self._objects.put_file(name, file)
 
     def cached(self, digest: str, objects: Mapping[str, Expected]) -> "CachedLocation":
-        """The place to read from: this one through the local cache."""
+        """The location to read from: this one through the local cache."""
         return CachedLocation(self, _cache_root() / digest[:16], objects)
 
     def staging(self) -> Path:
         """This process's folder, gone when it ends, in which the store's objects are made before they are put."""
-        return _workshop(self.url, _cache_root())
+        return _process_staging_folder(self.url, _cache_root())
 
 
 @dataclass(frozen=True)
 class CachedLocation:
-    """A remote place seen through a local folder, for reading: sizes and, by zarr, objects."""
+    """A remote location seen through a local folder, for reading: sizes and, by zarr, objects."""
 
     remote: RemoteLocation
     folder: Path
@@ -226,15 +226,15 @@ class CachedLocation:
         return LocalLocation(self.folder).size(name) == int(self.objects[name][0])
 
 
-Place = LocalLocation | RemoteLocation
+Location = LocalLocation | RemoteLocation
 
 
 class _FetchingStore(LocalStore):
     """The cache's folder for zarr, which asks for keys: whatever it asks for is brought first."""
 
-    def __init__(self, place: CachedLocation) -> None:
-        super().__init__(place.folder, read_only=True)
-        self.place = place
+    def __init__(self, location: CachedLocation) -> None:
+        super().__init__(location.folder, read_only=True)
+        self.location = location
 
     def with_read_only(self, read_only: bool = False) -> Self:
         assert read_only
@@ -243,17 +243,17 @@ class _FetchingStore(LocalStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        await asyncio.to_thread(self.place.bring, key)
+        await asyncio.to_thread(self.location.bring, key)
         return await super().get(key, prototype, byte_range)
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        self.place.bring(key)
+        self.location.bring(key)
         return super().get_sync(key, prototype=prototype, byte_range=byte_range)
 
     async def exists(self, key: str) -> bool:
-        return key in self.place.objects
+        return key in self.location.objects
 
 
 def check_bytes(file: Path, expected: Expected, *, what: str) -> None:
@@ -277,13 +277,13 @@ _REPAIR = "delete it and run `python -m extract run` or `mirror` again, they mak
 @contextmanager
 def staging_folder() -> Iterator[Path]:
     """A folder on the cache's disk that is gone afterwards."""
-    with tempfile.TemporaryDirectory(dir=_make_folder(_cache_root()), prefix="passing-") as folder:
+    with tempfile.TemporaryDirectory(dir=_make_folder(_cache_root()), prefix="staging-") as folder:
         yield Path(folder)
 
 
 @cache
-def _workshop(url: str, cache_root: Path) -> Path:
-    folder = tempfile.mkdtemp(dir=_make_folder(cache_root), prefix="passing-")
+def _process_staging_folder(url: str, cache_root: Path) -> Path:
+    folder = tempfile.mkdtemp(dir=_make_folder(cache_root), prefix="staging-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 

@@ -13,7 +13,7 @@ from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json
 from extract.base.validate import check_below, check_fields, check_name, check_type
 from extract.store.codec import CODECS
-from extract.store.location import Place, RemoteLocation, location_of
+from extract.store.location import Location, RemoteLocation, location_of
 
 FORMAT_VERSION = 2
 KEEP = frozenset({"frames", "pooled", "stem"})  # what a store may hold of an utterance
@@ -118,18 +118,18 @@ class Manifest:
         return cls.from_dict(read_json(path), path=path)
 
     @property
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where the store's objects lie."""
         return location_of(self.store["root"], self.store["path"])
 
     @property
-    def location(self) -> Path:
+    def folder(self) -> Path:
         """The store's folder. Raises RetortError for a store at a URL."""
-        if isinstance(place := self.place, RemoteLocation):
+        if isinstance(location := self.location, RemoteLocation):
             raise RetortError(
-                f"this needs a store in a folder, not at {place}; copy it with `python -m extract mirror`"
+                f"this needs a store in a folder, not at {location}; copy it with `python -m extract mirror`"
             )
-        return place.folder
+        return location.folder
 
     def _check(self, path: Path | str) -> None:
         for name, keys in (("upstream", _UPSTREAM), ("plan", _PLAN), ("corpus", _CORPUS), ("store", _STORE)):

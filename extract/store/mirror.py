@@ -5,8 +5,8 @@ is checked there and renamed into place. What is written to a URL is checked by 
 end; on the way, S3 itself refuses an upload whose checksum differs. `extract verify` on the new manifest reads every
 byte back, at the price of a download.
 
-A shard's objects go first, its card (`shards/NNNNN.json`, their digests) after them, the manifest last. So a mirror
-that was killed goes on: in a folder what has the right digest is skipped, at a URL what a card there vouches for.
+A shard's objects go first, its record (`shards/NNNNN.json`, their digests) after them, the manifest last. So a mirror
+that was killed goes on: in a folder what has the right digest is skipped, at a URL what a record there vouches for.
 """
 
 import fcntl
@@ -23,13 +23,13 @@ from extract.base.progress import ProgressBar
 from extract.store.location import (
     Expected,
     LocalLocation,
-    Place,
+    Location,
     RemoteLocation,
     check_bytes,
     root_text,
     staging_folder,
 )
-from extract.store.reader import MANIFEST_NAME, Manifest, card_name, check_sizes
+from extract.store.reader import MANIFEST_NAME, Manifest, check_sizes, record_name
 
 _AT_ONCE = 4  # parts under way; a single connection to an object store is slower than the line
 
@@ -39,35 +39,35 @@ class Mirrored:
     """What a mirror did: the manifest of the new root, where the store lies, and how much had to be copied."""
 
     manifest: Manifest
-    place: Place
+    location: Location
     copied_objects: int
     copied_bytes: int
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Objects that are copied in a row, and the card that then vouches for them, if they are a shard's."""
+    """Objects that are copied in a row, and the record that then vouches for them, if they are a shard's."""
 
     names: tuple[str, ...]
-    card: str | None = None
+    record: str | None = None
 
 
 def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mirrored:
     """Copy the store of `manifest` below `root` and write the new root's manifest there and to `new_manifest`.
 
     Raises RetortError for a store that is incomplete or damaged, a root that is the old one or holds another store of
-    the same name, and a place that can't be reached or written.
+    the same name, and a location that can't be reached or written.
     """
     if new_manifest:
         check_out(new_manifest, "--manifest")
     old = Manifest.read(manifest)
     new = replace(old, store={"root": root_text(root), "path": old.store["path"]})
-    source, target = old.place, new.place
+    source, target = old.location, new.location
     check_sizes(old.objects, source, source=manifest)
     _refuse(source, target, old)
     with _alone_in(target), ProgressBar("mirror", total=_megabytes(old, old.objects), unit="MB") as bar:
         missing = _copy(old, source, target, bar)
-    check_sizes(new.objects, new.place, source=manifest)
+    check_sizes(new.objects, new.location, source=manifest)
     target.write(MANIFEST_NAME, json_text(new.to_dict()).encode())
     if new_manifest:
         write_json(new_manifest, new.to_dict())
@@ -75,7 +75,7 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
     return Mirrored(new, target, len(missing), sum(old.objects[name][0] for name in missing))
 
 
-def _refuse(source: Place, target: Place, manifest: Manifest) -> None:
+def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
     """Raises RetortError for a target that is the source, or holds a finished store of the same name, other bytes."""
     same = (
         source.folder.resolve() == target.folder.resolve()
@@ -93,9 +93,9 @@ def _refuse(source: Place, target: Place, manifest: Manifest) -> None:
             )
 
 
-def _copy(manifest: Manifest, source: Place, target: Place, bar: ProgressBar) -> list[str]:
+def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressBar) -> list[str]:
     """Copy what is missing, several parts at once; return the names of what was copied."""
-    parts = [_Part(tuple(objects), card) for card, objects in _cards(manifest, source).items()]
+    parts = [_Part(tuple(objects), record) for record, objects in _records(manifest, source).items()]
     of_shards = {name for part in parts for name in part.names}
     parts += [_Part((name,)) for name in manifest.objects if name not in of_shards]
     there = _there(manifest, target)
@@ -112,12 +112,14 @@ def _copy(manifest: Manifest, source: Place, target: Place, bar: ProgressBar) ->
     return copied
 
 
-def _cards(manifest: Manifest, place: Place) -> dict[str, dict[str, list[object]]]:
-    """The cards at a place that speak of this store's bytes: name -> objects. Others are of no use here."""
-    names = [name for shard in range(manifest.plan["num_shards"]) if place.size(name := card_name(shard)) is not None]
+def _records(manifest: Manifest, location: Location) -> dict[str, dict[str, list[object]]]:
+    """The records at a location that speak of this store's bytes: name -> objects. Others are of no use here."""
+    names = [
+        name for shard in range(manifest.plan["num_shards"]) if location.size(name := record_name(shard)) is not None
+    ]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        cards = zip(names, pool.map(place.read, names), strict=True)
-        read = {name: parse_json(data, where=f"{place}/{name}").get("objects") for name, data in cards}
+        records = zip(names, pool.map(location.read, names), strict=True)
+        read = {name: parse_json(data, where=f"{location}/{name}").get("objects") for name, data in records}
     return {
         name: objects
         for name, objects in read.items()
@@ -125,26 +127,26 @@ def _cards(manifest: Manifest, place: Place) -> dict[str, dict[str, list[object]
     }
 
 
-def _there(manifest: Manifest, target: Place) -> set[str]:
+def _there(manifest: Manifest, target: Location) -> set[str]:
     """The objects that the target has already, with the right bytes as far as it can say without sending them."""
     right_size = {name for name, (size, _) in manifest.objects.items() if target.size(name) == size}
     if isinstance(target, LocalLocation):
         return {name for name in right_size if target.sha256(name) == manifest.objects[name][1]}
     if target.size(MANIFEST_NAME) is not None:  # of the same digest, or it would have been refused
         return right_size
-    return right_size & {name for objects in _cards(manifest, target).values() for name in objects}
+    return right_size & {name for objects in _records(manifest, target).values() for name in objects}
 
 
-def _copy_part(manifest: Manifest, source: Place, target: Place, part: _Part, there: set[str]) -> list[str]:
+def _copy_part(manifest: Manifest, source: Location, target: Location, part: _Part, there: set[str]) -> list[str]:
     names = [name for name in part.names if name not in there]
     for name in names:
         _copy_object(source, target, name, manifest.objects[name])
-    if part.card and (names or target.size(part.card) != source.size(part.card)):
-        target.write(part.card, source.read(part.card))
+    if part.record and (names or target.size(part.record) != source.size(part.record)):
+        target.write(part.record, source.read(part.record))
     return names
 
 
-def _copy_object(source: Place, target: Place, name: str, expected: Expected) -> None:
+def _copy_object(source: Location, target: Location, name: str, expected: Expected) -> None:
     if isinstance(target, LocalLocation):
         source.fetch(name, target.folder / name, expected)
     elif isinstance(source, LocalLocation):
@@ -157,7 +159,7 @@ def _copy_object(source: Place, target: Place, name: str, expected: Expected) ->
 
 
 @contextmanager
-def _alone_in(target: Place) -> Iterator[None]:
+def _alone_in(target: Location) -> Iterator[None]:
     """One mirror at a time into a folder: a second one waits and finds its work done. At a URL two do no harm."""
     if isinstance(target, RemoteLocation):
         yield

@@ -16,7 +16,7 @@ from extract.base.errors import RetortError
 
 
 @dataclass(frozen=True)
-class Plan:
+class Packing:
     """Where every utterance lies. Arrays are int64 (utterances,), in corpus order; `pack` is -1 for a dropped one."""
 
     pack_frames: int
@@ -83,7 +83,7 @@ def pack_utterances(
     shard_packs: int,
     drop_long: bool = False,
     drop_short: bool = False,
-) -> Plan:
+) -> Packing:
     """Sort utterances by length, longest first, and fill pack after pack: deterministic.
 
     num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame unless `drop_short`, and for
@@ -115,4 +115,4 @@ def pack_utterances(
     before = ends - num_frames[order]
     first_frame = np.zeros(len(num_frames), dtype=np.int64)
     first_frame[order] = before - before[starts[:-1]][pack[order]]
-    return Plan(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))
+    return Packing(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))

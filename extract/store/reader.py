@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.codec import CODECS, Codes, Scale
-from extract.store.location import CachedLocation, Expected, LocalLocation, Place, check_bytes
+from extract.store.location import CachedLocation, Expected, LocalLocation, Location, check_bytes
 from extract.store.manifest import FORMAT_VERSION, KEEP, KEEP_DEFAULT, Manifest, check_keep
 from extract.store.packing import group_by_pack
 
@@ -37,20 +37,22 @@ __all__ = ["FORMAT_VERSION", "KEEP", "KEEP_DEFAULT", "Manifest", "StoreReader", 
 MANIFEST_NAME = "manifest.json"
 
 
-def card_name(shard: int) -> str:
+def record_name(shard: int) -> str:
     """The object that says that a shard is finished."""
     return f"shards/{shard:05d}.json"
 
 
-def check_sizes(objects: Mapping[str, Expected], place: Place | CachedLocation, *, source: object) -> None:
-    """Raises RetortError, which names the `source`, unless all `objects` are at `place` with their sizes."""
-    found = {name: place.size(name) for name in objects}
+def check_sizes(objects: Mapping[str, Expected], location: Location | CachedLocation, *, source: object) -> None:
+    """Raises RetortError, which names the `source`, unless all `objects` are at `location` with their sizes."""
+    found = {name: location.size(name) for name in objects}
     if not any(found.values()):
-        raise RetortError(f"the store of {source} is gone: nothing lies at {place}; run `python -m extract run` again")
+        raise RetortError(
+            f"the store of {source} is gone: nothing lies at {location}; run `python -m extract run` again"
+        )
     for name, (size, _) in objects.items():
         if found[name] != size:
             raise RetortError(
-                f"the store of {source} is damaged: {place}/{name} has "
+                f"the store of {source} is damaged: {location}/{name} has "
                 f"{'no file' if found[name] is None else f'{found[name]} bytes'}, "
                 f"expected {size} bytes; `python -m extract run` repairs it"
             )
@@ -89,7 +91,7 @@ class StoreReader:
         self.num_utterances: int = manifest.corpus["num_utterances"]
         # `rows/` is the writer's: what no reader asks for need be neither looked for nor fetched.
         self._objects = {name: expected for name, expected in manifest.objects.items() if not name.startswith("rows/")}
-        self._place = manifest.place.cached(manifest.digest, self._objects)
+        self._location = manifest.location.cached(manifest.digest, self._objects)
 
     @classmethod
     def open(cls, manifest: Path | str, corpus: Corpus | None = None) -> "StoreReader":
@@ -99,7 +101,7 @@ class StoreReader:
         """
         path = Path(manifest)
         reader = cls(Manifest.read(path), source=path)
-        check_sizes(reader._objects, reader._place, source=path)
+        check_sizes(reader._objects, reader._location, source=path)
         if corpus is not None and corpus.digest != reader.manifest.corpus["digest"]:
             raise RetortError(
                 f"{path} describes features of corpus {reader.manifest.corpus['name']} "
@@ -110,25 +112,25 @@ class StoreReader:
 
     def damaged(self) -> list[str]:
         """Names of the objects whose bytes, where they lie, do not match the manifest (reads every byte)."""
-        place = self.manifest.place
+        location = self.manifest.location
         return [
             name
             for name, (size, digest) in self.manifest.objects.items()
-            if place.size(name) != size or place.sha256(name) != digest
+            if location.size(name) != size or location.sha256(name) != digest
         ]
 
     @cached_property
     def _group(self) -> zarr.Group:
         self._check_small_objects()
-        return zarr.open_group(self._place.zarr_store(), mode="r")
+        return zarr.open_group(self._location.zarr_store(), mode="r")
 
     def _check_small_objects(self) -> None:
         """What says where everything lies is compared byte for byte; the rest is by size, and by `extract verify`."""
-        if not isinstance(self._place, LocalLocation):
+        if not isinstance(self._location, LocalLocation):
             return  # the cache checks what it fetches
         for name, expected in self._objects.items():
             if name.endswith("zarr.json") or name.startswith("index/"):
-                check_bytes(self._place.folder / name, expected, what=f"the store of {self.source}: {name}")
+                check_bytes(self._location.folder / name, expected, what=f"the store of {self.source}: {name}")
 
     def _array(self, name: str, dtype: str, *shape: int | None) -> zarr.Array[Any]:
         """An array of the group. Raises RetortError unless it is what the manifest says; None is any number."""
@@ -137,7 +139,7 @@ class StoreReader:
             found = f"{array.dtype} {array.shape}" if isinstance(array, zarr.Array) else "nothing"
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise RetortError(
-                f"the store of {self.source}: {name} at {self._place} is {found}, the manifest says {dtype} "
+                f"the store of {self.source}: {name} at {self._location} is {found}, the manifest says {dtype} "
                 f"({expected}); run `python -m extract run` again"
             )
         return array

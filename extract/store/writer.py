@@ -5,7 +5,7 @@ shard is finished and holds the digests of its objects. Whoever comes again skip
 pooled rows (kept in `rows/`, so that `pooled` can be made again), writes the index and then the manifest: a store
 without a manifest is never read.
 
-A store at a URL is made in a passing folder of each process. A shard's objects are put, then its card; the disk that
+A store at a URL is made in a staging folder of each process. A shard's objects are put, then its record; the disk that
 its arrays took is freed at once, so a folder holds a few shards and the pooled rows. What is finished is what the other
 side has.
 """
@@ -26,10 +26,10 @@ from extract.base.errors import RetortError
 from extract.base.files import parse_json, sha256_file, sha256_json, write_json, writing_in, written_aside
 from extract.base.validate import check_fields
 from extract.store.codec import CODECS, Codec, CodecError, Codes, Scale
-from extract.store.location import LocalLocation, Place, RemoteLocation
+from extract.store.location import LocalLocation, Location, RemoteLocation
 from extract.store.manifest import is_object
-from extract.store.packing import Plan
-from extract.store.reader import MANIFEST_NAME, Manifest, card_name
+from extract.store.packing import Packing
+from extract.store.reader import MANIFEST_NAME, Manifest, record_name
 
 _POOLED_ROWS = 4096  # utterances a chunk of `pooled`
 
@@ -60,8 +60,8 @@ class StoreWriter:
     Every method may run in any process; a shard belongs to one of them.
     """
 
-    location: Path
-    plan: Plan
+    folder: Path
+    packing: Packing
     layers: tuple[int, ...]
     dim: int
     codec_name: str
@@ -72,9 +72,9 @@ class StoreWriter:
     dtype: str = "fp32"  # of the forward pass, for error lines
 
     @property
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where the finished store lies."""
-        return self.remote or LocalLocation(self.location)
+        return self.remote or LocalLocation(self.folder)
 
     @property
     def codec(self) -> Codec:
@@ -98,16 +98,16 @@ class StoreWriter:
     def create(self) -> None:
         """Make the empty arrays; a no-op where they are (their shapes follow from the fingerprint)."""
         widths = [self.codec.width(array.dim) for array in self.coded]  # refused before anything is made
-        self.location.mkdir(parents=True, exist_ok=True)
-        with writing_in(self.location):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing_in(self.folder):
             self._create(widths)
 
     def _create(self, widths: list[int]) -> None:
-        packs, shard, frames = self.plan.num_packs, self.plan.shard_packs, self.plan.pack_frames
+        packs, shard, frames = self.packing.num_packs, self.packing.shard_packs, self.packing.pack_frames
         try:
-            group = zarr.create_group(self.location, zarr_format=3)
+            group = zarr.create_group(self.folder, zarr_format=3)
         except ContainsGroupError:
-            group = zarr.open_group(self.location, mode="r+")
+            group = zarr.open_group(self.folder, mode="r+")
         for array, width in zip(self.coded, widths, strict=True):
             layers, one = array.layers, (1,) * len(array.layers)
             self._array(
@@ -136,13 +136,13 @@ class StoreWriter:
 
         A file of another size is set aside: zarr would read it first when it writes the last, shorter shard.
         """
-        if self.place.size(card_name(shard)) is None:
+        if self.location.size(record_name(shard)) is None:
             return False
-        recorded = self._read_card(shard)["objects"]
-        wrong = [name for name, (size, _) in recorded.items() if self.place.size(name) != size]
-        if isinstance(self.place, LocalLocation):
+        recorded = self._read_record(shard)["objects"]
+        wrong = [name for name, (size, _) in recorded.items() if self.location.size(name) != size]
+        if isinstance(self.location, LocalLocation):
             for name in wrong:
-                self.place.set_aside(name)
+                self.location.set_aside(name)
         return not wrong
 
     def encode_pack(
@@ -154,14 +154,14 @@ class StoreWriter:
         Raises RetortError where a value is not finite.
         """
         means = []
-        for index in self.plan.by_pack[pack]:
-            first = self.plan.first_frame[index]
-            own_LTD = hidden_LFD[:, first : first + self.plan.num_frames[index]]
+        for index in self.packing.by_pack[pack]:
+            first = self.packing.first_frame[index]
+            own_LTD = hidden_LFD[:, first : first + self.packing.num_frames[index]]
             with np.errstate(invalid="ignore"):  # infinities of both signs, refused below
                 means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
         # One value that is not finite makes a mean that is not, and float64 sums of float32 do not overflow. What is
         # not finite in the stem is not in any layer above it.
-        for index, mean_LD in zip(self.plan.by_pack[pack], means, strict=True):
+        for index, mean_LD in zip(self.packing.by_pack[pack], means, strict=True):
             if not np.isfinite(mean_LD).all():
                 raise self._not_finite(pack, int(index), mean_LD)
         values = {"hidden": hidden_LFD} if stem_FC is None else {"hidden": hidden_LFD, "stem": stem_FC[None]}
@@ -194,57 +194,57 @@ class StoreWriter:
     def _peak_of(self, pack: int, name: str, values_LFD: NDArray[np.float32]) -> str:
         """The utterance and the layer, in words, that hold the largest value of a pack."""
         layer, frame, _ = np.unravel_index(int(np.abs(values_LFD).argmax()), values_LFD.shape)
-        members = self.plan.by_pack[pack]
-        index = int(members[np.searchsorted(self.plan.first_frame[members], frame, side="right") - 1])
+        members = self.packing.by_pack[pack]
+        index = int(members[np.searchsorted(self.packing.first_frame[members], frame, side="right") - 1])
         where = f"layer {self.layers[layer]}" if name == "hidden" else "the stem"
         return f"{self._utterance(index)} (pack {pack}), {where}"
 
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
         """Write one shard from all of its packs, in order."""
-        assert len(packs) == len(self.plan.packs_of(shard))
-        with writing_in(self.location):
+        assert len(packs) == len(self.packing.packs_of(shard))
+        with writing_in(self.folder):
             objects = self._write_objects(shard, packs)
         if self.remote:
-            self._send([*objects, card_name(shard)], self.remote)
+            self._send([*objects, record_name(shard)], self.remote)
             for name in objects.keys() - {f"rows/{shard:05d}.npy"}:
-                (self.location / name).unlink()
+                (self.folder / name).unlink()
 
     def _write_objects(self, shard: int, packs: list[EncodedPack]) -> dict[str, list[Any]]:
-        """Write a shard's objects, then its card; return the objects with their fingerprints."""
+        """Write a shard's objects, then its record; return the objects with their fingerprints."""
         names = [f"rows/{shard:05d}.npy"]
-        group = zarr.open_group(self.location, mode="r+")
+        group = zarr.open_group(self.folder, mode="r+")
         for name in packs[0].arrays:
             names.append(self._put(group, name, shard, [pack.arrays[name] for pack in packs]))
         with written_aside(self._rows(shard)) as aside, aside.open("wb") as file:
             np.save(file, np.concatenate([pack.means for pack in packs]))
         # A shard of zeros has no object: its absence reads as zeros, and leaves nothing to check.
-        objects = {name: _fingerprint(self.location / name) for name in names if (self.location / name).is_file()}
+        objects = {name: _fingerprint(self.folder / name) for name in names if (self.folder / name).is_file()}
         error = sum((pack.error for pack in packs), CodecError.none(len(self.error_rows)))
-        write_json(self.location / card_name(shard), {"objects": objects, "codec_error": error.to_dict()})
+        write_json(self.folder / record_name(shard), {"objects": objects, "codec_error": error.to_dict()})
         return objects
 
     def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
         """Write one shard of an array; return the name of its object."""
-        array, where = group[name], self.plan.packs_of(shard)
+        array, where = group[name], self.packing.packs_of(shard)
         assert isinstance(array, zarr.Array)
         array[where.start : where.stop] = np.stack(blocks)
         return f"{name}/c/{shard}" + "/0" * (array.ndim - 1)
 
     def _send(self, names: list[str], remote: RemoteLocation) -> None:
         for name in names:
-            remote.put(self.location / name, name)
+            remote.put(self.folder / name, name)
 
     def finish(self, manifest: Manifest, *, ids: list[str]) -> Manifest:
         """Gather the pooled rows, write the index, then the manifest; return it with digests and codec error.
 
         One extractor at a time: a second one waits, then finds the same bytes to write.
         """
-        with (self.location / ".lock").open("w") as lock:
+        with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return self._finish(manifest, ids)
 
     def _finish(self, manifest: Manifest, ids: list[str]) -> Manifest:
-        shards = [self._read_card(shard) for shard in range(self.plan.num_shards)]
+        shards = [self._read_record(shard) for shard in range(self.packing.num_shards)]
         error = CodecError.none(len(self.error_rows))
         objects: dict[str, list[Any]] = {}
         for shard in shards:
@@ -253,19 +253,19 @@ class StoreWriter:
         if self.remote:
             self._bring_rows(objects, self.remote)
         of_shards = set(objects)
-        group = zarr.open_group(self.location, mode="r+")
+        group = zarr.open_group(self.folder, mode="r+")
         if "pooled" in self.keep:
             self._write_pooled(group)
         self._write_index(group, ids)
         for folder in ("pooled", "index"):
-            for file in sorted((self.location / folder).rglob("*")):
-                name = file.relative_to(self.location).as_posix()
+            for file in sorted((self.folder / folder).rglob("*")):
+                name = file.relative_to(self.folder).as_posix()
                 if file.is_file() and is_object(name):  # a killed writer may have left others
                     objects[name] = _fingerprint(file)
         for folder in ("", "hidden/", "scale/", "stem/", "stem_scale/"):
             name = f"{folder}zarr.json"
-            if (self.location / name).is_file():
-                objects[name] = _fingerprint(self.location / name)
+            if (self.folder / name).is_file():
+                objects[name] = _fingerprint(self.folder / name)
         manifest = replace(
             manifest,
             complete=True,
@@ -277,8 +277,8 @@ class StoreWriter:
                 if name == "stem" or "frames" in self.keep
             },
         )
-        LocalLocation(self.location).tidy()  # before the manifest: whoever finds that has nothing left to do
-        write_json(self.location / MANIFEST_NAME, manifest.to_dict())
+        LocalLocation(self.folder).tidy()  # before the manifest: whoever finds that has nothing left to do
+        write_json(self.folder / MANIFEST_NAME, manifest.to_dict())
         if self.remote:
             self._send([*sorted(objects.keys() - of_shards), MANIFEST_NAME], self.remote)
         return manifest
@@ -286,17 +286,17 @@ class StoreWriter:
     def _bring_rows(self, objects: dict[str, list[Any]], remote: RemoteLocation) -> None:
         """Rows of shards that another process finished, or an earlier run."""
         for name, expected in objects.items():
-            file = self.location / name
+            file = self.folder / name
             if name.startswith("rows/") and not (file.is_file() and _fingerprint(file) == expected):
                 remote.fetch(name, file, expected)
 
     def _write_pooled(self, group: zarr.Group) -> None:
-        num_utterances = len(self.plan.pack)
+        num_utterances = len(self.packing.pack)
         shape = (num_utterances, len(self.layers), self.dim)
         rows_of = np.full(num_utterances, -1, dtype=np.int64)
-        order = np.concatenate(self.plan.by_pack)
+        order = np.concatenate(self.packing.by_pack)
         rows_of[order] = np.arange(len(order))
-        parts = [np.load(self._rows(shard), mmap_mode="r") for shard in range(self.plan.num_shards)]
+        parts = [np.load(self._rows(shard), mmap_mode="r") for shard in range(self.packing.num_shards)]
         bounds = np.cumsum([0, *(len(part) for part in parts)])
         chunks = (min(_POOLED_ROWS, num_utterances), *shape[1:])
         pooled = group.create_array(
@@ -319,23 +319,23 @@ class StoreWriter:
 
     def _write_index(self, group: zarr.Group, ids: list[str]) -> None:
         columns: dict[str, NDArray[Any]] = {
-            "pack": self.plan.pack.astype(np.int32),
-            "first_frame": self.plan.first_frame.astype(np.int32),
-            "num_frames": self.plan.num_frames.astype(np.int32),
+            "pack": self.packing.pack.astype(np.int32),
+            "first_frame": self.packing.first_frame.astype(np.int32),
+            "num_frames": self.packing.num_frames.astype(np.int32),
             "ids": np.frombuffer("\n".join(ids).encode(), dtype=np.uint8),
         }
         index = group.require_group("index")
         for name, values in columns.items():
             index.create_array(name, data=values, chunks=values.shape, compressors=None, overwrite=True)
 
-    def _read_card(self, shard: int) -> dict[str, Any]:
-        where = f"{self.place}/{card_name(shard)}"
-        card = parse_json(self.place.read(card_name(shard)), where=where)
-        check_fields({"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}, card, where=where)
-        return card
+    def _read_record(self, shard: int) -> dict[str, Any]:
+        where = f"{self.location}/{record_name(shard)}"
+        record = parse_json(self.location.read(record_name(shard)), where=where)
+        check_fields({"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}, record, where=where)
+        return record
 
     def _rows(self, shard: int) -> Path:
-        return self.location / "rows" / f"{shard:05d}.npy"
+        return self.folder / "rows" / f"{shard:05d}.npy"
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -241,7 +241,7 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
 def bare(settings: Settings) -> Clocked:
     """The forward pass over the plan's batches."""
     job = _hands(settings).job
-    plan = job.writer.plan
+    plan = job.writer.packing
     upstream = _transformer_of(job)
     batches = [
         [job.corpus.waveform(int(members[row])) for row in rows]
@@ -262,7 +262,7 @@ def extract_run(settings: Settings) -> Clocked:
         settings = replace(settings, store=Path(folder), manifest=Path(folder) / "manifest.json")
         with _hands(settings) as hands:
             job = hands.job
-            _transformer_of(job).forward([job.corpus.waveform(int(index)) for index in job.writer.plan.by_pack[0]])
+            _transformer_of(job).forward([job.corpus.waveform(int(index)) for index in job.writer.packing.by_pack[0]])
             yield
             make_store(settings, job.corpus, job.request.card, hands)
             yield

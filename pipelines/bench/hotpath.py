@@ -221,8 +221,8 @@ def extraction(bench: Bench) -> Clocked:
     job.run_pack(0, job.read_pack(0))
 
     def work() -> None:
-        for shard in range(writer.plan.num_shards):
-            packs = writer.plan.packs_of(shard)
+        for shard in range(writer.packing.num_shards):
+            packs = writer.packing.packs_of(shard)
             writer.write_shard(
                 shard, [writer.encode_pack(pack, *job.run_pack(pack, job.read_pack(pack))) for pack in packs]
             )

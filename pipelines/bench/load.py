@@ -161,7 +161,7 @@ class _Noise:
 
     def write(self, shards: list[int], advance: Callable[[float], None]) -> None:
         writer = open_writer(self.request, self.corpus, self.facts())
-        plan = writer.plan
+        plan = writer.packing
         shape = (len(_LAYERS), plan.pack_frames, self.dim)
         noise_LFD = np.random.default_rng(material.SEED).standard_normal(shape, dtype=np.float32)
         for shard in shards:
