@@ -23,6 +23,7 @@ from pipelines.machine import describe_machine
 from pipelines.report import report_command, speed
 from pipelines.report.speed import Speed
 from tests.evaluate_stores import make_corpus, make_store
+from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
 
 TASKS = {
     "pr": ("per", False, {"teacher": 14.2, "demo-layerwise": 21.9, "demo-interleaved": 20.4, "demo-distilhubert": 30.1,
@@ -118,15 +119,16 @@ def write_training(folder: Path, name: str) -> None:
     family, params, growth = STUDENTS[name]
     steps = 360
     curve = [(step, 1.9 * math.exp(-step / 120) + 0.4 + 0.02 * math.sin(step)) for step in range(0, steps + 1, 10)]
-    write_json(
-        folder / "metrics.json",
-        {"format_version": 1, "student": name, "family": family, "params": params, "steps": steps, "epochs": 3.6,
-         "seconds": 97.3, "audio_seconds_per_second": 141.0, "loss": {"train": curve[-1][1], "dev": 0.47},
-         "dev_by_layer": {str(layer): {"l1": 0.31, "cosine": 0.8 + layer / 100, "mse": 0.2} for layer in (4, 8, 12)},
-         "growth": [{"step": step, "layers": layers} for step, layers in growth],
-         "exposure_bias": 0.031 if family == "gendistiller" else None, "teacher": FINGERPRINT, "seed": 3,
-         "config": {"lr": 5e-4}, "versions": {"torch": "2.11.0", "transformers": "5.23.0"}},
-    )  # fmt: skip
+    RunMetrics(
+        student=name, family=family, params=params, training_params=params + 70_000, steps=steps, epochs=3.6,
+        seconds=97.3, audio_seconds_per_second=141.0, loader_wait_share=0.01, processes=1,
+        loss=RunLoss(train=curve[-1][1], dev=0.47, dev_stored_stem=None),
+        dev_by_layer={layer: LayerError(l1=0.31, cosine=0.8 + layer / 100, mse=0.2) for layer in (4, 8, 12)},
+        growth=tuple(GrowthStep(step, layers) for step, layers in growth),
+        exposure_bias=0.031 if family == "gendistiller" else None, teacher=FINGERPRINT, seed=3,
+        from_teacher=("stem",), not_from_teacher={}, config={"lr": 5e-4},
+        versions={"torch": "2.11.0", "transformers": "5.23.0"},
+    ).write(folder / "metrics.json")  # fmt: skip
     write_tsv(folder / "plots/metrics/train/loss.tsv", curve)
     write_tsv(folder / "plots/metrics/dev/loss.tsv", [(step, value + 0.07) for step, value in curve[::6]])
 

@@ -95,7 +95,7 @@ def student(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         device=find_device("cpu"),
     )
     metrics = train(job)
-    assert metrics["loss"]["dev"] < 2.0
+    assert metrics.loss.dev < 2.0
     return job.out
 
 

@@ -158,7 +158,7 @@ def report_of(tree: Path, students: list[str], tasks: list[str], monkeypatch: py
 
 def test_a_report_without_a_scale_still_stands(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(tree / "scores/fbank/asr.json", test=25.0)
-    change(tree / "runs/demo-layerwise/metrics.json", loss={"train": 0.4, "dev": None})
+    change(tree / "runs/demo-layerwise/metrics.json", loss={"train": 0.4, "dev": None, "dev_stored_stem": None})
     shutil.rmtree(tree / "runs/demo-layerwise/plots")
     output = report_of(tree, ["demo-layerwise"], ["asr"], monkeypatch)
     assert "No student came first: on no task is the teacher better than fbank" in output

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Point, frontier, loss_curves, scatter, student_look
-from pipelines.report.results import Growth
 from tests.report_world import (
     PARAMS,
     STUDENTS,
@@ -20,6 +19,7 @@ from tests.report_world import (
     section,
     svgs,
 )
+from train.metrics import GrowthStep
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -90,7 +90,7 @@ def test_growth_is_marked_where_the_student_grew(page: str) -> None:
 
 def test_depths_of_many_growth_steps_are_written_where_there_is_room() -> None:
     curves = {"train/loss": [(step, 1.0 + 1 / (1 + step)) for step in range(101)]}
-    growth = [Growth(step, 3 + number) for number, step in enumerate([0, 11, 22, 33, 44, 55, 56, 57, 58, 59])]
+    growth = [GrowthStep(step, 3 + number) for number, step in enumerate([0, 11, 22, 33, 44, 55, 56, 57, 58, 59])]
     (chart,) = svgs(loss_curves(curves, growth, TEACHER_LOOK, key="k", title="t"))
     texts = [element.text for element in chart.iter(f"{SVG}text")]
     written = [text for text in texts if text in ("3 layers", *map(str, range(4, 13)))]

@@ -1,5 +1,6 @@
 """params.yaml -> typed settings: what is wrong is said with its place and the valid names."""
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from dvc.repo import Repo as DvcRepo
 from safetensors import safe_open
 
 from extract.base.errors import RetortError
-from extract.base.params import parse, read_section
+from extract.base.params import merge, parse, read_section
 from train.config import Family, OptimiserConfig, StudentConfig, read_student
 from train.losses import build_distiller
 
@@ -87,13 +88,40 @@ def test_unknown_student_and_missing_section(tmp_path: Path) -> None:
         read_student(params, "one")
 
 
+def test_merge_replaces_all_but_mappings() -> None:
+    base = {"a": {"x": 1, "y": [1, 2], "z": {"deep": 1}}, "b": 2, "c": {"k": 1}, "d": 4}
+    change = {"a": {"y": [3], "z": {"more": 2}}, "b": {"new": 1}, "c": None, "e": 5}
+    kept = copy.deepcopy(base)
+    expected = {"a": {"x": 1, "y": [3], "z": {"deep": 1, "more": 2}}, "b": {"new": 1}, "c": None, "d": 4, "e": 5}
+    assert merge(base, change) == expected
+    assert base == kept
+
+
+def test_a_student_is_merged_over_the_defaults(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    defaults = {"steps": 20, "targets": [4, 8, 12], "shape": SHAPE | {"dropout": 0.0}, "optimiser": {"lr": 2e-3}}
+    one = {"family": "distilhubert", "targets": [6], "shape": {"dim": 32}, "optimiser": {"clip": 1.0}}
+    params.write_text(yaml.safe_dump({"train": {"defaults": defaults, "one": one, "two": 3}}))
+    expected = section(
+        steps=20, targets=[6], shape=SHAPE | {"dropout": 0.0, "dim": 32}, optimiser={"lr": 2e-3, "clip": 1.0}
+    )
+    assert read_student(params, "one") == parse(StudentConfig, expected, where="here")
+    with pytest.raises(RetortError, match="expected one of one, two"):
+        read_student(params, "defaults")
+    with pytest.raises(RetortError, match=r"train\.two: got 3"):
+        read_student(params, "two")
+    params.write_text(yaml.safe_dump({"train": {"defaults": [1], "one": one}}))
+    with pytest.raises(RetortError, match=r"train\.defaults: got \[1\]"):
+        read_student(params, "one")
+
+
 def test_students_that_the_repository_ships() -> None:
     """Every family is there, each student with at most a quarter of the demo teacher's parameters."""
     students = read_section(ROOT / "params.yaml", "train")
     with safe_open(ROOT / "pipelines/teacher/model/model.safetensors", framework="pt") as teacher:
         most = sum(math.prod(teacher.get_slice(name).get_shape()) for name in teacher.keys()) / 4  # noqa: SIM118
     families = []
-    for name in students:
+    for name in students.keys() - {"defaults"}:
         config = read_student(ROOT / "params.yaml", name)
         with torch.device("meta"):
             distiller = build_distiller(config, targets=(4, 8, 12), teacher_dim=160, normalise=False)

@@ -89,7 +89,7 @@ def test_a_student_of_25_frames_a_second_has_its_teachers_frames(world: World, f
 
 def test_a_saved_slow_student_gives_its_teachers_frames(world: World) -> None:
     metrics = train(job(world, student("gendistiller", 2)))
-    assert metrics["loss"]["dev"] > 0
+    assert metrics.loss.dev > 0
     folder = world.folder / "students" / "tiny"
     config = json.loads((folder / "config.json").read_text())
     assert (config["conv_kernel"], config["conv_stride"], config["conv_dim"]) == (KERNELS, STRIDES, [8] * 8)
@@ -136,7 +136,7 @@ def test_the_stored_stem_is_the_slow_teachers(world: World) -> None:
     frozen = {"optimiser": {"lr": 1e-3, "stem_grad_scale": 0.0}}
     heard = train(job(world, student("distilhubert", 6, **frozen), "heard"))
     read = train(job(world, student("distilhubert", 6, **frozen, stem="stored"), "read"))
-    assert read["loss"]["dev"] == pytest.approx(heard["loss"]["dev"], rel=2e-3)
+    assert read.loss.dev == pytest.approx(heard.loss.dev, rel=2e-3)
 
 
 def interrupted(world: World, monkeypatch: pytest.MonkeyPatch, family: str) -> Path:
@@ -247,15 +247,15 @@ def test_parts_that_are_not_the_teachers_are_reported(
 ) -> None:
     world = own(usual, tmp_path, monkeypatch)
     metrics = train(job(world, student("distilhubert", 2)))
-    assert metrics["from_teacher"] == ["stem", "projection", "position"]
-    assert list(metrics["not_from_teacher"]) == ["layer 1", "layer 2"]
+    assert metrics.from_teacher == ["stem", "projection", "position"]
+    assert list(metrics.not_from_teacher) == ["layer 1", "layer 2"]
     assert "random initial weights: layer 1, layer 2 (hidden_act is 'relu', the student's 'gelu')" in (
         capsys.readouterr().err
     )
     written = json.loads((world.folder / "runs/tiny/metrics.json").read_text())
-    assert written["not_from_teacher"] == metrics["not_from_teacher"]
+    assert written["not_from_teacher"] == metrics.not_from_teacher
     random = train(job(world, student("distilhubert", 2, init="random"), "random"))
-    assert random["from_teacher"] == [] and random["not_from_teacher"] == {}
+    assert random.from_teacher == [] and random.not_from_teacher == {}
 
 
 def test_a_checkpoint_says_what_it_began_from(usual: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

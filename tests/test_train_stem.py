@@ -88,9 +88,9 @@ def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
     # float16 keeps eleven bits of a stem's value; twelve steps of learning spread that a little.
     assert losses(world, "read") == pytest.approx(losses(world, "heard"), rel=2e-3)
     assert len(set(losses(world, "read"))) == 12
-    assert read["loss"]["dev"] == pytest.approx(heard["loss"]["dev"], rel=2e-3)
-    assert heard["loss"]["dev_stored_stem"] is None
-    assert 0 < abs(read["loss"]["dev_stored_stem"] - read["loss"]["dev"]) < 2e-3 * read["loss"]["dev"]
+    assert read.loss.dev == pytest.approx(heard.loss.dev, rel=2e-3)
+    assert heard.loss.dev_stored_stem is None
+    assert 0 < abs(read.loss.dev_stored_stem - read.loss.dev) < 2e-3 * read.loss.dev
     seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
     saved = weights(world, "read")
     assert all(torch.equal(saved[name], seed[name]) for name in seed if name.startswith(STEM))
@@ -115,7 +115,7 @@ def test_what_a_coarse_codec_costs_is_said(
     monkeypatch.chdir(tmp_path)
     world = make(tmp_path, codec="int4")
     metrics = train(job(world, student("distilhubert", 20, optimiser=FROZEN, stem="stored"), "coarse"))
-    stored, heard = metrics["loss"]["dev_stored_stem"], metrics["loss"]["dev"]
+    stored, heard = metrics.loss.dev_stored_stem, metrics.loss.dev
     assert (f"dev loss {heard:.4f} from waveforms, {stored:.4f} from the stored stem" in capsys.readouterr().err) == (
         abs(heard - stored) > 0.01 * heard
     )
@@ -154,7 +154,7 @@ def test_thawed_and_resumed_equals_uninterrupted(
     expected, found = weights(world, "whole"), weights(world, "parts")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(world, "whole") == losses(world, "parts")
-    assert whole["loss"] == parts["loss"] and whole["loss"]["dev_stored_stem"] is not None
+    assert whole.loss == parts.loss and whole.loss.dev_stored_stem is not None
 
 
 def test_a_thawed_stem_learns_and_only_then(world: World) -> None:

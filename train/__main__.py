@@ -79,11 +79,11 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
         metrics = train(job)
     if not ranks.first:
         return
-    loss = metrics["loss"]
-    dev = "none" if loss["dev"] is None else f"{loss['dev']:.4f}"
+    loss = metrics.loss
+    dev = "none" if loss.dev is None else f"{loss.dev:.4f}"
     click.echo(
-        f"{student}: {metrics['params'] / 1e6:.3f} M parameters, {metrics['seconds']:.0f} s, "
-        f"{metrics['audio_seconds_per_second']:.0f} s of audio a second, loss {loss['train']:.4f} (dev {dev}) -> {out}"
+        f"{student}: {metrics.params / 1e6:.3f} M parameters, {metrics.seconds:.0f} s, "
+        f"{metrics.audio_seconds_per_second:.0f} s of audio a second, loss {loss.train:.4f} (dev {dev}) -> {out}"
     )
 
 

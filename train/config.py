@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from extract.base.errors import RetortError, unknown
-from extract.base.params import parse, read_section
+from extract.base.params import merge, parse, read_section
 
 Family = Literal[
     "distilhubert",
@@ -202,8 +202,15 @@ def _check_range(section: object, name: str, *, low: float, below: float = math.
 
 
 def read_student(params: Path, name: str) -> StudentConfig:
-    """The section `train.NAME` of a params file. Raises RetortError for unknown names, keys and values."""
-    students = read_section(params, "train")
-    if name not in students:
-        raise unknown(f"student (section `train` of {params})", name, students)
-    return parse(StudentConfig, students[name], where=f"{params}: train.{name}")
+    """Return the student `train.NAME` of a params file, merged over `train.defaults`.
+
+    Raises RetortError for unknown names, keys and values.
+    """
+    sections = read_section(params, "train")
+    defaults = sections.pop("defaults", {})
+    if name not in sections:
+        raise unknown(f"student (section `train` of {params})", name, sections)
+    for key, section in (("defaults", defaults), (name, sections[name])):
+        if not isinstance(section, dict):
+            raise RetortError(f"{params}: train.{key}: got {section!r}, expected a section with keys")
+    return parse(StudentConfig, merge(defaults, sections[name]), where=f"{params}: train.{name}")

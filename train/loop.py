@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from extract.base.errors import RetortError
-from extract.base.files import check_out, write_json
+from extract.base.files import check_out
 from train import checkpoint
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
-from train.losses import GenerationDistiller, LayerError, layer_errors
+from train.losses import GenerationDistiller, layer_errors
+from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
 from train.optimiser import learning_rate, update_average
 from train.progress import Display
 from train.run import Job, Run, begin, grow, snapshot, stage_at, thaw
@@ -35,7 +36,7 @@ _STORED = "dev/loss_stored_stem"  # a curve of one point: how a student reads wh
 _NOTICEABLE = 0.01  # of the dev loss, between waveforms and the stored stem
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job) -> RunMetrics:
     """Train a student, write its folder and its metrics, and return the metrics.
 
     Goes on from the newest checkpoint of the same settings; on a CPU the result is bit-identical to an uninterrupted
@@ -272,10 +273,10 @@ def _not_finite(run: Run, loss: float, norm: float, packs: list[tuple[int, ...]]
     )
 
 
-def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[str, Any]:
+def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetrics:
     """Write the student's folder, then its metrics; only then is the checkpoint removed. The first process does it."""
     job, progress, student = run.job, run.progress, run.scored.student
-    common = {
+    common: dict[str, Any] = {
         "student": job.student,
         "teacher": run.store.fingerprint,
         "seed": job.config.seed,
@@ -290,30 +291,30 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[st
         "key": run.key,
         "packs_per_step": run.packs_per_step,
     }
-    metrics = common | {
-        "format_version": 1,
-        "family": job.config.family,
-        "params": sum(parameter.numel() for parameter in student.parameters()),
-        "training_params": sum(parameter.numel() for parameter in run.distiller.parameters()),
-        "steps": progress.step,
-        "epochs": round(progress.packs / len(run.data.sampler), 3),
-        "seconds": round(progress.seconds, 2),
-        "audio_seconds_per_second": round(progress.audio_s / progress.seconds, 2),
-        "loader_wait_share": round(progress.waited_s / progress.seconds, 4),
-        "processes": job.ranks.size,
-        "loss": {
-            "train": float(np.mean(progress.recent[-_RECENT:])),
-            "dev": None if free is None else free.loss,
-            "dev_stored_stem": next((values[_STORED] for _, values in progress.curve if _STORED in values), None),
-        },
-        "dev_by_layer": {} if free is None else {str(layer): asdict(error) for layer, error in free.by_layer.items()},
-        "from_teacher": run.initial_weights.copied,
-        "not_from_teacher": run.initial_weights.left,
-        "growth": [{"step": stage.first_step, "layers": stage.depth} for stage in run.stages],
-        "exposure_bias": None if free is None or forced is None else free.loss - forced.loss,
-    }
+    metrics = RunMetrics(
+        **common,
+        family=job.config.family,
+        params=sum(parameter.numel() for parameter in student.parameters()),
+        training_params=sum(parameter.numel() for parameter in run.distiller.parameters()),
+        steps=progress.step,
+        epochs=round(progress.packs / len(run.data.sampler), 3),
+        seconds=round(progress.seconds, 2),
+        audio_seconds_per_second=round(progress.audio_s / progress.seconds, 2),
+        loader_wait_share=round(progress.waited_s / progress.seconds, 4),
+        processes=job.ranks.size,
+        loss=RunLoss(
+            train=float(np.mean(progress.recent[-_RECENT:])),
+            dev=None if free is None else free.loss,
+            dev_stored_stem=next((values[_STORED] for _, values in progress.curve if _STORED in values), None),
+        ),
+        dev_by_layer={} if free is None else free.by_layer,
+        from_teacher=tuple(run.initial_weights.copied),
+        not_from_teacher=run.initial_weights.left,
+        growth=tuple(GrowthStep(stage.first_step, stage.depth) for stage in run.stages),
+        exposure_bias=None if free is None or forced is None else free.loss - forced.loss,
+    )
     if job.ranks.first:
         save_student(job.out, student, made_from)
-        write_json(job.run / "metrics.json", metrics)
+        metrics.write(job.run / "metrics.json")
         checkpoint.remove(run.checkpoint)
     return metrics

@@ -12,7 +12,6 @@ utterances in a row, L target layers, D the teacher's dim.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
 from train.initial_weights import STANDARD, StemShape
+from train.metrics import LayerError
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -47,15 +47,6 @@ def layer_to_layer_loss(predicted: list[Tensor], targets_LFD: Tensor, weight: fl
     if len(errors_L) == 1:
         return errors_L[0]
     return errors_L[-1] + weight * torch.stack(errors_L[:-1]).mean()
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """How far predictions of one layer are from the teacher's, as means over frames (and features)."""
-
-    l1: float
-    cosine: float
-    mse: float
 
 
 def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> list[LayerError]:

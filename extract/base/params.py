@@ -6,6 +6,7 @@ dataclass may refuse values in `__post_init__` with a RetortError, whose message
 
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,6 +39,15 @@ def read_section(path: Path, name: str) -> dict[str, Any]:
     return section
 
 
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` changed by `change`: mappings merge key by key, everything else (lists, null, …) replaces."""
+    merged = dict(base)
+    for key, value in change.items():
+        both_map = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both_map else value
+    return merged
+
+
 def parse(kind: type[T], value: object, *, where: str) -> T:
     """A mapping from YAML as the dataclass `kind`; nested ones too. Raises RetortError that names the place."""
     if not isinstance(value, dict):
@@ -68,6 +78,13 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if origin in (Union, types.UnionType):
         kind = next(one for one in get_args(hint) if one is not type(None))
         return None if value is None else _convert(kind, value, where)
+    if hint is Any:
+        return value
+    if origin is dict:
+        key_kind, kind = get_args(hint)
+        if not isinstance(value, dict) or (key_kind is int and not all(str(key).isdecimal() for key in value)):
+            raise RetortError(f"{where}: got {value!r}, expected a section with {key_kind.__name__} keys")
+        return {key_kind(key): _convert(kind, item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, list):
             raise RetortError(f"{where}: got {value!r}, expected a list")

@@ -27,6 +27,7 @@ from extract.base.params import read_params, read_section
 from extract.store.codec import CODECS
 from extract.store.reader import Manifest
 from pipelines.machine import describe_machine
+from train.metrics import RunMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def _rows(
             student, run = (scratch / codec / f"{kind}-{seed}" for kind in ("student", "run"))
             _run("train", "run", "--student", study.student, "--config", config, "--manifest", manifest,
                  "--corpus", "corpora/distill.json", "--out", student, "--run", run)  # fmt: skip
-            loss = json.loads((run / "metrics.json").read_text())["loss"]
+            loss = RunMetrics.read(run / "metrics.json").to_dict()["loss"]
             scores = {}
             for task in study.tasks:
                 progress(f"{codec}, seed {seed}: {task}")

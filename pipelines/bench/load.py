@@ -264,8 +264,8 @@ def training(place: Place) -> Clocked:
         yield
     return {
         "steps": config.steps,
-        "seconds_per_step": metrics["seconds"] / config.steps,
-        "loader_wait_share": metrics["loader_wait_share"],
+        "seconds_per_step": metrics.seconds / config.steps,
+        "loader_wait_share": metrics.loader_wait_share,
     }
 
 

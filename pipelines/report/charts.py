@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipelines.report.results import Growth, TaskScore
+from pipelines.report.results import TaskScore
+from train.metrics import GrowthStep
 
 # sentinel -> what the page puts in its place; no drawing uses these near-blacks for themselves
 INK, MUTED, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
@@ -160,7 +161,7 @@ def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) ->
 
 def loss_curves(
     curves: Mapping[str, Sequence[tuple[int, float]]],
-    growth: Sequence[Growth],
+    growth: Sequence[GrowthStep],
     look: Look,
     *,
     key: str,
@@ -187,7 +188,7 @@ def loss_curves(
         return _inline(figure, key, title, described, tips)
 
 
-def _mark_growth(axes: Axes, growth: Sequence[Growth]) -> None:
+def _mark_growth(axes: Axes, growth: Sequence[GrowthStep]) -> None:
     """A line where the student grew, and its depth from there on, written where there is room for it."""
     written_to = -1.0
     for stage in growth if len(growth) > 1 else ():

@@ -41,7 +41,7 @@ def _trainings(results: Results) -> str:
     for upstream in results.by_kind("student"):
         training = upstream.training
         assert training is not None
-        dev_loss = "–" if training.dev_loss is None else f"{training.dev_loss:.3f}"
+        dev_loss = "–" if training.loss.dev is None else f"{training.loss.dev:.3f}"
         lines.append(
             f"| {upstream.name} | {training.family} | {training.seed} | {training.steps} | {training.epochs:.1f} "
             f"| {training.seconds:.0f} | {dev_loss} |"

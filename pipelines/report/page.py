@@ -177,7 +177,7 @@ def _training(upstream: Upstream, look: Look) -> dict[str, Any]:
     training = upstream.training
     assert training is not None
     svg = charts.loss_curves(
-        training.curves, training.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
+        upstream.curves, training.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
     )
     facts = [
         ("family", training.family),
@@ -185,7 +185,7 @@ def _training(upstream: Upstream, look: Look) -> dict[str, Any]:
         ("passes", f"{training.epochs:.1f}"),
         ("time", _duration(training.seconds)),
         ("speed", f"{training.audio_seconds_per_second:,.0f} s of audio a second"),
-        ("dev loss", "–" if training.dev_loss is None else f"{training.dev_loss:.3f}"),
+        ("dev loss", "–" if training.loss.dev is None else f"{training.loss.dev:.3f}"),
     ]
     if training.exposure_bias is not None:
         facts.append(("exposure bias", f"{training.exposure_bias:+.3f}".replace("-", "−")))
@@ -202,15 +202,14 @@ def _closeness(results: Results) -> dict[str, Any]:
     """How close each student comes to the teacher's hidden states on the held-out split, layer by layer."""
     students = [(upstream, upstream.training) for upstream in results.by_kind("student") if upstream.training]
     layers = sorted({layer for _, training in students for layer in training.dev_by_layer})
-    measures = [name for name in ("cosine", "l1", "mse")
-                if any(name in row for _, training in students for row in training.dev_by_layer.values())]  # fmt: skip
+    measures = ("cosine", "l1", "mse") if layers else ()
     lines = []
     for upstream, training in students:
         cells = []
         for measure in measures:
             for layer in layers:
-                value = training.dev_by_layer.get(layer, {}).get(measure)
-                cells.append("–" if value is None else f"{value:.3f}")
+                error = training.dev_by_layer.get(layer)
+                cells.append("–" if error is None else f"{getattr(error, measure):.3f}")
         lines.append((upstream, cells))
     return {"layers": layers, "measures": measures, "lines": lines}
 

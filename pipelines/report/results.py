@@ -6,13 +6,14 @@ it; so is a file made from another teacher or corpus than its neighbours, for a 
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from evaluate.score import Score, check_sizes, gather, summarise, without_scale
 from extract.base.errors import RetortError
 from extract.base.files import read_json
+from train.metrics import RunMetrics
 
 Kind = Literal["teacher", "student", "baseline"]
 TEACHER, BASELINE = "teacher", "fbank"
@@ -65,36 +66,6 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Growth:
-    """From optimiser step `step` on, the student had `layers` layers."""
-
-    step: int
-    layers: int
-
-
-@dataclass(frozen=True)
-class Training:
-    """runs/NAME/metrics.json and its DVCLive curves. `curves` maps a metric to its (step, value) points."""
-
-    family: str
-    params: int
-    steps: int
-    epochs: float
-    seconds: float
-    audio_seconds_per_second: float
-    train_loss: float
-    dev_loss: float | None  # None for a corpus without a dev split
-    dev_by_layer: dict[int, dict[str, float]]
-    growth: tuple[Growth, ...]
-    exposure_bias: float | None
-    teacher: str
-    seed: int
-    config: dict[str, Any]
-    versions: dict[str, str]
-    curves: dict[str, list[tuple[int, float]]]
-
-
-@dataclass(frozen=True)
 class Upstream:
     """One row of the table: its scores by task, and for a student how it was trained."""
 
@@ -103,7 +74,8 @@ class Upstream:
     source: str  # folder or hub id, as `extract.upstream.card` finds it
     revision: str | None
     scores: dict[str, TaskScore]
-    training: Training | None
+    training: RunMetrics | None = None
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # of training: metric -> (step, value)
 
 
 @dataclass(frozen=True)
@@ -163,21 +135,25 @@ def read_results(root: Path, students: Iterable[str], tasks: Iterable[str], *, o
     fingerprint: str = record.get("fingerprint", str)
     source, revision = str(card.get("id", TEACHER)), card.get("revision")
     upstreams = [
-        Upstream(TEACHER, "teacher", source, revision, _read_scores(root, TEACHER, tasks), None),
+        Upstream(TEACHER, "teacher", source, revision, _read_scores(root, TEACHER, tasks)),
     ]
     for name in students:
         folder = root / "students" / name
         if not (folder / "config.json").is_file():
             raise RetortError(f"{folder} is missing; `dvc repro {folder}` makes it")
-        training = _read_training(root, name)
+        run = root / "runs" / name
+        if not (run / "metrics.json").is_file():
+            raise RetortError(f"{run / 'metrics.json'} is missing; `dvc repro {run / 'metrics.json'}` makes it")
+        training = RunMetrics.read(run / "metrics.json")
         if training.teacher != fingerprint:
             raise RetortError(
                 f"student {name} was trained from teacher store {training.teacher[:12]}, {MANIFEST} names "
                 f"{fingerprint[:12]}: run `dvc repro distil@{name}`"
             )
         scores = _read_scores(root, name, tasks)
-        upstreams.append(Upstream(name, "student", str(folder), None, scores, training))
-    upstreams.append(Upstream(BASELINE, "baseline", BASELINE, None, _read_scores(root, BASELINE, tasks), None))
+        curves = {curve: read_curve(run / "plots" / "metrics" / f"{curve}.tsv") for curve in CURVES}
+        upstreams.append(Upstream(name, "student", str(folder), None, scores, training, curves))
+    upstreams.append(Upstream(BASELINE, "baseline", BASELINE, None, _read_scores(root, BASELINE, tasks)))
     table = gather([root / "scores" / upstream.name / f"{task}.json" for upstream in upstreams for task in tasks])
     relative, score_notes = _relative(table, upstreams, tasks)
     if official:
@@ -217,9 +193,9 @@ def _read_scores(root: Path, upstream: str, tasks: tuple[str, ...]) -> dict[str,
 
 def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
     record = _Record(path)
-    for field, expected in (("task", task), ("upstream", upstream)):
-        if record.get(field, str) != expected:
-            raise RetortError(f"{path}: `{field}` is {record.values[field]!r}, expected {expected!r}")
+    for name, expected in (("task", task), ("upstream", upstream)):
+        if record.get(name, str) != expected:
+            raise RetortError(f"{path}: `{name}` is {record.values[name]!r}, expected {expected!r}")
     interval = record.get("interval", dict).get("test")
     chosen_lr = record.get("chosen_lr", float, int, type(None))
     searched = "layer" if chosen_lr is None else "lr"
@@ -250,31 +226,6 @@ def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
         labels_digest=record.get("labels_digest", str),
         notes=tuple(record.get("notes", list)),
         versions=record.get("versions", dict),
-    )
-
-
-def _read_training(root: Path, name: str) -> Training:
-    record = _Record(root / "runs" / name / "metrics.json")
-    loss = record.get("loss", dict)
-    plots = root / "runs" / name / "plots" / "metrics"
-    bias = record.values.get("exposure_bias")
-    return Training(
-        family=record.get("family", str),
-        params=record.get("params", int),
-        steps=record.get("steps", int),
-        epochs=record.number("epochs"),
-        seconds=record.number("seconds"),
-        audio_seconds_per_second=record.number("audio_seconds_per_second"),
-        train_loss=float(loss["train"]),
-        dev_loss=None if loss["dev"] is None else float(loss["dev"]),
-        dev_by_layer={int(layer): dict(row) for layer, row in record.get("dev_by_layer", dict).items()},
-        growth=tuple(Growth(int(stage["step"]), int(stage["layers"])) for stage in record.get("growth", list)),
-        exposure_bias=None if bias is None else float(bias),
-        teacher=record.get("teacher", str),
-        seed=record.get("seed", int),
-        config=record.get("config", dict),
-        versions=record.get("versions", dict),
-        curves={curve: read_curve(plots / f"{curve}.tsv") for curve in CURVES},
     )
 
 

@@ -12,8 +12,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report.results import Training
 from pipelines.report.table import Column, Row
+from train.metrics import RunMetrics
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def spread_columns(columns: Sequence[Column], repeats: Sequence[Repeats]) -> tup
     layers = sorted({layer for training in trained for layer in training.dev_by_layer})
     return (
         *(column for column in columns if column.title not in ("params", "size", "MACs", "speed")),
-        Column("dev loss", "own", "low", lambda row: _training(row).dev_loss, lambda value: f"{value:.3f}"),
+        Column("dev loss", "own", "low", lambda row: _training(row).loss.dev, lambda value: f"{value:.3f}"),
         *(
             Column(
                 f"layer {layer}", "dev MSE", "low", partial(_squared_error, layer=layer), lambda value: f"{value:.3f}"
@@ -78,13 +78,14 @@ def spread_columns(columns: Sequence[Column], repeats: Sequence[Repeats]) -> tup
     )
 
 
-def _training(row: Row) -> Training:
+def _training(row: Row) -> RunMetrics:
     assert row.upstream.training is not None  # find_repeats
     return row.upstream.training
 
 
 def _squared_error(row: Row, *, layer: int) -> float | None:
-    return _training(row).dev_by_layer.get(layer, {}).get("mse")
+    error = _training(row).dev_by_layer.get(layer)
+    return None if error is None else error.mse
 
 
 def spread_cell(repeats: Repeats, column: Column) -> str:
