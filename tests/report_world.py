@@ -19,7 +19,7 @@ from dvc.repo import Repo
 from numpy.typing import NDArray
 
 from extract.base.files import write_json
-from pipelines.machine import describe_machine
+from extract.base.machine import describe_machine
 from pipelines.report import report_command, speed
 from pipelines.report.speed import Speed
 from tests.evaluate_stores import make_corpus, make_store

@@ -2,7 +2,7 @@
 
 Each model is `AutoModel.from_pretrained` of a folder, as a user opens it, and hears one utterance at a time. *Real-time
 factor* is seconds of computing for a second of audio, *latency* the median time for one utterance of a stated length.
-MACs are of a second of audio (`pipelines.macs`).
+MACs are of a second of audio (`extract.macs`).
 """
 
 import statistics
@@ -19,10 +19,10 @@ from ruamel.yaml import YAML
 from extract.base.errors import RetortError, unknown
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved, speed_ratio
 from extract.corpus import SAMPLE_RATE_HZ
+from extract.macs import count_macs
 from pipelines.bench import material
 from pipelines.bench.measure import check_asked, headed
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
-from pipelines.macs import count_macs
 from pipelines.profiles import read_profile
 
 if TYPE_CHECKING:

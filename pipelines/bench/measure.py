@@ -7,9 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from extract.base.errors import RetortError, unknown
+from extract.base.machine import describe_machine
 from extract.base.timing import CLOCKS, TimedRun, speed_ratio
 from extract.store.codec import CODECS
-from pipelines.machine import describe_machine
 
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "h5py")
 
