@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from evaluate.features import Source
 from evaluate.recipe import Settings
-from extract.base.params import parse
+from extract.base.validate import parse
 
 if TYPE_CHECKING:  # both need torch, whose import takes seconds; --help and error lines do not
     from evaluate.checkpoint import Progress

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from extract.base.errors import CommandGroup, RetortError
-from extract.base.options import together, version_option
+from extract.base.errors import CommandGroup, RetortError, shared_options
 
 if TYPE_CHECKING:
     from extract.store.reader import Manifest
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
-@version_option
 def main() -> None:
     pass
 
@@ -37,7 +35,7 @@ def _parts(keep: str) -> frozenset[str]:
     return frozenset(filter(None, keep.split(",")))
 
 
-_what_to_extract = together(  # said alike to `plan` and to `run`
+_what_to_extract = shared_options(  # said alike to `plan` and to `run`
     click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id."),
     click.option("--revision", help="Revision of a hub id."),
     click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all]."),
@@ -304,26 +302,6 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
         f"({done.copied_bytes / 1e6:.1f} MB), the others were there already"
         + (f"; {new_manifest} is its manifest" if new_manifest else "")
     )
-
-
-@main.command()
-@click.argument("teacher", type=click.Path(path_type=Path))
-@click.argument("student", type=click.Path(path_type=Path))
-@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="The stores' corpus: NAME.json or .h5.")
-@click.option("--split", default="test", show_default=True, help="Split of the corpus to compare on.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The JSON to write.")
-def compare(teacher: Path, student: Path, corpus: Path, split: str, out: Path) -> None:
-    """Compare the layers of two stores, given by their manifests TEACHER and STUDENT, by linear CKA.
-
-    Stores whose frames do not correspond give a file that states the reason.
-    """
-    from extract.base.files import check_out
-    from extract.compare import compare_stores
-
-    check_out(out, "--out")
-    found = compare_stores(teacher, student, corpus, split)
-    found.write(out)
-    click.echo(f"{out}: {found.describe()}")
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:

@@ -76,13 +76,11 @@ class Corpus:
         path = Path(path)
         expected = None
         if path.suffix == ".json":
-            card = read_json(path)
+            value = read_json(path)
             try:
-                check_fields({"file": str, "digest": str}, card, where=str(path))
+                card = check_fields({"file": str, "digest": str}, value, where=str(path))
             except RetortError as error:
-                raise RetortError(
-                    f"{path} is no corpus card ({error}); make one with `python -m pipelines corpus`"
-                ) from None
+                raise RetortError(f"{error}; make the corpus with `python -m pipelines corpus`") from None
             path, expected = in_main_tree(card["file"]), card["digest"]
         try:
             corpus = cls._read(path)

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from extract.base.errors import CommandGroup, RetortError
-from extract.base.options import version_option
 from pipelines.bench import bench_command
 from pipelines.demo.corpora import demo_command
 from pipelines.profiles import profile_command
@@ -18,7 +17,6 @@ from pipelines.report import report_command
 
 
 @click.group(cls=CommandGroup, help="Data set readers, the embedded demo, the report, and benchmarks.")
-@version_option
 def main() -> None:
     pass
 

@@ -139,7 +139,7 @@ def steps_of(size: Size) -> list[Step]:
 
 def speak(folder: Path, size: Size) -> None:
     """Speak the demo's corpora that are used here, and read them as `python -m pipelines corpus` does."""
-    from extract.base.params import parse
+    from extract.base.validate import parse
     from pipelines.demo import corpora
     from pipelines.readers import ReaderOptions, read_corpus
 

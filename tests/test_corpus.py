@@ -83,7 +83,7 @@ def test_a_card_and_its_audio_must_agree(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match=r"c\.h5 does not exist"):
         Corpus.open(tmp_path / "c.json")
     (tmp_path / "c.json").write_text(json.dumps({"format_version": 1}))
-    with pytest.raises(RetortError, match="is no corpus card"):
+    with pytest.raises(RetortError, match="`file` is missing"):
         Corpus.open(tmp_path / "c.json")
 
 

@@ -18,7 +18,7 @@ from dvc.repo import Repo
 from evaluate.corpora import corpus_of_tasks
 from evaluate.tasks import TASKS
 from extract.base.errors import RetortError
-from extract.base.params import parse
+from extract.base.validate import parse
 from pipelines.__main__ import main
 from pipelines.profiles import read_profile
 from train.config import StudentConfig, read_student

@@ -14,7 +14,8 @@ from dvc.repo import Repo as DvcRepo
 from safetensors import safe_open
 
 from extract.base.errors import RetortError
-from extract.base.params import merge, parse, read_section
+from extract.base.params import merge, read_section
+from extract.base.validate import parse
 from train.config import Family, OptimiserConfig, StudentConfig, read_student
 from train.losses import build_distiller
 

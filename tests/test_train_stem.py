@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from extract.base.errors import RetortError
-from extract.base.params import parse
+from extract.base.validate import parse
 from extract.corpus import Corpus
 from extract.store.codec import CODECS
 from tests.train_world import SHAPE, World, job, make_world, student

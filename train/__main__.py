@@ -17,11 +17,9 @@ from pathlib import Path
 import click
 
 from extract.base.errors import CommandGroup
-from extract.base.options import version_option
 
 
 @click.group(cls=CommandGroup)
-@version_option
 def main() -> None:
     """Stage two: students from a feature store."""
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from extract.base.errors import RetortError, unknown
-from extract.base.params import merge, parse, read_section
+from extract.base.params import merge, read_section
+from extract.base.validate import parse
 
 Family = Literal[
     "distilhubert",

@@ -9,7 +9,7 @@ from typing import Any
 
 from extract.base.errors import RetortError
 from extract.base.files import read_json, write_json
-from extract.base.params import parse
+from extract.base.validate import parse
 
 FORMAT_VERSION = 1
 

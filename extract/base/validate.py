@@ -1,42 +1,112 @@
-"""What a file from somebody else may say: values of the types expected, and names that stay in their folder.
+"""Validation of untrusted values: JSON and YAML become typed values, and names stay in their folder.
 
-JSON that one of our commands wrote fits without fail; what a person edited, another version wrote or a stranger sent
-may hold anything. It is refused here, in one line, before a path is built from it or a byte is read.
+One interpreter of type hints serves every file that Retort reads: params.yaml, manifests, score files, checkpoints'
+metadata. A file that Retort wrote fits without fail. One that a person edited, another version wrote or somebody else
+sent may hold anything, and is refused here with one line before a path is built from it or a byte is read.
 """
 
+import math
 import re
 import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from extract.base.errors import RetortError
+from extract.base.errors import RetortError, unknown
 
-_SHOWN = 60  # characters of a value that an error shows
-
-
-def check_type(hint: Any, value: object, *, where: str) -> None:
-    """Raises RetortError unless a JSON value is of the type `hint`: a scalar, a dict by string, a tuple or a list."""
-    if not _fits(hint, value):
-        shown = repr(value)
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-        raise RetortError(f"{where}: got {shown}, expected {getattr(hint, '__name__', hint)}")
+_SHOWN = 60  # characters of a value that an error line quotes
+T = TypeVar("T")
 
 
-def check_fields(fields: Mapping[str, Any], value: Mapping[str, object], *, where: str) -> None:
-    """Raises RetortError unless all `fields` (name -> type) are there and of their types; others may be there too."""
-    for name, hint in fields.items():
+def parse(kind: type[T], value: object, *, where: str) -> T:
+    """Convert a mapping to the dataclass `kind`; nested dataclasses are nested mappings.
+
+    A field without a default is required, and a key that is not a field is refused. The dataclass may refuse values in
+    `__post_init__` with a RetortError whose message begins with the field.
+    Raises RetortError that begins with `where`, the file and the path in it.
+    """
+    if not isinstance(value, dict):
+        raise RetortError(f"{where}: got {_quoted(value)}, expected a section with keys")
+    hints = get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise unknown(f"key in {where}", str(key), hints)
+    for one in fields(kind):  # type: ignore[arg-type]
+        required = one.default is MISSING and one.default_factory is MISSING
+        if required and one.name not in value:
+            raise RetortError(f"{where}: `{one.name}` is missing; keys are {', '.join(hints)}")
+    converted = {key: convert(hints[key], item, where=f"{where}.{key}") for key, item in value.items()}
+    try:
+        return kind(**converted)
+    except RetortError as error:
+        raise RetortError(f"{where}.{error}") from None
+
+
+def check_fields(hints: Mapping[str, Any], value: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Return the fields named by `hints` (name -> type), converted; other keys of the mapping are ignored.
+
+    Raises RetortError for a field that is missing or of another type.
+    """
+    for name in hints:
         if name not in value:
-            raise RetortError(f"{where} has no field {name!r}; expected {', '.join(fields)}")
-        check_type(hint, value[name], where=f"{where}.{name}")
+            raise RetortError(f"{where}: `{name}` is missing; expected {', '.join(hints)}")
+    return {name: convert(hint, value[name], where=f"{where}.{name}") for name, hint in hints.items()}
+
+
+def convert(hint: Any, value: object, *, where: str) -> Any:
+    """Convert a JSON or YAML value to the type `hint`. Raises RetortError, which begins with `where`, if it differs.
+
+    hint: a scalar type, a dataclass, Any, Literal, `X | None`, dict[str, X], dict[int, X] (JSON's
+    keys are text), list[X] or tuple[X, ...].
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if is_dataclass(hint):
+        return parse(hint, value, where=where)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in inner:
+            raise unknown(where, str(value), inner)
+        return value
+    if origin in (Union, types.UnionType):
+        kind = next(one for one in inner if one is not types.NoneType)
+        return None if value is None else convert(kind, value, where=where)
+    if origin is dict:
+        if isinstance(value, dict) and (inner[0] is str or all(str(key).isdecimal() for key in value)):
+            return {inner[0](key): convert(inner[1], item, where=f"{where}.{key}") for key, item in value.items()}
+        raise RetortError(f"{where}: got {_quoted(value)}, expected a mapping with {inner[0].__name__} keys")
+    if origin in (list, tuple):
+        if isinstance(value, list | tuple):
+            return origin(convert(inner[0], item, where=where) for item in value)
+        raise RetortError(f"{where}: got {_quoted(value)}, expected a list")
+    return _scalar(hint, value, where)
+
+
+def _scalar(kind: type, value: object, where: str) -> Any:
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # PyYAML reads 5e-4 as a string; YAML 1.2, and so DVC, as a number
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise RetortError(f"{where}: got {_quoted(value)}, expected {kind.__name__}")
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is there and holds neither control characters nor halves of a surrogate pair."""
+    """Return True for a text that is not empty and has no control characters and no halves of a surrogate pair."""
     return bool(text) and not re.search("[\x00-\x1f\x7f\ud800-\udfff]", text)
 
 
 def check_name(name: str, *, where: str) -> None:
-    """Raises RetortError for a name that is no single part of a path: it would lead out of the folder it is for."""
+    """Raises RetortError for a name that is not one part of a path: it could lead out of the folder it is for."""
     if name in (".", "..") or not is_plain(name) or re.search(r"[/\\]", name):
         raise RetortError(f"{where}: got {name!r}, expected a plain name without slashes")
 
@@ -46,18 +116,3 @@ def check_below(path: str, *, where: str) -> None:
     for part in path.split("/"):
         if part in (".", "..") or not is_plain(part) or "\\" in part:
             raise RetortError(f"{where}: got {path!r}, expected a path below the root, without `..`")
-
-
-def _fits(hint: Any, value: object) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(_fits(one, value) for one in inner)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(inner[1], item) for item in value.values())
-    if origin in (tuple, list):
-        return isinstance(value, list | tuple) and all(_fits(inner[0], item) for item in value)
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, int | float if hint is float else hint)

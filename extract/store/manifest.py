@@ -1,22 +1,22 @@
-"""The manifest of a finished store: what it was made from, what it holds, and the bytes of every object.
+"""The manifest of a finished store: its origin, its contents, and size and digest of every object.
 
-A manifest travels: to other machines, as a DVC out, from people whom nobody here knows. Reading one is strict, so that
-whoever holds a `Manifest` may trust its types, its counts, and that its names lead nowhere but into the store.
+Manifests come from other machines, from DVC's cache and from strangers. Reading one is strict: of a `Manifest` the
+types, the counts and the names of objects, which stay inside the store, may be trusted.
 """
 
 import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json
-from extract.base.validate import check_below, check_fields, check_name, check_type
+from extract.base.validate import check_below, check_fields, check_name, parse
 from extract.store.codec import CODECS
 from extract.store.location import Location, RemoteLocation, location_of
 
 FORMAT_VERSION = 2
-KEEP = frozenset({"frames", "pooled", "stem"})  # what a store may hold of an utterance
+KEEP = frozenset({"frames", "pooled", "stem"})  # parts that a store may hold
 KEEP_DEFAULT = frozenset({"frames", "pooled"})
 
 _UPSTREAM = {
@@ -31,7 +31,7 @@ _PLAN = dict.fromkeys(("pack_frames", "shard_packs", "num_packs", "num_shards", 
 _CORPUS = {"name": str, "digest": str, "num_utterances": int}
 _STORE = {"root": str, "path": str}
 _SHA256 = re.compile("[0-9a-f]{64}")
-# All that a writer writes; verify, mirror and the cache write by these names.
+# Every object that a writer makes. `verify`, `mirror` and the cache write files by these names.
 _OBJECT = re.compile(
     r"zarr\.json|(hidden|scale|stem|stem_scale|pooled)/(zarr\.json|c(/\d+)+)"
     r"|index/(zarr\.json|(pack|first_frame|num_frames|ids)/(zarr\.json|c/0))|rows/\d{5,}\.npy"
@@ -39,12 +39,12 @@ _OBJECT = re.compile(
 
 
 def is_object(name: str) -> bool:
-    """Whether a file of this name below a store is an object of it; a killed writer may have left others."""
+    """Return True if a file of this name is an object of a store; a killed writer may have left other files."""
     return _OBJECT.fullmatch(name) is not None
 
 
 def check_keep(keep: frozenset[str]) -> None:
-    """Raises RetortError for a `--keep` that no store has."""
+    """Raises RetortError for a `--keep` that a store cannot have."""
     if odd := keep - KEEP:
         raise unknown("--keep", min(odd), KEEP)
     if "pooled" not in keep:
@@ -53,14 +53,14 @@ def check_keep(keep: frozenset[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a finished store is made of. `objects` maps each file below the store to [bytes, sha256]."""
+    """Record of a finished store. `objects` maps the name of each file below the store to [bytes, sha256]."""
 
     format_version: int
     complete: bool
     fingerprint: str  # upstream, layers, codec, precision and plan settings
     digest: str  # of everything in the store
     upstream: dict[str, Any]
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # ascending; layer 0 is the input of the first block
     dim: int
     convention: str
     hop_samples: int
@@ -72,9 +72,9 @@ class Manifest:
     dtype_error: dict[str, dict[str, Any]]  # by layer against fp32; empty for fp32
     threads: int  # torch's, in every worker: another number of them changes the last bits
     attention: str
-    plan: dict[str, Any]
+    plan: dict[str, Any]  # summary of the packing
     corpus: dict[str, Any]
-    dropped: tuple[str, ...]
+    dropped: tuple[str, ...]  # ids of utterances without features
     store: dict[str, str]  # root as given, path below it
     objects: dict[str, list[Any]]
     versions: dict[str, str]
@@ -87,29 +87,17 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], *, path: Path | str) -> "Manifest":
-        """Strict: every field, no other, each of its type; counts that agree; names that stay in the store.
+        """Parse strictly: every field, no other, of the right type; counts that agree; names that stay in the store.
 
-        Raises RetortError that names what differs.
+        Raises RetortError that names the field, `path`, and what was expected.
         """
         if value.get("format_version") != FORMAT_VERSION or value.get("complete") is not True:
             raise RetortError(
-                f"{path} is no complete manifest of format {FORMAT_VERSION} (format_version "
+                f"{path} is not a complete manifest of format {FORMAT_VERSION} (format_version "
                 f"{value.get('format_version')!r}, complete {value.get('complete')!r}); "
                 "run `python -m extract run` again"
             )
-        names = {field.name for field in fields(cls)}
-        required = {field.name for field in fields(cls) if field.default is MISSING}
-        if odd := sorted((required - value.keys()) | (value.keys() - names)):
-            raise RetortError(
-                f"{path} is no manifest: field {odd[0]!r} is {'missing' if odd[0] in names else 'unknown'}"
-            )
-        for name, hint in get_type_hints(cls).items():
-            if name in value:
-                check_type(hint, value[name], where=f"{path}: {name}")
-        if value["codec"] not in CODECS:
-            raise unknown(f"codec in {path}:", value["codec"], CODECS)
-        tuples = {key: tuple(value[key]) for key in ("layers", "keep", "dropped")}
-        manifest = cls(**value | tuples)
+        manifest = parse(cls, value, where=str(path))
         manifest._check(path)
         return manifest
 
@@ -119,19 +107,19 @@ class Manifest:
 
     @property
     def location(self) -> Location:
-        """Where the store's objects lie."""
+        """Location of the store's objects: a folder or a URL."""
         return location_of(self.store["root"], self.store["path"])
 
     @property
     def folder(self) -> Path:
-        """The store's folder. Raises RetortError for a store at a URL."""
+        """Folder of the store. Raises RetortError for a store at a URL."""
         if isinstance(location := self.location, RemoteLocation):
-            raise RetortError(
-                f"this needs a store in a folder, not at {location}; copy it with `python -m extract mirror`"
-            )
+            raise RetortError(f"the store is at {location}, expected a folder; copy it with `python -m extract mirror`")
         return location.folder
 
     def _check(self, path: Path | str) -> None:
+        if self.codec not in CODECS:
+            raise unknown(f"codec in {path}:", self.codec, CODECS)
         for name, keys in (("upstream", _UPSTREAM), ("plan", _PLAN), ("corpus", _CORPUS), ("store", _STORE)):
             check_fields(keys, getattr(self, name), where=f"{path}: {name}")
         check_below(self.store["path"], where=f"{path}: store.path")
@@ -141,7 +129,7 @@ class Manifest:
                 raise RetortError(f"{path}: {name}: got {getattr(self, name)!r}, expected a sha256 in hex")
         for name, expected in self.objects.items():
             if not is_object(name):
-                raise RetortError(f"{path}: objects: {name!r} is no name of an object of a store")
+                raise RetortError(f"{path}: objects: {name!r} is not the name of an object of a store")
             if len(expected) != 2 or not isinstance(expected[0], int) or not _SHA256.fullmatch(str(expected[1])):
                 raise RetortError(f"{path}: objects.{name}: got {expected!r}, expected [bytes, sha256 in hex]")
         self._check_counts(path)

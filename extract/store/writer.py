@@ -31,7 +31,8 @@ from extract.store.manifest import is_object
 from extract.store.packing import Packing
 from extract.store.reader import MANIFEST_NAME, Manifest, record_name
 
-_POOLED_ROWS = 4096  # utterances a chunk of `pooled`
+_POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
+_RECORD = {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}  # fields of a shard record
 
 
 @dataclass(frozen=True)
@@ -331,8 +332,9 @@ class StoreWriter:
     def _read_record(self, shard: int) -> dict[str, Any]:
         where = f"{self.location}/{record_name(shard)}"
         record = parse_json(self.location.read(record_name(shard)), where=where)
-        check_fields({"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}, record, where=where)
-        return record
+        return check_fields(
+            {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}, record, where=where
+        )
 
     def _rows(self, shard: int) -> Path:
         return self.folder / "rows" / f"{shard:05d}.npy"

@@ -14,7 +14,7 @@ from typing import Any
 
 from extract.base.errors import RetortError
 from extract.base.files import read_json, sha256_file
-from extract.base.validate import check_fields, check_name, check_type
+from extract.base.validate import check_fields, check_name, convert
 from extract.upstream.files import check_plain_weights, check_preprocessor, own_normalisation, weights_files
 from extract.upstream.files import folder_of as _folder_of
 
@@ -138,8 +138,7 @@ def find_upstream(
 
 
 def _note(config: dict[str, Any], folder: Path) -> str | None:
-    note: str | None = config.get("retort_note")
-    check_type(str | None, note, where=f"{folder / 'config.json'}: retort_note")
+    note: str | None = convert(str | None, config.get("retort_note"), where=f"{folder / 'config.json'}: retort_note")
     return note
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from extract.base.errors import RetortError
 from extract.base.files import read_json
-from extract.base.validate import check_fields, check_name, check_type
+from extract.base.validate import check_fields, check_name, convert
 from extract.corpus import SAMPLE_RATE_HZ
 
 # In the order in which transformers looks for them: the digest must be of the file that is opened.
@@ -68,7 +68,7 @@ def weights_names(config: dict[str, Any]) -> tuple[str, ...]:
     own = config.get("transformers_weights")
     if own is None:
         return WEIGHTS
-    check_type(str, own, where="config.json: transformers_weights")
+    own = convert(str, own, where="config.json: transformers_weights")
     check_name(own, where="config.json: transformers_weights")
     return (own,)
 
@@ -130,7 +130,7 @@ def own_normalisation(folder: Path) -> bool:
         )
     wanted = {where: value.get("do_normalize", True) for where, value in settings.items()}
     for where, value in wanted.items():
-        check_type(bool, value, where=f"{where}: do_normalize")
+        convert(bool, value, where=f"{where}: do_normalize")
     if len(set(wanted.values())) > 1:
         said = ", ".join(f"{where} says {str(value).lower()}" for where, value in wanted.items())
         raise RetortError(f"do_normalize: {said}; give --normalise or --no-normalise, or remove the wrong file")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from extract.base.options import together
+from extract.base.errors import shared_options
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from extract.base.timing import Progress
+    from pipelines.bench.measure import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 Asked = TypeVar("Asked")
@@ -59,7 +59,7 @@ def _shape(default: str) -> "Callable[[F], F]":
 
 
 _teacher_shape, _demo_shape = _shape("hubert-base"), _shape("hubert-demo")
-_training = together(
+_training = shared_options(
     _teacher_shape,
     click.option("--seconds", default=120.0, show_default=True, help="Seconds of audio in the corpus."),
     click.option("--pack-frames", default=1600, show_default=True, help="As of `extract run`: a micro-batch's."),

@@ -21,8 +21,9 @@ import soundfile
 
 from extract.base.errors import RetortError
 from extract.base.files import check_out, in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
-from extract.base.params import parse, read_section
+from extract.base.params import read_section
 from extract.base.progress import ProgressBar
+from extract.base.validate import parse
 from pipelines.demo import fluent, snips
 from pipelines.demo.fluent import plan_command_speakers
 from pipelines.demo.iemocap import plan_dialogs

@@ -16,7 +16,8 @@ import click
 from evaluate.corpora import corpus_of_tasks
 from extract.base.errors import RetortError
 from extract.base.files import check_out
-from extract.base.params import parse, read_params, read_section
+from extract.base.params import read_params, read_section
+from extract.base.validate import parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
