@@ -122,7 +122,7 @@ def plan(layers: str | None, keep: str, student_layers: str | None, **options: A
     "--scheduler", help="Use the Dask cluster whose scheduler is at this address, such as tcp://10.0.0.1:8786."
 )
 @click.option(
-    "--seed-blocks",
+    "--initial-blocks",
     default=0,
     show_default=True,
     help="Also write the stem and this many first blocks for students.",
@@ -186,6 +186,7 @@ def verify(manifest: Path) -> None:
             f"{manifest}: {len(damaged)} of {len(reader.manifest.objects)} objects are damaged: {', '.join(damaged)}; "
             f"{mend}"
         )
+    reader.manifest.check_initial_weights(manifest)
     click.echo(
         f"{manifest}: all {len(reader.manifest.objects)} objects are as they were written "
         f"({_megabytes(reader.manifest.objects):.1f} MB)"
@@ -290,7 +291,7 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
     "--manifest",
     "new_manifest",
     type=click.Path(path_type=Path),
-    help="Also write the new root's manifest here, with the teacher's seed beside it if there is one.",
+    help="Also write the new root's manifest here, with the teacher's initial weights beside it if it records any.",
 )
 def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
     """Copy a finished store to another ROOT, a folder or a URL; checked, and resumed when it was killed."""

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extract.base.errors import RetortError, unknown
-from extract.base.files import check_out, in_main_tree, parse_json, sha256_json, write_json
+from extract.base.files import check_out, in_main_tree, parse_json, sha256_file, sha256_json, write_json
 from extract.base.progress import ProgressBar
 from extract.corpus import Corpus
 from extract.shards import LocalRunner, Request, UpstreamFacts, open_writer, seconds_of
 from extract.store.codec import CODECS
 from extract.store.location import is_url, location_of, root_text
+from extract.store.manifest import initial_weights_path
 from extract.store.reader import FORMAT_VERSION, KEEP_DEFAULT, MANIFEST_NAME, Manifest, check_keep, check_sizes
 from extract.store.writer import StoreWriter
 from extract.upstream.card import FBANK, UpstreamCard, find_upstream
-from extract.upstream.initial_weights import seed_path, write_seed
+from extract.upstream.initial_weights import write_initial_weights
 
 if TYPE_CHECKING:
     from extract.dask_runner import DaskRunner
@@ -49,7 +50,7 @@ class Settings:
     normalise: bool | None = None
     dtype: str = "fp32"
     device: str = "cpu"
-    seed_blocks: int = 0
+    initial_blocks: int = 0
     trust_remote_code: bool = False
     threads: int = 0  # torch's; 0 is its own choice
     workers: int = 0  # processes of a Dask cluster on this machine; 0 is this process alone
@@ -61,7 +62,7 @@ class Settings:
         check_keep(self.keep)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        for option in ("workers", "threads", "seed_blocks"):
+        for option in ("workers", "threads", "initial_blocks"):
             if getattr(self, option) < 0:
                 raise RetortError(f"--{option.replace('_', '-')} {getattr(self, option)}: expected 0 or more")
         if self.workers and self.scheduler:
@@ -80,12 +81,14 @@ def extract(settings: Settings) -> tuple[Manifest, bool]:
     card = find_upstream(
         settings.upstream, revision=settings.revision, normalise=settings.normalise, name=settings.name
     )
-    seeded = not settings.seed_blocks or seed_path(settings.manifest).is_file()
-    if seeded and (found := _finished(_store(settings, corpus, card))):
+    found = _finished(_store(settings, corpus, card))
+    record = _recorded_initial_weights(settings, found.fingerprint) if found else None
+    if found and bool(record) == bool(settings.initial_blocks):
+        found = replace(found, initial_weights=record)
         write_json(settings.manifest, found.to_dict())
         return found, False
-    if settings.seed_blocks and card.family == FBANK:
-        raise RetortError(f"--seed-blocks: upstream {card.id} has no blocks to seed a student from")
+    if settings.initial_blocks and card.family == FBANK:
+        raise RetortError(f"--initial-blocks: upstream {card.id} has no blocks to seed a student from")
     with _hands(settings, request_of(settings, corpus, card)) as hands:
         return make_store(settings, corpus, card, hands), True
 
@@ -164,11 +167,10 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "L
     """Make the store and the manifest of `settings` with hands that have their upstream; finished shards are kept."""
     facts = hands.facts()
     writer = open_writer(hands.request, corpus, facts)
-    if settings.seed_blocks >= facts.num_layers:
-        raise RetortError(f"--seed-blocks {settings.seed_blocks}: the upstream has {facts.num_layers - 1} blocks")
+    if settings.initial_blocks >= facts.num_layers:
+        raise RetortError(f"--initial-blocks {settings.initial_blocks}: the upstream has {facts.num_layers - 1} blocks")
     writer.create()
-    if settings.seed_blocks:
-        _write_seed(settings, card)
+    record = _write_initial_weights(settings, card) if settings.initial_blocks else None
     shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
     total_s = sum(
         seconds_of(corpus, writer.packing, pack) for shard in shards for pack in writer.packing.packs_of(shard)
@@ -181,7 +183,7 @@ def make_store(settings: Settings, corpus: Corpus, card: UpstreamCard, hands: "L
         "fingerprint": _fingerprint(card, settings),
         "store": _store(settings, corpus, card),
     }
-    finished = writer.finish(Manifest(**manifest), ids=corpus.ids)
+    finished = replace(writer.finish(Manifest(**manifest), ids=corpus.ids), initial_weights=record)
     write_json(settings.manifest, finished.to_dict())
     return finished
 
@@ -199,13 +201,27 @@ def _remarks(facts: UpstreamFacts) -> list[str]:
     return found
 
 
-def _write_seed(settings: Settings, card: UpstreamCard) -> None:
+def _recorded_initial_weights(settings: Settings, fingerprint: str) -> dict[str, Any] | None:
+    """Return the manifest's record of initial weights that `settings` asks for, if its file is unchanged."""
+    try:
+        old = Manifest.read(settings.manifest)
+        old.check_initial_weights(settings.manifest)
+    except RetortError:
+        return None
+    record = old.initial_weights
+    kept = record and old.fingerprint == fingerprint and record["num_blocks"] == settings.initial_blocks
+    return record if kept else None
+
+
+def _write_initial_weights(settings: Settings, card: UpstreamCard) -> dict[str, Any]:
     from extract.upstream.forward import Transformer, load_upstream
 
     # Loaded here, on the CPU: the workers' models may lie on other machines.
     upstream = load_upstream(card, trust_remote_code=settings.trust_remote_code, check=False)
     assert isinstance(upstream, Transformer)
-    write_seed(upstream.model, seed_path(settings.manifest), num_blocks=settings.seed_blocks)
+    path = initial_weights_path(settings.manifest)
+    write_initial_weights(upstream.model, path, num_blocks=settings.initial_blocks)
+    return {"file": path.name, "sha256": sha256_file(path), "num_blocks": settings.initial_blocks}
 
 
 def _describe(

@@ -80,7 +80,7 @@ def _whole_world() -> Path:
         soundfile.write("data/mine/one.wav", np.random.default_rng(0).normal(size=8_000) * 0.1, 16_000)
         Path("data/mine/metadata.csv").write_text("file,speaker,keyword\none.wav,ann,yes\n")
         for line in (
-            f"{EXTRACT.replace('new.json', 'manifests/teacher.json')} --seed-blocks 2 --shard-packs 2",
+            f"{EXTRACT.replace('new.json', 'manifests/teacher.json')} --initial-blocks 2 --shard-packs 2",
             f"{SCORE} --out scores/teacher/ks.json",
             f"{SCORE} --out scores/again/ks.json",
         ):

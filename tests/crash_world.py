@@ -123,7 +123,7 @@ def steps_of(size: Size) -> list[Step]:
         return Step("train", student, ("run", "--student", student, "--config", "params.yaml", *inputs, *outputs))
 
     distil = ("--corpus", "corpora/distill.json", "--manifest", "manifests/distill/teacher.json")
-    asked = ("--layers", "4,8,12", "--keep", "frames,pooled,stem", "--seed-blocks", "2")
+    asked = ("--layers", "4,8,12", "--keep", "frames,pooled,stem", "--initial-blocks", "2")
     last = size.upstreams[-1]
     one = ("--manifest", f"manifests/librispeech/{last}.json", "--corpus", "corpora/librispeech.json")
     return [

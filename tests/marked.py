@@ -43,7 +43,7 @@ def mark_extract() -> None:
     from extract.store.writer import StoreWriter
 
     marked(run, "extract", "before", "done")
-    marked(run, "_write_seed", "work")
+    marked(run, "_write_initial_weights", "work")
     marked(LocalRunner, "write", "work")
     marked(StoreWriter, "finish", "closing")
     if "--workers" in sys.argv:

@@ -25,7 +25,7 @@ from tests.bad_input_world import (
     write,
 )
 
-P, SEED, ONE = "params.yaml", "manifests/teacher.seed.safetensors", "scores/teacher/ks.json"
+P, SEED, ONE = "params.yaml", "manifests/teacher.initial.safetensors", "scores/teacher/ks.json"
 EXPORT, TABLE = "train export student --out student.onnx", "evaluate score scores --out table.json"
 MADE = "manifests/teacher.json"
 MANY = "evaluate many --manifests nowhere --corpora corpora --out made"
@@ -133,8 +133,8 @@ TRAINING = [
         "another corpus", TRAIN.replace("tiny.json", "other.json"), "describes features of corpus tiny .*not of other"
     ),
     Row("means alone", TRAIN, "keeps pooled and no frames to learn from", means_alone),
-    Row("no seed", TRAIN, "teacher.seed.safetensors does not exist and `init: teacher` needs it", remove(SEED)),
-    Row("seed a folder", TRAIN, "teacher.seed.safetensors does not exist", folder(SEED)),
+    Row("no seed", TRAIN, "teacher.initial.safetensors does not exist and `init: teacher` needs it", remove(SEED)),
+    Row("seed a folder", TRAIN, "teacher.initial.safetensors does not exist", folder(SEED)),
     Row("seed empty", TRAIN, "is no readable seed .*header too small", write(SEED, "")),
     Row("seed garbage", TRAIN, "is no readable seed", write(SEED, "x" * 100)),
     Row("seed's config", TRAIN, "is no readable seed", lambda: seed("[1")),

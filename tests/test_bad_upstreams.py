@@ -131,8 +131,8 @@ OPTIONS = [
     asked("device", "--device tpu", "--device 'tpu': expected cpu, cuda or cuda:N"),
     asked("device without data", "--device meta", "--device 'meta': expected cpu, cuda or cuda:N"),
     asked("device beyond", "--device cuda:77", "--device cuda:77: this machine has . CUDA devices"),
-    asked("blocks below", "--seed-blocks -1", "--seed-blocks -1: expected 0 or more"),
-    asked("blocks beyond", "--seed-blocks 99", "--seed-blocks 99: the upstream has 4 blocks"),
+    asked("blocks below", "--initial-blocks -1", "--initial-blocks -1: expected 0 or more"),
+    asked("blocks beyond", "--initial-blocks 99", "--initial-blocks 99: the upstream has 4 blocks"),
     asked("two corpora", "--corpus corpora/other.json", "give one --manifest for each --corpus"),
     asked("store a file", "--store params.yaml", "--store .*params.yaml is a file; give a folder"),
     asked("store below a file", "--store params.yaml/x", "params.yaml is no folder, so nothing can be written"),
@@ -149,7 +149,7 @@ OPTIONS = [
         EXTRACT.replace("teacher", "fbank").replace("0,2,4", "0") + " --keep pooled,stem --drop-long",
         "upstream fbank has no convolution stem; keep frames,pooled",
     ),
-    instead("fbank's blocks", "teacher", "fbank --seed-blocks 1", "upstream fbank has no blocks to seed"),
+    instead("fbank's blocks", "teacher", "fbank --initial-blocks 1", "upstream fbank has no blocks to seed"),
     Row("plan: rate", "extract plan --upstream teacher --corpus corpora/tiny.json --rate nan", "--rate nan: expected"),
     Row(
         "plan: sample", "extract plan --upstream teacher --corpus corpora/tiny.json --sample-s -1", "expected 0 or more"

@@ -1,6 +1,7 @@
 """Stage one end to end: stores are right, whole, found again, resumed bit for bit, and refused when they are not."""
 
 import contextlib
+import hashlib
 import json
 import signal
 import time
@@ -314,8 +315,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[flo
 
 
 def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
-    extract(replace(settings, seed_blocks=2))
-    seed = load_file(settings.manifest.with_suffix(".seed.safetensors"))
+    extract(replace(settings, initial_blocks=2))
+    seed = load_file(settings.manifest.with_suffix(".initial.safetensors"))
     model = HubertModel.from_pretrained(settings.upstream)
     own = model.state_dict()
     name = "feature_extractor.conv_layers.0.layer_norm.weight"
@@ -334,6 +335,36 @@ def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
         groups=4,
     )
     torch.testing.assert_close(folded, convolution(hidden))
+
+
+def test_the_manifest_records_the_initial_weights(settings: Settings) -> None:
+    asked = replace(settings, initial_blocks=2)
+    manifest, worked = extract(asked)
+    path = settings.manifest.with_suffix(".initial.safetensors")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    record = {"file": path.name, "sha256": digest, "num_blocks": 2}
+    assert worked and manifest.initial_weights == record == Manifest.read(settings.manifest).initial_weights
+    assert extract(asked) == (manifest, False)
+    for damage in (path.unlink, lambda: path.write_bytes(b"other")):  # missing, and changed: written again
+        damage()
+        assert CliRunner().invoke(main, ["verify", str(settings.manifest)]).exit_code == 1
+        assert extract(asked) == (manifest, True) and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        assert CliRunner().invoke(main, ["verify", str(settings.manifest)]).exit_code == 0
+    fewer, worked = extract(replace(settings, initial_blocks=1))
+    assert worked and fewer.initial_weights is not None and fewer.digest == manifest.digest
+    assert fewer.initial_weights["num_blocks"] == 1 and fewer.initial_weights["sha256"] != digest
+    assert extract(settings)[0].initial_weights is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"file": "../x"}, {"sha256": "0"}, {"num_blocks": 0}, {"num_blocks": "2"}, {"colour": "red"}]
+)
+def test_a_wrong_record_of_initial_weights_is_refused(settings: Settings, change: dict[str, object]) -> None:
+    extract(replace(settings, initial_blocks=2))
+    value = json.loads(settings.manifest.read_text())
+    settings.manifest.write_text(json.dumps(value | {"initial_weights": value["initial_weights"] | change}))
+    with pytest.raises(RetortError, match="initial_weights"):
+        Manifest.read(settings.manifest)
 
 
 def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path: Path) -> None:
@@ -357,7 +388,7 @@ def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path
         ({"layers": (3, 1)}, "in ascending order"),
         ({"pack_frames": 20}, "--pack-frames"),
         ({"corpus": Path("nowhere.h5")}, "nowhere.h5 does not exist"),
-        ({"seed_blocks": 9}, "has 4 blocks"),
+        ({"initial_blocks": 9}, "has 4 blocks"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_no_manifest(settings: Settings, change: dict, message: str) -> None:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from extract.base.errors import RetortError
-from extract.upstream.initial_weights import seed_path, write_seed
+from extract.store.manifest import initial_weights_path
+from extract.upstream.initial_weights import write_initial_weights
 from tests.conftest import TINY
 from tests.families import LARGE
 from tests.train_world import student
@@ -79,7 +80,7 @@ def teacher(family: str, **changes: Any) -> Any:
 def seed_of(model: Any, folder: Path, *, num_blocks: int = 2) -> Seed:
     """The seed as it comes back from the file that stage one writes."""
     manifest = folder / "m.json"
-    write_seed(model, seed_path(manifest), num_blocks=num_blocks)
+    write_initial_weights(model, initial_weights_path(manifest), num_blocks=num_blocks)
     return read_seed(manifest)
 
 
@@ -267,7 +268,7 @@ def test_blocks_that_the_seed_does_not_have_are_named(tmp_path: Path) -> None:
     )
     assert (
         initial_weights.copied[-1] == "layer 1"
-        and "--seed-blocks" in initial_weights.left["layer 2"]
+        and "--initial-blocks" in initial_weights.left["layer 2"]
         and not initial_weights.unequal
     )
     initial_weights = InitialWeights(["stem"], {"projection": "a", "layer 1": "b", "layer 2": "b"})
@@ -277,7 +278,7 @@ def test_blocks_that_the_seed_does_not_have_are_named(tmp_path: Path) -> None:
 def test_a_seed_file_keeps_config_and_names(tmp_path: Path) -> None:
     """A file that another version wrote, with metadata of the config's fields alone, is read as it is."""
     seed = seed_of(teacher("hubert"), tmp_path)
-    path = seed_path(tmp_path / "m.json")
+    path = initial_weights_path(tmp_path / "m.json")
     save_file(load_file(path), path, metadata={"config": json.dumps({"num_attention_heads": 2})})
     assert read_seed(tmp_path / "m.json").config == {"num_attention_heads": 2}
     assert read_seed(tmp_path / "m.json").tensors.keys() == seed.tensors.keys()

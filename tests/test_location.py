@@ -60,7 +60,7 @@ def store(teacher: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
         manifest=folder / "m.json",
         pack_frames=128,
         shard_packs=1,
-        seed_blocks=1,
+        initial_blocks=1,
     )
     manifest, _ = extract(settings)
     return Store(settings, manifest.folder)
@@ -173,8 +173,10 @@ def test_training_data_come_from_s3(s3: S3, store: Store, corpus: Corpus, tmp_pa
     ):
         assert one.utterances == other.utterances
         assert torch.equal(one.codes_LFW, other.codes_LFW) and torch.equal(one.rows_F, other.rows_F)
-    seed = store.manifest.with_suffix(".seed.safetensors").read_bytes()
-    assert (tmp_path / "far.seed.safetensors").read_bytes() == seed
+    seed = store.manifest.with_suffix(".initial.safetensors").read_bytes()
+    assert (tmp_path / "far.initial.safetensors").read_bytes() == seed
+    old, new = (json.loads(path.read_text())["initial_weights"] for path in (store.manifest, tmp_path / "far.json"))
+    assert new == old | {"file": "far.initial.safetensors"}
 
 
 def test_mirror_to_s3_and_back_and_to_another_folder_is_bit_identical(s3: S3, store: Store, tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ class Stopped(BaseException):
 def test_extraction_straight_to_s3_resumed_is_the_local_store(
     s3: S3, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", seed_blocks=0)
+    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0)
     write, wrote = StoreWriter.write_shard, []
 
     def stopping(self: StoreWriter, shard: int, packs: list[object]) -> None:
@@ -309,7 +311,7 @@ def test_extraction_straight_to_s3_resumed_is_the_local_store(
 
 
 def test_a_worker_without_a_shared_disk_writes_to_s3(s3: S3, store: Store, tmp_path: Path) -> None:
-    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", seed_blocks=0, workers=1, threads=1)
+    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0, workers=1, threads=1)
     manifest, _ = extract(far)
     assert manifest.objects == StoreReader.open(store.manifest).manifest.objects
     assert StoreReader.open(far.manifest).damaged() == []
@@ -319,7 +321,7 @@ def test_a_worker_without_a_shared_disk_writes_to_s3(s3: S3, store: Store, tmp_p
 
 
 def test_a_store_damaged_on_s3_is_made_whole_again(s3: S3, store: Store, tmp_path: Path) -> None:
-    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", seed_blocks=0)
+    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0)
     manifest, _ = extract(far)
     s3.remove(f"{manifest.store['path']}/hidden/c/2/0/0/0")
     s3.seen.clear()

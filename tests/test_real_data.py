@@ -72,7 +72,7 @@ def score(task: str, manifest: Path, corpus: Path, **recipe: Any) -> dict[str, A
 def student(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DistilHuBERT student after a few steps on the digits, from the demo teacher's store and seed."""
     folder = tmp_path_factory.mktemp("student")
-    manifest = features(TEACHER, digits, folder, layers=(4, 8, 12), seed_blocks=2)
+    manifest = features(TEACHER, digits, folder, layers=(4, 8, 12), initial_blocks=2)
     config = parse(
         StudentConfig,
         {

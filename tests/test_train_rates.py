@@ -179,10 +179,11 @@ def test_a_manifest_without_a_stem_is_helped_by_the_seed(world: World) -> None:
     for init in ("teacher", "random"):
         config = begin(job(world, student("distilhubert", init=init))).distiller.student.config
         assert (config.conv_kernel, config.conv_stride) == (KERNELS, STRIDES)
-    world.manifest.with_suffix(".seed.safetensors").unlink()
+    world.manifest.with_suffix(".initial.safetensors").unlink()
     said = refused(world, init="random")
     assert (
-        "720 samples every 640 are not those of the standard stem (400 every 320)" in said and "--seed-blocks" in said
+        "720 samples every 640 are not those of the standard stem (400 every 320)" in said
+        and "--initial-blocks" in said
     )
     assert "does not exist and `init: teacher` needs it" in refused(world)
 
@@ -192,7 +193,7 @@ def test_a_manifest_without_a_stem_may_mean_the_standard_one(
 ) -> None:
     world = own(usual, tmp_path, monkeypatch)
     record_stem(world.manifest, stem=None)
-    world.manifest.with_suffix(".seed.safetensors").unlink()
+    world.manifest.with_suffix(".initial.safetensors").unlink()
     config = begin(job(world, student("distilhubert", init="random"))).distiller.student.config
     assert config.conv_kernel == KERNELS[:7] and config.conv_stride == STRIDES[:7]
 

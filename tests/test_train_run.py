@@ -192,7 +192,7 @@ def test_share_of_teacher_forcing() -> None:
 
 
 def test_a_student_starts_from_the_seed_where_it_fits(world: World) -> None:
-    seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
+    seed = load_file(world.manifest.with_suffix(".initial.safetensors"))
     first = begin(job(world, student("distilhubert")))
     state = first.distiller.student.state_dict()
     assert all(torch.equal(state[name], seed[name]) for name in state)
@@ -231,7 +231,7 @@ def test_a_missing_seed_names_the_option(world: World) -> None:
     manifest = world.folder / "lonely.json"
     shutil.copy(world.manifest, manifest)
     lonely = World(world.folder, world.corpus, manifest, world.teacher)
-    with pytest.raises(RetortError, match=r"lonely.seed.safetensors does not exist.*--seed-blocks"):
+    with pytest.raises(RetortError, match=r"lonely.initial.safetensors does not exist.*--initial-blocks"):
         begin(job(lonely, student("distilhubert")))
     begin(job(lonely, student("distilhubert", init="random")))
 

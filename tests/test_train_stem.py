@@ -91,7 +91,7 @@ def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
     assert read.loss.dev == pytest.approx(heard.loss.dev, rel=2e-3)
     assert heard.loss.dev_stored_stem is None
     assert 0 < abs(read.loss.dev_stored_stem - read.loss.dev) < 2e-3 * read.loss.dev
-    seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
+    seed = load_file(world.manifest.with_suffix(".initial.safetensors"))
     saved = weights(world, "read")
     assert all(torch.equal(saved[name], seed[name]) for name in seed if name.startswith(STEM))
 
@@ -158,7 +158,7 @@ def test_thawed_and_resumed_equals_uninterrupted(
 
 
 def test_a_thawed_stem_learns_and_only_then(world: World) -> None:
-    seed = load_file(world.manifest.with_suffix(".seed.safetensors"))
+    seed = load_file(world.manifest.with_suffix(".initial.safetensors"))
     changes = {"stem_grad_scale": 1.0, "stem_frozen": 0.75}
     for source in ("stored", "waveforms"):
         config = student("distilhubert", 8, optimiser={"lr": 1e-3} | changes, stem=source, log_every=1)

@@ -102,7 +102,7 @@ def make_world(
                 codec=codec,
                 keep=keep,
                 pack_frames=96,
-                seed_blocks=2,
+                initial_blocks=2,
             )
         )
     return World(folder, corpus, manifest, teacher)

@@ -1,4 +1,4 @@
-"""Initial weights from the teacher's: `<manifest stem>.seed.safetensors`, which stage one leaves beside the manifest.
+"""Initial weights from the teacher's: NAME.initial.safetensors, which stage one leaves beside the manifest.
 
 The teacher itself is not needed. A part is copied whole, or not at all: only where the student's module, given the
 teacher's tensors, computes what the teacher's module computes. Equal shapes do not suffice. Another activation, number
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from extract.base.errors import RetortError
 from extract.base.validate import check_fields
+from extract.store.manifest import initial_weights_path
 from extract.store.reader import StoreReader
 from train.modeling_retort import ConvStem, RetortStudent, RetortStudentConfig
 
@@ -91,18 +92,13 @@ class InitialWeights:
         return "; ".join(f"{', '.join(parts)} ({reason})" for reason, parts in by_reason.items())
 
 
-def seed_file(manifest: Path) -> Path:
-    """The seed's place beside a manifest."""
-    return manifest.parent / f"{manifest.stem}.seed.safetensors"
-
-
 def read_seed(manifest: Path) -> Seed:
     """The seed beside a manifest. Raises RetortError if there is none."""
-    path = seed_file(manifest)
+    path = initial_weights_path(manifest)
     if not path.is_file():
         raise RetortError(
             f"{path} does not exist and `init: teacher` needs it; "
-            "run `python -m extract run` again with --seed-blocks 2, or set `init: random`"
+            "run `python -m extract run` again with --initial-blocks 2, or set `init: random`"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -110,7 +106,8 @@ def read_seed(manifest: Path) -> Seed:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise RetortError(
-            f"{path} is no readable seed ({error}); delete it and run `python -m extract run` again with --seed-blocks"
+            f"{path} is no readable seed ({error}); delete it and run `python -m extract run` again with "
+            "--initial-blocks"
         ) from None
     return Seed(tensors, config if isinstance(config, dict) else {})
 
@@ -150,16 +147,16 @@ def teacher_stem(store: StoreReader, seed: Seed | None) -> StemShape:
     source = store.source
     if store.manifest.stem is not None:
         return _stem_shape(store.manifest.stem, store, where=f"{source}: stem")
-    if seed is None and not _has_frames_of(STANDARD, store) and seed_file(source).is_file():
+    if seed is None and not _has_frames_of(STANDARD, store) and initial_weights_path(source).is_file():
         seed = read_seed(source)
     if seed is not None and "conv_kernel" in seed.config:
-        return _stem_shape(seed.config, store, where=f"{seed_file(source)}: config")
+        return _stem_shape(seed.config, store, where=f"{initial_weights_path(source)}: config")
     if _has_frames_of(STANDARD, store):
         return STANDARD
     raise RetortError(
         f"{source} does not record the shape of its teacher's stem, and its frames of {store.receptive_samples} "
         f"samples every {store.hop_samples} are not those of the standard stem ({STANDARD.receptive_samples} every "
-        f"{STANDARD.hop_samples}); run `python -m extract run` again with --seed-blocks 2"
+        f"{STANDARD.hop_samples}); run `python -m extract run` again with --initial-blocks 2"
     )
 
 
@@ -171,7 +168,7 @@ def _stem_shape(values: dict[str, Any], store: StoreReader, *, where: str) -> St
         raise RetortError(
             f"{where}: conv_kernel {list(kernels)[:16]} and conv_stride {list(strides)[:16]}, expected lists of equal "
             f"length whose frames are those of {store.source}: {store.receptive_samples} samples every "
-            f"{store.hop_samples}; run `python -m extract run` again with --seed-blocks 2"
+            f"{store.hop_samples}; run `python -m extract run` again with --initial-blocks 2"
         )
     return StemShape(kernels, strides)
 
@@ -236,7 +233,7 @@ def _other_computation(part: str, config: RetortStudentConfig, seed: Seed) -> st
 def _other_tensors(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
     """The difference between two parts' names and shapes of tensors; None if there is none."""
     if not theirs:
-        return "the seed does not have it; --seed-blocks of `extract run` says how many blocks it has"
+        return "the seed does not have it; --initial-blocks of `extract run` says how many blocks it has"
     for name in sorted(own.keys() ^ theirs.keys()):
         return f"{name} is the {'student' if name in own else 'teacher'}'s alone"
     for name, value in own.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError, unknown
-from extract.base.files import read_json
+from extract.base.files import read_json, sha256_file
 from extract.base.validate import check_below, check_fields, check_name, parse
 from extract.store.codec import CODECS
 from extract.store.location import Location, RemoteLocation, location_of
@@ -30,6 +30,7 @@ _UPSTREAM = {
 _PLAN = dict.fromkeys(("pack_frames", "shard_packs", "num_packs", "num_shards", "num_frames"), int)
 _CORPUS = {"name": str, "digest": str, "num_utterances": int}
 _STORE = {"root": str, "path": str}
+_INITIAL_WEIGHTS = {"file": str, "sha256": str, "num_blocks": int}
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Every object that a writer makes. `verify`, `mirror` and the cache write files by these names.
 _OBJECT = re.compile(
@@ -49,6 +50,11 @@ def check_keep(keep: frozenset[str]) -> None:
         raise unknown("--keep", min(odd), KEEP)
     if "pooled" not in keep:
         raise RetortError(f"--keep {','.join(sorted(keep))}: `pooled` costs little and is always kept; add it")
+
+
+def initial_weights_path(manifest: Path) -> Path:
+    """Return the path of a teacher's initial weights: beside its manifest, NAME.json -> NAME.initial.safetensors."""
+    return manifest.with_suffix(".initial.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,7 @@ class Manifest:
     # Optional, so that stores made before these were recorded stay valid.
     batching: dict[str, Any] | None = None  # how utterances are batched, and its measured error by layer
     stem: dict[str, Any] | None = None  # shape of the convolution stem: what a student of the same frames needs
+    initial_weights: dict[str, Any] | None = None  # file (a name beside the manifest), sha256 and num_blocks
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,11 +124,37 @@ class Manifest:
             raise RetortError(f"the store is at {location}, expected a folder; copy it with `python -m extract mirror`")
         return location.folder
 
+    def check_initial_weights(self, manifest: Path) -> None:
+        """Check the initial weights beside the file `manifest`, if this manifest records any.
+
+        Raises RetortError if they are missing or their sha256 is not the recorded one.
+        """
+        if self.initial_weights is None:
+            return
+        path = manifest.parent / self.initial_weights["file"]
+        found = sha256_file(path) if path.is_file() else None
+        if found != (expected := self.initial_weights["sha256"]):
+            raise RetortError(
+                f"{path}: {f'sha256 {found[:12]}' if found else 'file not found'}, {manifest} records initial weights "
+                f"with sha256 {expected[:12]}; run the same `python -m extract run` with --initial-blocks again"
+            )
+
+    def _check_initial_weights_record(self, path: Path | str) -> None:
+        if (record := self.initial_weights) is None:
+            return
+        check_fields(_INITIAL_WEIGHTS, record, where=f"{path}: initial_weights")
+        check_name(record["file"], where=f"{path}: initial_weights.file")
+        if not _SHA256.fullmatch(record["sha256"]) or record["num_blocks"] < 1 or len(record) != len(_INITIAL_WEIGHTS):
+            raise RetortError(
+                f"{path}: initial_weights: got {record}, expected file, a sha256 in hex and at least 1 as num_blocks"
+            )
+
     def _check(self, path: Path | str) -> None:
         if self.codec not in CODECS:
             raise unknown(f"codec in {path}:", self.codec, CODECS)
         for name, keys in (("upstream", _UPSTREAM), ("plan", _PLAN), ("corpus", _CORPUS), ("store", _STORE)):
             check_fields(keys, getattr(self, name), where=f"{path}: {name}")
+        self._check_initial_weights_record(path)
         check_below(self.store["path"], where=f"{path}: store.path")
         check_name(self.corpus["name"], where=f"{path}: corpus.name")
         for name in ("fingerprint", "digest"):

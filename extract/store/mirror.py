@@ -29,6 +29,7 @@ from extract.store.location import (
     root_text,
     staging_folder,
 )
+from extract.store.manifest import initial_weights_path
 from extract.store.reader import MANIFEST_NAME, Manifest, check_sizes, record_name
 
 _AT_ONCE = 4  # parts under way; a single connection to an object store is slower than the line
@@ -61,7 +62,10 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
     if new_manifest:
         check_out(new_manifest, "--manifest")
     old = Manifest.read(manifest)
-    new = replace(old, store={"root": root_text(root), "path": old.store["path"]})
+    if new_manifest:
+        old.check_initial_weights(manifest)
+    # The record of initial weights belongs to the manifest beside them, not to the copy inside the store.
+    new = replace(old, store={"root": root_text(root), "path": old.store["path"]}, initial_weights=None)
     source, target = old.location, new.location
     check_sizes(old.objects, source, source=manifest)
     _refuse(source, target, old)
@@ -70,8 +74,7 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
     check_sizes(new.objects, new.location, source=manifest)
     target.write(MANIFEST_NAME, json_text(new.to_dict()).encode())
     if new_manifest:
-        write_json(new_manifest, new.to_dict())
-        _copy_seed(manifest, new_manifest)
+        write_json(new_manifest, _with_initial_weights(old, new, manifest, new_manifest).to_dict())
     return Mirrored(new, target, len(missing), sum(old.objects[name][0] for name in missing))
 
 
@@ -174,12 +177,15 @@ def _alone_in(target: Location) -> Iterator[None]:
         yield
 
 
-def _copy_seed(manifest: Path, new_manifest: Path) -> None:
-    """The teacher's first weights travel with the manifest: students look for them beside it."""
-    old, new = (path.with_suffix(".seed.safetensors") for path in (manifest, new_manifest))
-    if old.is_file() and old.resolve() != new.resolve():
-        with written_aside(new) as aside:
-            shutil.copyfile(old, aside)
+def _with_initial_weights(old: Manifest, new: Manifest, manifest: Path, new_manifest: Path) -> Manifest:
+    """Copy the initial weights beside the new manifest, where training looks for them; return it with their record."""
+    if old.initial_weights is None:
+        return new
+    source, target = manifest.parent / old.initial_weights["file"], initial_weights_path(new_manifest)
+    if source.resolve() != target.resolve():
+        with written_aside(target) as aside:
+            shutil.copyfile(source, aside)
+    return replace(new, initial_weights=old.initial_weights | {"file": target.name})
 
 
 def _megabytes(manifest: Manifest, names: Iterable[str]) -> float:

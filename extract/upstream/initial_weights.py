@@ -1,4 +1,4 @@
-"""seed.safetensors: what a student may start from, taken from its teacher by stage one.
+"""NAME.initial.safetensors: what a student may start from, taken from its teacher by stage one.
 
 The convolution stem, the projection, the positional convolution and the first blocks, float32, under transformers'
 names. The training machine reads this file and never the teacher.
@@ -15,13 +15,8 @@ _KEPT = ("feature_extractor.", "feature_projection.", "encoder.layer_norm.")
 _POSITIONAL = "encoder.pos_conv_embed.conv"
 
 
-def seed_path(manifest: Path) -> Path:
-    """Where the seed of a manifest lies."""
-    return manifest.with_suffix(".seed.safetensors")
-
-
-def write_seed(model: Any, path: Path, *, num_blocks: int) -> None:
-    """Write the seed of a wav2vec2-family model with its first `num_blocks` blocks.
+def write_initial_weights(model: Any, path: Path, *, num_blocks: int) -> None:
+    """Write the initial weights of a wav2vec2-family model with its first `num_blocks` blocks.
 
     The positional convolution's weight norm is folded: its weight is what the convolution really uses.
     Raises RetortError when the model has fewer blocks.
@@ -32,7 +27,7 @@ def write_seed(model: Any, path: Path, *, num_blocks: int) -> None:
 
     blocks = model.encoder.layers
     if num_blocks > len(blocks):
-        raise RetortError(f"--seed-blocks {num_blocks}: the upstream has {len(blocks)} blocks")
+        raise RetortError(f"--initial-blocks {num_blocks}: the upstream has {len(blocks)} blocks")
     prefixes = (*_KEPT, *(f"encoder.layers.{block}." for block in range(num_blocks)))
     tensors = {
         # The exact group norm wraps the model's own, which keeps its name in the file.

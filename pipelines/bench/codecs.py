@@ -108,7 +108,9 @@ def _extract(
     keep: str = "frames,pooled",
 ) -> None:  # fmt: skip
     teacher, store = params["teacher"], params["store"]
-    of_teacher = ("--layers", teacher["layers"], "--seed-blocks", teacher["seed_blocks"]) if corpus == "distill" else ()
+    of_teacher = (
+        ("--layers", teacher["layers"], "--initial-blocks", teacher["initial_blocks"]) if corpus == "distill" else ()
+    )
     _run("extract", "run", "--upstream", upstream, "--corpus", f"corpora/{corpus}.json", "--manifest", manifest,
          "--store", scratch / "stores", "--codec", codec, "--keep", keep, "--trust-remote-code",
          "--pack-frames", store["pack_frames"], "--shard-packs", store["shard_packs"], *of_teacher)  # fmt: skip

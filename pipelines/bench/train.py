@@ -162,7 +162,7 @@ def prepare(bench: Bench) -> None:
             codec=asked.codec,
             pack_frames=asked.pack_frames,
             device=asked.device,
-            seed_blocks=bench.config.seed_layers or 1,
+            initial_blocks=bench.config.seed_layers or 1,
         )
     )
 
