@@ -5,18 +5,13 @@ import extract.base.libraries  # noqa: F401  # first: explains a library that do
 # isort: split
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from extract.base.errors import CommandGroup, RetortError
 from extract.base.files import check_out, write_json
 from extract.base.params import read_section
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from evaluate.score import Summary
 
 
 @click.group(cls=CommandGroup)
@@ -84,62 +79,12 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON to write.")
 def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, official: bool, out: Path) -> None:
     """One table of SCORES (files, or folders of them), with one score an upstream."""
-    from evaluate.score import gather, summarise
+    from evaluate.table import gather, show, summarise
 
     check_out(out, "--out")
     summary = summarise(gather(scores), fbank=fbank, teacher=teacher, official=official)
     write_json(out, summary.to_dict())
     show(summary)
-
-
-def show(summary: "Summary") -> None:
-    """Print the table, what each task adds to the one score, and what must be known to read them."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    one_score = summary.one_score
-    order = sorted(summary.values, key=lambda name: -(one_score.get(name) or 0))
-    scores = Table("upstream")
-    for heading in (*summary.tasks, *([summary.kind.replace("_score", " score")] if one_score else [])):
-        scores.add_column(heading, justify="right", no_wrap=True)
-    for name in order:
-        cells = []
-        for term in summary.tasks:
-            value, ends = summary.values[name].get(term), summary.intervals[name].get(term)
-            below = f"\n{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
-            cells.append(Text("-") if value is None else Text.assemble(f"{value:.2f}", (below, "dim")))
-        if one_score:
-            cells.append(Text(_points(one_score[name])))
-        scores.add_row(name, *cells)
-    console = Console(highlight=False, markup=False)
-    console.width = max(console.width, 200)  # lines that wrap are better than figures cut off
-    console.print("percent on test, below it the 95% interval")
-    console.print(scores)
-    if one_score:
-        table, points = _shares(summary, order)
-        console.print(f"what each task adds, of {points:.0f} points")
-        console.print(table)
-    for note in summary.notes:
-        console.print(note, soft_wrap=True)
-
-
-def _shares(summary: "Summary", order: list[str]) -> tuple["Table", float]:
-    """The table, and the points that a task adds at most."""
-    from rich.table import Table
-
-    tasks = list(dict.fromkeys(task for own in summary.shares.values() for task in own or ()))
-    table = Table("upstream")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for name in order:
-        own = summary.shares[name]
-        table.add_row(name, *(_points(None if own is None else own[task]) for task in tasks))
-    return table, 1000 / max(1, len(tasks))
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ What the interval does not know: the head's seed, the students' seed, and that u
 other. At 0 and at 100% every resample agrees, and the interval is that one point.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from evaluate.scorefile import Interval
 
 LEVEL_PERCENT = 95
 RESAMPLES = 1000
@@ -82,15 +84,15 @@ def interval(measured: Measured) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def describe_intervals(test: dict[str, float], metric: str) -> dict[str, object]:
-    """A score file's `interval`: those of `metric` and of what was measured beside it, and how they were made."""
-    found = {name: list(interval(value)) for name, value in test.items() if isinstance(value, Measured)}
+def intervals_of(test: Mapping[str, float], metric: str) -> Interval:
+    """Return the intervals of a score file: of `metric` and of the other test metrics that have one."""
+    found = {name: interval(value) for name, value in test.items() if isinstance(value, Measured)}
     chosen = test[metric]
-    return {
-        "test": found.pop(metric, None),
-        "also": found,
-        "of": chosen.units if isinstance(chosen, Measured) else None,
-        "level_percent": LEVEL_PERCENT,
-        "resamples": RESAMPLES,
-        "seed": SEED,
-    }
+    return Interval(
+        test=found.pop(metric, None),
+        also=found,
+        of=chosen.units if isinstance(chosen, Measured) else None,
+        level_percent=LEVEL_PERCENT,
+        resamples=RESAMPLES,
+        seed=SEED,
+    )

@@ -6,17 +6,16 @@ Scores depend on nothing but their own job, so that they are the same however ma
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from evaluate.corpora import corpus_of_tasks
-from evaluate.recipe import recipe_dict
 from evaluate.run import Job, code_digest, open_source, score, session_of, settle_torch
+from evaluate.scorefile import ScoreFile
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from extract.base.errors import RetortError, unknown
-from extract.base.files import read_json
 from extract.base.params import read_params, read_section
 from extract.base.progress import ProgressBar
 from extract.base.validate import check_name
@@ -118,18 +117,23 @@ def _is_made(job: Job) -> bool:
     source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
     if not job.out.is_file():
         return False
-    made = {
+    try:
+        score = ScoreFile.read(job.out)
+    except RetortError:  # damaged or of another format: score again
+        return False
+    wanted = {
         "task": job.task.name,
         "upstream": job.upstream,
-        "recipe": recipe_dict(job.recipe),
+        "recipe": asdict(job.recipe),
         "store_digest": source.reader.digest,
         "corpus_digest": source.corpus.digest,
         "labels_digest": source.corpus.labels_digest,
         "code": code_digest(),
-    }.items() <= read_json(job.out).items()
-    if made:
-        session_of(job, source, _Silent()).finish()
-    return made
+    }
+    if any(getattr(score, name) != value for name, value in wanted.items()):
+        return False
+    session_of(job, source, _Silent()).finish()
+    return True
 
 
 def _absolute(job: Job) -> Job:
@@ -137,13 +141,12 @@ def _absolute(job: Job) -> Job:
     return replace(job, manifest=job.manifest.resolve(), corpus=job.corpus.resolve(), out=job.out.resolve())
 
 
-def _line(job: Job, made: dict[str, Any]) -> str:
-    """A score in one line, for people."""
-    ends, units = made["interval"]["test"], made["interval"]["of"] or "utterances"
-    interval = f", {made['interval']['level_percent']}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
-    rate, weights = made["chosen_lr"], made["layer_weights"]
-    chosen = f"layer {made['layers'][weights.index(max(weights))]}" if rate is None else f"learning rate {rate:g}"
+def _line(job: Job, made: ScoreFile) -> str:
+    """Return a score in one line."""
+    ends, units = made.interval.test, made.interval.of or "utterances"
+    interval = f", {made.interval.level_percent}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
+    chosen = f"layer {made.heaviest_layer}" if made.chosen_lr is None else f"learning rate {made.chosen_lr:g}"
     return (
-        f"{job.upstream}: {job.task.title} {made['metric']} {made['test']:.2f}% on {made['num_test']} test {units}"
-        f"{interval} (dev {made['dev']:.2f}%, {chosen}, {made['seconds']:.0f} s) -> {job.out}"
+        f"{job.upstream}: {job.task.title} {made.metric} {made.test:.2f}% on {made.num_test} test {units}"
+        f"{interval} (dev {made.dev:.2f}%, {chosen}, {made.seconds:.0f} s) -> {job.out}"
     )

@@ -3,8 +3,7 @@
 `evaluate:` in params.yaml overrides them, and every difference is noted beside the score.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from extract.base.errors import RetortError
 
@@ -67,11 +66,6 @@ def differences(recipe: Settings) -> list[str]:
         for field in fields(recipe)
         if field.name not in own and getattr(recipe, field.name) != getattr(reference, field.name)
     ]
-
-
-def recipe_dict(recipe: Settings) -> dict[str, Any]:
-    """A recipe as JSON values, for the score file."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
 
 
 def _plain(value: object) -> str:

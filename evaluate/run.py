@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from evaluate.bootstrap import describe_intervals
+from evaluate.bootstrap import intervals_of
 from evaluate.checkpoint import Bar, Progress, TaskSession, checkpoint_folder, run_key
 from evaluate.features import SPEAKER, Source
-from evaluate.recipe import Settings, differences, recipe_dict
+from evaluate.recipe import Settings, differences
+from evaluate.scorefile import ScoreFile
 from evaluate.sweep import SweepResult
 from evaluate.task import Task
 from extract.base.errors import RetortError
-from extract.base.files import check_out, sha256_matching, write_json
+from extract.base.files import check_out, sha256_matching
 from extract.base.malloc import keep_freed_blocks
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
 
-FORMAT_VERSION = 2
 ROOT = Path(__file__).parents[1]
 CODE = (
     "evaluate/**/*.py",
@@ -45,7 +45,7 @@ class Job:
     out: Path
 
 
-def score(job: Job, bar: Bar) -> dict[str, Any]:
+def score(job: Job, bar: Bar) -> ScoreFile:
     """Make a score, write it to `out` and return it; go on from where the same job was killed before.
 
     Raises RetortError for a store of another corpus, one that lacks what the task reads, and a missing label.
@@ -53,32 +53,27 @@ def score(job: Job, bar: Bar) -> dict[str, Any]:
     check_out(job.out, "--out")
     source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
     sitting = session_of(job, source, bar)
-    made = _measure(job.task, job.recipe, source, job.upstream, sitting)
-    made["seconds"] = round(sitting.seconds, 2)
-    write_json(job.out, made)
+    result = job.task.score(source, job.recipe, sitting)
+    made = describe(job.task, job.recipe, source, result, upstream=job.upstream, seconds=sitting.seconds)
+    made.write(job.out)
     sitting.finish()
     return made
 
 
 def session_of(job: Job, source: Source, bar: Bar) -> TaskSession:
     """The job under way in this process, with the checkpoints that earlier ones left."""
-    key = run_key(job.task.name, recipe_dict(job.recipe), source)
+    key = run_key(job.task.name, asdict(job.recipe), source)
     return TaskSession(bar, checkpoint_folder(job.upstream, job.task.name, key), key)
 
 
 def run_task(
     task: Task[Any], recipe: Settings, *, upstream: str, manifest: Path, corpus: Path, progress: Progress
-) -> dict[str, Any]:
-    """The score file's content, from this process alone: nothing is written, nothing kept. Raises as `score`."""
+) -> ScoreFile:
+    """Score a task in this process without writing or keeping anything. Raises as `score`."""
     start = time.monotonic()
     source = open_source(task, manifest=manifest, corpus=corpus)
-    made = _measure(task, recipe, source, upstream, progress)
-    return made | {"seconds": round(time.monotonic() - start, 2)}
-
-
-def _measure(task: Task[Any], recipe: Settings, source: Source, upstream: str, progress: Progress) -> dict[str, Any]:
-    result: SweepResult = task.score(source, recipe, progress)
-    return describe(task, recipe, source, result, upstream=upstream)
+    result = task.score(source, recipe, progress)
+    return describe(task, recipe, source, result, upstream=upstream, seconds=time.monotonic() - start)
 
 
 def settle_torch() -> None:
@@ -117,35 +112,35 @@ def code_digest() -> str:
 
 
 def describe(
-    task: Task[Any], recipe: Settings, source: Source, result: SweepResult, *, upstream: str
-) -> dict[str, Any]:
-    """The score file, without the seconds."""
+    task: Task[Any], recipe: Settings, source: Source, result: SweepResult, *, upstream: str, seconds: float
+) -> ScoreFile:
+    """Return the record of a score."""
     reader, corpus = source.reader, source.corpus
     dropped = [f"{len(reader.manifest.dropped)} utterances are not in the store"] if reader.manifest.dropped else []
-    return {
-        "format_version": FORMAT_VERSION,
-        "task": task.name,
-        "upstream": upstream,
-        "metric": task.metric,
-        "higher_is_better": task.higher_is_better,
-        "unit": "percent",
-        "test": result.test[task.metric],
-        "also": {name: value for name, value in result.test.items() if name != task.metric},
-        "interval": describe_intervals(dict(result.test), task.metric),
-        "dev": result.dev,
-        "chosen_lr": result.chosen_lr,
-        "grid": [asdict(point) for point in result.grid],
-        "seed": recipe.seed,
-        "layers": list(reader.layers),
-        "layer_weights": list(result.layer_weights),
-        "num_test": result.num_test,
-        "fingerprint": reader.fingerprint,
-        "store_digest": reader.digest,
-        "corpus": corpus.name,
-        "corpus_digest": corpus.digest,
-        "labels_digest": corpus.labels_digest,
-        "recipe": recipe_dict(recipe),
-        "code": code_digest(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
-        "notes": [*task.deviations, *differences(recipe), *result.notes, *dropped],
-    }
+    return ScoreFile(
+        task=task.name,
+        upstream=upstream,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        unit="percent",
+        test=float(result.test[task.metric]),
+        also={name: float(value) for name, value in result.test.items() if name != task.metric},
+        interval=intervals_of(result.test, task.metric),
+        dev=result.dev,
+        chosen_lr=result.chosen_lr,
+        grid=result.grid,
+        seed=recipe.seed,
+        layers=tuple(reader.layers),
+        layer_weights=result.layer_weights,
+        num_test=result.num_test,
+        fingerprint=reader.fingerprint,
+        store_digest=reader.digest,
+        corpus=corpus.name,
+        corpus_digest=corpus.digest,
+        labels_digest=corpus.labels_digest,
+        recipe=asdict(recipe),
+        code=code_digest(),
+        versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
+        notes=(*task.deviations, *differences(recipe), *result.notes, *dropped),
+        seconds=round(seconds, 2),
+    )

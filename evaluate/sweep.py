@@ -25,6 +25,7 @@ from evaluate.bootstrap import Measured, mean_of
 from evaluate.checkpoint import Checkpoint, Progress
 from evaluate.heads import Head
 from evaluate.recipe import Recipe
+from evaluate.scorefile import GridPoint, LayerPoint
 from extract.base.errors import RetortError
 
 H = TypeVar("H", bound=Head)
@@ -78,23 +79,6 @@ class HeadPool:
     def each(self, work: Callable[..., Out], *columns: Iterable[Any]) -> list[Out]:
         """`work` on every row of the columns, as map does; raises what it raises."""
         return list(self._pool.map(work, *columns))
-
-
-@dataclass(frozen=True)
-class GridPoint:
-    """One learning rate: its best dev metric and the step at which it was reached; of several folds the means."""
-
-    lr: float
-    dev: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class LayerPoint:
-    """One layer by itself, of a task without a head: its dev metric."""
-
-    layer: int
-    dev: float
 
 
 @dataclass(frozen=True)

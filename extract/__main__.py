@@ -305,6 +305,26 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
     )
 
 
+@main.command()
+@click.argument("teacher", type=click.Path(path_type=Path))
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="The stores' corpus: NAME.json or .h5.")
+@click.option("--split", default="test", show_default=True, help="Split of the corpus to compare on.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The JSON to write.")
+def compare(teacher: Path, student: Path, corpus: Path, split: str, out: Path) -> None:
+    """Compare the layers of two stores, given by their manifests TEACHER and STUDENT, by linear CKA.
+
+    Stores whose frames do not correspond give a file that states the reason.
+    """
+    from extract.base.files import check_out
+    from extract.compare import compare_stores
+
+    check_out(out, "--out")
+    found = compare_stores(teacher, student, corpus, split)
+    found.write(out)
+    click.echo(f"{out}: {found.describe()}")
+
+
 def _megabytes(objects: dict[str, list[Any]]) -> float:
     return float(sum(size for size, _ in objects.values())) / 1e6
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from extract.base.errors import RetortError
 from extract.base.files import write_json, written_aside
 from extract.base.progress import ProgressBar
+from extract.cka import linear_cka
 from extract.store.packing import spread_packs
 from extract.store.reader import StoreReader
 
@@ -134,10 +135,8 @@ class Moments:
         energy_LL = np.zeros((len(self.norm_L),) * 2)
         for one, other in self.pairs:
             energy_LL[one, other] = energy_LL[other, one] = np.square(self.covariance(one, other)).sum()
-        own_L = np.sqrt(np.diag(energy_LL))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            cka_LL: NDArray[np.float64] = energy_LL / np.outer(own_L, own_L)
-        return cka_LL
+        own_L = np.diag(energy_LL)
+        return linear_cka(energy_LL, own_L, own_L)
 
 
 def measure(reader: StoreReader, *, max_packs: int | None = None) -> StoreStats:

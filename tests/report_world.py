@@ -18,8 +18,9 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from numpy.typing import NDArray
 
+from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
 from extract.base.files import write_json
-from pipelines.machine import describe_machine
+from extract.base.machine import describe_machine
 from pipelines.report import report_command, speed
 from pipelines.report.speed import Speed
 from tests.evaluate_stores import make_corpus, make_store
@@ -74,7 +75,7 @@ def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]
     )  # fmt: skip
     for task, (metric, higher, tests) in tasks.items():
         for name, test in tests.items():
-            write_json(root / "scores" / name / f"{task}.json", score(task, metric, higher, name, test))
+            score(task, metric, higher, name, test).write(root / "scores" / name / f"{task}.json")
     for name in STUDENTS:
         write_json(root / "students" / name / "config.json", {"model_type": "retort-student"})
         write_training(root / "runs" / name, name)
@@ -91,28 +92,29 @@ def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]
     return path
 
 
-def score(task: str, metric: str, higher: bool, name: str, test: float) -> dict[str, Any]:
+def score(task: str, metric: str, higher: bool, name: str, test: float) -> ScoreFile:
     layers = {"teacher": 13, "fbank": 2}.get(name) or STUDENTS[name][2][-1][1] + 1
     peak = {"pr": 0.7, "asr": 0.75, "ks": 0.6, "sid": 0.3}.get(task, 0.5) * (layers - 1)
     weights = np.exp(-0.5 * ((np.arange(layers) - peak) / (0.25 * layers)) ** 2)
     worse = -1 if higher else 1
-    grid = [
-        {"lr": 10.0**power, "dev": test + worse * 4 * abs(power + 2) - 0.4, "steps": 400} for power in (-1, -2, -3, -4)
+    grid: list[GridPoint | LayerPoint] = [
+        GridPoint(10.0**power, test + worse * 4 * abs(power + 2) - 0.4, 400) for power in (-4, -3, -2, -1)
     ]
     also = {"cer": 110 - test} if task == "sf" else BESIDE.get(task, {})
     chosen_lr: float | None = 0.01
     if task == "qbe":  # no head: each layer by itself
-        grid = [{"layer": layer, "dev": test - abs(layer - round(peak))} for layer in range(layers)]
+        grid = [LayerPoint(layer, test - abs(layer - round(peak))) for layer in range(layers)]
         weights, chosen_lr = np.eye(layers)[round(peak)], None
-    return {
-        "format_version": 2, "task": task, "upstream": name, "metric": metric, "higher_is_better": higher,
-        "unit": "percent", "test": test, "also": also, "dev": test - 0.4, "chosen_lr": chosen_lr,
-        "interval": {"test": [test - 3.25, test + 2.75], "also": {}}, "grid": grid, "seed": 7,
-        "layers": list(range(layers)), "layer_weights": (weights / weights.sum()).tolist(), "num_test": 320,
-        "fingerprint": f"{name}-features", "store_digest": "ab" * 32, "corpus_digest": "cd" * 32,
-        "labels_digest": "ef" * 32, "recipe": {"steps": 400}, "seconds": 4.2, "versions": {"torch": "2.11.0"},
-        "notes": ["400 steps instead of 200,000"],
-    }  # fmt: skip
+    return ScoreFile(
+        task=task, upstream=name, metric=metric, higher_is_better=higher, unit="percent", test=test, also=also,
+        interval=Interval(test=(test - 3.25, test + 2.75), also={}, of="utterances", level_percent=95, resamples=1000,
+                          seed=0),
+        dev=test - 0.4, chosen_lr=chosen_lr, grid=tuple(grid), seed=7, layers=tuple(range(layers)),
+        layer_weights=tuple((weights / weights.sum()).tolist()), num_test=320, fingerprint=f"{name}-features",
+        store_digest="ab" * 32, corpus="speech", corpus_digest="cd" * 32, labels_digest="ef" * 32,
+        recipe={"steps": 400}, code="0c" * 32, versions={"torch": "2.11.0"}, notes=("400 steps instead of 200,000",),
+        seconds=4.2,
+    )  # fmt: skip
 
 
 def write_training(folder: Path, name: str) -> None:

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from extract.base.errors import RetortError
+from extract.base.timing import Range, TimedRun, TimedSteps, run_interleaved, speed_ratio
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from pipelines.bench import material
 from pipelines.bench.codecs import table_of
 from pipelines.bench.extract import ExtractBench, summarise
-from pipelines.bench.measure import Clocked, Run, Spread, run_interleaved, times_as_fast
 from tests.bench_world import run_bench_command
 from tests.processes import run_command
 
 
-def computing(settings: float) -> Clocked:
+def computing(settings: float) -> TimedSteps:
     """Computes for `settings` seconds of CPU time after it has waited, and reports its process."""
     time.sleep(0.05)
     yield
@@ -31,7 +31,7 @@ def computing(settings: float) -> Clocked:
     return {"process": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
 
 
-def remembering(settings: float) -> Clocked:
+def remembering(settings: float) -> TimedSteps:
     """Takes 200 MiB and computes nothing."""
     yield
     block = np.ones(200 * 2**20, dtype=np.uint8)
@@ -39,13 +39,13 @@ def remembering(settings: float) -> Clocked:
     return {"process": os.getpid(), "bytes": int(block.sum())}
 
 
-def refusing(settings: float) -> Clocked:
+def refusing(settings: float) -> TimedSteps:
     """Can't be used."""
     yield
     raise RetortError("no such device")
 
 
-def dying(settings: float) -> Clocked:
+def dying(settings: float) -> TimedSteps:
     """Is killed, as by a want of memory."""
     yield
     os._exit(9)
@@ -55,17 +55,17 @@ def test_contenders_take_turns_each_in_its_own_process() -> None:
     said: list[str] = []
     contenders = {"computing": computing, "remembering": remembering}
     runs = run_interleaved(contenders, 0.1, rounds=2, threads=3, progress=said.append)
-    assert [(run.round, run.contender) for run in runs] == [
+    assert [(run.round, run.variant) for run in runs] == [
         (0, "computing"),
         (0, "remembering"),
         (1, "remembering"),
         (1, "computing"),
     ]
-    assert len({run.did["process"] for run in runs} | {os.getpid()}) == 5
+    assert len({run.outcome["process"] for run in runs} | {os.getpid()}) == 5
     assert said[0] == "round 1 of 2: computing"
     for run in runs:
-        if run.contender == "computing":
-            assert run.did["threads"] == "3"
+        if run.variant == "computing":
+            assert run.outcome["threads"] == "3"
             assert 0.1 <= run.cpu_s <= run.wall_s * 1.5
             assert run.peak_bytes < 200 * 2**20
         else:
@@ -78,18 +78,18 @@ def test_a_contender_that_fails_is_one_line(contender: Any, message: str) -> Non
         run_interleaved({"it": contender}, 0.0, rounds=1, threads=None, progress=lambda text: None)
 
 
-def invented_runs() -> list[Run]:
+def invented_runs() -> list[TimedRun]:
     """Three rounds in which a machine slows down: 1, 2 and 4 times the seconds."""
     seconds = {"bare": 9.0, "extract": 10.0, "dump": 25.0, "matmul": 1.0}
     return [
-        Run(
-            contender=name,
+        TimedRun(
+            variant=name,
             round=number,
             wall_s=wall_s * slowness + (number if name == "extract" else 0),
             cpu_s=wall_s,
             peak_bytes=1000 + number,
             peak_gpu_bytes=None,
-            did={"flop": 5e9} if name == "matmul" else {},
+            outcome={"flop": 5e9} if name == "matmul" else {},
         )
         for number, slowness in enumerate((1, 2, 4))
         for name, wall_s in seconds.items()
@@ -98,7 +98,7 @@ def invented_runs() -> list[Run]:
 
 def test_ratios_compare_runs_of_the_same_round() -> None:
     runs = invented_runs()
-    assert times_as_fast(runs, "extract", "dump", "cpu_s") == Spread(median=2.5, min=2.5, max=2.5)
+    assert speed_ratio(runs, "extract", "dump", "cpu_s") == Range(median=2.5, min=2.5, max=2.5)
     summary = summarise(runs, audio_s=180.0, forward_flop=9e9)
     ratio = summary["times_as_fast"]["extract/bare"]["wall_s"]
     by_round = [9 / 10, 18 / 21, 36 / 42]
@@ -190,11 +190,11 @@ def test_the_command_measures_three_contenders_on_the_same_utterances(
     assert result.keys() == {"benchmark", "machine", "versions", "settings", "sets"}
     assert result["settings"]["pack_frames"] == 128
     measured = result["sets"]["noise"]
-    runs = {run["contender"]: run for run in measured["runs"]}
+    runs = {run["variant"]: run for run in measured["runs"]}
     assert runs.keys() == {"bare", "extract", "dump", "matmul"}
-    assert runs["matmul"]["did"]["threads"] == 1
-    assert len({runs[name]["did"]["utterances_sha256"] for name in ("bare", "extract", "dump")}) == 1
-    assert {runs[name]["did"]["num_utterances"] for name in ("bare", "extract", "dump")} == {
+    assert runs["matmul"]["outcome"]["threads"] == 1
+    assert len({runs[name]["outcome"]["utterances_sha256"] for name in ("bare", "extract", "dump")}) == 1
+    assert {runs[name]["outcome"]["num_utterances"] for name in ("bare", "extract", "dump")} == {
         measured["utterances"]["number"]
     }
     for one, other in (("extract", "bare"), ("dump", "bare"), ("extract", "dump")):
@@ -240,11 +240,11 @@ def test_a_training_step_is_measured_with_four_contenders_on_the_same_batches(tm
     assert "as fast as online" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
     result = json.loads((tmp_path / "train.json").read_text())
-    runs = {run["contender"]: run for run in result["runs"]}
+    runs = {run["variant"]: run for run in result["runs"]}
     assert runs.keys() == result["contenders"].keys() == {"online", "cached", "frozen", "stored", "ready"}
-    assert len({str(run["did"]["utterances"]) for run in runs.values()}) == 1 and 10 <= result["step_audio_s"] <= 16
+    assert len({str(run["outcome"]["utterances"]) for run in runs.values()}) == 1 and 10 <= result["step_audio_s"] <= 16
     # The same student and the same batch: targets differ by the codec, the stem by it and not by being frozen.
-    losses = {name: run["did"]["losses"][0] for name, run in runs.items()}
+    losses = {name: run["outcome"]["losses"][0] for name, run in runs.items()}
     assert losses["cached"] == pytest.approx(losses["online"], rel=0.01)
     assert losses["stored"] == pytest.approx(losses["frozen"], rel=0.01)
     assert losses["ready"] == losses["stored"]  # the same values, decoded before the clock starts

@@ -26,9 +26,9 @@ def test_the_cache_and_the_upstream_in_the_loop_train_the_same_head(tmp_path: Pa
     for task, title in (("ks", "keyword spotting"), ("pr", "phone recognition")):
         cached, online = runs[f"{task}-cached"], runs[f"{task}-online"]
         # The same head after the same steps, on the same batch: float16 frames, float32 means.
-        assert cached["did"]["loss_after"] == pytest.approx(online["did"]["loss_after"], rel=1e-3)
+        assert cached["outcome"]["loss_after"] == pytest.approx(online["outcome"]["loss_after"], rel=1e-3)
         ready = runs[f"{task}-ready"]
-        assert ready["did"]["loss_after"] == cached["did"]["loss_after"]
+        assert ready["outcome"]["loss_after"] == cached["outcome"]["loss_after"]
         figures = result["tasks"][task]
         assert figures["of_limit"]["cpu_s"]["median"] == pytest.approx(ready["cpu_s"] / cached["cpu_s"])
         assert figures["times_as_fast"]["wall_s"]["median"] == pytest.approx(online["wall_s"] / cached["wall_s"])

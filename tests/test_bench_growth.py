@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from extract.base.errors import RetortError
+from extract.base.timing import TimedRun
 from pipelines.bench.growth import CONTENDERS, METHODS, ONLINE, GrowthBench, run_bench, shown, summarise, table_of
-from pipelines.bench.measure import Run
 from pipelines.bench.train import Bench, TrainBench, prepare
 
 ASKED = TrainBench(
@@ -63,14 +63,14 @@ def test_speed_ups_stand_beside_the_ideal_and_what_a_step_allows() -> None:
         source, method = name.split(", ")
         seconds = sum(0.2 + 0.1 * depth for depth in DEPTHS[method]) * (3 if source == "online" else 1)
         turns.append(
-            Run(
-                contender=name,
+            TimedRun(
+                variant=name,
                 round=0,
                 wall_s=seconds,
                 cpu_s=2 * seconds,
                 peak_bytes=2**20,
                 peak_gpu_bytes=None,
-                did={},
+                outcome={},
             )
         )
     result = summarise(turns, DEPTHS)

@@ -35,7 +35,7 @@ def test_the_command_puts_students_beside_their_teacher(tmp_path: Path) -> None:
     runs = {run["contender"]: run for run in result["runs"]}
     assert set(runs) == {"teacher", "gendistiller"}
     for name, run in runs.items():
-        assert len(run["did"]["latencies_s"]) == 2
+        assert len(run["outcome"]["latencies_s"]) == 2
         assert result["contenders"][name]["rtf"]["median"] == pytest.approx(run["wall_s"] / 1.0)
         assert name in printed
     ratio = result["contenders"]["gendistiller"]["times_as_fast"]["median"]

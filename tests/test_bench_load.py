@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from extract.base.errors import RetortError
+from extract.base.timing import TimedRun, TimedSteps
 from pipelines.bench.load import LoadBench, Place, files, loader, make_material, memmap, summarise
-from pipelines.bench.measure import Clocked, Run
 from tests.bench_world import run_bench_command
 from tests.train_world import SHAPE
 
@@ -18,7 +18,7 @@ def bench(params: Path, **changes: object) -> LoadBench:
     return LoadBench(**settings | {"rounds": 1, "device": "cpu", "threads": 1} | changes)  # type: ignore[arg-type]
 
 
-def did(contender: Clocked) -> dict[str, int]:
+def did(contender: TimedSteps) -> dict[str, int]:
     next(contender)
     next(contender)
     with pytest.raises(StopIteration) as stop:
@@ -49,7 +49,7 @@ def test_ratios_follow_from_the_runs() -> None:
         ("train", 90.0, {"steps": 9, "seconds_per_step": 10.0, "loader_wait_share": 0.25}),
     ]
     runs = [
-        Run(contender=name, round=0, wall_s=wall_s, cpu_s=wall_s, peak_bytes=1, peak_gpu_bytes=None, did=what)
+        TimedRun(variant=name, round=0, wall_s=wall_s, cpu_s=wall_s, peak_bytes=1, peak_gpu_bytes=None, outcome=what)
         for name, wall_s, what in figures
     ]
     made = summarise(runs)
@@ -75,7 +75,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["load.json", "params.yaml"]
     result = json.loads((tmp_path / "load.json").read_text())
     assert 0 <= result["train"]["loader_wait_share"]["median"] <= 1
-    runs = {run["contender"]: run for run in result["runs"]}
+    runs = {run["variant"]: run for run in result["runs"]}
     assert (
         result["times_as_fast"]["loader/memmap"]["wall_s"]["median"]
         == runs["memmap"]["wall_s"] / runs["loader"]["wall_s"]

@@ -1,6 +1,7 @@
 """ASV, SD and QbE on tiny real stores: that they learn, what they choose and report, and what they refuse."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evaluate.__main__ import main
 from evaluate.diarization import frame_labels
 from evaluate.heads import Ragged
 from evaluate.run import open_source, run_task
+from evaluate.scorefile import ScoreFile
 from evaluate.sweep import HeadPool
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
@@ -41,7 +43,7 @@ SHORT: dict[str, dict[str, Any]] = {
 Stored = tuple[Path, Path]
 
 
-def run(task: str, stored: Stored, **changes: Any) -> dict[str, Any]:
+def run(task: str, stored: Stored, **changes: Any) -> ScoreFile:
     recipe = parse_recipe(TASKS[task], SHORT[task] | changes, where="test")
     progress = Quiet()
     score = run_task(TASKS[task], recipe, upstream="hand", manifest=stored[0], corpus=stored[1], progress=progress)
@@ -49,8 +51,8 @@ def run(task: str, stored: Stored, **changes: Any) -> dict[str, Any]:
     return score
 
 
-def without_seconds(score: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in score.items() if key != "seconds"}
+def without_seconds(score: ScoreFile) -> ScoreFile:
+    return replace(score, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +85,15 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 def test_speakers_that_training_never_heard_are_verified(voices: Stored) -> None:
     score = run("asv", voices)
-    assert score["metric"] == "eer"
-    assert not score["higher_is_better"]
-    assert score["test"] < 15
-    assert score["num_test"] == 190
-    assert set(score["also"]) == {"eer_test_selected"}
-    assert score["also"]["eer_test_selected"] <= score["test"]
-    assert any("60 trials, half impostors, of 3 speakers held out" in note for note in score["notes"])
-    assert any("3 trials are left out" in note for note in score["notes"])
-    assert "clip_norm" not in " ".join(score["notes"])  # 1000 is the reference's
+    assert score.metric == "eer"
+    assert not score.higher_is_better
+    assert score.test < 15
+    assert score.num_test == 190
+    assert set(score.also) == {"eer_test_selected"}
+    assert score.also["eer_test_selected"] <= score.test
+    assert any("60 trials, half impostors, of 3 speakers held out" in note for note in score.notes)
+    assert any("3 trials are left out" in note for note in score.notes)
+    assert "clip_norm" not in " ".join(score.notes)  # 1000 is the reference's
     assert without_seconds(score) == without_seconds(run("asv", voices))
 
 
@@ -109,8 +111,8 @@ def test_the_test_selected_rate_is_the_lowest_of_all_checkpoints(
     monkeypatch.setattr(Verification, "_rates", listening)
     score = run("asv", voices)
     assert len(seen) == 4 * 2 + 1
-    assert score["also"]["eer_test_selected"] == min(seen[:-1])
-    assert score["test"] == seen[-1]
+    assert score.also["eer_test_selected"] == min(seen[:-1])
+    assert score.test == seen[-1]
 
 
 def test_dev_trials_are_all_targets_and_as_many_impostors(voices: Stored) -> None:
@@ -216,12 +218,12 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 def test_two_speakers_are_told_apart_frame_by_frame(mixtures: Stored) -> None:
     score = run("sd", mixtures)
-    assert score["metric"] == "der"
-    assert score["test"] < 20
-    assert score["layer_weights"][0] > 0.5
-    assert set(score["also"]) == {"der_test_selected"}
-    assert score["also"]["der_test_selected"] <= score["test"]
-    assert any("chosen on dev; der_test_selected: on test" in note for note in score["notes"])
+    assert score.metric == "der"
+    assert score.test < 20
+    assert score.layer_weights[0] > 0.5
+    assert set(score.also) == {"der_test_selected"}
+    assert score.also["der_test_selected"] <= score.test
+    assert any("chosen on dev; der_test_selected: on test" in note for note in score.notes)
     assert without_seconds(score) == without_seconds(run("sd", mixtures))
 
 
@@ -351,14 +353,14 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 def test_queries_are_found_by_the_layer_that_dev_chooses(spoken: Stored) -> None:
     score = run("qbe", spoken)
-    assert score["chosen_lr"] is None
-    assert score["layer_weights"] == [0, 1, 0]
-    assert [point["layer"] for point in score["grid"]] == [0, 1, 2]
-    assert score["grid"][1]["dev"] == score["dev"] > max(score["grid"][0]["dev"], score["grid"][2]["dev"])
-    assert score["also"] == {"mtwv_own_documents": pytest.approx(100)}
-    assert score["test"] == pytest.approx(50)  # half of the queries are another language's
-    assert score["num_test"] == QUERIES
-    assert any("2 of split docs, 1 of split test" in note for note in score["notes"])
+    assert score.chosen_lr is None
+    assert score.layer_weights == (0, 1, 0)
+    assert [point.layer for point in score.grid] == [0, 1, 2]
+    assert score.grid[1].dev == score.dev > max(score.grid[0].dev, score.grid[2].dev)
+    assert score.also == {"mtwv_own_documents": pytest.approx(100)}
+    assert score.test == pytest.approx(50)  # half of the queries are another language's
+    assert score.num_test == QUERIES
+    assert any("2 of split docs, 1 of split test" in note for note in score.notes)
     assert without_seconds(score) == without_seconds(run("qbe", spoken))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_curve
 
-from evaluate.bootstrap import Counts, Measured, describe_intervals, interval, mean_of, rate
+from evaluate.bootstrap import Counts, Measured, interval, intervals_of, mean_of, rate
 from evaluate.metrics import accuracy, token_error_rate
 
 said = st.lists(st.sampled_from("ABC"), max_size=6)
@@ -88,7 +88,7 @@ def test_a_metric_that_pairs_utterances_is_drawn_by_its_own_units() -> None:
     measured = Measured(again, 12, "speakers")
     low, high = interval(measured)
     assert 0 < low < measured < high < 50
-    assert describe_intervals({"eer": measured}, "eer")["of"] == "speakers"
+    assert intervals_of({"eer": measured}, "eer").of == "speakers"
 
 
 def test_resamples_without_a_metric_are_left_out() -> None:
@@ -113,6 +113,6 @@ def test_the_mean_of_folds_draws_from_all_of_them() -> None:
 
 def test_a_score_file_has_the_interval_of_its_metric_and_of_what_is_beside_it() -> None:
     words, characters = rate([1, 0, 2], [4, 4, 4]), rate([2, 0, 5], [16, 16, 16])
-    found = describe_intervals({"wer": words, "cer": characters, "plain": 3.0}, "wer")
-    assert found["test"] == list(interval(words)) and found["also"] == {"cer": list(interval(characters))}
-    assert (found["of"], found["level_percent"], found["resamples"]) == ("utterances", 95, 1000)
+    found = intervals_of({"wer": words, "cer": characters, "plain": 3.0}, "wer")
+    assert found.test == interval(words) and found.also == {"cer": interval(characters)}
+    assert (found.of, found.level_percent, found.resamples) == ("utterances", 95, 1000)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from evaluate.pooled import PooledClassification, PooledRecipe, PooledSplit
 from evaluate.run import open_source, run_task
+from evaluate.scorefile import ScoreFile
 from evaluate.sweep import HeadPool, SweepResult, cross_validate, sweep
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
@@ -29,7 +30,7 @@ INTENTS = [
 SHORT: dict[str, Any] = {"learning_rates": [1e-1, 1e-2, 1e-3], "steps": 60, "dev_evaluations": 3}
 
 
-def run(task: str, manifest: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
+def run(task: str, manifest: Path, corpus: Path, **changes: Any) -> ScoreFile:
     recipe = parse_recipe(TASKS[task], SHORT | changes, where="test")
     progress = Quiet()
     score = run_task(TASKS[task], recipe, upstream="hand", manifest=manifest, corpus=corpus, progress=progress)
@@ -63,9 +64,9 @@ def test_intents_are_classified_in_three_parts_from_pooled_alone(tmp_path: Path)
     splits = [("train", "train", "train", "dev", "test")[index // 4 % 5] for index in range(60)]
     card = intent_corpus(tmp_path, asked, splits)
     score = run("ic", coded_store(tmp_path, card, one_hot(asked)), card)
-    assert score["test"] == 100
-    assert np.argmax(score["layer_weights"]) == 1
-    assert (score["metric"], score["num_test"]) == ("acc", 12)
+    assert score.test == 100
+    assert np.argmax(score.layer_weights) == 1
+    assert (score.metric, score.num_test) == ("acc", 12)
 
 
 def test_an_intent_is_right_only_with_all_three_labels(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_an_intent_is_right_only_with_all_three_labels(tmp_path: Path) -> None:
     splits = ["train"] * 24 + ["dev"] * 8 + ["test"] * 8
     card = intent_corpus(tmp_path, asked, splits)
     score = run("ic", coded_store(tmp_path, card, np.zeros((40, 3), dtype=np.float32), noise=0.0), card)
-    assert score["test"] == 50
+    assert score.test == 50
 
 
 def test_a_label_that_training_never_had_is_named_by_its_column(tmp_path: Path) -> None:
@@ -82,8 +83,8 @@ def test_a_label_that_training_never_had_is_named_by_its_column(tmp_path: Path) 
     asked[-1] = ("activate", "lights", "cellar")
     card = intent_corpus(tmp_path, asked, ["train"] * 24 + ["dev"] * 8 + ["test"] * 8)
     score = run("ic", coded_store(tmp_path, card, one_hot(asked)), card)
-    assert "1 test utterances have a location that training never had, so they count as wrong" in score["notes"]
-    assert score["test"] == 100 * 7 / 8
+    assert "1 test utterances have a location that training never had, so they count as wrong" in score.notes
+    assert score.test == 100 * 7 / 8
 
 
 def test_a_corpus_without_one_of_the_labels_is_refused(tmp_path: Path) -> None:
@@ -121,16 +122,16 @@ def emotions(folder: Path, *, num: int = 100, silent: str = "") -> tuple[Path, P
 
 def test_emotions_are_scored_in_folds_by_session(tmp_path: Path) -> None:
     score = run("er", *emotions(tmp_path))
-    assert score["test"] == 100
-    assert score["num_test"] == 100
-    assert [point["lr"] for point in score["grid"]] == [1e-3, 1e-2, 1e-1]
-    assert any("fifth of a fold's training sessions" in note for note in score["notes"])
+    assert score.test == 100
+    assert score.num_test == 100
+    assert [point.lr for point in score.grid] == [1e-3, 1e-2, 1e-1]
+    assert any("fifth of a fold's training sessions" in note for note in score.notes)
 
 
 def test_the_score_is_the_mean_of_the_folds(tmp_path: Path) -> None:
     """Where all utterances of a session are one to the head, it gives them one emotion of four."""
     score = run("er", *emotions(tmp_path, silent="Session5"))
-    assert score["test"] == pytest.approx((4 * 100 + 25) / 5)
+    assert score.test == pytest.approx((4 * 100 + 25) / 5)
 
 
 def test_every_session_is_the_test_once_and_no_fold_trains_on_its_test(tmp_path: Path) -> None:

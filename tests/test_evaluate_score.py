@@ -1,15 +1,18 @@
 """superb_s against published rows, and the relative score between two measured ends."""
 
 import csv
+import json
 import math
 import os
 import statistics
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evaluate.score import SUPERB_CONSTANTS, TEST_SIZES, gather, relative_score, summarise, superb_s, superb_shares
+from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
+from evaluate.table import SUPERB_CONSTANTS, TEST_SIZES, gather, relative_shares, summarise, superb_s, superb_shares
 from extract.base.errors import RetortError
 from extract.base.files import write_json
 
@@ -73,22 +76,26 @@ def test_superb_s_refuses_part_of_the_tasks_and_unknown_ones() -> None:
         superb_s({"digits": 1.0})
 
 
+def score_of(values: dict[str, float], **ends: dict[str, float]) -> float:
+    return sum(relative_shares(values, **ends).values())
+
+
 FBANK = {"pr": 80.0, "ks": 40.0}
 TEACHER = {"pr": 20.0, "ks": 90.0}
 
 
 def test_relative_score_is_0_at_fbank_1000_at_the_teacher_and_linear_between_and_beyond() -> None:
-    assert relative_score(FBANK, fbank=FBANK, teacher=TEACHER) == 0
-    assert relative_score(TEACHER, fbank=FBANK, teacher=TEACHER) == 1000
-    assert relative_score({"pr": 50.0, "ks": 40.0}, fbank=FBANK, teacher=TEACHER) == pytest.approx(250)
-    assert relative_score({"pr": 14.0, "ks": 95.0}, fbank=FBANK, teacher=TEACHER) == pytest.approx(1100)
+    assert score_of(FBANK, fbank=FBANK, teacher=TEACHER) == 0
+    assert score_of(TEACHER, fbank=FBANK, teacher=TEACHER) == 1000
+    assert score_of({"pr": 50.0, "ks": 40.0}, fbank=FBANK, teacher=TEACHER) == pytest.approx(250)
+    assert score_of({"pr": 14.0, "ks": 95.0}, fbank=FBANK, teacher=TEACHER) == pytest.approx(1100)
 
 
 def test_relative_score_between_the_published_ends_is_superb_s() -> None:
     low, high = ({term: ends[side] for term, ends in SUPERB_CONSTANTS.items()} for side in (0, 1))
     for model in PUBLISHED:
         row = row_of(model)
-        assert relative_score(row, fbank=low, teacher=high) == pytest.approx(superb_s(row))
+        assert score_of(row, fbank=low, teacher=high) == pytest.approx(superb_s(row))
 
 
 def test_each_task_adds_its_share_and_slot_filling_is_one_task() -> None:
@@ -102,42 +109,57 @@ def test_each_task_adds_its_share_and_slot_filling_is_one_task() -> None:
 def test_tasks_on_which_the_teacher_is_no_better_than_fbank_are_left_out(tmp_path: Path) -> None:
     ends = {"fbank": FBANK | {"sd": 10.0}, "teacher": TEACHER | {"sd": 11.0}}
     row = {"pr": 50.0, "ks": 65.0, "sd": 5.0}
-    assert relative_score(row, **ends) == relative_score({"pr": 50.0, "ks": 65.0}, fbank=FBANK, teacher=TEACHER)
+    assert score_of(row, **ends) == score_of({"pr": 50.0, "ks": 65.0}, fbank=FBANK, teacher=TEACHER)
     for name, values in (*ends.items(), ("small", row)):
         for task, value in values.items():
             write_score(tmp_path, name, task, value)
     summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
     assert summary.one_score["small"] == 500
-    assert "left out of the relative score: sd, where teacher (11.00) is no better than fbank (10.00)" in summary.notes
+    assert "left out of the relative score: sd, where teacher (11.00) is not better than fbank (10.00)" in summary.notes
 
 
 def test_relative_score_refuses_other_tasks_and_no_scale_at_all() -> None:
     with pytest.raises(RetortError, match=r"same tasks.*ks"):
-        relative_score({"pr": 50.0}, fbank=FBANK, teacher=TEACHER)
+        score_of({"pr": 50.0}, fbank=FBANK, teacher=TEACHER)
     with pytest.raises(RetortError, match="needs a task on which the teacher is better than fbank"):
-        relative_score(FBANK, fbank=TEACHER, teacher=TEACHER)
+        score_of(FBANK, fbank=TEACHER, teacher=TEACHER)
 
 
 def write_score(folder: Path, upstream: str, task: str, test: float, **changes: Any) -> Path:
+    score = ScoreFile(
+        task=task,
+        upstream=upstream,
+        metric="per" if task == "pr" else "acc",
+        higher_is_better=task != "pr",
+        unit="percent",
+        test=test,
+        also={},
+        interval=interval((test - 1, test + 1)),
+        dev=test,
+        chosen_lr=0.1,
+        grid=(GridPoint(0.1, test, 10),),
+        seed=0,
+        layers=(0, 1),
+        layer_weights=(0.25, 0.75),
+        num_test=TEST_SIZES.get(task, 100),
+        fingerprint="f",
+        store_digest="s",
+        corpus="tiny",
+        corpus_digest="c",
+        labels_digest="l",
+        recipe={"steps": 10},
+        code="e",
+        versions={},
+        notes=(),
+        seconds=1.0,
+    )
     path = folder / upstream / f"{task}.json"
-    score = {
-        "format_version": 2,
-        "task": task,
-        "upstream": upstream,
-        "metric": "per" if task == "pr" else "acc",
-        "higher_is_better": task != "pr",
-        "test": test,
-        "also": {},
-        "interval": {"test": [test - 1, test + 1], "also": {}},
-        "num_test": TEST_SIZES.get(task, 100),
-        "corpus_digest": "c",
-        "labels_digest": "l",
-        "recipe": {"steps": 10},
-        "seed": 0,
-        "notes": [],
-    }
-    write_json(path, score | changes)
+    replace(score, **changes).write(path)
     return path
+
+
+def interval(test: tuple[float, float], **also: tuple[float, float]) -> Interval:
+    return Interval(test=test, also=also, of="utterances", level_percent=95, resamples=1000, seed=0)
 
 
 def write_table(folder: Path) -> None:
@@ -146,7 +168,7 @@ def write_table(folder: Path) -> None:
             write_score(folder, upstream, task, value)
 
 
-def test_a_table_has_one_row_an_upstream_with_its_relative_score(tmp_path: Path) -> None:
+def test_a_table_has_one_row_an_upstream_with_its_score_of(tmp_path: Path) -> None:
     write_table(tmp_path)
     summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
     assert summary.to_dict()["upstreams"]["small"] == {"pr": 50.0, "ks": 65.0, "relative_score": pytest.approx(500)}
@@ -168,8 +190,8 @@ def write_official(folder: Path, **changes: Any) -> None:
     for task, value in row.items():
         if not task.startswith("sf"):
             write_score(folder, "hubert", task, value, **(changes if task == "ks" else {}))
-    beside = {"also": {"cer": 25.20}, "interval": {"test": [87.5, 89.5], "also": {"cer": [24.0, 26.0]}}}
-    write_score(folder, "hubert", "sf", 88.53, **beside)
+    intervals = interval((87.5, 89.5), cer=(24.0, 26.0))
+    write_score(folder, "hubert", "sf", 88.53, also={"cer": 25.20}, interval=intervals)
 
 
 def test_official_gives_superb_s_with_its_shares_and_says_that_its_constants_are_inferred(tmp_path: Path) -> None:
@@ -184,9 +206,7 @@ def test_official_gives_superb_s_with_its_shares_and_says_that_its_constants_are
 
 def test_scores_of_other_corpora_are_not_taken_for_official(tmp_path: Path) -> None:
     write_official(tmp_path, num_test=240)
-    with pytest.raises(
-        RetortError, match=r"ks\.json is of 240 test utterances, SUPERB's own ks has 3081: it is no off"
-    ):
+    with pytest.raises(RetortError, match=r"hubert, ks: 240 test utterances, expected the 3081 of SUPERB"):
         summarise(gather([tmp_path]), official=True)
 
 
@@ -225,11 +245,50 @@ def test_what_is_no_score_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match="no score files"):
         gather([tmp_path])
     write_json(tmp_path / "a.json", {"format_version": 1})
-    with pytest.raises(RetortError, match=r"a\.json is no score of format 2"):
+    with pytest.raises(RetortError, match=r"a\.json: format_version is 1, expected 2"):
         gather([tmp_path])
-    write_json(tmp_path / "a.json", {"format_version": 2, "task": "pr", "interval": {}})
-    with pytest.raises(RetortError, match="has no field 'test'"):
-        gather([tmp_path])
+
+
+def test_a_score_file_gives_what_was_written(tmp_path: Path) -> None:
+    path = write_score(tmp_path, "a", "pr", 12.5, also={"cer": 3}, notes=("one", "two"))
+    score = ScoreFile.read(path)
+    assert score.to_dict() == ScoreFile.from_dict(json.loads(path.read_text()), path=path).to_dict()
+    assert (score.test, score.also, score.grid[0].at, score.chosen, score.heaviest_layer) == (
+        12.5, {"cer": 3}, 0.1, 0.1, 1
+    )  # fmt: skip
+    layers = replace(score, chosen_lr=None, grid=(LayerPoint(0, 1.0), LayerPoint(1, 2.0)))
+    layers.write(path)
+    assert ScoreFile.read(path) == layers and layers.chosen == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"seed": None}, "seed: got None, expected int"),
+        ({"test": "12"}, "test: got '12', expected float"),
+        ({"test": math.nan}, "test is nan"),
+        ({"extra": 1}, "field 'extra' is unknown"),
+        ({"interval": {"test": None}}, "interval: field 'also' is missing"),
+        ({"grid": [{"lr": 0.1, "dev": 1.0}]}, "grid: field 'steps' is missing"),
+        ({"grid": [3]}, "grid: got 3"),
+        ({"layers": [0]}, "2 layer_weights for 1 layers"),
+        ({"format_version": 3}, "format_version is 3, expected 2"),
+    ],
+)
+def test_an_invalid_score_file_is_named_with_its_field(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    path = write_score(tmp_path, "a", "pr", 1.0)
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(RetortError, match=f"a/pr\\.json: {problem}"):
+        ScoreFile.read(path)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ScoreFile)])
+def test_every_field_of_a_score_file_is_needed(tmp_path: Path, name: str) -> None:
+    path = write_score(tmp_path, "a", "pr", 1.0)
+    content = json.loads(path.read_text())
+    del content[name]
+    with pytest.raises(RetortError, match=f"field '{name}' is missing"):
+        ScoreFile.from_dict(content, path=path)
 
 
 def test_a_task_twice_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from evaluate.run import run_task
+from evaluate.scorefile import ScoreFile
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from extract.corpus import Corpus
@@ -63,7 +64,7 @@ def features(upstream: Path | str, corpus: Path, folder: Path, **changes: Any) -
     return settings.manifest
 
 
-def score(task: str, manifest: Path, corpus: Path, **recipe: Any) -> dict[str, Any]:
+def score(task: str, manifest: Path, corpus: Path, **recipe: Any) -> ScoreFile:
     parsed = parse_recipe(TASKS[task], recipe, where=f"evaluate.{task}")
     return run_task(TASKS[task], parsed, upstream="x", manifest=manifest, corpus=corpus, progress=Quiet())
 
@@ -104,14 +105,14 @@ def test_digits_and_speakers_from_pooled_alone(digits: Path, student: Path, tmp_
     for upstream in (TEACHER, student):
         manifest = features(upstream, digits, tmp_path, keep=frozenset({"pooled"}))
         recipe = {"learning_rates": [1e-2, 1e-3], "steps": 300, "dev_evaluations": 3}
-        assert score("ks", manifest, digits, **recipe)["test"] > 40  # ten digits: chance is 10
-        assert score("sid", manifest, digits, **recipe)["test"] > 60  # six speakers: chance is 17
+        assert score("ks", manifest, digits, **recipe).test > 40  # ten digits: chance is 10
+        assert score("sid", manifest, digits, **recipe).test > 60  # six speakers: chance is 17
 
 
 def test_words_and_phones_from_frames(census: Path, student: Path, tmp_path: Path) -> None:
     manifest = features(student, census, tmp_path)
     phones = score("pr", manifest, census, learning_rates=[1e-2], steps=250, batch_size=16, dev_evaluations=2)
-    assert phones["test"] < 85  # a head that says nothing is at 100
+    assert phones.test < 85  # a head that says nothing is at 100
     small = {"projection": 64, "hidden": 64, "depth": 1, "head_hop_samples": 640}
     words = score("asr", manifest, census, learning_rates=[5e-3], steps=150, batch_size=16, dev_evaluations=2, **small)
-    assert words["also"]["cer"] < 90
+    assert words.also["cer"] < 90

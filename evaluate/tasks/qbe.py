@@ -20,7 +20,8 @@ from evaluate.detection import max_term_weighted_value
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
 from evaluate.features import Source
 from evaluate.recipe import Settings
-from evaluate.sweep import LayerPoint, SweepResult
+from evaluate.scorefile import LayerPoint
+from evaluate.sweep import SweepResult
 from evaluate.task import Task
 from extract.base.errors import RetortError
 

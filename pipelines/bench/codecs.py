@@ -23,10 +23,10 @@ from rich.table import Table
 
 from evaluate.corpora import corpus_of_tasks
 from extract.base.errors import RetortError, unknown
+from extract.base.machine import describe_machine
 from extract.base.params import read_params, read_section
 from extract.store.codec import CODECS
 from extract.store.reader import Manifest
-from pipelines.machine import describe_machine
 from train.metrics import RunMetrics
 
 

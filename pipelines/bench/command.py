@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.bench.measure import Progress
+    from extract.base.timing import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 Asked = TypeVar("Asked")

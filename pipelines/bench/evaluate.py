@@ -38,21 +38,12 @@ from evaluate.tasks.pr import problem as pr_problem
 from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json
 from extract.base.malloc import keep_freed_blocks
+from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
 from extract.run import Settings, extract
 from pipelines.bench import material
 from pipelines.bench.material import Lengths
-from pipelines.bench.measure import (
-    Clocked,
-    Progress,
-    Run,
-    by_clocks,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-)
+from pipelines.bench.measure import by_clocks, check_asked, headed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,16 +144,17 @@ def _utterances(task: str, lengths: Lengths, batch_size: int) -> Iterator[Uttera
         yield replace(utterance, split=split, labels={"keyword" if task == "ks" else "phones": said})
 
 
-def summarise(turns: Sequence[Run], task: str, *, steps: int, made_s: float) -> dict[str, Any]:
+def summarise(turns: Sequence[TimedRun], task: str, *, steps: int, made_s: float) -> dict[str, Any]:
     """A task's step times, how many times as fast the cache is in the same round, and when it has paid."""
     cached, online, ready = (f"{task}-{kind}" for kind in ("cached", "online", "ready"))
-    steps_s = {name: spread(turns, name, lambda turn: turn.wall_s / steps) for name in (cached, online, ready)}
+    steps_s = {name: range_of(turns, name, lambda turn: turn.wall_s / steps) for name in (cached, online, ready)}
     return {
         "step_s": {name.removeprefix(f"{task}-"): asdict(seconds) for name, seconds in steps_s.items()},
         "times_as_fast": by_clocks(turns, cached, online),
         "of_limit": by_clocks(turns, cached, ready),
         "peak_bytes": {
-            name.removeprefix(f"{task}-"): asdict(spread(turns, name, lambda turn: turn.peak_bytes)) for name in steps_s
+            name.removeprefix(f"{task}-"): asdict(range_of(turns, name, lambda turn: turn.peak_bytes))
+            for name in steps_s
         },
         "aim": AIMS[task],
         "cache_made_s": made_s,
@@ -295,7 +287,7 @@ def _kept(batch: Any) -> Any:
     return replace(batch, hidden_LFD=batch.hidden_LFD.clone()) if hasattr(batch, "hidden_LFD") else batch
 
 
-def _steps(bench: Bench, *, task: str, online: bool, ready: bool) -> Clocked:
+def _steps(bench: Bench, *, task: str, online: bool, ready: bool) -> TimedSteps:
     problem, recipe = problem_of(bench, task, online=online), bench.recipe(task)
     keep_freed_blocks()
     torch.set_flush_denormal(True)  # as the command does
@@ -313,7 +305,7 @@ def _steps(bench: Bench, *, task: str, online: bool, ready: bool) -> Clocked:
     return {"loss_after": loss, "threads": torch.get_num_threads()}
 
 
-CONTENDERS: dict[str, Callable[[Bench], Clocked]] = {
+CONTENDERS: dict[str, Callable[[Bench], TimedSteps]] = {
     f"{task}-{kind}": partial(_steps, task=task, online=kind == "online", ready=kind == "ready")
     for task in LENGTHS
     for kind in ("cached", "online", "ready")

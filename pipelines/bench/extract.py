@@ -20,24 +20,14 @@ import numpy as np
 from extract.base.errors import RetortError, unknown
 from extract.base.files import sha256_json
 from extract.base.malloc import keep_freed_blocks
+from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import Settings, make_store, request_of
 from extract.shards import Job, LocalRunner
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from pipelines.bench import material
-from pipelines.bench.measure import (
-    CLOCKS,
-    Clocked,
-    Progress,
-    Run,
-    by_clocks,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-)
+from pipelines.bench.measure import by_clocks, check_asked, headed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -131,7 +121,7 @@ def _measure(
     corpus = Corpus.open(settings.corpus)
     flop = float(np.polyval(flop_by_length, corpus.num_samples).sum())
     runs = run_interleaved(CONTENDERS, settings, rounds=bench.rounds, threads=bench.threads, progress=progress)
-    seen = {run.did["utterances_sha256"] for run in runs if run.contender != "matmul"}
+    seen = {run.outcome["utterances_sha256"] for run in runs if run.variant != "matmul"}
     assert len(seen) == 1, "the contenders worked on different utterances"
     return summarise(runs, audio_s=float(corpus.num_samples.sum()) / SAMPLE_RATE_HZ, forward_flop=flop) | {
         "utterances": _describe(corpus),
@@ -153,24 +143,24 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def summarise(runs: Sequence[Run], *, audio_s: float, forward_flop: float) -> dict[str, Any]:
+def summarise(runs: Sequence[TimedRun], *, audio_s: float, forward_flop: float) -> dict[str, Any]:
     """Of the raw figures: speeds, shares and ratios, each as the median, least and most of the rounds.
 
     `forward_flop` are the operations that the utterances need, one by one: padding counts against whoever pads.
     """
-    matrix_rate = spread(runs, "matmul", lambda run: run.did["flop"] / run.wall_s)
+    matrix_rate = range_of(runs, "matmul", lambda run: run.outcome["flop"] / run.wall_s)
     contenders = {}
     for name in ("bare", "extract", "dump"):
         contenders[name] = {
-            "audio_s_per_s": asdict(spread(runs, name, lambda run: audio_s / run.wall_s)),
-            "cpu_s": asdict(spread(runs, name, lambda run: run.cpu_s)),
-            "peak_bytes": asdict(spread(runs, name, lambda run: run.peak_bytes)),
+            "audio_s_per_s": asdict(range_of(runs, name, lambda run: audio_s / run.wall_s)),
+            "cpu_s": asdict(range_of(runs, name, lambda run: run.cpu_s)),
+            "peak_bytes": asdict(range_of(runs, name, lambda run: run.peak_bytes)),
             "share_of_matrix_rate": asdict(
-                spread(runs, name, lambda run: forward_flop / run.wall_s / matrix_rate.median)
+                range_of(runs, name, lambda run: forward_flop / run.wall_s / matrix_rate.median)
             ),
         }
         if all(run.peak_gpu_bytes is not None for run in runs):
-            contenders[name]["peak_gpu_bytes"] = asdict(spread(runs, name, lambda run: run.peak_gpu_bytes or 0))
+            contenders[name]["peak_gpu_bytes"] = asdict(range_of(runs, name, lambda run: run.peak_gpu_bytes or 0))
     return {
         "forward_flop": forward_flop,
         "matrix_flop_per_s": asdict(matrix_rate),
@@ -238,7 +228,7 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
 # The contenders: each in a process of its own.
 
 
-def bare(settings: Settings) -> Clocked:
+def bare(settings: Settings) -> TimedSteps:
     """The forward pass over the plan's batches."""
     job = _hands(settings).job
     plan = job.writer.packing
@@ -256,7 +246,7 @@ def bare(settings: Settings) -> Clocked:
     return _did((job.corpus.ids[index], int(plan.num_frames[index])) for members in plan.by_pack for index in members)
 
 
-def extract_run(settings: Settings) -> Clocked:
+def extract_run(settings: Settings) -> TimedSteps:
     """What `extract run` does when its upstream is loaded."""
     with TemporaryDirectory(dir=settings.store) as folder:
         settings = replace(settings, store=Path(folder), manifest=Path(folder) / "manifest.json")
@@ -273,7 +263,7 @@ def extract_run(settings: Settings) -> Clocked:
         }
 
 
-def dump(settings: Settings) -> Clocked:
+def dump(settings: Settings) -> TimedSteps:
     """The script that everyone writes: transformers, one utterance at a time, np.save."""
     import torch
     from transformers import AutoFeatureExtractor, AutoModel, logging
@@ -302,7 +292,7 @@ def dump(settings: Settings) -> Clocked:
         }
 
 
-def matmul(settings: Settings) -> Clocked:
+def matmul(settings: Settings) -> TimedSteps:
     """Products of square matrices, large enough to be bound by arithmetic."""
     import torch
 
@@ -323,7 +313,7 @@ def matmul(settings: Settings) -> Clocked:
     }
 
 
-CONTENDERS: dict[str, Callable[[Settings], Clocked]] = {
+CONTENDERS: dict[str, Callable[[Settings], TimedSteps]] = {
     "bare": bare,
     "extract": extract_run,
     "dump": dump,

@@ -22,18 +22,18 @@ import torch
 
 from extract.base.errors import RetortError
 from extract.base.malloc import keep_freed_blocks
-from pipelines.bench.measure import (
+from extract.base.timing import (
     CLOCKS,
-    Clocked,
     Progress,
-    Spread,
-    headed,
+    Range,
+    TimedRun,
+    TimedSteps,
     in_fresh_process,
+    range_of,
     run_interleaved,
-    spread,
-    times_as_fast,
+    speed_ratio,
 )
-from pipelines.bench.measure import Run as Turn
+from pipelines.bench.measure import headed
 from pipelines.bench.train import Bench, TrainBench, load_teacher, prepare, taught
 from train.config import GROWN, StudentConfig
 from train.data import Batch
@@ -108,31 +108,36 @@ def _depths(config: StudentConfig) -> list[int]:
     return [stage_at(stages, step).depth for step in range(config.steps)]
 
 
-def summarise(turns: Sequence[Turn], depths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def summarise(turns: Sequence[TimedRun], depths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Of the raw figures: memory and ideal of each contender; by each clock its seconds, speed-ups and bound."""
     contenders: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(turn.contender for turn in turns):
+    for name in dict.fromkeys(turn.variant for turn in turns):
         source, method = name.split(", ")
         contenders[name] = {
-            "peak_bytes": asdict(spread(turns, name, lambda turn: turn.peak_bytes)),
+            "peak_bytes": asdict(range_of(turns, name, lambda turn: turn.peak_bytes)),
             "ideal": sum(depths[FULL]) / sum(depths[method]),
         } | {clock: _by_clock(turns, name, source, depths, depths[method], clock) for clock in CLOCKS}
     return {"contenders": contenders}
 
 
 def _by_clock(
-    turns: Sequence[Turn], name: str, source: str, of: Mapping[str, Sequence[int]], depths: Sequence[int], clock: str
+    turns: Sequence[TimedRun],
+    name: str,
+    source: str,
+    of: Mapping[str, Sequence[int]],
+    depths: Sequence[int],
+    clock: str,
 ) -> dict[str, Any]:
-    def seconds(contender: str) -> Spread:
-        return spread(turns, contender, lambda turn: getattr(turn, clock))
+    def seconds(contender: str) -> Range:
+        return range_of(turns, contender, lambda turn: getattr(turn, clock))
 
     figures: dict[str, Any] = {
         "seconds": asdict(seconds(name)),
-        "times_as_fast_as_online": asdict(times_as_fast(turns, name, ONLINE, clock)),
+        "times_as_fast_as_online": asdict(speed_ratio(turns, name, ONLINE, clock)),
     }
     if source in SOURCES:
         full = f"{source}, {FULL}"
-        figures["times_as_fast_as_full"] = asdict(times_as_fast(turns, name, full, clock))
+        figures["times_as_fast_as_full"] = asdict(speed_ratio(turns, name, full, clock))
         figures["bound"] = _bound(
             depths,
             deep=of[FULL][0],
@@ -195,7 +200,7 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
     ]
 
 
-def _whole_run(bench: GrowthBench, *, source: str, method: str) -> Clocked:
+def _whole_run(bench: GrowthBench, *, source: str, method: str) -> TimedSteps:
     """All steps of one student, growth included; one step before the clock starts."""
     keep_freed_blocks()  # as the command does
     config = bench.config(method)
@@ -224,7 +229,7 @@ def _whole_run(bench: GrowthBench, *, source: str, method: str) -> Clocked:
     return {"losses": losses, "depth": run.depth, "threads": torch.get_num_threads()}
 
 
-CONTENDERS: dict[str, Callable[[GrowthBench], Clocked]] = {
+CONTENDERS: dict[str, Callable[[GrowthBench], TimedSteps]] = {
     ONLINE: partial(_whole_run, source="online", method=FULL),
     **{
         f"{source}, {method}": partial(_whole_run, source=source, method=method)

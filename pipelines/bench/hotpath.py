@@ -27,6 +27,7 @@ from evaluate.pooled import PooledClassification
 from evaluate.sweep import Adam, begin
 from extract.base.files import sha256_file
 from extract.base.malloc import keep_freed_blocks
+from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.corpus import Corpus
 from extract.run import Settings, request_of
 from extract.shards import Job
@@ -37,16 +38,7 @@ from extract.upstream.forward import OwnFramesGroupNorm, Transformer
 from pipelines.bench import evaluate
 from pipelines.bench import train as train_bench
 from pipelines.bench.evaluate import EvaluateBench, problem_of
-from pipelines.bench.measure import (
-    Clocked,
-    Progress,
-    Run,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-)
+from pipelines.bench.measure import check_asked, headed
 from pipelines.bench.train import TrainBench
 from train.data import Batch, DistillationData
 from train.loop import train_step
@@ -130,20 +122,24 @@ def prepare(bench: Bench) -> None:
     evaluate.prepare(bench.scoring)
 
 
-def summarise(turns: Sequence[Run]) -> dict[str, Any]:
+def summarise(turns: Sequence[TimedRun]) -> dict[str, Any]:
     """Stage -> its CPU seconds under the profiler, and every part's share of them."""
     stages = {}
-    for name in dict.fromkeys(turn.contender for turn in turns):
-        did = next(turn.did for turn in turns if turn.contender == name)
-        total = spread(turns, name, lambda turn: sum(turn.did["parts"].values()))
+    for name in dict.fromkeys(turn.variant for turn in turns):
+        did = next(turn.outcome for turn in turns if turn.variant == name)
+        total = range_of(turns, name, _total)
         shares = {
             title: asdict(
-                spread(turns, name, lambda turn, at=title: turn.did["parts"][at] / sum(turn.did["parts"].values()))  # type: ignore[misc]
+                range_of(turns, name, lambda turn, at=title: turn.outcome["parts"][at] / _total(turn))  # type: ignore[misc]
             )
             for title in did["parts"]
         }
         stages[name] = {"cpu_s": asdict(total), "work": did["work"], "shares": shares}
     return stages
+
+
+def _total(turn: TimedRun) -> float:
+    return float(sum(turn.outcome["parts"].values()))
 
 
 def tables(result: dict[str, Any]) -> "Iterator[Table]":
@@ -205,7 +201,7 @@ def watched(work: Callable[[], object], parts: Sequence[Part]) -> dict[str, floa
     return own | {ELSE: total - inner[None]}
 
 
-def extraction(bench: Bench) -> Clocked:
+def extraction(bench: Bench) -> TimedSteps:
     """Shards of all layers: what `extract run` does, one part after another."""
     keep_freed_blocks()
     folder = bench.training.folder
@@ -249,7 +245,7 @@ def extraction(bench: Bench) -> Clocked:
     return {"parts": found, "work": f"{corpus.num_samples.sum() / 16_000:.0f} s of audio, all layers"}
 
 
-def training(bench: Bench, *, stored: bool) -> Clocked:
+def training(bench: Bench, *, stored: bool) -> TimedSteps:
     """Steps from the cache, batches read when they are asked for."""
     keep_freed_blocks()
     run = begin_training(bench.training.job(frozen=stored, stored=stored))
@@ -281,7 +277,7 @@ def training(bench: Bench, *, stored: bool) -> Clocked:
     return {"parts": found, "work": f"{bench.asked.steps} steps of {config.family}"}
 
 
-def scoring(bench: Bench, *, task: str, steps: int) -> Clocked:
+def scoring(bench: Bench, *, task: str, steps: int) -> TimedSteps:
     """Steps of one head, at one learning rate; `steps` for each that was asked for."""
     keep_freed_blocks()
     torch.set_flush_denormal(True)  # as the command does
@@ -319,7 +315,7 @@ def scoring(bench: Bench, *, task: str, steps: int) -> Clocked:
     return {"parts": found, "work": f"{count} steps of {recipe.batch_size} utterances"}
 
 
-CONTENDERS: dict[str, Callable[[Bench], Clocked]] = {
+CONTENDERS: dict[str, Callable[[Bench], TimedSteps]] = {
     "extraction": extraction,
     "training from waveforms": partial(training, stored=False),
     "training from the stored stem": partial(training, stored=True),

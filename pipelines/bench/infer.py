@@ -2,7 +2,7 @@
 
 Each model is `AutoModel.from_pretrained` of a folder, as a user opens it, and hears one utterance at a time. *Real-time
 factor* is seconds of computing for a second of audio, *latency* the median time for one utterance of a stated length.
-MACs are of a second of audio (`pipelines.macs`).
+MACs are of a second of audio (`extract.macs`).
 """
 
 import statistics
@@ -17,21 +17,12 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from extract.base.errors import RetortError, unknown
+from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved, speed_ratio
 from extract.corpus import SAMPLE_RATE_HZ
+from extract.macs import count_macs
 from pipelines.bench import material
-from pipelines.bench.measure import (
-    Clocked,
-    Progress,
-    Run,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-    times_as_fast,
-)
+from pipelines.bench.measure import check_asked, headed
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
-from pipelines.macs import count_macs
 from pipelines.profiles import read_profile
 
 if TYPE_CHECKING:
@@ -67,7 +58,7 @@ def run_bench(asked: InferBench, progress: Progress) -> dict[str, Any]:
         folder = Path(name)
         progress(f"making a teacher of {asked.shape}'s shape and its students")
         sizes = in_fresh_process(prepare, asked, folder)
-        contenders: dict[str, Callable[[InferBench], Clocked]] = {
+        contenders: dict[str, Callable[[InferBench], TimedSteps]] = {
             name: partial(_listen, folder=folder / name) for name in sizes
         }
         turns = run_interleaved(contenders, asked, rounds=asked.rounds, threads=asked.threads, progress=progress)
@@ -119,7 +110,7 @@ def _size(folder: Path) -> dict[str, int]:
     return {"params": params, "macs_per_audio_s": count_macs(lambda: model(torch.zeros(1, SAMPLE_RATE_HZ)))}
 
 
-def _listen(asked: InferBench, *, folder: Path) -> Clocked:
+def _listen(asked: InferBench, *, folder: Path) -> TimedSteps:
     """One model over all utterances, one at a time."""
     import torch
 
@@ -143,14 +134,14 @@ def _listen(asked: InferBench, *, folder: Path) -> Clocked:
     return {"latencies_s": latencies, "threads": torch.get_num_threads()}
 
 
-def summarise(turns: list[Run], name: str, asked: InferBench) -> dict[str, Any]:
+def summarise(turns: list[TimedRun], name: str, asked: InferBench) -> dict[str, Any]:
     """Of the raw figures of one model: real-time factor, latency, memory, and how many times as fast as the teacher."""
     audio_s = asked.seconds * asked.utterances
     return {
-        "rtf": asdict(spread(turns, name, lambda turn: turn.wall_s / audio_s)),
-        "latency_s": asdict(spread(turns, name, lambda turn: statistics.median(turn.did["latencies_s"]))),
-        "peak_bytes": asdict(spread(turns, name, lambda turn: turn.peak_bytes)),
-        "times_as_fast": asdict(times_as_fast(turns, name, TEACHER, "wall_s")),
+        "rtf": asdict(range_of(turns, name, lambda turn: turn.wall_s / audio_s)),
+        "latency_s": asdict(range_of(turns, name, lambda turn: statistics.median(turn.outcome["latencies_s"]))),
+        "peak_bytes": asdict(range_of(turns, name, lambda turn: turn.peak_bytes)),
+        "times_as_fast": asdict(speed_ratio(turns, name, TEACHER, "wall_s")),
     }
 
 
@@ -159,7 +150,7 @@ def table_of(result: dict[str, Any]) -> "Table":
     from rich.table import Table
 
     asked, contenders = result["settings"], result["contenders"]
-    threads = result["runs"][0]["did"]["threads"]
+    threads = result["runs"][0]["outcome"]["threads"]
     table = Table(
         title=f"one utterance of {asked['seconds']:g} s at a time, {asked['device']}, {threads} threads, fp32",
         title_justify="left",

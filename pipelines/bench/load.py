@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extract.base.malloc import keep_freed_blocks
+from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import Settings, make_store, request_of
 from extract.shards import Request, UpstreamFacts, open_writer
@@ -27,18 +28,7 @@ from extract.store.codec import CODECS
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from pipelines.bench import material
-from pipelines.bench.measure import (
-    CLOCKS,
-    Clocked,
-    Progress,
-    Run,
-    by_clocks,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-)
+from pipelines.bench.measure import by_clocks, check_asked, headed
 from train.config import read_student
 
 if TYPE_CHECKING:
@@ -98,7 +88,7 @@ def run_bench(bench: LoadBench, progress: Progress) -> dict[str, Any]:
         progress(f"making {bench.packs} packs of {bench.codec}")
         packs = in_fresh_process(make_material, place)
         runs = run_interleaved(CONTENDERS, place, rounds=bench.rounds, threads=bench.threads, progress=progress)
-    assert len({run.did["bytes"] for run in runs if run.contender in ("memmap", "loader")}) == 1, "not the same bytes"
+    assert len({run.outcome["bytes"] for run in runs if run.variant in ("memmap", "loader")}) == 1, "not the same bytes"
     return head | {
         "packs": packs,
         **summarise(runs),
@@ -199,7 +189,7 @@ def _bytes_of_packs(place: Place) -> Iterator[tuple[Any, Any, Any]]:
 # The contenders: each in a process of its own.
 
 
-def memmap(place: Place) -> Clocked:
+def memmap(place: Place) -> TimedSteps:
     """Copies of the packs' bytes, out of a memory map."""
     keep_freed_blocks()  # as the command does, and for its limit too
     flat = np.memmap(place.flat, dtype=np.uint8, mode="r")
@@ -214,7 +204,7 @@ def memmap(place: Place) -> Clocked:
     return {"bytes": read, "packs": len(stops)}
 
 
-def loader(place: Place) -> Clocked:
+def loader(place: Place) -> TimedSteps:
     """The batches of one epoch, one after another."""
     keep_freed_blocks()
     data = _data(place)
@@ -232,7 +222,7 @@ def loader(place: Place) -> Clocked:
     return {"bytes": frames * per_frame + scales + 2 * samples, "packs": len(order)}
 
 
-def training(place: Place) -> Clocked:
+def training(place: Place) -> TimedSteps:
     """`train run` over one epoch, one pack a step. There is no teacher to start from and no dev split to score."""
     from train.loop import train
     from train.run import Job, find_device
@@ -269,7 +259,7 @@ def training(place: Place) -> Clocked:
     }
 
 
-def files(place: Place) -> Clocked:
+def files(place: Place) -> TimedSteps:
     """The same packs, from one file an utterance: the layers end to end, and the waveforms."""
     keep_freed_blocks()
     data = _data(place)
@@ -286,7 +276,7 @@ def files(place: Place) -> Clocked:
     return {"bytes": num_bytes, "packs": len(packs)}
 
 
-CONTENDERS: dict[str, Callable[[Place], Clocked]] = {
+CONTENDERS: dict[str, Callable[[Place], TimedSteps]] = {
     "memmap": memmap,
     "loader": loader,
     "files": files,
@@ -294,14 +284,14 @@ CONTENDERS: dict[str, Callable[[Place], Clocked]] = {
 }
 
 
-def summarise(runs: Sequence[Run]) -> dict[str, Any]:
+def summarise(runs: Sequence[TimedRun]) -> dict[str, Any]:
     """Of the raw figures: rates, ratios and shares, each as the median, least and most of the rounds."""
     reading = {
         name: {
-            "seconds_per_pack": asdict(spread(runs, name, lambda run: run.wall_s / run.did["packs"])),
-            "cpu_s_per_pack": asdict(spread(runs, name, lambda run: run.cpu_s / run.did["packs"])),
-            "bytes_per_s": asdict(spread(runs, name, lambda run: run.did["bytes"] / run.wall_s)),
-            "peak_bytes": asdict(spread(runs, name, lambda run: run.peak_bytes)),
+            "seconds_per_pack": asdict(range_of(runs, name, lambda run: run.wall_s / run.outcome["packs"])),
+            "cpu_s_per_pack": asdict(range_of(runs, name, lambda run: run.cpu_s / run.outcome["packs"])),
+            "bytes_per_s": asdict(range_of(runs, name, lambda run: run.outcome["bytes"] / run.wall_s)),
+            "peak_bytes": asdict(range_of(runs, name, lambda run: run.peak_bytes)),
         }
         for name in ("memmap", "loader", "files")
     }
@@ -309,7 +299,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         "contenders": reading,
         "times_as_fast": {f"{name}/memmap": by_clocks(runs, name, "memmap") for name in ("loader", "files")},
         "train": {
-            figure: asdict(spread(runs, "train", lambda run, figure=figure: run.did[figure]))  # type: ignore[misc]
+            figure: asdict(range_of(runs, "train", lambda run, figure=figure: run.outcome[figure]))  # type: ignore[misc]
             for figure in ("seconds_per_step", "loader_wait_share")
         },
     }

@@ -22,22 +22,14 @@ import numpy as np
 
 from extract.base.errors import unknown
 from extract.base.malloc import keep_freed_blocks
+from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import Settings, extract
 from extract.store.reader import StoreReader
 from pipelines.bench import material
 from pipelines.bench.extract import extract_run
 from pipelines.bench.material import Lengths
-from pipelines.bench.measure import (
-    Clocked,
-    Progress,
-    Run,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-)
+from pipelines.bench.measure import check_asked, headed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,7 +107,7 @@ def run_bench(asked: ScalingBench, progress: Progress) -> dict[str, Any]:
         asked_points = points(asked, Path(name))
         progress(f"making a teacher of {asked.shape}'s shape and {len(asked_points)} stores")
         sizes = in_fresh_process(prepare, asked, asked_points, threads=asked.threads)
-        contenders: dict[str, Callable[[ScalingBench], Clocked]] = {}
+        contenders: dict[str, Callable[[ScalingBench], TimedSteps]] = {}
         for point in asked_points:
             for kind, contender in (("extract", _extract), ("read", _read)):
                 contenders[contender_name(point.axis, point.number, kind)] = partial(contender, point=point)
@@ -143,18 +135,18 @@ def prepare(asked: ScalingBench, asked_points: Sequence[Point]) -> dict[str, lis
     return sizes
 
 
-def summarise(turns: Sequence[Run], sizes: dict[str, list[float]]) -> dict[str, Any]:
+def summarise(turns: Sequence[TimedRun], sizes: dict[str, list[float]]) -> dict[str, Any]:
     """Axis -> its sizes, and each figure's spread at every size, with both slopes through the medians."""
     found: dict[str, Any] = {}
     for axis, of_axis in sizes.items():
         figures: dict[str, list[Any]] = {figure: [] for figure in FIGURES}
         for number in range(len(of_axis)):
             made, read = (contender_name(axis, number, kind) for kind in ("extract", "read"))
-            figures["extract_cpu_s"].append(spread(turns, made, lambda turn: turn.cpu_s))
-            figures["extract_wall_s"].append(spread(turns, made, lambda turn: turn.wall_s))
-            figures["stored_mb"].append(spread(turns, made, lambda turn: turn.did["stored_bytes"] / 1e6))
-            figures["open_cpu_s"].append(spread(turns, read, lambda turn: turn.did["open_cpu_s"]))
-            figures["epoch_cpu_s"].append(spread(turns, read, lambda turn: turn.cpu_s))
+            figures["extract_cpu_s"].append(range_of(turns, made, lambda turn: turn.cpu_s))
+            figures["extract_wall_s"].append(range_of(turns, made, lambda turn: turn.wall_s))
+            figures["stored_mb"].append(range_of(turns, made, lambda turn: turn.outcome["stored_bytes"] / 1e6))
+            figures["open_cpu_s"].append(range_of(turns, read, lambda turn: turn.outcome["open_cpu_s"]))
+            figures["epoch_cpu_s"].append(range_of(turns, read, lambda turn: turn.cpu_s))
         found[axis] = {
             "sizes": of_axis,
             "figures": {
@@ -216,12 +208,12 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
 # The contenders: each in a process of its own.
 
 
-def _extract(asked: ScalingBench, *, point: Point) -> Clocked:
+def _extract(asked: ScalingBench, *, point: Point) -> TimedSteps:
     """`extract run` with its upstream loaded, into a store of its own."""
     return (yield from extract_run(point.settings(asked)))
 
 
-def _read(asked: ScalingBench, *, point: Point) -> Clocked:
+def _read(asked: ScalingBench, *, point: Point) -> TimedSteps:
     """The batches of one epoch; before it, the store is opened as training opens it."""
     from train.data import DistillationData
 

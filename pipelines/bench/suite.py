@@ -16,9 +16,9 @@ from click import Command
 
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, read_json, sha256_matching, written_aside
+from extract.base.machine import describe_machine
 from pipelines.bench.measure import library_versions
 from pipelines.bench.page import write_page
-from pipelines.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 _DEMO = "--threads 1 --shape hubert-demo"

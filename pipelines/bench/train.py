@@ -24,22 +24,12 @@ from ruamel.yaml import YAML
 
 from extract.base.errors import unknown
 from extract.base.malloc import keep_freed_blocks
+from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import Settings, extract
 from extract.store.reader import KEEP
 from pipelines.bench import material
-from pipelines.bench.measure import (
-    CLOCKS,
-    Clocked,
-    Progress,
-    by_clocks,
-    check_asked,
-    headed,
-    in_fresh_process,
-    run_interleaved,
-    spread,
-)
-from pipelines.bench.measure import Run as Turn
+from pipelines.bench.measure import by_clocks, check_asked, headed
 from pipelines.profiles import read_profile
 from train.config import StudentConfig, read_student
 from train.data import Batch
@@ -124,7 +114,7 @@ def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
         turns = run_interleaved(CONTENDERS, bench, rounds=asked.rounds, threads=asked.threads, progress=progress)
         corpus = Corpus.open(bench.folder / "noise.h5")
         section = asdict(bench.config)
-    assert len({str(turn.did["utterances"]) for turn in turns}) == 1, "the contenders worked on different utterances"
+    assert len({str(turn.outcome["utterances"]) for turn in turns}) == 1, "variants differ in utterances"
     return (
         head
         | {
@@ -136,8 +126,8 @@ def run_bench(asked: TrainBench, progress: Progress) -> dict[str, Any]:
     )
 
 
-def _audio_s(turn: Turn, corpus: Corpus) -> float:
-    return float(sum(corpus.num_samples[list(batch)].sum() for batch in turn.did["utterances"])) / SAMPLE_RATE_HZ
+def _audio_s(turn: TimedRun, corpus: Corpus) -> float:
+    return float(sum(corpus.num_samples[list(batch)].sum() for batch in turn.outcome["utterances"])) / SAMPLE_RATE_HZ
 
 
 def prepare(bench: Bench) -> None:
@@ -167,17 +157,17 @@ def prepare(bench: Bench) -> None:
     )
 
 
-def summarise(turns: Sequence[Turn], *, steps: int) -> dict[str, Any]:
+def summarise(turns: Sequence[TimedRun], *, steps: int) -> dict[str, Any]:
     """Of the raw figures: a step's time and the peak memory of each contender, and ratios of the same round."""
     contenders = {}
-    for name in dict.fromkeys(turn.contender for turn in turns):
+    for name in dict.fromkeys(turn.variant for turn in turns):
         contenders[name] = {
-            "step_s": asdict(spread(turns, name, lambda turn: turn.wall_s / steps)),
-            "step_cpu_s": asdict(spread(turns, name, lambda turn: turn.cpu_s / steps)),
-            "peak_bytes": asdict(spread(turns, name, lambda turn: turn.peak_bytes)),
+            "step_s": asdict(range_of(turns, name, lambda turn: turn.wall_s / steps)),
+            "step_cpu_s": asdict(range_of(turns, name, lambda turn: turn.cpu_s / steps)),
+            "peak_bytes": asdict(range_of(turns, name, lambda turn: turn.peak_bytes)),
         }
         if all(turn.peak_gpu_bytes is not None for turn in turns):
-            contenders[name]["peak_gpu_bytes"] = asdict(spread(turns, name, lambda turn: turn.peak_gpu_bytes or 0))
+            contenders[name]["peak_gpu_bytes"] = asdict(range_of(turns, name, lambda turn: turn.peak_gpu_bytes or 0))
     pairs = [(name, "online") for name in contenders if name != "online"] + [("stored", "frozen"), ("stored", "ready")]
     return {
         "contenders": contenders,
@@ -234,34 +224,34 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
 # The contenders: each in a process of its own.
 
 
-def online(bench: Bench) -> Clocked:
+def online(bench: Bench) -> TimedSteps:
     """The teacher beside the student, as the papers train."""
     run = _begin(bench, frozen=False)
     teacher = load_teacher(bench)
     return (yield from _steps(bench, run, lambda batch: taught(run, teacher, batch)))
 
 
-def cached(bench: Bench) -> Clocked:
+def cached(bench: Bench) -> TimedSteps:
     """Layers from the store, the stem trained."""
     return (yield from _steps(bench, _begin(bench, frozen=False)))
 
 
-def frozen(bench: Bench) -> Clocked:
+def frozen(bench: Bench) -> TimedSteps:
     """Layers from the store, the stem frozen and run."""
     return (yield from _steps(bench, _begin(bench, frozen=True)))
 
 
-def stored(bench: Bench) -> Clocked:
+def stored(bench: Bench) -> TimedSteps:
     """Layers and the stem's output from the store."""
     return (yield from _steps(bench, _begin(bench, frozen=True, stored=True)))
 
 
-def ready(bench: Bench) -> Clocked:
+def ready(bench: Bench) -> TimedSteps:
     """What `stored` trains on, all of it decoded and in memory before the first step."""
     return (yield from _steps(bench, _begin(bench, frozen=True, stored=True), beforehand=True))
 
 
-CONTENDERS: dict[str, Callable[[Bench], Clocked]] = {
+CONTENDERS: dict[str, Callable[[Bench], TimedSteps]] = {
     "online": online,
     "cached": cached,
     "frozen": frozen,
@@ -303,7 +293,7 @@ def _decoded(batch: Batch) -> Batch:
 
 def _steps(
     bench: Bench, run: Run, change: Callable[[Batch], Batch] = lambda batch: batch, *, beforehand: bool = False
-) -> Clocked:
+) -> TimedSteps:
     """Steps on the clock; `beforehand`: their batches are read and decoded before it starts."""
     config, seen = run.job.config, []
 

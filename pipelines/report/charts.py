@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipelines.report.results import TaskScore
+from evaluate.scorefile import ScoreFile
 from train.metrics import GrowthStep
 
 # sentinel -> what the page puts in its place; no drawing uses these near-blacks for themselves
@@ -213,7 +213,7 @@ def _mark_growth(axes: Axes, growth: Sequence[GrowthStep]) -> None:
 
 
 def dev_search(
-    scores: Mapping[str, TaskScore], looks: Mapping[str, Look], *, key: str, title: str, y_label: str
+    scores: Mapping[str, ScoreFile], looks: Mapping[str, Look], *, key: str, title: str, y_label: str
 ) -> str:
     """One task's search on dev: the metric of each learning rate (or layer), a line an upstream, the chosen filled."""
     layers = any(score.chosen_lr is None for score in scores.values())

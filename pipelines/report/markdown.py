@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from evaluate.scorefile import ScoreFile
 from pipelines.report import words
 from pipelines.report.published import place, shown_terms, term_title
-from pipelines.report.results import Results, TaskScore, merged_versions
+from pipelines.report.results import Results, merged_versions
 from pipelines.report.speed import Speed
 from pipelines.report.spread import find_repeats, spread_columns, spread_markdown
 from pipelines.report.table import TASK_TITLES, Column, Row, interval_table, markdown_table, write_relative
@@ -58,7 +59,7 @@ def _chosen_rates(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _chosen(score: TaskScore) -> str:
+def _chosen(score: ScoreFile) -> str:
     return f"layer {score.chosen:g}" if score.chosen_lr is None else f"{score.chosen:g}"
 
 

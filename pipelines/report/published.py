@@ -1,13 +1,13 @@
 """The place of official scores among published models.
 
 Figures are those of the models' own papers and of SUPERB's leaderboard: percent, lower is better for PR, ASR, ASV, SD
-and SF's CER; QbE is MTWV x 100. superb_s is computed from them as from ours (`evaluate.score`).
+and SF's CER; QbE is MTWV x 100. superb_s is computed from them as from ours (`evaluate.table`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluate.score import SUPERB_CONSTANTS, superb_s
+from evaluate.table import SUPERB_CONSTANTS, superb_s
 
 TERMS = ("pr", "asr", "ks", "ic", "sid", "asv", "sd", "er", "sf_f1", "sf_cer", "qbe")
 TERM_TITLES = {"sf_f1": "SF F1", "sf_cer": "SF CER", "qbe": "QbE"}

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from evaluate.score import Score, check_sizes, gather, summarise, without_scale
+from evaluate.scorefile import ScoreFile
+from evaluate.table import Scores, check_sizes, gather, summarise, terms_of, without_scale
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from train.metrics import RunMetrics
@@ -22,50 +23,6 @@ CURVES = ("train/loss", "dev/loss", "train/lr", "train/depth")
 
 
 @dataclass(frozen=True)
-class GridPoint:
-    """One learning rate of a sweep, or one layer of a task that searches layers, and the dev metric that it reached."""
-
-    at: float
-    dev: float
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """scores/UPSTREAM/TASK.json: one upstream on one task, learning rate chosen on dev, reported on test."""
-
-    task: str
-    metric: str
-    unit: str
-    higher_is_better: bool
-    test: float
-    interval: tuple[float, float] | None  # of test, 95%
-    also: dict[str, float]  # what was measured on test beside it
-    dev: float
-    chosen_lr: float | None  # None for a task without a head, which chose a layer
-    grid: tuple[GridPoint, ...]
-    layers: tuple[int, ...]
-    layer_weights: tuple[float, ...]
-    num_test: int
-    seed: int
-    seconds: float
-    fingerprint: str
-    store_digest: str
-    corpus_digest: str
-    labels_digest: str
-    notes: tuple[str, ...]
-    versions: dict[str, str]
-
-    @property
-    def chosen(self) -> float:
-        """The learning rate, or the layer, that dev chose."""
-        return self.heaviest_layer if self.chosen_lr is None else self.chosen_lr
-
-    @property
-    def heaviest_layer(self) -> int:
-        return max(zip(self.layer_weights, self.layers, strict=True))[1]
-
-
-@dataclass(frozen=True)
 class Upstream:
     """One row of the table: its scores by task, and for a student how it was trained."""
 
@@ -73,7 +30,7 @@ class Upstream:
     kind: Kind
     source: str  # folder or hub id, as `extract.upstream.card` finds it
     revision: str | None
-    scores: dict[str, TaskScore]
+    scores: dict[str, ScoreFile]
     training: RunMetrics | None = None
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # of training: metric -> (step, value)
 
@@ -96,7 +53,7 @@ class Results:
         """The upstreams of one kind, in table order."""
         return tuple(upstream for upstream in self.upstreams if upstream.kind == kind)
 
-    def scores_of(self, task: str) -> tuple[TaskScore, ...]:
+    def scores_of(self, task: str) -> tuple[ScoreFile, ...]:
         """One task's scores, in table order."""
         return tuple(upstream.scores[task] for upstream in self.upstreams)
 
@@ -172,11 +129,11 @@ def read_results(root: Path, students: Iterable[str], tasks: Iterable[str], *, o
 
 
 def _relative(
-    table: Mapping[str, Mapping[str, Score]], upstreams: Sequence[Upstream], tasks: Sequence[str]
+    table: Scores, upstreams: Sequence[Upstream], tasks: Sequence[str]
 ) -> tuple[dict[str, float | None], tuple[str, ...]]:
     """Each upstream's relative score, and the notes on it."""
     low, high = (
-        {term: value for task in tasks for term, value in table[name][task].values.items()}
+        {term: value for task in tasks for term, (value, _) in terms_of(table[name][task]).items()}
         for name in (BASELINE, TEACHER)
     )
     if len(without_scale(fbank=low, teacher=high)) == len(tasks):
@@ -187,46 +144,18 @@ def _relative(
     return summary.one_score, summary.notes
 
 
-def _read_scores(root: Path, upstream: str, tasks: tuple[str, ...]) -> dict[str, TaskScore]:
+def _read_scores(root: Path, upstream: str, tasks: tuple[str, ...]) -> dict[str, ScoreFile]:
     return {task: _read_score(root / "scores" / upstream / f"{task}.json", upstream, task) for task in tasks}
 
 
-def _read_score(path: Path, upstream: str, task: str) -> TaskScore:
-    record = _Record(path)
+def _read_score(path: Path, upstream: str, task: str) -> ScoreFile:
+    if not path.is_file():
+        raise RetortError(f"{path} is missing; `dvc repro {path}` makes it")
+    score = ScoreFile.read(path)
     for name, expected in (("task", task), ("upstream", upstream)):
-        if record.get(name, str) != expected:
-            raise RetortError(f"{path}: `{name}` is {record.values[name]!r}, expected {expected!r}")
-    interval = record.get("interval", dict).get("test")
-    chosen_lr = record.get("chosen_lr", float, int, type(None))
-    searched = "layer" if chosen_lr is None else "lr"
-    return TaskScore(
-        task=task,
-        metric=record.get("metric", str),
-        unit=record.get("unit", str),
-        higher_is_better=record.get("higher_is_better", bool),
-        test=record.number("test"),
-        interval=(float(interval[0]), float(interval[1])) if interval else None,
-        also={name: float(value) for name, value in record.get("also", dict).items()},
-        dev=record.number("dev"),
-        chosen_lr=None if chosen_lr is None else float(chosen_lr),
-        grid=tuple(
-            sorted(
-                (GridPoint(float(point[searched]), float(point["dev"])) for point in record.get("grid", list)),
-                key=lambda point: point.at,
-            )
-        ),
-        layers=tuple(record.get("layers", list)),
-        layer_weights=tuple(record.get("layer_weights", list)),
-        num_test=record.get("num_test", int),
-        seed=record.get("seed", int),
-        seconds=record.number("seconds"),
-        fingerprint=record.get("fingerprint", str),
-        store_digest=record.get("store_digest", str),
-        corpus_digest=record.get("corpus_digest", str),
-        labels_digest=record.get("labels_digest", str),
-        notes=tuple(record.get("notes", list)),
-        versions=record.get("versions", dict),
-    )
+        if (found := getattr(score, name)) != expected:
+            raise RetortError(f"{path}: `{name}` is {found!r}, expected {expected!r}")
+    return score
 
 
 def read_curve(path: Path) -> list[tuple[int, float]]:

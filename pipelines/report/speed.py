@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
 from extract.base.files import read_json
+from extract.base.machine import describe_machine
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.macs import count_macs
 from extract.upstream.card import find_upstream
-from pipelines.machine import describe_machine
-from pipelines.macs import count_macs
 from pipelines.report.results import Upstream
 
 if TYPE_CHECKING:  # the module imports torch, which only a measurement needs
@@ -49,7 +49,7 @@ class Speed:
 
     rtf: dict[str, float]
     params: dict[str, int]
-    macs_per_audio_s: dict[str, int]  # of an utterance of one second (`pipelines.macs`)
+    macs_per_audio_s: dict[str, int]  # of an utterance of one second (`extract.macs`)
     audio_seconds: float
     num_utterances: int
     corpus: str

@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report.results import Results, TaskScore, Upstream
+from evaluate.scorefile import ScoreFile
+from pipelines.report.results import Results, Upstream
 from pipelines.report.speed import Speed
 
 TASK_TITLES = {
@@ -137,7 +138,7 @@ def _write_size(value: float) -> str:
     return f"{value:.2f}" if value else "0"
 
 
-def metric_label(score: TaskScore) -> str:
+def metric_label(score: ScoreFile) -> str:
     """A task's metric with its unit and an arrow in the direction that is better."""
     metric = METRIC_TITLES.get(score.metric, score.metric)
     unit = f"{metric} %" if score.unit == "percent" else f"{metric}, {score.unit}"
@@ -202,7 +203,8 @@ def interval_table(results: Results) -> tuple[list[str], list[list[str]]]:
         line = [upstream.name]
         for task in results.tasks:
             score = upstream.scores[task]
-            ends = "" if score.interval is None else f" ({score.interval[0]:.2f}–{score.interval[1]:.2f})"
+            interval = score.interval.test
+            ends = "" if interval is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
             line += [f"{score.test:.2f}{ends}", *(f"{value:.2f}" for value in score.also.values())]
         lines.append(line)
     return heads, lines

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from evaluate.score import CONSTANTS_NOTE
+from evaluate.table import CONSTANTS_NOTE
 from pipelines.report.results import Results
 from pipelines.report.speed import Speed
 from pipelines.report.spread import Repeats, find_repeats, rank_students, write_mean
@@ -75,8 +75,8 @@ def caveats(results: Results, rows: Sequence[Row]) -> list[str]:
     widths = []
     for task in results.tasks:
         score = results.scores_of(task)[0]
-        if score.interval is not None:
-            low, high = score.interval
+        if score.interval.test is not None:
+            low, high = score.interval.test
             widths.append(f"{(high - low) / 2:.1f} on {TASK_TITLES.get(task, task)} ({score.num_test})")
     if widths:
         lines.append(

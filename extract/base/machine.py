@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on: what a timing depends on, and nothing that names the machine."""
+"""Description of the machine on which a figure was measured: all that a timing depends on, but no host name."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory, system, and the libraries that do the computing."""
+    """Return processor, cores, memory, system and the versions of Python and torch."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "processor": _processor(),
@@ -23,6 +23,6 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith("model name"):  # x86; on ARM the platform module has the name
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

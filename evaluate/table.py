@@ -1,0 +1,280 @@
+"""Table of score files, with one score for each upstream.
+
+    python -m evaluate score scores --fbank fbank --teacher teacher --out table.json
+
+`superb_s` is SUPERB's single score of ten tasks on their own corpora: (1000 / 10) sum over tasks of
+(m - fbank) / (sota - fbank), where slot filling counts as the mean of its two metrics. SUPERB does not publish the
+constants; they were inferred by fitting and reproduce 17 of 17 published scores with an RMSE of 0.3.
+
+On other corpora the same formula runs between the measured fbank (0) and the measured teacher (1000), over the tasks
+that were scored. That is the *relative score*, which is never called superb_s. A score file cannot prove that its
+corpus is SUPERB's own: the caller asserts it (`--official`), and a test split of another size refutes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate.scorefile import ScoreFile
+from extract.base.errors import RetortError, unknown
+
+CONSTANTS_NOTE = "superb_s: constants inferred by fitting (17 published scores, RMSE 0.3)"
+
+# Term -> (fbank, sota) in percent; QbE is MTWV x 100. Source: fitted, see CONSTANTS_NOTE.
+SUPERB_CONSTANTS: dict[str, tuple[float, float]] = {
+    "pr": (82.01, 3.53),
+    "asr": (23.18, 3.62),
+    "ks": (41.38, 96.66),
+    "qbe": (0.58, 7.36),
+    "sid": (20.06, 90.33),
+    "asv": (9.56, 5.11),
+    "sd": (10.05, 5.62),
+    "ic": (9.65, 98.76),
+    "sf_f1": (69.64, 89.81),
+    "sf_cer": (52.94, 21.76),
+    "er": (48.24, 67.62),
+}
+# Utterances of SUPERB's own test splits (dataset card s3prl/superb on the Hugging Face hub). Another size shows that a
+# score is not official.
+TEST_SIZES = {"pr": 2620, "asr": 2620, "ks": 3081, "ic": 3793, "sid": 8251}
+# Fields that must agree between all upstreams of a task, or their numbers are not comparable.
+_SAME_FOR_A_TASK = ("corpus_digest", "labels_digest", "metric", "recipe", "seed")
+
+Scores = Mapping[str, Mapping[str, ScoreFile]]  # upstream -> task -> score
+Terms = Mapping[str, float]  # term -> percent
+Bounds = tuple[float, float]  # low and high, percent
+
+
+def task_of(term: str) -> str:
+    """Return the task that a term belongs to; slot filling has two terms, sf_f1 and sf_cer."""
+    return term.partition("_")[0]
+
+
+def terms_of(score: ScoreFile) -> dict[str, tuple[float, Bounds | None]]:
+    """Return a score's terms: name -> value and interval, in percent. Slot filling has two terms, others one."""
+    interval = score.interval
+    if score.task != "sf":
+        return {score.task: (score.test, interval.test)}
+    return {"sf_f1": (score.test, interval.test), "sf_cer": (score.also["cer"], interval.also.get("cer"))}
+
+
+def shares(values: Terms, ends: Mapping[str, Bounds]) -> dict[str, float]:
+    """Return each task's contribution to the one score.
+
+    Of n tasks each contributes 1000 / n at the upper end of its scale, 0 at the lower end, and is linear beyond both.
+    values and ends hold the same terms; a metric may rise or fall between its ends. A task of two terms takes their
+    mean.
+    """
+    parts: dict[str, list[float]] = {}
+    for term, value in values.items():
+        low, high = ends[term]
+        parts.setdefault(task_of(term), []).append((value - low) / (high - low))
+    return {task: 1000 / len(parts) * sum(own) / len(own) for task, own in parts.items()}
+
+
+def superb_shares(values: Terms) -> dict[str, float]:
+    """Return each task's contribution to superb_s. values: every key of SUPERB_CONSTANTS, in percent.
+
+    Raises RetortError that lists missing and unknown terms.
+    """
+    for name in values:
+        if name not in SUPERB_CONSTANTS:
+            raise unknown("SUPERB term", name, SUPERB_CONSTANTS)
+    if missing := [name for name in SUPERB_CONSTANTS if name not in values]:
+        raise RetortError(f"superb_s needs all ten tasks, missing: {', '.join(missing)}")
+    return shares(values, SUPERB_CONSTANTS)
+
+
+def superb_s(values: Terms) -> float:
+    """Return SUPERB's single score: the sum of `superb_shares`, with the same errors."""
+    return sum(superb_shares(values).values())
+
+
+def relative_shares(values: Terms, *, fbank: Terms, teacher: Terms) -> dict[str, float]:
+    """Return each task's contribution to the relative score, from the measured fbank (0) to the teacher (1000).
+
+    Tasks without a scale (`without_scale`) are left out. Raises RetortError if the three differ in tasks, or if no
+    task has a scale.
+    """
+    for name, other in (("fbank", fbank), ("the teacher", teacher)):
+        if odd := sorted(other.keys() ^ values.keys()):
+            raise RetortError(f"the relative score needs the same tasks of all; {name} differs in {', '.join(odd)}")
+    left_out = without_scale(fbank=fbank, teacher=teacher)
+    ends = {term: (fbank[term], teacher[term]) for term in values if task_of(term) not in left_out}
+    if not ends:
+        raise RetortError("the relative score needs a task on which the teacher is better than fbank")
+    return shares({term: values[term] for term in ends}, ends)
+
+
+def without_scale(*, fbank: Terms, teacher: Terms) -> dict[str, str]:
+    """Return tasks on which the teacher is not better than fbank, each with the term that shows it.
+
+    A ratio to a difference of 0 or of the wrong sign would be noise.
+    """
+    return {
+        task_of(term): term
+        for term, (low, high) in SUPERB_CONSTANTS.items()
+        if term in teacher and (teacher[term] - fbank[term]) * (high - low) <= 0
+    }
+
+
+def gather(paths: Sequence[Path]) -> dict[str, dict[str, ScoreFile]]:
+    """Read score files, or all in given folders: upstream -> task -> score.
+
+    Raises RetortError if there are none, if an upstream has a task twice, or if the scores of a task differ in corpus,
+    labels, recipe or seed: such numbers are not comparable.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise RetortError(f"no score files in {', '.join(map(str, paths))}; make them with `python -m evaluate run`")
+    table: dict[str, dict[str, ScoreFile]] = {}
+    path_of: dict[tuple[str, str], Path] = {}
+    first: dict[str, tuple[Path, ScoreFile]] = {}
+    tasks = {task_of(term) for term in SUPERB_CONSTANTS}
+    for path in files:
+        score = ScoreFile.read(path)
+        if score.task not in tasks:
+            raise unknown(f"task in {path}:", score.task, tasks)
+        if score.task == "sf" and "cer" not in score.also:
+            raise RetortError(f"{path}: `also` has no 'cer', which slot filling needs; score the task again")
+        if other := path_of.get((score.upstream, score.task)):
+            raise RetortError(f"{score.upstream} has task {score.task} twice: {other} and {path}")
+        path_of[score.upstream, score.task] = path
+        table.setdefault(score.upstream, {})[score.task] = score
+        first_path, first_score = first.setdefault(score.task, (path, score))
+        if odd := [name for name in _SAME_FOR_A_TASK if getattr(score, name) != getattr(first_score, name)]:
+            raise RetortError(
+                f"{path} and {first_path} differ in {', '.join(odd)}, so their numbers are not comparable; "
+                "score both again with the same corpus and params (`dvc repro`)"
+            )
+    return table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Table of scores. `shares` holds each task's contribution to the one score, or None if tasks are missing."""
+
+    kind: str  # "superb_s", "relative_score" or "none"
+    tasks: tuple[str, ...]  # terms, in the order of the table
+    values: dict[str, dict[str, float]]  # upstream -> term -> percent
+    intervals: dict[str, dict[str, Bounds]]  # upstream -> term -> low and high
+    shares: dict[str, dict[str, float] | None]  # upstream -> task -> points of its one score
+    notes: tuple[str, ...]
+
+    @property
+    def one_score(self) -> dict[str, float | None]:
+        """Return the sum of each upstream's shares."""
+        return {name: None if own is None else sum(own.values()) for name, own in self.shares.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON values."""
+        rows: dict[str, dict[str, float | None]] = {name: dict(values) for name, values in self.values.items()}
+        for name, one in self.one_score.items():
+            rows[name][self.kind] = one
+        return {
+            "format_version": 2,
+            "kind": self.kind,
+            "upstreams": rows,
+            "intervals": self.intervals,
+            "shares": self.shares,
+            "notes": list(self.notes),
+        }
+
+
+def summarise(
+    table: Scores, *, fbank: str | None = None, teacher: str | None = None, official: bool = False
+) -> Summary:
+    """Make one row for each upstream, with superb_s (`official`), the relative score (`fbank`, `teacher`) or neither.
+
+    Raises RetortError if both are asked for, if only one of fbank and teacher is named, or if one has no scores.
+    """
+    if official and (fbank or teacher):
+        raise RetortError(
+            "--official gives superb_s between published constants, --fbank and --teacher the relative score "
+            "between measured ones; ask for one of them"
+        )
+    if bool(fbank) != bool(teacher):
+        raise RetortError("the relative score needs both --fbank NAME and --teacher NAME")
+    terms = {
+        upstream: {term: found for score in row.values() for term, found in terms_of(score).items()}
+        for upstream, row in table.items()
+    }
+    values = {upstream: {term: value for term, (value, _) in row.items()} for upstream, row in terms.items()}
+    intervals = {upstream: {term: ends for term, (_, ends) in row.items() if ends} for upstream, row in terms.items()}
+    order = tuple(dict.fromkeys(term for row in values.values() for term in row))
+    if official:
+        check_sizes(table)
+        own: dict[str, dict[str, float] | None] = {name: superb_shares(row) for name, row in values.items()}
+        return Summary("superb_s", order, values, intervals, own, (CONSTANTS_NOTE,))
+    if not (fbank and teacher):
+        return Summary("none", order, values, intervals, {}, ())
+    for name in (fbank, teacher):
+        if name not in values:
+            raise unknown("upstream", name, values)
+    low, high = values[fbank], values[teacher]
+    own = {
+        name: relative_shares(row, fbank=low, teacher=high) if row.keys() == high.keys() else None
+        for name, row in values.items()
+    }
+    notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
+    notes += [f"{name} lacks tasks, so it has no relative score" for name, one in own.items() if one is None]
+    notes += [
+        f"left out of the relative score: {task}, where {teacher} ({high[term]:.2f}) is not better than {fbank} "
+        f"({low[term]:.2f})"
+        for task, term in without_scale(fbank=low, teacher=high).items()
+    ]
+    return Summary("relative_score", order, values, intervals, own, tuple(notes))
+
+
+def check_sizes(table: Scores) -> None:
+    """Raise RetortError for a test split whose size is not that of SUPERB's own."""
+    for upstream, row in table.items():
+        for task, score in row.items():
+            if score.num_test != TEST_SIZES.get(task, score.num_test):
+                raise RetortError(
+                    f"{upstream}, {task}: {score.num_test} test utterances, expected the {TEST_SIZES[task]} of SUPERB: "
+                    "not an official score; without --official, --fbank and --teacher give the relative score"
+                )
+
+
+def show(summary: Summary) -> None:
+    """Print the table, each task's contribution to the one score, and the notes."""
+    from rich.console import Console  # late: the report imports this module without printing
+    from rich.table import Table
+    from rich.text import Text
+
+    one_score = summary.one_score
+    order = sorted(summary.values, key=lambda name: -(one_score.get(name) or 0))
+    scores = Table("upstream")
+    for heading in (*summary.tasks, *([summary.kind.replace("_score", " score")] if one_score else [])):
+        scores.add_column(heading, justify="right", no_wrap=True)
+    for name in order:
+        cells = []
+        for term in summary.tasks:
+            value, ends = summary.values[name].get(term), summary.intervals[name].get(term)
+            below = f"\n{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
+            cells.append(Text("-") if value is None else Text.assemble(f"{value:.2f}", (below, "dim")))
+        if one_score:
+            cells.append(Text(_points(one_score[name])))
+        scores.add_row(name, *cells)
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 200)  # lines that wrap are better than figures cut off
+    console.print("percent on test, below it the 95% interval")
+    console.print(scores)
+    if one_score:
+        tasks = list(dict.fromkeys(task for own in summary.shares.values() for task in own or ()))
+        contributions = Table("upstream")
+        for task in tasks:
+            contributions.add_column(task, justify="right")
+        for name in order:
+            own = summary.shares[name]
+            contributions.add_row(name, *(_points(None if own is None else own[task]) for task in tasks))
+        console.print(f"contribution of each task, of {1000 / max(1, len(tasks)):.0f} points")
+        console.print(contributions)
+    for note in summary.notes:
+        console.print(note, soft_wrap=True)
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"

@@ -1,0 +1,156 @@
+"""Interleaved timing of variants, each run in a fresh process: used by `extract speed` and `python -m pipelines bench`.
+
+A variant is a generator function of the settings. It loads and warms up, then yields: the clock starts. It does the
+work, then yields: the clock stops. Its return value describes the work, ready for JSON.
+
+The order alternates from round to round (A B C, C B A, …), so that a machine that slows down slows every variant. Each
+run has a process of its own, because the peak memory of a process never falls and caches of one variant must not serve
+another.
+"""
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from extract.base.errors import RetortError
+
+TimedSteps = Generator[None, None, dict[str, Any]]
+Progress = Callable[[str], None]
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+CLOCKS = {"wall_s": "wall", "cpu_s": "CPU"}  # fields of TimedRun; other work on the machine hardly changes CPU time
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedRun:
+    """One run of one variant. Memory is the peak of the whole process, loading included."""
+
+    variant: str
+    round: int
+    wall_s: float
+    cpu_s: float  # of all threads of the process
+    peak_bytes: int
+    peak_gpu_bytes: int | None  # None if nothing ran on a GPU
+    outcome: dict[str, Any]  # the variant's return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Median, minimum and maximum over rounds."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Range":
+        return cls(median=statistics.median(values), min=min(values), max=max(values))
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def run_interleaved(
+    variants: Mapping[str, Callable[[Settings], TimedSteps]],
+    settings: Settings,
+    *,
+    rounds: int,
+    threads: int | None,
+    progress: Progress,
+) -> list[TimedRun]:
+    """Run every variant once a round; `threads` None leaves the number of threads to torch and numpy.
+
+    Raises RetortError if a variant raises it or its process is killed.
+    """
+    runs = []
+    for number in range(rounds):
+        for name in list(variants)[:: -1 if number % 2 else 1]:
+            progress(f"round {number + 1} of {rounds}: {name}")
+            figures = in_fresh_process(_clock, variants[name], settings, threads=threads)
+            runs.append(TimedRun(variant=name, round=number, **figures))
+    return runs
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: Any, threads: int | None = None) -> Result:
+    """Return the result of `function`, called in a new process. Raises RetortError if that process is killed."""
+    with _omp_threads(threads), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise RetortError(
+                "a process of the measurement was killed, probably because memory ran out; measure with shorter "
+                "utterances or with smaller packs (--pack-frames)"
+            ) from None
+
+
+@contextmanager
+def _omp_threads(threads: int | None) -> Iterator[None]:
+    """Set the number of threads of torch and numpy for processes started inside; both read it when imported."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dict[str, Any]:
+    """Run a variant in this process; return the fields of its TimedRun but for name and round."""
+    steps = variant(settings)
+    next(steps)
+    wall, cpu = time.perf_counter(), time.process_time()
+    next(steps)
+    gpu_bytes = _synchronise_gpu()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = _peak_bytes()  # before the variant inspects its results
+    try:
+        next(steps)
+    except StopIteration as stop:
+        return {"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak, "peak_gpu_bytes": gpu_bytes, "outcome": stop.value}
+    raise AssertionError("a variant yields exactly twice: before and after the timed work")
+
+
+def _synchronise_gpu() -> int | None:
+    """Wait for the kernels that still run; return the peak bytes of tensors on the GPU, None if no GPU was used."""
+    torch = sys.modules.get("torch")  # not imported here: a variant may need numpy alone
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated())
+
+
+def _peak_bytes() -> int:
+    """Return the peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: on Linux a child process inherits the peak of its parent there.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def range_of(runs: Sequence[TimedRun], variant: str, figure: Callable[[TimedRun], float]) -> Range:
+    """Return the range of a figure of one variant over the rounds."""
+    return Range.of([figure(run) for run in runs if run.variant == variant])
+
+
+def speed_ratio(runs: Sequence[TimedRun], one: str, other: str, clock: str) -> Range:
+    """Return time of `other` over time of `one`, paired by round; `clock` is wall_s or cpu_s."""
+    seconds = {(run.variant, run.round): getattr(run, clock) for run in runs}
+    rounds = sorted({run.round for run in runs})
+    return Range.of([seconds[other, number] / seconds[one, number] for number in rounds])
