@@ -1,4 +1,4 @@
-"""Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror`."""
+"""Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror | compare | speed`."""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
@@ -323,6 +323,52 @@ def compare(teacher: Path, student: Path, corpus: Path, split: str, out: Path) -
     found = compare_stores(teacher, student, corpus, split)
     found.write(out)
     click.echo(f"{out}: {found.describe()}")
+
+
+@main.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=Path("params.yaml"),
+    show_default=True,
+    help="Sections `upstreams` and `report.speed`: corpus, split, seconds of audio, threads, rounds.",
+)
+@click.option(
+    "--upstream",
+    "upstreams",
+    multiple=True,
+    metavar="NAME=SOURCE",
+    help="Measure this one (fbank, a folder or a hub id) instead of those of the config; repeatable.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option("--trust-remote-code", is_flag=True, help="Run modelling code that an upstream's folder brings.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("measures/speed.json"),
+    show_default=True,
+    help="The JSON to write.",
+)
+def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Measure speed, latency, MACs, parameters and memory of upstreams, interleaved, on this machine."""
+    from rich.console import Console
+
+    from extract.base.files import check_out
+    from extract.speed import SpeedRequest, measure_speed, read_speed_config, table_of
+    from extract.upstream.configured import read_upstreams
+
+    if odd := [pair for pair in upstreams if not all(pair.partition("="))]:
+        raise RetortError(f"--upstream {odd[0]!r}: expected NAME=SOURCE, such as base=facebook/hubert-base-ls960")
+    sources = dict(pair.split("=", 1) for pair in upstreams)
+    sources = sources or {name: one.source for name, one in read_upstreams(config).items()}
+    check_out(out, "--out")
+    with Console(stderr=True).status("measuring") as status:
+        found = measure_speed(
+            SpeedRequest(sources=sources, audio=read_speed_config(config), **options), progress=status.update
+        )
+    found.write(out)
+    Console().print(table_of(found, reference="teacher" if "teacher" in sources else next(iter(sources))))
+    click.echo(out)
 
 
 def _megabytes(objects: dict[str, list[Any]]) -> float:

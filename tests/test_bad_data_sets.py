@@ -239,14 +239,14 @@ def test_refused(row: Row) -> None:
 
 
 @pytest.mark.parametrize("change", ["its code", "its map", "one file more"])
-def test_the_report_runs_no_code_but_this_repositorys(change: str) -> None:
+def test_no_code_but_this_repositorys_runs_when_speed_is_measured(change: str) -> None:
     # Late: it imports torch, and no other row of this file does.
     from extract.base.errors import RetortError
-    from pipelines.report.results import Upstream
-    from pipelines.report.speed import _load
+    from extract.speed import SpeedConfig, SpeedRequest, load
 
-    student = Upstream("student", "student", "student", None, {}, None)
-    assert _load(student).dim == 32
+    audio = SpeedConfig(corpus="", split="test", audio_seconds=1.0, threads=1, rounds=1)
+    request = SpeedRequest(sources={"student": "student"}, audio=audio, device="cpu", trust_remote_code=False)
+    assert load(request, "student", check=False).dim == 32
     assert find_upstream("student").family == "retort-student"
     code, config = Path("student/modeling_retort.py"), Path("student/config.json")
     touches = "\nfrom pathlib import Path\nPath('ran').touch()\n"
@@ -258,5 +258,5 @@ def test_the_report_runs_no_code_but_this_repositorys(change: str) -> None:
         Path("student/more.py").write_text(touches)
     before = tree()
     with pytest.raises(RetortError, match="brings other code than this repository"):
-        _load(student)
+        load(request, "student", check=False)
     assert tree() == before and not Path("ran").exists()

@@ -1,0 +1,246 @@
+"""Speed and size of upstreams on this machine, through the forward pass of stage one.
+
+`python -m extract speed --config params.yaml --out measures/speed.json`
+
+Every upstream runs over the same utterances, one at a time, once a round, each run in a fresh process and the order
+alternating between rounds (`extract.base.timing`). The first pass of a process warms up and is not timed.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.base.errors import RetortError
+from extract.base.files import read_json
+from extract.base.machine import describe_machine
+from extract.base.params import read_section
+from extract.base.record import Record
+from extract.base.timing import (
+    Progress,
+    Range,
+    TimedRun,
+    TimedSteps,
+    in_fresh_process,
+    range_of,
+    run_interleaved,
+)
+from extract.base.validate import parse
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.macs import count_macs
+from extract.upstream.card import UpstreamCard, find_upstream
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from extract.upstream.forward import Upstream  # imports torch, which only the measuring processes need
+
+STUDENT_CODE = Path(__file__).parents[1] / "train/modeling_retort.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """Section `report.speed` of params.yaml."""
+
+    corpus: str  # path of the corpus
+    split: str
+    audio_seconds: float  # the first utterances of the split until they last this long
+    threads: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name in ("audio_seconds", "threads", "rounds"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"{name}: got {getattr(self, name)}, expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamSpeed:
+    """Figures of one upstream; ranges are over the rounds."""
+
+    source: str
+    params: int
+    macs_per_audio_s: int  # of an utterance of one second
+    rtf: Range  # real-time factor: seconds of computing per second of audio
+    latency_s: Range  # median over the utterances of a round
+    peak_bytes: int  # resident memory of the process, loading included
+    peak_gpu_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedFile(Record):
+    """Speed of all upstreams, measured together: measures/speed.json."""
+
+    REMEDY = "`python -m extract speed`"
+
+    upstreams: dict[str, UpstreamSpeed]
+    corpus: str
+    split: str
+    audio_seconds: float
+    num_utterances: int
+    utterance_s: float  # median length
+    device: str
+    threads: int
+    rounds: int
+    machine: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRequest:
+    """Settings of a measurement: sources by upstream name, and the audio."""
+
+    sources: Mapping[str, str]
+    audio: SpeedConfig
+    device: str
+    trust_remote_code: bool
+
+
+def read_speed_config(path: Path) -> SpeedConfig:
+    """Read section `report.speed` of params.yaml. Raises RetortError for a missing or unknown key, or a wrong value."""
+    return parse(SpeedConfig, read_section(path, "report").get("speed"), where=f"{path}: report.speed")
+
+
+def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedFile:
+    """Count and time the forward passes of all upstreams. Raises RetortError if one can't be loaded."""
+    audio = request.audio
+    corpus = Corpus.open(Path(audio.corpus))
+    lengths_s = [len(waveform) / SAMPLE_RATE_HZ for waveform in choose_waveforms(corpus, audio)]
+    progress("counting parameters and multiply-accumulates")
+    sizes = in_fresh_process(count_sizes, request, threads=audio.threads)
+    variants = {name: partial(_timed_passes, name=name) for name in request.sources}
+    runs = run_interleaved(variants, request, rounds=audio.rounds, threads=audio.threads, progress=progress)
+    return SpeedFile(
+        upstreams={
+            name: _figures(runs, name, source, *sizes[name], audio_s=sum(lengths_s))
+            for name, source in request.sources.items()
+        },
+        corpus=corpus.name,
+        split=audio.split,
+        audio_seconds=sum(lengths_s),
+        num_utterances=len(lengths_s),
+        utterance_s=statistics.median(lengths_s),
+        device=request.device,
+        threads=audio.threads,
+        rounds=audio.rounds,
+        machine=describe_machine(),
+    )
+
+
+def _figures(
+    runs: list[TimedRun], name: str, source: str, params: int, macs_per_audio_s: int, *, audio_s: float
+) -> UpstreamSpeed:
+    own = [run for run in runs if run.variant == name]
+    gpu_bytes = [run.peak_gpu_bytes for run in own if run.peak_gpu_bytes is not None]
+    return UpstreamSpeed(
+        source=source,
+        params=params,
+        macs_per_audio_s=macs_per_audio_s,
+        rtf=range_of(runs, name, lambda run: run.wall_s / audio_s),
+        latency_s=range_of(runs, name, lambda run: statistics.median(run.outcome["latencies_s"])),
+        peak_bytes=max(run.peak_bytes for run in own),
+        peak_gpu_bytes=max(gpu_bytes, default=None),
+    )
+
+
+def choose_waveforms(corpus: Corpus, audio: SpeedConfig) -> list[NDArray[np.float32]]:
+    """Return the first utterances of the split, float32 (samples,), that last `audio_seconds`; at least one."""
+    chosen: list[NDArray[np.float32]] = []
+    samples = 0
+    for index in corpus.select(audio.split):
+        if samples >= audio.audio_seconds * SAMPLE_RATE_HZ:
+            break
+        chosen.append(corpus.waveform(int(index)))
+        samples += len(chosen[-1])
+    return chosen
+
+
+def count_sizes(request: SpeedRequest) -> dict[str, tuple[int, int]]:
+    """Return parameters and MACs for one second of audio by upstream name; check every upstream as stage one does."""
+    sizes = {}
+    second = [np.zeros(SAMPLE_RATE_HZ, dtype=np.float32)]
+    for name in request.sources:
+        upstream = load(request, name, check=True)
+        macs = count_macs(partial(upstream.hidden_states, second, [upstream.num_layers - 1]))
+        sizes[name] = (upstream.num_parameters, macs)
+    return sizes
+
+
+def _timed_passes(request: SpeedRequest, *, name: str) -> TimedSteps:
+    """One upstream over all utterances, one at a time: a variant of the interleaved timer."""
+    waveforms = choose_waveforms(Corpus.open(Path(request.audio.corpus)), request.audio)
+    upstream = load(request, name, check=False)
+    last = [upstream.num_layers - 1]  # one layer is copied to numpy, so that a GPU has finished
+    for waveform in waveforms:  # every length once: libraries prepare kernels by shape
+        upstream.hidden_states([waveform], last)
+    latencies_s = []
+    yield
+    for waveform in waveforms:
+        start = time.perf_counter()
+        upstream.hidden_states([waveform], last)
+        latencies_s.append(time.perf_counter() - start)
+    yield
+    return {"latencies_s": latencies_s}
+
+
+def load(request: SpeedRequest, name: str, *, check: bool) -> "Upstream":
+    """Load an upstream. Code that its folder brings runs only if it is Retort's own, or if all code is trusted.
+
+    Raises RetortError for other code.
+    """
+    from extract.upstream.forward import load_upstream
+
+    card = find_upstream(request.sources[name], name=name)
+    trusted = request.trust_remote_code or brings_own_code(card)
+    if card.family == "retort-student" and not trusted:
+        raise RetortError(
+            f"upstream {name}: {card.folder} brings other code than this repository's {STUDENT_CODE.name}; train the "
+            "student again, or read its code and give --trust-remote-code"
+        )
+    return load_upstream(card, device=request.device, trust_remote_code=trusted, check=check)
+
+
+def brings_own_code(card: UpstreamCard) -> bool:
+    """Return whether the only code in a folder is this repository's student code, byte for byte."""
+    if card.folder is None:
+        return False
+    code = {file.relative_to(card.folder).as_posix(): file.read_bytes() for file in card.folder.rglob("*.py")}
+    named = read_json(card.folder / "config.json").get("auto_map")
+    return (
+        code == {STUDENT_CODE.name: STUDENT_CODE.read_bytes()}
+        and isinstance(named, dict)
+        # A name such as OWNER/REPO--MODULE.CLASS would load code from the hub.
+        and all(str(name).startswith(f"{STUDENT_CODE.stem}.") for name in named.values())
+    )
+
+
+def table_of(speed: SpeedFile, *, reference: str) -> "Table":
+    """Return one row for each upstream, for the terminal; `reference` is the one that others are compared with."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"one utterance at a time (median {speed.utterance_s:.1f} s), {speed.device}, {speed.threads} threads, "
+        f"median (range) of {speed.rounds} rounds",
+        title_justify="left",
+    )
+    table.add_column("upstream")
+    for heading in ("M params", "GMACs/s", "real-time factor", "latency, ms", f"speed / {reference}", "peak memory"):
+        table.add_column(heading, justify="right")
+    base = speed.upstreams[reference]
+    for name, one in speed.upstreams.items():
+        low, mid, high = (1e3 * seconds for seconds in (one.latency_s.min, one.latency_s.median, one.latency_s.max))
+        table.add_row(
+            name,
+            f"{one.params / 1e6:.2f}",
+            f"{one.macs_per_audio_s / 1e9:.2f}",
+            f"{one.rtf.median:.4f}",
+            f"{mid:.1f} ({low:.1f}–{high:.1f})",
+            f"{base.rtf.median / one.rtf.median:.2f}× (MACs: {base.macs_per_audio_s / one.macs_per_audio_s:.2f}×)",
+            f"{one.peak_bytes / 2**20:,.0f} MiB",
+        )
+    return table

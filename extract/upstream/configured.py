@@ -1,0 +1,27 @@
+"""Section `upstreams` of params.yaml: the models whose features are extracted and scored, one row of results each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from extract.base.errors import RetortError
+from extract.base.params import read_section
+from extract.base.validate import check_name, parse
+
+
+@dataclass(frozen=True)
+class ConfiguredUpstream:
+    """One row of the section."""
+
+    source: str  # `fbank`, a local folder or a hub id
+    watch: str | None = None  # file or folder whose change makes the upstream a new one, for DVC
+
+
+def read_upstreams(path: Path) -> dict[str, ConfiguredUpstream]:
+    """Return name -> upstream in the order of the file. Raises RetortError for an empty or invalid section."""
+    section = read_section(path, "upstreams")
+    where = f"{path}: upstreams"
+    if not section:
+        raise RetortError(f"{where}: the section is empty, expected NAME: {{source: fbank, a folder or a hub id}}")
+    for name in section:
+        check_name(str(name), where=where)
+    return {str(name): parse(ConfiguredUpstream, value, where=f"{where}.{name}") for name, value in section.items()}
