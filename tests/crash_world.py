@@ -143,8 +143,8 @@ def speak(folder: Path, size: Size) -> None:
     from pipelines.demo import corpora
     from pipelines.readers import ReaderOptions, read_corpus
 
-    planned = corpora._plan(parse(corpora.DemoConfig, params_of(size)["demo"], where="soak"), folder / "data")
-    corpora._record({name: planned[name] for name in CORPORA}, workers=2)
+    planned = corpora.plan_corpora(parse(corpora.DemoConfig, params_of(size)["demo"], where="soak"), folder / "data")
+    corpora.record_corpora({name: planned[name] for name in CORPORA}, workers=2)
     for spoken, (name, reader) in CORPORA.items():
         read_corpus(reader, folder / "data" / spoken, folder / "corpora" / f"{name}.h5", options=ReaderOptions())
 

@@ -1,6 +1,6 @@
-"""What the processes that tests start have imported: the commands of tests/processes.py, and the demo's booth.
+"""Imports of the processes that tests start: the commands of tests/processes.py, and the process pool of the demo.
 
-A process of tests has one fork server, and the first to start it decides what it has imported.
+A test process has one fork server, and the first test that starts it determines its imports.
 """
 
 import distributed

@@ -1,4 +1,4 @@
-"""The demo's corpora at a tiny scale: published layouts, one seed one tree, nothing done twice."""
+"""Demo corpora at a tiny scale: published layouts, reproducible bytes, up-to-date folders kept."""
 
 import itertools
 import shutil
@@ -16,21 +16,20 @@ from torchaudio_readers import same_as_torchaudio
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from pipelines.demo.corpora import (
-    DISTILL,
     DemoConfig,
-    _plan,
     code_digest,
     demo_command,
+    make_corpora,
+    plan_corpora,
     read_config,
-    speak_corpora,
-    standing_manifest,
     tree_digests,
+    valid_manifest,
 )
 from pipelines.demo.fluent import intents
-from pipelines.demo.iemocap import LEFT_OUT, PROSODY, acted
-from pipelines.demo.quesst14 import Saying
+from pipelines.demo.iemocap import LEFT_OUT, PROSODY, act
+from pipelines.demo.quesst14 import SpokenText
 from pipelines.demo.speech_commands import KEYWORDS, TEST_FOLDER, TRAIN_FOLDER, which_set
-from pipelines.demo.voices import SCORED_VARIANTS, TAUGHT_VARIANTS, Voice
+from pipelines.demo.voices import SCORED_VARIANTS, TEACHER_VARIANTS, Voice
 from pipelines.readers import READERS, ReaderOptions
 from pipelines.readers.iemocap import EMOTIONS
 from pipelines.readers.snips import SPEAKERS
@@ -40,19 +39,19 @@ TINY = DemoConfig(scale=0.001, reading_s=10, utterances_a_video=1)
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("spoken") / "demo"
-    speak_corpora(TINY, out)
+    out = tmp_path_factory.mktemp("corpora") / "demo"
+    make_corpora(TINY, out)
     return out
 
 
 def test_one_seed_gives_the_same_bytes_whatever_the_number_of_workers(tree: Path, tmp_path: Path) -> None:
-    manifest = speak_corpora(replace(TINY, workers=1), tmp_path / "again")
+    manifest = make_corpora(replace(TINY, workers=1), tmp_path / "again")
     assert manifest == read_json(tree / "demo.json")
     assert tree_digests(tmp_path / "again") == tree_digests(tree)
 
 
 def test_librispeech_has_the_published_layout(tree: Path) -> None:
-    """torchaudio's reader of the real data set opens it and finds the transcript of every file."""
+    """torchaudio's reader of the real data set finds the transcript of every file."""
     words = {line.split("\t")[0] for line in (tree / "librispeech/librispeech-lexicon.txt").read_text().splitlines()}
     transcripts: dict[str, set[str]] = {}
     for subset in ("train-clean-100", "dev-clean", "test-clean"):
@@ -81,7 +80,7 @@ def test_the_distillation_corpus_has_the_same_layout_and_other_speakers_and_sent
 
 
 @pytest.mark.parametrize("name", ["distill", "librispeech"])
-def test_every_speaker_and_chapter_stands_in_the_tables(tree: Path, name: str) -> None:
+def test_the_tables_list_every_speaker_and_chapter(tree: Path, name: str) -> None:
     folder = tree / name / "LibriSpeech"
     for depth, table in ((2, "SPEAKERS.TXT"), (3, "CHAPTERS.TXT")):
         lines = (folder / table).read_text().splitlines()
@@ -113,7 +112,7 @@ def test_the_test_archive_of_speech_commands_has_twelve_classes(tree: Path) -> N
 
 
 def test_which_set_is_the_published_rule() -> None:
-    """TensorFlow's own test: all takes of one speaker lie in one split, and the shares are about 80, 10 and 10."""
+    """As in TensorFlow's test: all files of one speaker are in one split; the shares are about 80, 10 and 10."""
     assert which_set("yes/abcd1234_nohash_0.wav") == which_set("/other/no/abcd1234_nohash_7.wav")
     splits = [which_set(f"{number:08x}_nohash_0.wav") for number in range(2_000)]
     assert splits.count("train") / 2_000 == pytest.approx(0.8, abs=0.03)
@@ -144,18 +143,18 @@ def test_our_reader_and_torchaudios_find_the_same_files_and_labels(tree: Path, n
 
 
 def evaluation_of(wav: Path) -> str:
-    """The line of a turn in its dialog's evaluations."""
+    """Return the line of a turn in its dialog's evaluations."""
     table = wav.parents[3] / "dialog" / "EmoEvaluation" / f"{wav.parent.name}.txt"
     (line,) = (line for line in table.read_text().splitlines() if f"\t{wav.stem}\t" in line)
     return line
 
 
-def test_commanders_of_one_split_are_in_no_other_and_every_intent_is_asked_for(tmp_path: Path) -> None:
+def test_command_speakers_are_in_one_split_and_every_split_has_all_intents(tmp_path: Path) -> None:
     assert len(intents()) == len({said[0].text for said in intents()}) == 31
     assert {(s.action, s.object, s.location) for said in intents() for s in said} == {
         (said[0].action, said[0].object, said[0].location) for said in intents()
     }
-    jobs = _plan(DemoConfig(), tmp_path)["fluent"]
+    jobs = plan_corpora(DemoConfig(), tmp_path)["fluent"]
     by_split = {split: [job for job in jobs if job.split == split] for split in ("train", "valid", "test")}
     voices = [{(job.speaker_id, job.voice) for job in some} for some in by_split.values()]
     assert len(set.union(*voices)) == sum(map(len, voices)) == 24
@@ -175,8 +174,8 @@ def test_evaluations_cover_the_dialog_in_order(tree: Path) -> None:
             assert soundfile.info(wav).duration == pytest.approx(end - start, abs=2e-4)
 
 
-def test_all_sessions_act_one_script_and_improvise_their_own(tmp_path: Path) -> None:
-    jobs = _plan(DemoConfig(), tmp_path)["iemocap"]
+def test_scripted_dialogs_share_their_sentences_and_improvised_ones_do_not(tmp_path: Path) -> None:
+    jobs = plan_corpora(DemoConfig(), tmp_path)["iemocap"]
     scripts = {kind: {job.script_seed for job in jobs if kind in job.name} for kind in ("script", "impro")}
     assert (len(scripts["script"]), len(scripts["impro"])) == (1, 5)
     assert len({voice for job in jobs for voice in job.voices}) == 10
@@ -184,11 +183,11 @@ def test_all_sessions_act_one_script_and_improvise_their_own(tmp_path: Path) -> 
     assert felt == {"neu": 60, "hap": 60, "ang": 60, "sad": 60, "left out": 10}
 
 
-def test_emotions_move_prosody_apart_on_average_and_overlap_turn_by_turn() -> None:
+def test_emotions_differ_in_mean_prosody_and_overlap_turn_by_turn() -> None:
     generator = np.random.default_rng(0)
     found = {}
     for emotion in ("neu", "ang", "sad", "hap"):
-        turns = [acted(Voice("m2"), PROSODY[emotion], generator) for _ in range(300)]
+        turns = [act(Voice("m2"), PROSODY[emotion], generator) for _ in range(300)]
         found[emotion] = np.array([(voice.rate, voice.pitch, voice.range, level) for voice, level in turns])
     for emotion, column, sign in (("ang", 0, 1), ("hap", 1, 1), ("hap", 2, 1), ("ang", 3, 1), ("sad", 0, -1)):
         moved, neutral = sign * found[emotion][:, column], sign * found["neu"][:, column]
@@ -197,7 +196,7 @@ def test_emotions_move_prosody_apart_on_average_and_overlap_turn_by_turn() -> No
 
 
 def test_snips_has_the_references_speakers_and_no_sentence_in_two_splits(tree: Path, tmp_path: Path) -> None:
-    jobs = _plan(DemoConfig(), tmp_path)["snips"]
+    jobs = plan_corpora(DemoConfig(), tmp_path)["snips"]
     assert {split: tuple(job.name for job in jobs if job.split == split) for split in SPEAKERS} == SPEAKERS
     said: dict[str, set[tuple[str, ...]]] = {split: set() for split in SPEAKERS}
     numbers: dict[str, list[int]] = {split: [] for split in SPEAKERS}
@@ -216,7 +215,7 @@ def spoken_slots(root: Path) -> list[list[str]]:
     return [source.labels["slots"].split() for source in READERS["snips"](root, ReaderOptions())]
 
 
-def test_trials_pair_speakers_who_train_nothing(tree: Path) -> None:
+def test_speakers_of_trials_are_not_in_the_training_data(tree: Path) -> None:
     folder = tree / "voxceleb1_trials"
     in_dev, in_test = ({path.name for path in (folder / part / "wav").iterdir()} for part in ("dev", "test"))
     assert not in_dev & in_test
@@ -224,10 +223,10 @@ def test_trials_pair_speakers_who_train_nothing(tree: Path) -> None:
     assert [label for label, _, _ in trials].count("1") == len(trials) // 2
     for label, left, right in trials:
         assert (label == "1") == (left.split("/")[0] == right.split("/")[0])
-        assert left.split("/")[:2] != right.split("/")[:2]  # never of one video, which a room would tell
+        assert left.split("/")[:2] != right.split("/")[:2]  # two videos: a shared room would identify the speaker
         assert {left.split("/")[0], right.split("/")[0]} <= in_test
         assert 2.5 <= soundfile.info(folder / "test" / "wav" / left).duration <= 3.5
-    (folder / "wav").mkdir()  # as torchaudio wants to find it, with dev and test in one
+    (folder / "wav").mkdir()  # torchaudio requires this folder
     theirs = torchaudio.datasets.VoxCeleb1Verification(folder, meta_url="veri_test2.txt")
     (folder / "wav").rmdir()
     assert [theirs.get_metadata(index)[:2] for index in range(len(theirs))] == [(a, b) for _, a, b in trials]
@@ -262,13 +261,13 @@ def test_mixtures_are_their_sources_and_turns_cover_the_speech(tree: Path) -> No
                 for start, end in said:
                     spoken[int(start * rate) : int(end * rate)] = True
                 assert np.mean(samples[spoken] ** 2) > 20 * np.mean(samples[: int(said[0][0] * rate)] ** 2)
-                assert np.sum(samples[spoken] ** 2) > 0.8 * np.sum(samples**2)  # the rest is the room's
+                assert np.sum(samples[spoken] ** 2) > 0.8 * np.sum(samples**2)  # the rest is reverberation
         assert {line.split()[1] for line in (kaldi / "utt2spk").read_text().splitlines()} == speakers[split]
     assert not (speakers["train"] & speakers["dev"]) | (speakers["train"] & speakers["test"])
 
 
-def test_queries_are_in_documents_by_other_voices(tree: Path) -> None:
-    jobs = [job for job in _plan(TINY, tree)["quesst14"] if isinstance(job, Saying)]
+def test_queries_match_documents_in_other_voices(tree: Path) -> None:
+    jobs = [job for job in plan_corpora(TINY, tree)["quesst14"] if isinstance(job, SpokenText)]
     text_of = {job.name: job.text for job in jobs}
     voices = {folder: {job.voice for job in jobs if job.folder == folder} for folder in ("Audio", "eval_queries")}
     assert not voices["Audio"] & voices["eval_queries"]
@@ -298,16 +297,16 @@ def test_nothing_is_clipped_or_silent(tree: Path) -> None:
         assert np.mean(np.abs(samples.astype(np.int32)) >= 32_760) < 1e-3, path
 
 
-def test_a_tree_that_stands_is_left_alone(tree: Path, tmp_path: Path) -> None:
+def test_an_up_to_date_tree_is_kept(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     shutil.copytree(tree, out)
     before = {path: path.stat().st_ino for path in out.rglob("*")}
-    assert speak_corpora(replace(TINY, workers=1), out) == read_json(tree / "demo.json")
+    assert make_corpora(replace(TINY, workers=1), out) == read_json(tree / "demo.json")
     assert before == {path: path.stat().st_ino for path in out.rglob("*")}
 
 
 @pytest.mark.parametrize("damage", ["none", "bytes", "missing", "extra", "config", "code"])
-def test_a_tree_that_is_damaged_or_of_another_making_does_not_count(tree: Path, tmp_path: Path, damage: str) -> None:
+def test_a_tree_with_other_bytes_configuration_or_code_is_not_valid(tree: Path, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "demo"
     shutil.copytree(tree, out)
     clip = next(iter(sorted(out.rglob("*.flac"))))
@@ -322,25 +321,25 @@ def test_a_tree_that_is_damaged_or_of_another_making_does_not_count(tree: Path, 
         config = replace(TINY, seed=2)
     elif damage == "code":
         code = "another"
-    assert (standing_manifest(out, config, code) is None) == (damage != "none")
+    assert (valid_manifest(out, config, code) is None) == (damage != "none")
 
 
-def test_another_seed_speaks_another_tree_in_its_place(tree: Path, tmp_path: Path) -> None:
+def test_another_seed_replaces_the_tree(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     shutil.copytree(tree, out)
-    manifest = speak_corpora(replace(TINY, seed=2), out)
+    manifest = make_corpora(replace(TINY, seed=2), out)
     assert manifest["config"]["seed"] == 2
     assert not set(tree_digests(out).values()) & set(tree_digests(tree).values())
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_a_failure_leaves_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.demo.corpora._record", fail)
+    monkeypatch.setattr("pipelines.demo.corpora.record_corpora", fail)
     with pytest.raises(KeyboardInterrupt):
-        speak_corpora(TINY, tmp_path / "demo")
+        make_corpora(TINY, tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -364,7 +363,7 @@ def test_the_command_writes_the_manifest_beside_the_tree(tree: Path, tmp_path: P
         ("demo: {seed: one}", "demo.seed.*int"),
         ("demo: {scale: true}", "demo.scale"),
         ("demo: {scale: 0}", "demo.scale.*more than 0"),
-        ("demo: {celebrities: 4.5}", "demo.celebrities.*int"),
+        ("demo: {identified_speakers: 4.5}", "demo.identified_speakers.*int"),
         ("train: {}", "demo"),
     ],
 )
@@ -374,14 +373,14 @@ def test_a_wrong_section_is_named(tmp_path: Path, section: str, message: str) ->
         read_config(tmp_path / "params.yaml")
 
 
-def test_at_full_scale_there_are_at_least_forty_voices_and_the_teacher_knows_none(tmp_path: Path) -> None:
-    planned = _plan(DemoConfig(), tmp_path)
+def test_at_full_scale_at_least_forty_voices_are_scored_and_none_trained_the_teacher(tmp_path: Path) -> None:
+    planned = plan_corpora(DemoConfig(), tmp_path)
     voices: dict[str, list[Voice]] = {
         name: [voice for job in jobs for voice in getattr(job, "voices", [getattr(job, "voice", None)]) if voice]
         for name, jobs in planned.items()
     }
     assert len(set(voices["voxceleb1"])) >= 40
-    assert sum(job.planned_s for job in planned[DISTILL]) >= 3_600
+    assert sum(job.reading_s for job in planned["distill"]) >= 3_600
     for name, some in voices.items():
-        allowed = TAUGHT_VARIANTS if name == DISTILL else SCORED_VARIANTS
+        allowed = TEACHER_VARIANTS if name == "distill" else SCORED_VARIANTS
         assert {voice.variant for voice in some} <= set(allowed)

@@ -1,9 +1,11 @@
-"""The embedded demo: espeak-ng speaks small corpora in published layouts; a teacher is taught from its time line.
+"""Synthetic speech corpora of the demo, in the layouts of the published data sets that the readers open.
 
-corpora.py     what `python -m pipelines demo` runs: all corpora to a folder, or the proof that they stand there
-librispeech.py speech_commands.py voxceleb1.py      one published layout each: its jobs, its lists
-recording.py booth.py                               what a job is; jobs in fresh processes
-espeak.py voices.py room.py sentences.py lexicon.py the synthesiser, who speaks, where, what, and how it is spelled
-lessons.py teach.py probe.py                        what the teacher is taught from, its training, its card
-teacher/                                            the teacher
+corpora.py                                      the command `python -m pipelines demo`: all corpora to one folder
+recording.py process_pool.py                    recording jobs, and fresh processes that run them
+espeak.py voices.py room_acoustics.py           the synthesiser, its voices, rooms and microphones
+sentences.py lexicon.py                         the grammar of the sentences, and pronunciations of its words
+librispeech.py speech_commands.py voxceleb1.py fluent.py iemocap.py snips.py librimix.py quesst14.py
+                                                one published layout each: its jobs and its lists
+
+Every file of this folder takes part in the bytes of the corpora, so the folder is one dependency of one DVC stage.
 """

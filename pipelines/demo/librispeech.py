@@ -3,7 +3,7 @@
     LibriSpeech/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-0000.flac, SPEAKER-CHAPTER.trans.txt
     LibriSpeech/SPEAKERS.TXT, CHAPTERS.TXT and beside it librispeech-lexicon.txt (openslr.org/11)
 
-Two corpora have it: the one that is scored (PR, ASR) and the one that students are distilled on.
+Two corpora have it: the scored one (PR, ASR) and the one that students are distilled on.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo.espeak import Speaker
+from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.lexicon import arpabet, lexicon_text
-from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room_acoustics import draw_place, heard_in
+from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
+from pipelines.demo.room_acoustics import apply_random_room
 from pipelines.demo.sentences import VOCABULARY, sentences
 from pipelines.demo.voices import Voice, draw_voices
 
 SNR_DB = (6.0, 25.0)
 CHAPTERS_A_SPEAKER = 2
+FEWEST_SPEAKERS = 2  # of a subset, at any scale
+SHORTEST_READING_S = 10.0  # of a speaker, at any scale
 
 
 @dataclass(frozen=True)
 class Subset:
-    """One subset: the part of the sentences it may use, how many speakers, and how long each speaks."""
+    """One subset: the part of the sentences that it uses, its speakers, and the audio of each in seconds."""
 
     name: str
     part: str
@@ -35,100 +37,91 @@ class Subset:
     seconds_a_speaker: float
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The job of one speaker: chapters of sentences, in a place of its own for every sentence."""
+@dataclass(frozen=True, kw_only=True)
+class ReadingSpeaker(RecordingJob):
+    """One speaker: chapters of sentences, each sentence in a room of its own."""
 
-    root: Path
     subset: str
     part: str
     speaker_id: int
     voice: Voice
-    planned_s: float
-    seed: int
+    reading_s: float
 
     @property
     def chapters(self) -> list[int]:
+        """Numbers of the speaker's chapters."""
         return [self.speaker_id * 100 + number for number in range(1, CHAPTERS_A_SPEAKER + 1)]
 
-    def record(self, speaker: Speaker) -> Recorded:
+    def record(self, synthesiser: Synthesiser) -> Recorded:
         generator = np.random.default_rng(self.seed)
-        told = sentences(self.part, generator)
-        seconds: dict[str, float] = {}
+        texts = sentences(self.part, generator)
+        recorded = Recorded()
         for chapter in self.chapters:
             folder = Path("LibriSpeech", self.subset, str(self.speaker_id), str(chapter))
             transcript: list[str] = []
-            spoken_s = 0.0
-            while spoken_s < self.planned_s / CHAPTERS_A_SPEAKER:
-                text = next(told)
+            chapter_s = 0.0
+            while chapter_s < self.reading_s / CHAPTERS_A_SPEAKER:
+                text = next(texts)
                 name = f"{self.speaker_id}-{chapter}-{len(transcript):04d}"
-                speech = speaker.speak(text, self.voice.moved(generator))
-                path = folder / f"{name}.flac"
-                heard = heard_in(speech.samples, draw_place(generator, SNR_DB), generator)
-                seconds[str(path)] = write_audio(self.root / path, heard)
-                spoken_s += seconds[str(path)]
+                speech = synthesiser.synthesise(text, self.voice.varied(generator))
+                samples = apply_random_room(speech.samples, SNR_DB, generator)
+                chapter_s += recorded.write(self.root, folder / f"{name}.flac", samples)
                 transcript.append(f"{name} {text.upper()}\n")
             (self.root / folder / f"{self.speaker_id}-{chapter}.trans.txt").write_text("".join(transcript))
-        return Recorded(seconds)
+        return recorded
 
 
-@dataclass(frozen=True)
-class LexiconJob:
-    """The job that writes librispeech-lexicon.txt for the whole vocabulary."""
+@dataclass(frozen=True, kw_only=True)
+class LexiconJob(RecordingJob):
+    """Job that writes librispeech-lexicon.txt for the whole vocabulary; it draws nothing."""
 
-    root: Path
-    planned_s: float = 0.0
+    seed: int = 0
 
-    def record(self, speaker: Speaker) -> Recorded:
-        pronunciations = {word: arpabet(word, speaker.pronounce(word)) for word in VOCABULARY}
+    def record(self, synthesiser: Synthesiser) -> Recorded:
+        pronunciations = {word: arpabet(word, synthesiser.pronounce(word)) for word in VOCABULARY}
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "librispeech-lexicon.txt").write_text(lexicon_text(pronunciations))
-        return Recorded({})
+        return Recorded()
 
 
 def plan_readings(
-    root: Path,
-    subsets: tuple[Subset, ...],
-    variants: list[str],
-    first_speaker_id: int,
-    scale: float,
-    seed: int,
-) -> list[Reading]:
-    """The jobs of one corpus; every speaker has a voice of their own and belongs to one subset."""
-    counts = [scaled(subset.num_speakers, scale, least=2) for subset in subsets]
-    voices = iter(draw_voices(variants, sum(counts), np.random.default_rng(seed)))
-    seeds = iter(spawn_seeds(seed, sum(counts)))
-    speaker_ids = iter(range(first_speaker_id, first_speaker_id + sum(counts)))
+    root: Path, subsets: Sequence[Subset], variants: list[str], first_speaker_id: int, scale: float, seed: int
+) -> list[ReadingSpeaker]:
+    """Return the jobs of one corpus; every speaker has a voice of their own and belongs to one subset."""
+    counts = [scaled(subset.num_speakers, scale, least=FEWEST_SPEAKERS) for subset in subsets]
+    voices = draw_voices(variants, sum(counts), np.random.default_rng(seed))
+    subset_of = [subset for subset, count in zip(subsets, counts, strict=True) for _ in range(count)]
     return [
-        Reading(
-            root,
-            subset.name,
-            subset.part,
-            next(speaker_ids),
-            next(voices),
-            _seconds(subset, scale),
-            next(seeds),
+        ReadingSpeaker(
+            root=root,
+            seed=job_seed,
+            subset=subset.name,
+            part=subset.part,
+            speaker_id=speaker_id,
+            voice=voice,
+            reading_s=_reading_s(subset, scale),
         )
-        for subset, count in zip(subsets, counts, strict=True)
-        for _ in range(count)
+        for speaker_id, (subset, voice, job_seed) in enumerate(
+            zip(subset_of, voices, spawn_seeds(seed, sum(counts)), strict=True), start=first_speaker_id
+        )
     ]
 
 
-def write_tables(jobs: Sequence[Reading | LexiconJob], recorded: Sequence[Recorded]) -> None:
-    """SPEAKERS.TXT and CHAPTERS.TXT beside the subsets, with the published columns."""
-    readings = [(job, take) for job, take in zip(jobs, recorded, strict=True) if isinstance(job, Reading)]
+def write_tables(jobs: Sequence[RecordingJob], recorded: Sequence[Recorded]) -> None:
+    """Write SPEAKERS.TXT and CHAPTERS.TXT beside the subsets, with the published columns."""
     speakers = [";ID  |SEX| SUBSET           |MINUTES| NAME\n"]
     chapters = [";ID    |READER|MINUTES| SUBSET           | PROJ.|BOOK ID| CH. TITLE | PROJECT TITLE\n"]
-    for reading, written in readings:
-        sex = "F" if reading.voice.pitch > 50 else "M"
-        name = f"espeak-ng en-us+{reading.voice.variant} pitch {reading.voice.pitch}"
-        speakers.append(
-            f"{reading.speaker_id:<5}| {sex} | {reading.subset:<17}| {written.total_s / 60:5.2f} | {name}\n"
-        )
-        for chapter in reading.chapters:
-            minutes = sum(s for path, s in written.seconds.items() if Path(path).parent.name == str(chapter)) / 60
+    for job, files in zip(jobs, recorded, strict=True):
+        if not isinstance(job, ReadingSpeaker):  # the lexicon
+            continue
+        sex = "F" if job.voice.pitch > 50 else "M"
+        name = f"espeak-ng en-us+{job.voice.variant} pitch {job.voice.pitch}"
+        minutes = sum(files.seconds.values()) / 60
+        speakers.append(f"{job.speaker_id:<5}| {sex} | {job.subset:<17}| {minutes:5.2f} | {name}\n")
+        for chapter in job.chapters:
+            minutes = sum(s for path, s in files.seconds.items() if Path(path).parent.name == str(chapter)) / 60
             chapters.append(
-                f"{chapter:<7}|{reading.speaker_id:<6}|{minutes:5.2f}  | {reading.subset:<17}| 0    | 0     "
+                f"{chapter:<7}|{job.speaker_id:<6}|{minutes:5.2f}  | {job.subset:<17}| 0    | 0     "
                 f"| Sentences | Grammar\n"
             )
     folder = jobs[0].root / "LibriSpeech"
@@ -136,6 +129,7 @@ def write_tables(jobs: Sequence[Reading | LexiconJob], recorded: Sequence[Record
     (folder / "CHAPTERS.TXT").write_text("".join(chapters))
 
 
-def _seconds(subset: Subset, scale: float) -> float:
-    """Once a subset is down to its fewest speakers, a smaller scale shortens what each says, to 10 s at the least."""
-    return max(10.0, subset.seconds_a_speaker * min(1.0, subset.num_speakers * scale / 2))
+def _reading_s(subset: Subset, scale: float) -> float:
+    """Return the seconds of each speaker; a scale below the fewest speakers shortens them instead."""
+    share = min(1.0, subset.num_speakers * scale / FEWEST_SPEAKERS)
+    return max(SHORTEST_READING_S, subset.seconds_a_speaker * share)

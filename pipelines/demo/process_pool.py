@@ -1,7 +1,7 @@
-"""The recording booth: jobs of speaking, each in a fresh process, their results in order.
+"""Process pool that runs every job in a fresh process and returns the results in order.
 
-espeak-ng carries hidden state from one utterance to the next (flutter, noise), so what it says depends on what it said
-before. One job, one fresh process: then a job's samples depend on the job alone, whatever the number of workers.
+espeak-ng keeps internal state between utterances (flutter, noise), so its samples depend on what it synthesised before.
+With one process per job, the samples depend on the job alone, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeVar
 
 Job = TypeVar("Job")
-Take = TypeVar("Take")
+Result = TypeVar("Result")
 
 
 class ProcessPool:
@@ -21,8 +21,10 @@ class ProcessPool:
 
     def __init__(self, workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipelines.demo.corpora"])  # imported once, then forked: a job starts in 20 ms
-        self._pool = context.Pool(workers, initializer=_leave_interrupts_to_the_parent, maxtasksperchild=1)
+        # Imported once by the fork server, then forked: a job starts in 20 ms instead of seconds.
+        context.set_forkserver_preload(["pipelines.demo.corpora"])
+        # maxtasksperchild=1: a fresh process for every job.
+        self._pool = context.Pool(workers, initializer=_ignore_interrupts, maxtasksperchild=1)
 
     def __enter__(self) -> ProcessPool:
         return self
@@ -33,10 +35,10 @@ class ProcessPool:
         self._pool.terminate()
         self._pool.join()
 
-    def record(self, function: Callable[[Job], Take], jobs: Sequence[Job]) -> Iterator[Take]:
-        """`function(job)` in the order of the jobs; `function` must be importable by name."""
+    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+        """Yield `function(job)` in the order of the jobs; `function` must be importable by name."""
         return self._pool.imap(function, jobs, chunksize=1)
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which then ends the workers

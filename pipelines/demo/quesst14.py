@@ -1,11 +1,11 @@
-"""Spoken queries and longer spoken documents in the layout of QUESST 2014 (Anguera et al., MediaEval 2014), 8 kHz.
+"""Spoken queries and spoken documents in the layout of QUESST 2014 (Anguera et al., MediaEval 2014), 8 kHz.
 
     quesst14Database/Audio/quesst2014_NNNNN.wav, {dev,eval}_queries/quesst2014_{dev,eval}_NNNN.wav
     quesst14Database/scoring/language_key_{utterances,dev,eval}.lst
     quesst14Database/scoring/groundtruth_quesst14_{dev,eval}/ with NIST's rttm, tlist.xml and ecf.xml
 
-A query is one word or two that stand side by side in some document, said by themselves by a voice that speaks in no
-document: only what is said is alike. All of it is English; the published data set has six languages.
+A query is one word or two adjacent words of some document, in isolation, by a voice of no document: query and document
+have only their words in common. All of it is English; the published data set has six languages.
 """
 
 from __future__ import annotations
@@ -18,101 +18,106 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
-from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room_acoustics import draw_place, heard_in
+from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
+from pipelines.demo.room_acoustics import apply_random_room
 from pipelines.demo.sentences import ADJECTIVES, NOUNS, sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
-RATE_HZ = 8_000
+RATE_HZ = 8_000  # telephone bandwidth, as published
 SNR_DB = (10.0, 30.0)
 BASE = Path("quesst14Database")
-LANGUAGE = "nnenglish"
+LANGUAGE = "nnenglish"  # the published name of non-native English
 DOCUMENT_VOICES, QUERY_VOICES = 12, 8
 SENTENCES_A_DOCUMENT = 2
-LETTERS = 6  # the fewest of a query: a short word is found everywhere
-MOST_HOLDING = 8  # documents that hold a query
+FEWEST_LETTERS = 6  # of a one-word query: short words match everywhere
+MOST_DOCUMENTS = 8  # that match one query
 AUDIO, DEV, EVAL = "Audio", "dev_queries", "eval_queries"
 
 
-@dataclass(frozen=True)
-class Saying:
-    """The job of one document or query: `text` by `voice`, in a place of its own."""
+@dataclass(frozen=True, kw_only=True)
+class SpokenText(RecordingJob):
+    """One document or query: `text` in `voice`, in a room of its own."""
 
-    root: Path
     folder: str
     name: str
     text: str
     voice: Voice
-    seed: int
-
-    @property
-    def planned_s(self) -> float:
-        return 0.35 * len(self.text.split())
 
     @property
     def path(self) -> Path:
-        return Path(self.folder, f"{self.name}.wav")
+        """Path of the file below the root."""
+        return BASE / self.folder / f"{self.name}.wav"
 
-    def record(self, speaker: Speaker) -> Recorded:
+    def record(self, synthesiser: Synthesiser) -> Recorded:
         generator = np.random.default_rng(self.seed)
-        speech = speaker.speak(self.text, self.voice.moved(generator))
-        heard = heard_in(speech.samples, draw_place(generator, SNR_DB), generator)
-        samples = np.clip(resample_poly(heard, RATE_HZ, SAMPLE_RATE_HZ), -1, 1)
-        return Recorded({str(BASE / self.path): write_audio(self.root / BASE / self.path, samples, RATE_HZ)})
+        speech = synthesiser.synthesise(self.text, self.voice.varied(generator))
+        samples = apply_random_room(speech.samples, SNR_DB, generator)
+        recorded = Recorded()
+        # The resampling filter may overshoot full scale.
+        samples = np.clip(resample_poly(samples, RATE_HZ, SAMPLE_RATE_HZ), -1, 1)
+        recorded.write(self.root, self.path, samples, RATE_HZ)
+        return recorded
 
 
-def plan_search(root: Path, num_documents: int, num_queries: int, scale: float, seed: int) -> list[Saying]:
-    """The jobs: documents, then as many queries for dev as for eval, of different words."""
+def plan_search(root: Path, num_documents: int, num_queries: int, scale: float, seed: int) -> list[SpokenText]:
+    """Return the jobs: documents, then as many queries for dev as for eval, of different words."""
     generator = np.random.default_rng(seed)
-    told = sentences("speaker", generator)
     num_documents, num_queries = scaled(num_documents, scale, least=12), scaled(num_queries, scale, least=3)
-    texts = [". ".join(next(told) for _ in range(SENTENCES_A_DOCUMENT)) for _ in range(num_documents)]
-    queries = _draw_queries(texts, 2 * num_queries, generator)
-    num_queries = len(queries) // 2
+    drawn = sentences("speaker", generator)
+    documents = [". ".join(itertools.islice(drawn, SENTENCES_A_DOCUMENT)) for _ in range(num_documents)]
+    queries = _draw_queries(documents, 2 * num_queries, generator)
+    half = len(queries) // 2
     voices = draw_voices(SCORED_VARIANTS, DOCUMENT_VOICES + QUERY_VOICES, generator)
-    seeds = iter(spawn_seeds(seed, num_documents + 2 * num_queries))
-    said = [(AUDIO, f"quesst2014_{number:05d}", text) for number, text in enumerate(texts, start=1)]
-    said += [(DEV, f"quesst2014_dev_{number:04d}", text) for number, text in enumerate(queries[:num_queries], start=1)]
-    said += [
-        (EVAL, f"quesst2014_eval_{number:04d}", text) for number, text in enumerate(queries[num_queries:], start=1)
-    ]
+    seeds = iter(spawn_seeds(seed, num_documents + 2 * half))
+    texts = [(AUDIO, f"quesst2014_{number:05d}", text) for number, text in enumerate(documents, start=1)]
+    for folder, key, some in ((DEV, "dev", queries[:half]), (EVAL, "eval", queries[half:])):
+        texts += [(folder, f"quesst2014_{key}_{number:04d}", text) for number, text in enumerate(some, start=1)]
     voices_of = {AUDIO: voices[:DOCUMENT_VOICES], DEV: voices[DOCUMENT_VOICES:], EVAL: voices[DOCUMENT_VOICES:]}
     return [
-        Saying(root, folder, name, text, voices_of[folder][generator.integers(len(voices_of[folder]))], next(seeds))
-        for folder, name, text in said
+        SpokenText(
+            root=root,
+            seed=next(seeds),
+            folder=folder,
+            name=name,
+            text=text,
+            voice=voices_of[folder][generator.integers(len(voices_of[folder]))],
+        )
+        for folder, name, text in texts
     ]
 
 
-def holds(text: str, query: str) -> bool:
-    """Whether the document says the query's words side by side, in one sentence."""
-    return any(f" {query} " in f" {sentence} " for sentence in text.split(". "))
+def matches(document: str, query: str) -> bool:
+    """Return whether the words of the query are adjacent in one sentence of the document."""
+    return any(f" {query} " in f" {sentence} " for sentence in document.split(". "))
 
 
-def write_scoring(jobs: Sequence[Saying], recorded: Sequence[Recorded]) -> None:
-    """The folder `scoring`: whose language is what, and which document holds which query."""
+def write_scoring(jobs: Sequence[SpokenText], recorded: Sequence[Recorded]) -> None:
+    """Write the folder `scoring`: the language of every file, and the documents that match each query."""
     root = jobs[0].root / BASE / "scoring"
     root.mkdir(parents=True, exist_ok=True)
     by_folder = {folder: [job for job in jobs if job.folder == folder] for folder in (AUDIO, DEV, EVAL)}
     for folder, key in ((AUDIO, "utterances"), (DEV, "dev"), (EVAL, "eval")):
-        lines = [f"{BASE / job.path} {LANGUAGE}\n" for job in by_folder[folder]]
+        lines = [f"{job.path} {LANGUAGE}\n" for job in by_folder[folder]]
         (root / f"language_key_{key}.lst").write_text("".join(lines))
-    seconds = {path: s for take in recorded for path, s in take.seconds.items()}
-    length_of = {job.name: seconds[str(BASE / job.path)] for job in by_folder[AUDIO]}
+    seconds = {path: s for one in recorded for path, s in one.seconds.items()}
+    length_of = {job.name: seconds[str(job.path)] for job in by_folder[AUDIO]}
     for folder, key in ((DEV, "dev"), (EVAL, "eval")):
         _write_ground_truth(root / f"groundtruth_quesst14_{key}", key, by_folder[folder], by_folder[AUDIO], length_of)
 
 
 def _write_ground_truth(
-    folder: Path, key: str, queries: list[Saying], documents: list[Saying], length_of: dict[str, float]
+    folder: Path, key: str, queries: list[SpokenText], documents: list[SpokenText], length_of: dict[str, float]
 ) -> None:
+    """Write the matches (rttm), the terms (tlist.xml) and the documents (ecf.xml) in NIST's formats."""
     folder.mkdir(exist_ok=True)
     rttm = [
         f"LEXEME {document.name} 1 0.000 {length_of[document.name]:.3f} {query.name} lex unknown <NA>\n"
         for document in documents
         for query in queries
-        if holds(document.text, query.text)
+        if matches(document.text, query.text)
     ]
+    # As in the published set, the text of a term is its name.
     terms = [f'  <term termid="{query.name}"><termtext>{query.name}</termtext></term>\n' for query in queries]
     excerpts = [
         f'  <excerpt audio_filename="{name}.wav" channel="1" tbeg="0.000" dur="{s:.3f}" source_type="splitcts"/>\n'
@@ -128,17 +133,19 @@ def _write_ground_truth(
     )
 
 
-def _draw_queries(texts: list[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Up to `count` queries that a few of the documents hold: a noun, or an adjective and a noun; none in another."""
-    words = {word for text in texts for word in text.replace(". ", " ").split()}
-    nouns = sorted(word for word in words & set(NOUNS) if len(word) >= LETTERS)
-    pairs = sorted(
-        {f"{a} {b}" for text in texts for a, b in itertools.pairwise(text.split()) if a in ADJECTIVES and b in NOUNS}
-    )
+def _draw_queries(documents: list[str], count: int, generator: np.random.Generator) -> list[str]:
+    """Draw an even number of queries, `count` at most: a noun, or an adjective and a noun, no word in two queries.
+
+    Each matches at least one and at most MOST_DOCUMENTS documents.
+    """
+    words = {word for text in documents for word in text.replace(". ", " ").split()}
+    nouns = sorted(word for word in words & set(NOUNS) if len(word) >= FEWEST_LETTERS)
+    adjacent = {pair for text in documents for pair in itertools.pairwise(text.split())}
+    pairs = sorted(f"{first} {second}" for first, second in adjacent if first in ADJECTIVES and second in NOUNS)
     drawn: list[str] = []
-    for query in generator.permutation(nouns + pairs):
+    for query in map(str, generator.permutation(nouns + pairs)):
         taken = {word for other in drawn for word in other.split()}
-        num_holding = sum(holds(text, str(query)) for text in texts)
-        if not taken & set(str(query).split()) and num_holding <= MOST_HOLDING:
-            drawn.append(str(query))
+        num_matches = sum(matches(text, query) for text in documents)
+        if not taken & set(query.split()) and num_matches <= MOST_DOCUMENTS:
+            drawn.append(query)
     return drawn[: min(count, len(drawn) // 2 * 2)]

@@ -1,9 +1,9 @@
-"""Sentences of a seeded grammar over a closed vocabulary, and the parts of it that each corpus may use.
+"""Sentences of a random grammar over a closed vocabulary, and the parts of them that each corpus may use.
 
-The vocabulary is closed (some 250 words): that is what lets a CTC head learn ASR in about a minute on a CPU, and it
-makes the demo's word error rates lower than open speech would give. Which corpus may use a sentence is decided by the
-sentence's own hash, so the teacher's sentences, the distillation corpus and train, dev and test of the scored corpora
-are disjoint whatever their sizes and seeds.
+The vocabulary is closed (some 250 words), so that a CTC head learns ASR in about a minute on a CPU; the word error
+rates are lower than those of open speech. The hash of a sentence decides which corpus may use it, so the sentences of
+the teacher, of the distillation corpus and of train, dev and test of the scored corpora are disjoint for all sizes and
+seeds.
 """
 
 from __future__ import annotations
@@ -52,74 +52,70 @@ PLURALS = _words("""
 LINKS = _words("and but while because before after until although")
 OPENERS = _words("maybe perhaps once soon later meanwhile")
 
-VOCABULARY = sorted(
-    {
-        word
-        for words in (
-            DETERMINERS, ADJECTIVES, NOUNS, VERBS, INTRANSITIVE, PREPOSITIONS, ADVERBS, NUMBERS, PLURALS, LINKS, OPENERS
-        )
-        for word in words
-    }
-)  # fmt: skip
+VOCABULARY = sorted({
+    *DETERMINERS, *ADJECTIVES, *NOUNS, *VERBS, *INTRANSITIVE, *PREPOSITIONS, *ADVERBS, *NUMBERS, *PLURALS, *LINKS,
+    *OPENERS,
+})  # fmt: skip
 
-# part -> the sixteenths of all sentences that it may use
+# part -> the sixteenths of all sentences that it may use, by the first byte of their hash
 PARTS = {
-    "teacher": range(6),
-    "distill": range(6, 9),
+    "teacher": range(6),  # the training of the teacher itself
+    "distill": range(6, 9),  # the corpus that students are distilled on
     "train": range(9, 13),
     "dev": range(13, 14),
     "test": range(14, 15),
-    "speaker": range(15, 16),
+    "speaker": range(15, 16),  # corpora whose task does not depend on the words
 }
 
 
 def part_of(sentence: str) -> str:
-    """The one part that may use `sentence` (lower case words)."""
+    """Return the only part that may use `sentence` (lower case words)."""
     sixteenth = hashlib.sha256(sentence.encode()).digest()[0] % 16
     return next(part for part, sixteenths in PARTS.items() if sixteenth in sixteenths)
 
 
 def sentences(part: str, generator: np.random.Generator) -> Iterator[str]:
-    """Endless sentences of `part`, none twice."""
-    told: set[str] = set()
+    """Yield sentences of `part` without end, none twice."""
+    used: set[str] = set()
     while True:
         sentence = _sentence(generator)
-        if part_of(sentence) == part and sentence not in told:
-            told.add(sentence)
+        if part_of(sentence) == part and sentence not in used:
+            used.add(sentence)
             yield sentence
 
 
 def _sentence(generator: np.random.Generator) -> str:
-    words = [_one(OPENERS, generator)] if generator.random() < 0.15 else []
+    # 15% begin with an opener, 30% have a second clause.
+    words = [_choose(OPENERS, generator)] if generator.random() < 0.15 else []
     words += _clause(generator)
     if generator.random() < 0.3:
-        words += [_one(LINKS, generator), *_clause(generator)]
+        words += [_choose(LINKS, generator), *_clause(generator)]
     return " ".join(words)
 
 
 def _clause(generator: np.random.Generator) -> list[str]:
     words = _noun_phrase(generator)
     if generator.random() < 0.3:
-        words.append(_one(INTRANSITIVE, generator))
+        words.append(_choose(INTRANSITIVE, generator))
     else:
-        words += [_one(VERBS, generator), *_object(generator)]
+        words += [_choose(VERBS, generator), *_object(generator)]
     if generator.random() < 0.35:
-        words += [_one(PREPOSITIONS, generator), *_noun_phrase(generator)]
+        words += [_choose(PREPOSITIONS, generator), *_noun_phrase(generator)]
     elif generator.random() < 0.4:
-        words.append(_one(ADVERBS, generator))
+        words.append(_choose(ADVERBS, generator))
     return words
 
 
 def _object(generator: np.random.Generator) -> list[str]:
     if generator.random() < 0.35:
-        return [_one(NUMBERS, generator), _one(PLURALS, generator)]
+        return [_choose(NUMBERS, generator), _choose(PLURALS, generator)]
     return _noun_phrase(generator)
 
 
 def _noun_phrase(generator: np.random.Generator) -> list[str]:
-    adjective = [_one(ADJECTIVES, generator)] if generator.random() < 0.45 else []
-    return [_one(DETERMINERS, generator), *adjective, _one(NOUNS, generator)]
+    adjective = [_choose(ADJECTIVES, generator)] if generator.random() < 0.45 else []
+    return [_choose(DETERMINERS, generator), *adjective, _choose(NOUNS, generator)]
 
 
-def _one(words: list[str], generator: np.random.Generator) -> str:
+def _choose(words: list[str], generator: np.random.Generator) -> str:
     return words[int(generator.integers(len(words)))]

@@ -2,8 +2,9 @@
 
     SNIPS/{train,valid,test}/SPEAKER-snips-SPLIT-N.wav     SNIPS/all.iob.snips.txt     SNIPS/slots.txt
 
-N numbers the sentences of a split. The published speakers by name, those that SUPERB uses of each split: no speaker is
-in two splits, and no sentence. A closed vocabulary of some hundred words, which a CTC head can learn to spell.
+N numbers the sentences of a split. The speakers have the published names, those that SUPERB uses of each split: no
+speaker and no sentence is in two splits. The vocabulary is closed (about a hundred words), so that a CTC head can learn
+to spell it.
 """
 
 from __future__ import annotations
@@ -17,21 +18,20 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo.espeak import Speaker
-from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room_acoustics import draw_place, heard_in
+from pipelines.demo.espeak import Synthesiser
+from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
+from pipelines.demo.room_acoustics import apply_random_room
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 SNR_DB = (10.0, 25.0)
-REQUEST_S = 2.2  # roughly
 SPEAKERS = {
     "train": ("Ivy", "Joanna", "Joey", "Justin", "Kendra", "Kimberly", "Matthew", "Salli"),
     "valid": ("Aditi", "Amy", "Geraint", "Nicole"),
     "test": ("Brian", "Emma", "Raveena", "Russell"),
 }
-EIGHTH_OF = ("train",) * 6 + ("valid", "test")  # of the sentences of each template
-SHARE_OF_HELD_OUT = 0.5  # of what a training speaker says, said by a speaker of valid or test
-# Intents, slots and their names are published ones; {SLOT} stands for one of its values.
+SPLIT_OF_EIGHTH = ("train",) * 6 + ("valid", "test")  # of the sentences of each template
+SHARE_OF_HELD_OUT = 0.5  # requests of a speaker of valid or test, relative to a training speaker
+# Published intents, slots and their names; {SLOT} is replaced by one of its values.
 REQUESTS = {
     "PlayMusic": ("play {track}", "play {track} by {artist}", "play {artist} on {service}"),
     "AddToPlaylist": ("add {track} to my {playlist} playlist", "put {artist} on the {playlist} playlist"),
@@ -56,11 +56,12 @@ SLOTS = {
     "object_type": ("book", "novel", "song"),
     "movie_name": ("the matrix", "star wars", "titanic", "king kong"),
 }
+Sentence = tuple[tuple[str, ...], tuple[str, ...]]  # words in lower case, and the slot of each (or O)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sentence of a split, by its number: words in lower case, the slot of each (or O), and the intent."""
+    """One sentence of a split: its number, its words in lower case, the slot of each (or O), and its intent."""
 
     number: int
     words: tuple[str, ...]
@@ -68,91 +69,90 @@ class Request:
     intent: str
 
 
-@dataclass(frozen=True)
-class Asking:
-    """The job of one speaker: some requests, each in a place of its own."""
+@dataclass(frozen=True, kw_only=True)
+class RequestSpeaker(RecordingJob):
+    """One speaker: some requests, each in a room of its own."""
 
-    root: Path
     split: str
     name: str
     voice: Voice
     requests: tuple[Request, ...]
-    seed: int
 
-    @property
-    def planned_s(self) -> float:
-        return REQUEST_S * len(self.requests)
-
-    def record(self, speaker: Speaker) -> Recorded:
-        generator = np.random.default_rng(self.seed)
-        seconds: dict[str, float] = {}
-        for request in self.requests:
-            speech = speaker.speak(" ".join(request.words), self.voice.moved(generator))
-            path = Path("SNIPS", self.split, f"{self.utterance(request)}.wav")
-            heard = heard_in(speech.samples, draw_place(generator, SNR_DB), generator)
-            seconds[str(path)] = write_audio(self.root / path, heard)
-        return Recorded(seconds)
-
-    def utterance(self, request: Request) -> str:
+    def utterance_id(self, request: Request) -> str:
+        """Return the published form of an id."""
         return f"{self.name}-snips-{self.split}-{request.number}"
 
+    def record(self, synthesiser: Synthesiser) -> Recorded:
+        generator = np.random.default_rng(self.seed)
+        recorded = Recorded()
+        for request in self.requests:
+            speech = synthesiser.synthesise(" ".join(request.words), self.voice.varied(generator))
+            path = Path("SNIPS", self.split, f"{self.utterance_id(request)}.wav")
+            recorded.write(self.root, path, apply_random_room(speech.samples, SNR_DB, generator))
+        return recorded
 
-def sentences(template: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Every sentence of a template: its words, and the slot of each."""
-    parts = [re.fullmatch(r"{(\w+)}", part) or part for part in template.split()]
-    choices = [SLOTS[part[1]] if isinstance(part, re.Match) else (part,) for part in parts]
-    kinds = [part[1] if isinstance(part, re.Match) else "O" for part in parts]
+
+def expand(template: str) -> list[Sentence]:
+    """Return every sentence of a template."""
+    # Alternating literal text (even indices) and names of slots (odd indices).
+    parts = re.split(r"{(\w+)}", template)
+    choices = [SLOTS[part] if index % 2 else (part,) for index, part in enumerate(parts)]
+    kinds = [part if index % 2 else "O" for index, part in enumerate(parts)]
     found = []
     for values in itertools.product(*choices):
-        said = [(word, kind) for value, kind in zip(values, kinds, strict=True) for word in value.split()]
-        words, slots = zip(*said, strict=True)
+        tagged = [(word, kind) for value, kind in zip(values, kinds, strict=True) for word in value.split()]
+        words, slots = zip(*tagged, strict=True)
         found.append((words, slots))
     return found
 
 
-def requests(split: str, seed: int) -> Iterator[Request]:
-    """Endless sentences of a split, numbered; none is of another split with this seed. Intents come equally often."""
+def draw_requests(split: str, seed: int) -> Iterator[Request]:
+    """Yield requests of a split without end, numbered; with one seed no sentence is in two splits.
+
+    Intents are equally frequent.
+    """
     generator = np.random.default_rng(seed)
-    own: dict[str, list[list[tuple[tuple[str, ...], tuple[str, ...]]]]] = {}
+    own: dict[str, list[list[Sentence]]] = {intent: [] for intent in REQUESTS}  # by template
     for intent, templates in REQUESTS.items():
         for template in templates:
-            every = sentences(template)
-            order = generator.permutation(len(every))
-            mine = [every[i] for place, i in enumerate(order) if EIGHTH_OF[place % len(EIGHTH_OF)] == split]
-            if mine:
-                own.setdefault(intent, []).append(mine)
+            every = expand(template)
+            order = generator.permutation(len(every))  # the same for all splits
+            chosen = [every[i] for at, i in enumerate(order) if SPLIT_OF_EIGHTH[at % len(SPLIT_OF_EIGHTH)] == split]
+            if chosen:
+                own[intent].append(chosen)
     for number in itertools.count():
         intent = list(REQUESTS)[number % len(REQUESTS)]
         some = own[intent][int(generator.integers(len(own[intent])))]
         yield Request(number, *some[int(generator.integers(len(some)))], intent)
 
 
-def plan_requests(root: Path, requests_a_speaker: int, scale: float, seed: int) -> list[Asking]:
-    """The jobs: the published speakers, whatever the scale; it changes how much each says."""
-    generator = np.random.default_rng(seed)
-    voices = iter(draw_voices(SCORED_VARIANTS, sum(map(len, SPEAKERS.values())), generator))
-    seeds = iter(spawn_seeds(seed, sum(map(len, SPEAKERS.values()))))
+def plan_requests(root: Path, requests_a_speaker: int, scale: float, seed: int) -> list[RequestSpeaker]:
+    """Return the jobs: the published speakers at every scale, which changes the number of their requests."""
+    num_speakers = sum(map(len, SPEAKERS.values()))
+    voices = iter(draw_voices(SCORED_VARIANTS, num_speakers, np.random.default_rng(seed)))
+    seeds = iter(spawn_seeds(seed, num_speakers))
     jobs = []
     for split, names in SPEAKERS.items():
         share = 1.0 if split == "train" else SHARE_OF_HELD_OUT
         count = scaled(round(requests_a_speaker * share), scale, least=2)
-        numbered = requests(split, seed)
-        jobs += [
-            Asking(root, split, name, next(voices), tuple(next(numbered) for _ in range(count)), next(seeds))
-            for name in names
-        ]
+        drawn = draw_requests(split, seed)
+        for name in names:
+            some = tuple(itertools.islice(drawn, count))
+            jobs.append(
+                RequestSpeaker(root=root, seed=next(seeds), split=split, name=name, voice=next(voices), requests=some)
+            )
     return jobs
 
 
-def write_annotations(jobs: Sequence[Asking], recorded: Sequence[Recorded]) -> None:
-    """all.iob.snips.txt, a line an utterance, and slots.txt, the most frequent first."""
+def write_annotations(jobs: Sequence[RequestSpeaker], recorded: Sequence[Recorded]) -> None:
+    """Write all.iob.snips.txt, one line per utterance, and slots.txt, the most frequent slot first."""
     lines = []
     counts: Counter[str] = Counter()
     for job in jobs:
-        for said in job.requests:
-            words, slots = " ".join(said.words).upper(), " ".join(said.slots)
-            lines.append(f"{job.utterance(said)} BOS {words} EOS\tO {slots} {said.intent}\n")
-            counts.update(said.slots)
+        for request in job.requests:
+            words, slots = " ".join(request.words).upper(), " ".join(request.slots)
+            lines.append(f"{job.utterance_id(request)} BOS {words} EOS\tO {slots} {request.intent}\n")
+            counts.update(request.slots)
     folder = jobs[0].root / "SNIPS"
     (folder / "all.iob.snips.txt").write_text("".join(lines))
     (folder / "slots.txt").write_text("\n".join(slot for slot, _ in counts.most_common()))

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speaker
-from pipelines.demo.recording import Recorded, scaled, spawn_seeds, write_audio
-from pipelines.demo.room_acoustics import coloured_noise, draw_place, heard_in
+from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
+from pipelines.demo.room_acoustics import apply_random_room, coloured_noise
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
 UNKNOWN_WORDS = ["bed", "bird", "cat", "dog", "happy", "house", "marvin", "nine", "sheila", "tree", "wow", "zero"]
 UNKNOWN_A_SPEAKER = 3
+SILENCES_A_SPEAKER = 2  # in the test archive alone
 SNR_DB = (0.0, 20.0)
-CLIP_SAMPLES = SAMPLE_RATE_HZ
-# name -> colour and level in dB; the names are the published ones
+CLIP_SAMPLES = SAMPLE_RATE_HZ  # one second
+# The published names -> colour and level in dB relative to full scale
 BACKGROUND_NOISES = {
     "doing_the_dishes": ("pink", -30.0),
     "dude_miaowing": ("brown", -36.0),
@@ -39,105 +40,96 @@ SPLIT_SHARES = {"train": 0.8, "validation": 0.1, "testing": 0.1}
 
 
 def which_set(file_name: str, validation_percent: float = 10.0, testing_percent: float = 10.0) -> str:
-    """The published rule: a speaker's hash decides the split, so all takes of one speaker lie in one.
+    """Return the split of a file by the published rule: all files of one speaker's hash are in one split.
 
     Source: `which_set` in the data set's README and in TensorFlow's input_data.py.
     """
     speaker_hash = re.sub(r"_nohash_.*$", "", Path(file_name).name)
-    most = 2**27 - 1
+    most = 2**27 - 1  # the published MAX_NUM_WAVS_PER_CLASS
     percent = int(hashlib.sha1(speaker_hash.encode()).hexdigest(), 16) % (most + 1) * (100.0 / most)
     if percent < validation_percent:
         return "validation"
     return "testing" if percent < validation_percent + testing_percent else "train"
 
 
-@dataclass(frozen=True)
-class KeywordSpeaker:
-    """The job of one speaker: every keyword once, a few other words; in the test archive also one silence."""
+@dataclass(frozen=True, kw_only=True)
+class KeywordSpeaker(RecordingJob):
+    """One speaker: every keyword once and a few other words; in the test archive also two silences."""
 
-    root: Path
     archive: str
     speaker_hash: str
     voice: Voice
-    seed: int
-    planned_s: float = float(len(KEYWORDS) + UNKNOWN_A_SPEAKER)
 
-    def record(self, speaker: Speaker) -> Recorded:
+    def record(self, synthesiser: Synthesiser) -> Recorded:
         generator = np.random.default_rng(self.seed)
         others = [str(word) for word in generator.choice(UNKNOWN_WORDS, UNKNOWN_A_SPEAKER, replace=False)]
-        seconds: dict[str, float] = {}
+        recorded = Recorded()
         for word in KEYWORDS + others:
-            speech = speaker.speak(word, self.voice.moved(generator))
-            clip = heard_in(_one_second(speech.samples, generator), draw_place(generator, SNR_DB), generator)
-            self._write(self._path(word), clip, seconds)
+            speech = synthesiser.synthesise(word, self.voice.varied(generator))
+            clip = apply_random_room(_place_in_clip(speech.samples, generator), SNR_DB, generator)
+            recorded.write(self.root, self._path(word), clip)
         if self.archive == TEST_FOLDER:
-            for number in range(2):
-                self._write(f"_silence_/{self.speaker_hash}_nohash_{number}.wav", _silence(generator), seconds)
-        return Recorded(seconds)
+            for number in range(SILENCES_A_SPEAKER):
+                path = Path(self.archive, "_silence_", f"{self.speaker_hash}_nohash_{number}.wav")
+                recorded.write(self.root, path, _silence(generator))
+        return recorded
 
-    def _path(self, word: str) -> str:
-        if self.archive == TEST_FOLDER and word in UNKNOWN_WORDS:
-            return f"_unknown_/{self.speaker_hash}_nohash_{UNKNOWN_WORDS.index(word)}.wav"
-        return f"{word}/{self.speaker_hash}_nohash_0.wav"
-
-    def _write(self, name: str, clip: np.ndarray, seconds: dict[str, float]) -> None:
-        path = Path(self.archive, name)
-        seconds[str(path)] = write_audio(self.root / path, clip)
+    def _path(self, word: str) -> Path:
+        folder, number = word, 0
+        if self.archive == TEST_FOLDER and word in UNKNOWN_WORDS:  # one folder for all of them, so numbered by word
+            folder, number = "_unknown_", UNKNOWN_WORDS.index(word)
+        return Path(self.archive, folder, f"{self.speaker_hash}_nohash_{number}.wav")
 
 
-@dataclass(frozen=True)
-class BackgroundNoise:
-    """The job of one file of _background_noise_."""
+@dataclass(frozen=True, kw_only=True)
+class BackgroundNoise(RecordingJob):
+    """One file of _background_noise_."""
 
-    root: Path
     name: str
-    seed: int
-    planned_s: float = BACKGROUND_S
 
-    def record(self, speaker: Speaker) -> Recorded:
+    def record(self, synthesiser: Synthesiser) -> Recorded:
         colour, level_db = BACKGROUND_NOISES[self.name]
         noise = coloured_noise(int(BACKGROUND_S * SAMPLE_RATE_HZ), colour, np.random.default_rng(self.seed))
+        recorded = Recorded()
         path = Path(TRAIN_FOLDER, "_background_noise_", f"{self.name}.wav")
-        return Recorded({str(path): write_audio(self.root / path, noise * 10 ** (level_db / 20))})
+        recorded.write(self.root, path, noise * 10 ** (level_db / 20))
+        return recorded
 
 
-def plan_keywords(
-    root: Path, num_speakers: int, num_test_speakers: int, scale: float, seed: int
-) -> list[KeywordSpeaker | BackgroundNoise]:
-    """The jobs; hashes are drawn until each split of the main archive has its share of the speakers."""
+def plan_keywords(root: Path, num_speakers: int, num_test_speakers: int, scale: float, seed: int) -> list[RecordingJob]:
+    """Return the jobs; hashes are drawn until each split of the main archive has its share of the speakers."""
     generator = np.random.default_rng(seed)
     num_main, num_test = scaled(num_speakers, scale, least=4), scaled(num_test_speakers, scale, least=2)
     voices = draw_voices(SCORED_VARIANTS, num_main + num_test, generator)
-    hashes = _draw_hashes(num_main, generator) + [_hash(generator) for _ in range(num_test)]
+    hashes = _draw_hashes(num_main, generator) + [_draw_hash(generator) for _ in range(num_test)]
     archives = [TRAIN_FOLDER] * num_main + [TEST_FOLDER] * num_test
-    seeds = spawn_seeds(seed, num_main + num_test + len(BACKGROUND_NOISES))
-    speakers = [
-        KeywordSpeaker(root, archive, speaker_hash, voice, job_seed)
-        for archive, speaker_hash, voice, job_seed in zip(archives, hashes, voices, seeds, strict=False)
+    seeds = iter(spawn_seeds(seed, num_main + num_test + len(BACKGROUND_NOISES)))
+    return [
+        *(
+            KeywordSpeaker(root=root, seed=next(seeds), archive=archive, speaker_hash=speaker_hash, voice=voice)
+            for archive, speaker_hash, voice in zip(archives, hashes, voices, strict=True)
+        ),
+        *(BackgroundNoise(root=root, seed=next(seeds), name=name) for name in BACKGROUND_NOISES),
     ]
-    noises = [
-        BackgroundNoise(root, name, job_seed)
-        for name, job_seed in zip(BACKGROUND_NOISES, seeds[num_main + num_test :], strict=True)
-    ]
-    return [*speakers, *noises]
 
 
-def write_lists(jobs: Sequence[KeywordSpeaker | BackgroundNoise], recorded: Sequence[Recorded]) -> None:
-    """validation_list.txt and testing_list.txt of the main archive."""
+def write_lists(jobs: Sequence[RecordingJob], recorded: Sequence[Recorded]) -> None:
+    """Write validation_list.txt and testing_list.txt of the main archive."""
     folder = f"{TRAIN_FOLDER}/"
-    names = sorted(path.removeprefix(folder) for take in recorded for path in take.seconds if path.startswith(folder))
-    spoken = [name for name in names if not name.startswith("_background_noise_")]
+    names = sorted(path.removeprefix(folder) for one in recorded for path in one.seconds if path.startswith(folder))
+    words = [name for name in names if not name.startswith("_background_noise_")]
     for split in ("validation", "testing"):
-        lines = "".join(f"{name}\n" for name in spoken if which_set(name) == split)
+        lines = "".join(f"{name}\n" for name in words if which_set(name) == split)
         (jobs[0].root / TRAIN_FOLDER / f"{split}_list.txt").write_text(lines)
 
 
 def _draw_hashes(count: int, generator: np.random.Generator) -> list[str]:
+    """Draw speaker hashes by rejection until every split has its number of speakers, at least one."""
     wanted = {split: max(1, round(share * count)) for split, share in SPLIT_SHARES.items()}
     wanted["train"] = count - wanted["validation"] - wanted["testing"]
     hashes: list[str] = []
     while len(hashes) < count:
-        drawn = _hash(generator)
+        drawn = _draw_hash(generator)
         split = which_set(drawn)
         if wanted[split] > 0:
             wanted[split] -= 1
@@ -145,12 +137,12 @@ def _draw_hashes(count: int, generator: np.random.Generator) -> list[str]:
     return hashes
 
 
-def _hash(generator: np.random.Generator) -> str:
+def _draw_hash(generator: np.random.Generator) -> str:
     return f"{int(generator.integers(2**32)):08x}"
 
 
-def _one_second(samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The word somewhere in one second; a longer one loses its end."""
+def _place_in_clip(samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Place the word at a random position in one second of silence; a longer one is cut at its end."""
     clip = np.zeros(CLIP_SAMPLES, dtype=np.float32)
     samples = samples[:CLIP_SAMPLES]
     start = int(generator.integers(CLIP_SAMPLES - len(samples) + 1))
@@ -159,6 +151,7 @@ def _one_second(samples: np.ndarray, generator: np.random.Generator) -> np.ndarr
 
 
 def _silence(generator: np.random.Generator) -> np.ndarray:
+    """Return one second of a background noise, up to 15 dB below its level: float32 (CLIP_SAMPLES,)."""
     colour, level_db = list(BACKGROUND_NOISES.values())[int(generator.integers(len(BACKGROUND_NOISES)))]
-    loudness = 10 ** ((level_db + float(generator.uniform(-15, 0))) / 20)
-    return coloured_noise(CLIP_SAMPLES, colour, generator) * loudness
+    amplitude = 10 ** ((level_db + float(generator.uniform(-15, 0))) / 20)
+    return coloured_noise(CLIP_SAMPLES, colour, generator) * amplitude

@@ -1,1 +1,1 @@
-"""The demo's teacher: its weights in `model/`, and the scripts that trained it. No stage runs them."""
+"""The demo's teacher: its weights in `model/`, and the scripts that trained it. No stage of the pipeline runs them."""
