@@ -3,19 +3,17 @@
 `ScoreFile` is the only writer and reader of this format. It imports no torch, so that tables and reports start fast.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from extract.base.errors import RetortError
 from extract.base.files import read_json, write_json
-from extract.base.validate import convert
+from extract.base.validate import parse
 
 FORMAT_VERSION = 2
 _AGAIN = "score again with `python -m evaluate run` or `python -m evaluate many`"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,10 @@ class ScoreFile:
         content = dict(value)
         if (found := content.pop("format_version", None)) != FORMAT_VERSION:
             raise RetortError(f"{path}: format_version is {found!r}, expected {FORMAT_VERSION}; {_AGAIN}")
-        if isinstance(content.get("interval"), dict):
-            content["interval"] = _record(Interval, content["interval"], where=f"{path}: interval")
-        if isinstance(content.get("grid"), list):
-            content["grid"] = [_grid_point(point, where=f"{path}: grid") for point in content["grid"]]
-        score = _record(cls, content, where=str(path))
-        for name, number in {"test": score.test, "dev": score.dev, **score.also}.items():
-            if not math.isfinite(number):
-                raise RetortError(f"{path}: {name} is {number}, expected a finite number; {_AGAIN}")
+        try:
+            score = parse(cls, content, where=str(path))
+        except RetortError as error:
+            raise RetortError(f"{error}; {_AGAIN}") from None
         if not score.layers or len(score.layers) != len(score.layer_weights):
             raise RetortError(
                 f"{path}: {len(score.layer_weights)} layer_weights for {len(score.layers)} layers, expected one each; "
@@ -139,31 +133,3 @@ class ScoreFile:
     def write(self, path: Path) -> None:
         """Write the file atomically."""
         write_json(path, self.to_dict())
-
-
-def _grid_point(value: object, *, where: str) -> GridPoint | LayerPoint:
-    if not isinstance(value, dict):
-        raise RetortError(f"{where}: got {value!r}, expected an object with lr, dev and steps, or layer and dev")
-    return _record(LayerPoint, value, where=where) if "layer" in value else _record(GridPoint, value, where=where)
-
-
-def _record(kind: type[T], value: Mapping[str, Any], *, where: str) -> T:
-    """Build a dataclass from JSON values; lists become tuples, integers floats where the field is a float."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if odd := sorted(set(names) ^ value.keys()):
-        problem = "missing" if odd[0] in names else "unknown"
-        raise RetortError(f"{where}: field {odd[0]!r} is {problem}, expected {', '.join(names)}; {_AGAIN}")
-    converted: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        item = value[name]
-        if not (isinstance(item, Interval) or (name == "grid" and isinstance(item, list))):  # parsed by from_dict
-            item = convert(hint, item, where=f"{where}: {name}")
-        converted[name] = _frozen(item)
-    return kind(**converted)
-
-
-def _frozen(value: Any) -> Any:
-    """Return a JSON value with tuples in place of lists."""
-    if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

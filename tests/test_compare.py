@@ -147,7 +147,7 @@ def test_a_damaged_record_is_refused_with_its_field(tmp_path: Path, corpus: Path
     for change, named in (
         ({"format_version": 9}, "format_version: got 9"),
         ({"linear_cka": [[1.0]]}, "linear_cka: expected a row"),
-        ({"split": 3}, r"one\.json\.split: got 3"),
+        ({"split": 3}, r"one\.json: split: got 3"),
     ):
         with pytest.raises(RetortError, match=named):
             CompareFile.from_dict(json.loads(json.dumps(value | change)), path=path)

@@ -1,5 +1,6 @@
 """params.yaml: reading a file or a section of it, and the one rule by which defaults and changes are merged."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,19 @@ import yaml
 from extract.base.errors import RetortError
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader with YAML 1.2's floats: `5e-4` is a number, as it is for DVC, not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
 def read_params(path: Path) -> dict[str, Any]:
     """Read a params file as a mapping. Raises RetortError if it is missing, not YAML, or not a mapping."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RetortError(f"{path} does not exist; give the params file with --config") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError

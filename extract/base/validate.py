@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -35,11 +36,11 @@ def parse(kind: type[T], value: object, *, where: str) -> T:
         required = one.default is MISSING and one.default_factory is MISSING
         if required and one.name not in value:
             raise RetortError(f"{where}: `{one.name}` is missing; keys are {', '.join(hints)}")
-    converted = {key: convert(hints[key], item, where=f"{where}.{key}") for key, item in value.items()}
+    converted = {key: convert(hints[key], item, where=_key_of(where, key)) for key, item in value.items()}
     try:
         return kind(**converted)
     except RetortError as error:
-        raise RetortError(f"{where}.{error}") from None
+        raise RetortError(_key_of(where, error)) from None
 
 
 def check_fields(hints: Mapping[str, Any], value: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -50,14 +51,14 @@ def check_fields(hints: Mapping[str, Any], value: Mapping[str, Any], *, where: s
     for name in hints:
         if name not in value:
             raise RetortError(f"{where}: `{name}` is missing; expected {', '.join(hints)}")
-    return {name: convert(hint, value[name], where=f"{where}.{name}") for name, hint in hints.items()}
+    return {name: convert(hint, value[name], where=_key_of(where, name)) for name, hint in hints.items()}
 
 
 def convert(hint: Any, value: object, *, where: str) -> Any:
     """Convert a JSON or YAML value to the type `hint`. Raises RetortError, which begins with `where`, if it differs.
 
-    hint: a scalar type, a dataclass, Any, Literal, `X | None`, dict[str, X], dict[int, X] (JSON's
-    keys are text), list[X] or tuple[X, ...].
+    hint: a scalar type, a dataclass, Any, Literal, a union, list[X], tuple[X, ...], tuple[X, Y], dict[str, X], or
+    dict[int, X], whose keys are text in JSON.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -69,30 +70,45 @@ def convert(hint: Any, value: object, *, where: str) -> Any:
             raise unknown(where, str(value), inner)
         return value
     if origin in (Union, types.UnionType):
-        kind = next(one for one in inner if one is not types.NoneType)
-        return None if value is None else convert(kind, value, where=where)
+        return _one_of(inner, value, where)
     if origin is dict:
         if isinstance(value, dict) and (inner[0] is str or all(str(key).isdecimal() for key in value)):
-            return {inner[0](key): convert(inner[1], item, where=f"{where}.{key}") for key, item in value.items()}
+            return {inner[0](key): convert(inner[1], item, where=_key_of(where, key)) for key, item in value.items()}
         raise RetortError(f"{where}: got {_quoted(value)}, expected a mapping with {inner[0].__name__} keys")
     if origin in (list, tuple):
-        if isinstance(value, list | tuple):
-            return origin(convert(inner[0], item, where=where) for item in value)
-        raise RetortError(f"{where}: got {_quoted(value)}, expected a list")
+        fixed = inner if origin is tuple and Ellipsis not in inner else ()
+        if not isinstance(value, list | tuple) or (fixed and len(fixed) != len(value)):
+            length = f" of {len(fixed)}" if fixed else ""
+            raise RetortError(f"{where}: got {_quoted(value)}, expected a list{length}")
+        kinds = fixed or inner[:1] * len(value)
+        return origin(convert(kind, item, where=where) for kind, item in zip(kinds, value, strict=True))
     return _scalar(hint, value, where)
 
 
+def _one_of(kinds: tuple[Any, ...], value: object, where: str) -> Any:
+    """Convert a value to the first type of a union that it fits; the error is that of the last one."""
+    if value is None and types.NoneType in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in others:
+        with suppress(RetortError):
+            return convert(kind, value, where=where)
+    return convert(last, value, where=where)
+
+
 def _scalar(kind: type, value: object, where: str) -> Any:
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:  # PyYAML reads 5e-4 as a string; YAML 1.2, and so DVC, as a number
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer beyond float64's range
+            if math.isfinite(number := float(value)):
+                return number
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise RetortError(f"{where}: got {_quoted(value)}, expected {kind.__name__}")
+
+
+def _key_of(where: str, key: object) -> str:
+    """Name a key of a file, or of a section of one: `pr.json: interval.also`."""
+    return f"{where}: {key}" if where.endswith(".json") else f"{where}.{key}"
 
 
 def _quoted(value: object) -> str:
