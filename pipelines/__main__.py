@@ -1,4 +1,4 @@
-"""What ties the stages together: `python -m pipelines corpus | demo | profile | report | bench`."""
+"""What ties the stages together: `python -m pipelines corpus | demo | study | report | bench`."""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
@@ -12,8 +12,8 @@ import click
 from extract.base.errors import CommandGroup, RetortError
 from pipelines.bench import bench_command
 from pipelines.demo.corpora import demo_command
-from pipelines.profiles import profile_command
 from pipelines.report import report_command
+from pipelines.studies import study_command
 
 
 @click.group(cls=CommandGroup, help="Data set readers, the embedded demo, the report, and benchmarks.")
@@ -72,7 +72,7 @@ def _remarks(record: dict[str, Any]) -> str:
 
 
 main.add_command(demo_command, "demo")
-main.add_command(profile_command)
+main.add_command(study_command)
 main.add_command(report_command)
 main.add_command(bench_command)
 

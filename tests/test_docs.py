@@ -35,7 +35,7 @@ from scipy.signal import lfilter
 from torch.distributed.run import get_args_parser
 
 from extract.store.reader import StoreReader
-from pipelines.profiles import read_profile
+from pipelines.studies import read_study
 from tests.processes import run_command
 from tests.train_world import job, make_world, student
 from train.loop import train
@@ -89,7 +89,8 @@ def prose(page: Path) -> str:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The commands of a shell block, word by word, without the variables set before them."""
-    for line in text.replace("\\\n", " ").splitlines():
+    # docs/cluster.md has the folder of its study in $S
+    for line in text.replace("\\\n", " ").replace("$S/", "").splitlines():
         words: list[str] = []
         for word in [*shlex.split(line, comments=True), "&&"]:
             if word != "&&":
@@ -148,15 +149,21 @@ def parse_dvc(words: list[str], *, whole: bool) -> None:
         asked = get_main_parser().parse_args(words[1:])
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for target in getattr(asked, "targets", None) or []:
-        assert target.partition("@")[0] in stages or target.startswith("manifests/"), f"{target} is no stage"
-    changes = getattr(asked, "set_param", None) or []
-    get_hydra_sweeps({"params.yaml": changes})  # raises where DVC can't read one
+        stage = target.rpartition(":")[2].partition("@")[0]
+        known = {*stages, "copy-corpus", "copy-student"}  # the last two are stages of studies alone
+        assert stage in known or stage.endswith("dvc.yaml") or "manifests/" in target, f"{target} is not a stage"
+    changes = [change.rpartition(":")[2] for change in getattr(asked, "set_param", None) or []]
+    get_hydra_sweeps({"params.yaml": changes})  # raises if DVC can't read one
     for change in changes:
-        assert any(holds(params, change.partition("=")[0]) for params in known_params()), f"{change}: no such setting"
+        name = change.partition("=")[0]
+        student = name.removeprefix("++")  # which adds a key that only `defaults` has
+        default = re.sub(r"^train\.[^.]+", "train.defaults", student)
+        names = [name] if name == student else [student, default]
+        assert any(holds(params, one) for params in known_params() for one in names), f"{change}: no such setting"
 
 
 def known_params() -> list[Any]:
-    return [yaml.safe_load((ROOT / "params.yaml").read_text()), read_profile("wavlm-base-plus")]
+    return [yaml.safe_load((ROOT / "params.yaml").read_text()), read_study("wavlm-base-plus")]
 
 
 def holds(params: Any, name: str) -> bool:
@@ -279,8 +286,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_world(folder)
     with redirect_stderr(StringIO()):
         train(job(made, student("interleaved"), name="interleaved"))
-    (folder / "manifests/distill").mkdir()
-    shutil.copy(made.manifest, folder / "manifests/distill/teacher.json")
+    (folder / "manifests/targets").mkdir()
+    shutil.copy(made.manifest, folder / "manifests/targets/distill.json")
     (folder / "docs").symlink_to(ROOT / "docs")
     return folder
 
@@ -299,7 +306,7 @@ def test_code_runs(
         if all(map(importlib.util.find_spec, needed)):
             exec(code, names)
     assert capsys.readouterr().out
-    reader = StoreReader.open(world / "manifests/distill/teacher.json")
+    reader = StoreReader.open(world / "manifests/targets/distill.json")
     if page == INTEROP:
         np.testing.assert_array_equal(names["hidden"], reader.hidden_at(0))
         np.testing.assert_array_equal(names["same"], names["hidden"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
+import yaml
 
 from extract.base.errors import RetortError, unknown
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved, speed_ratio
@@ -23,7 +23,7 @@ from extract.macs import count_macs
 from pipelines.bench import material
 from pipelines.bench.measure import check_asked, headed
 from pipelines.bench.train import DEMO_PARAMS, PROFILES
-from pipelines.profiles import read_profile
+from pipelines.studies import read_study
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +82,7 @@ def prepare(asked: InferBench, folder: Path) -> dict[str, dict[str, int]]:
     if profile is None:
         params.write_bytes(DEMO_PARAMS.read_bytes())
     else:
-        YAML().dump(read_profile(profile), params)
+        params.write_text(yaml.safe_dump(read_study(profile)))
     configs = {name: read_student(params, name) for name in asked.students}
     material.make_teacher(folder / TEACHER, asked.shape)
     teacher_dim = AutoModel.from_pretrained(folder / TEACHER).config.hidden_size

@@ -57,7 +57,7 @@ SIZES = {
 }
 # What a benchmark's figures depend on, beside the benchmark itself.
 _FRAME = ("pipelines/bench/measure.py", "pipelines/bench/material.py", "pipelines/teacher/model/config.json")
-_STEPS = ("extract/*.py", "train/*.py", "pipelines/bench/train.py", "params.yaml", "pipelines/profiles/*.yaml")
+_STEPS = ("extract/*.py", "train/*.py", "pipelines/bench/train.py", "params.yaml", "pipelines/studies/*.yaml")
 CODE = {
     "extract": ("extract/*.py", "pipelines/bench/extract.py"),
     "load": ("extract/*.py", "train/*.py", "pipelines/bench/load.py", "params.yaml"),

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from ruamel.yaml import YAML
+import yaml
 
 from extract.base.errors import unknown
 from extract.base.malloc import keep_freed_blocks
@@ -30,7 +30,7 @@ from extract.run import Settings, extract
 from extract.store.reader import KEEP
 from pipelines.bench import material
 from pipelines.bench.measure import by_clocks, check_asked, headed
-from pipelines.profiles import read_profile
+from pipelines.studies import read_study
 from train.config import StudentConfig, read_student
 from train.data import Batch
 from train.loop import train_step
@@ -137,7 +137,7 @@ def prepare(bench: Bench) -> None:
     if profile is None:
         params.write_bytes(DEMO_PARAMS.read_bytes())
     else:
-        YAML().dump(read_profile(profile), params)
+        params.write_text(yaml.safe_dump(read_study(profile)))
     material.make_teacher(bench.folder / "teacher", asked.shape)
     material.make_noise(bench.folder / "noise.h5", material.LENGTHS["long"], seconds=asked.seconds)
     keep_freed_blocks()

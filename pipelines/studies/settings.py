@@ -1,0 +1,65 @@
+"""Settings of a study: those of its base, changed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from extract.base.errors import RetortError, unknown
+from extract.base.params import merge
+
+
+def study_settings(base: Mapping[str, Any], change: Mapping[str, Any], folder: Path, *, where: str) -> dict[str, Any]:
+    """Return the settings of a study whose results lie in `folder`.
+
+    base: content of the base's params file, empty for a complete study. change: content of the study's file. Its
+    upstreams are those of the base that are not students, and its own students. Corpora without tasks are left out.
+    Raises RetortError, which names `where`, if the base does not have a student that the study changes.
+    """
+    change = {key: value for key, value in change.items() if key != "base"}
+    design = change.pop("study", None)
+    for key in ("upstreams", "train", "corpora", "tasks", "features"):
+        if base and not isinstance(base.get(key), dict):
+            raise RetortError(f"{where}: section `{key}` is {base.get(key)!r:.60}, expected keys")
+    students = base.get("students", [])
+    settings = dict(base)
+    settings["upstreams"] = {name: row for name, row in base.get("upstreams", {}).items() if name not in students}
+    if design is not None:
+        settings["train"] = _designed(design, base.get("train", {}), where)
+        settings["students"] = [name for name in settings["train"] if name != "defaults"]
+    settings = merge(settings, change)
+    paths = {student: (folder / "students" / student).as_posix() for student in settings["students"]}
+    settings["upstreams"] |= {student: {"source": path, "watch": path} for student, path in paths.items()}
+    _leave_out_unscored(settings)
+    settings.pop("demo", None)  # the stage is one of the main pipeline alone
+    corpus = Path(settings["report"]["speed"]["corpus"]).name
+    return merge(settings, {"report": {"speed": {"corpus": (folder / "corpora" / corpus).as_posix()}}})
+
+
+def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return section `train` with the students of a study, one for every seed, in place of the base's."""
+    for name, section in train.items():
+        if not isinstance(section, dict):
+            raise RetortError(f"{where}: section `train.{name}` is {section!r:.60}, expected keys")
+    defaults = train.get("defaults", {})
+    sections = {name: section for name, section in train.items() if name != "defaults"}
+    made: dict[str, Any] = {"defaults": defaults} if defaults else {}
+    for student, own in design["students"].items():
+        wanted = design.get("like", student)
+        names = [name for name, section in sections.items() if wanted in (name, merge(defaults, section).get("family"))]
+        if not names:
+            raise unknown(f"student in {where}", wanted, sections)
+        for seed in design["seeds"]:
+            section = sections[names[0]]
+            for change in (design.get("all", {}), own):
+                section = merge(section, change)
+                if factor := section.pop("times_steps", None):
+                    section["steps"] = round(merge(defaults, section)["steps"] * factor)
+            made[f"{student}-s{seed}"] = section | {"seed": seed}
+    return made
+
+
+def _leave_out_unscored(settings: dict[str, Any]) -> None:
+    """Drop corpora that no task reads and no student trains on."""
+    settings["tasks"] = {corpus: tasks for corpus, tasks in settings["tasks"].items() if tasks}
+    for key, kept in (("features", settings["tasks"]), ("corpora", {"distill", *settings["tasks"]})):
+        settings[key] = {corpus: value for corpus, value in settings[key].items() if corpus in kept}

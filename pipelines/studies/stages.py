@@ -1,0 +1,101 @@
+"""Stages of a study: those of the root's dvc.yaml, with their results in the study's folder."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from extract.base.params import merge
+
+# Paths of results and of settings in dvc.yaml; `report` is a command of `python -m pipelines`, too.
+_MOVED = re.compile(
+    r"(?<![\w./-])(?<!-m pipelines )(params\.yaml|(?:corpora|manifests|measures|report|runs|scores|students)(?=/|\s|$))"
+)
+
+
+def study_stages(
+    stages: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    base: Mapping[str, Any],
+    base_folder: Path | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return section `stages` of the dvc.yaml in `folder`, whose commands run in the repository root.
+
+    stages: section `stages` of the root's dvc.yaml. settings: those of the study. base, base_folder: settings and
+    folder of the base, {} and None for a complete study. Corpora and students that the base makes from the same
+    settings are copied from there.
+    """
+    made = {name: _moved_stage(stage, folder) for name, stage in stages.items() if name != "demo-data"}
+    corpora = [name for name in settings["corpora"] if _same(settings, base, "corpora", name)]
+    students = _shared_students(settings, base)
+    made["corpus"]["foreach"] = {name: row for name, row in settings["corpora"].items() if name not in corpora}
+    made["train"]["matrix"] = {"student": [name for name in settings["students"] if name not in students]}
+    if not made["corpus"]["foreach"]:
+        del made["corpus"]
+    if not made["train"]["matrix"]["student"]:
+        del made["train"]
+    for name, names, paths in (
+        ("copy-student", students, ["students/${item.name}", "runs/${item.name}"]),
+        ("copy-corpus", corpora, ["corpora/${item.name}.json"]),
+    ):
+        if names and base_folder is not None:
+            made = {name: _copy_stage(names, paths, base_folder, folder)} | made
+    return made
+
+
+def _same(settings: Mapping[str, Any], base: Mapping[str, Any], *keys: str) -> bool:
+    """Return whether both have a setting, and the same."""
+    for key in keys:
+        if key not in settings or key not in base:
+            return False
+        settings, base = settings[key], base[key]
+    return settings == base
+
+
+def _shared_students(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Return the students that the base trains from the same targets with the same settings."""
+    inputs = (("teacher",), ("store",), ("upstreams", "teacher"), ("corpora", "distill"), ("machine", "train"))
+    if not all(_same(settings, base, *keys) for keys in inputs):
+        return []
+
+    def section(params: Mapping[str, Any], student: str) -> dict[str, Any]:
+        return merge(params["train"].get("defaults", {}), params["train"][student])
+
+    common = [student for student in settings["students"] if student in base["students"]]
+    return [student for student in common if section(settings, student) == section(base, student)]
+
+
+def _moved_stage(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a stage with the paths of its settings and results below `folder`."""
+    if "do" in stage:
+        return {**stage, "do": _moved_stage(stage["do"], folder)}
+    moved = dict(stage) | {"wdir": os.path.relpath(".", folder)}
+    for key in {"cmd", "deps", "outs", "metrics", "plots"} & moved.keys():
+        moved[key] = _moved(moved[key], folder)
+    if "params" in moved:
+        moved["params"] = [{(folder / "params.yaml").as_posix(): moved["params"]}]
+    return moved
+
+
+def _moved(value: Any, folder: Path) -> Any:
+    """Return a command, a path, a list of these, or a mapping whose keys are paths, with its paths below `folder`."""
+    if isinstance(value, list):
+        return [_moved(item, folder) for item in value]
+    if isinstance(value, dict):
+        return {_moved(key, folder): item for key, item in value.items()}
+    return _MOVED.sub(lambda found: f"{folder.as_posix()}/{found[0]}", value)
+
+
+def _copy_stage(names: list[str], paths: list[str], base: Path, folder: Path) -> dict[str, Any]:
+    """Return the stage that copies results of the base; `paths` are those of ${item.name} below either folder."""
+    pairs = [((base / path).as_posix(), (folder / path).as_posix()) for path in paths]
+    return {
+        "desc": "a result that the base makes from the same settings",
+        "matrix": {"name": names},
+        "wdir": os.path.relpath(".", folder),
+        "cmd": " && ".join(f"mkdir -p {Path(to).parent.as_posix()} && cp -r {start} {to}" for start, to in pairs),
+        "deps": [start for start, _ in pairs],
+        "outs": [to for _, to in pairs],
+    }
