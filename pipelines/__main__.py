@@ -1,76 +1,28 @@
-"""What ties the stages together: `python -m pipelines corpus | demo | study | report | bench`."""
+"""Commands of the pipeline around the stages: `python -m pipelines corpus | demo | study | report | bench`.
+
+Every command is defined beside its code, so that a change of one does not re-run the stages of the others.
+"""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
 # isort: split
 
-from pathlib import Path
-from typing import Any
-
 import click
 
-from extract.base.errors import CommandGroup, RetortError
+from extract.base.errors import CommandGroup
 from pipelines.bench import bench_command
 from pipelines.demo.corpora import demo_command
+from pipelines.readers.command import corpus_command
 from pipelines.report import report_command
 from pipelines.studies import study_command
 
 
-@click.group(cls=CommandGroup, help="Data set readers, the embedded demo, the report, and benchmarks.")
+@click.group(cls=CommandGroup, help="Data set readers, the embedded demo, studies, the report, and benchmarks.")
 def main() -> None:
     pass
 
 
-@main.command()
-@click.argument("reader")
-@click.argument("root", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="corpora/NAME.h5; NAME.json is put beside it."
-)
-@click.option(
-    "--part", "parts", multiple=True, help="LibriSpeech: only this part, such as train-clean-100; repeatable."
-)
-@click.option(
-    "--lexicon",
-    type=click.Path(path_type=Path),
-    help="LibriSpeech: pronunciations [default: ROOT/librispeech-lexicon.txt].",
-)
-@click.option(
-    "--rename", multiple=True, metavar="OLD=NEW", help="folder: call column OLD of metadata.csv NEW; repeatable."
-)
-@click.option("--skip-bad", is_flag=True, help="Drop and record files that can't be used.")
-def corpus(
-    reader: str,
-    root: Path,
-    out: Path,
-    parts: tuple[str, ...],
-    lexicon: Path | None,
-    rename: tuple[str, ...],
-    skip_bad: bool,
-) -> None:
-    """Read the folder of a data set that READER knows (an unknown one lists them) into corpora/NAME.h5."""
-    from pipelines.readers import ReaderOptions, read_corpus
-
-    if odd := [pair for pair in rename if pair.count("=") != 1]:
-        raise RetortError(f"--rename {odd[0]!r}: expected OLD=NEW, such as digit=keyword")
-    old_names = [pair.split("=")[0] for pair in rename]
-    if twice := [name for name in old_names if old_names.count(name) > 1]:
-        raise RetortError(f"--rename {twice[0]!r} is given twice; expected one new name for a column")
-    options = ReaderOptions(parts=parts, lexicon=lexicon, rename=dict(pair.split("=") for pair in rename))
-    card = read_corpus(reader, root, out, options=options, skip_bad=skip_bad)
-    splits = ", ".join(f"{count} {split}" for split, count in card["splits"].items())
-    click.echo(
-        f"{out}: {card['num_utterances']} utterances ({splits}), {card['hours']:.2f} h{_remarks(card['record'])}"
-    )
-
-
-def _remarks(record: dict[str, Any]) -> str:
-    """Return the counts of dropped and noted files for the closing line; the card names the files."""
-    counts = [(len(record["dropped"]), "files dropped"), (record.get("trials_left_out", 0), "trials left out")]
-    counts += [(found["files"], f"files noted: {note}") for note, found in record.get("noted", {}).items()]
-    return "".join(f", {count} {what}" for count, what in counts if count)
-
-
+main.add_command(corpus_command)
 main.add_command(demo_command, "demo")
 main.add_command(study_command)
 main.add_command(report_command)
