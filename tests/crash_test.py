@@ -285,7 +285,7 @@ def _step_of(path: Path) -> str:
     from train.checkpoint import load
 
     kept = load(path)
-    return "no checkpoint" if kept is None else f"checkpoint of step {kept.progress.step} at {kept.depth} layers"
+    return "no checkpoint" if kept is None else f"checkpoint of step {kept.state.step} at {kept.depth} layers"
 
 
 def compare(whole: Path, killed: Path) -> int:

@@ -14,33 +14,38 @@ from unittest.mock import patch
 
 import torch
 
-from tests.train_world import World, job, student
-from train.distributed import ALONE, Ranks, join
+from tests.train_world import World, student, train_request
+from train.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from train.loop import train
-from train.progress import Display
+from train.progress import TrainingProgress
 
 
 def run_one(
-    paths: list[str], name: str, family: str, changes: dict[str, Any], stop: int | None = None, ranks: Ranks = ALONE
+    paths: list[str],
+    name: str,
+    family: str,
+    changes: dict[str, Any],
+    stop: int | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Train `name` in the world at `paths`; `stop`: until so many steps are done."""
     world = World(*map(Path, paths))
-    show: Callable[..., None] = Display.show
+    show: Callable[..., None] = TrainingProgress.advance
 
-    def shown(self: Display, **values: Any) -> None:
+    def shown(self: TrainingProgress, **values: Any) -> None:
         show(self, **values)
         if self.done == stop:
             raise KeyboardInterrupt
 
-    with patch.object(Display, "show", shown):
+    with patch.object(TrainingProgress, "advance", shown):
         try:
-            train(job(world, student(family, 8, **changes), name, ranks))
+            train(train_request(world, student(family, 8, **changes), name, processes))
         except KeyboardInterrupt:
             assert stop is not None
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with join(torch.device("cpu")) as ranks:
+    with process_group(torch.device("cpu")) as processes:
         for run in json.loads(Path(sys.argv[1]).read_text()):
-            run_one(**run, ranks=ranks)
+            run_one(**run, processes=processes)

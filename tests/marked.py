@@ -56,7 +56,7 @@ def mark_train() -> None:
     from train import loop
 
     marked(loop, "begin", "before")
-    marked(loop.Display, "__enter__", "work")
+    marked(loop.TrainingProgress, "__enter__", "work")
     marked(loop, "_finish", "closing", "done")
 
 

@@ -37,7 +37,7 @@ from torch.distributed.run import get_args_parser
 from extract.store.reader import StoreReader
 from pipelines.studies import read_study
 from tests.processes import run_command
-from tests.train_world import job, make_world, student
+from tests.train_world import make_world, student, train_request
 from train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -285,7 +285,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     made = make_world(folder)
     with redirect_stderr(StringIO()):
-        train(job(made, student("interleaved"), name="interleaved"))
+        train(train_request(made, student("interleaved"), name="interleaved"))
     (folder / "manifests/targets").mkdir()
     shutil.copy(made.manifest, folder / "manifests/targets/distill.json")
     (folder / "docs").symlink_to(ROOT / "docs")

@@ -156,10 +156,10 @@ def test_schedules(method: Family, growth: dict[str, object], expected: list[tup
 @pytest.mark.parametrize(
     ("method", "layers", "first", "message"),
     [
-        ("interleaved", 11, 3, "misses 11"),
+        ("interleaved", 11, 3, "expected to reach 11"),
         ("progressive", 9, 3, "3, 6, 12"),
-        ("interleaved", 12, 0, "misses 12"),
-        ("one-shot", 12, 5, "misses 12"),
+        ("interleaved", 12, 0, "expected to reach 12"),
+        ("one-shot", 12, 5, "expected to reach 12"),
     ],
 )
 def test_a_depth_that_growth_misses_is_an_error(method: Family, layers: int, first: int, message: str) -> None:

@@ -26,9 +26,10 @@ from extract.upstream.initial_weights import write_initial_weights
 from tests.conftest import TINY
 from tests.families import LARGE
 from tests.train_world import student
-from train.initial_weights import InitialWeights, Seed, StemShape, plant, read_seed
+from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
 from train.losses import build_distiller
 from train.modeling_retort import RetortStudent
+from train.stem import StemShape
 
 # WavLM's own attention passes masks of two types to torch, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
@@ -77,11 +78,11 @@ def teacher(family: str, **changes: Any) -> Any:
     return perturbed(kind(config(**TINY | own | {"initializer_range": 0.2} | changes)))
 
 
-def seed_of(model: Any, folder: Path, *, num_blocks: int = 2) -> Seed:
-    """The seed as it comes back from the file that stage one writes."""
+def weights_of(model: Any, folder: Path, *, num_blocks: int = 2) -> InitialWeights:
+    """The weights as it comes back from the file that stage one writes."""
     manifest = folder / "m.json"
     write_initial_weights(model, initial_weights_path(manifest), num_blocks=num_blocks)
-    return read_seed(manifest)
+    return read_initial_weights(initial_weights_path(manifest))
 
 
 def fresh(config: Any, family: str = "distilhubert", **changes: Any) -> RetortStudent:
@@ -144,14 +145,14 @@ def test_a_part_computes_what_the_teacher_computes_or_is_not_copied(
     tmp_path: Path, family: str, changes: dict[str, Any], shape: dict[str, Any], left: list[str], reason: str
 ) -> None:
     model = teacher(family, **changes)
-    seed, other = seed_of(model, tmp_path), fresh(model.config, **shape)
+    weights, other = weights_of(model, tmp_path), fresh(model.config, **shape)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    initial_weights = plant(other, seed, num_layers=2)
-    assert list(initial_weights.left) == left
-    assert initial_weights.copied == [one for one in ("stem", "projection", "position", *BLOCKS) if one not in left]
-    assert all(reason in one for one in initial_weights.left.values())
+    parts = load_initial_weights(other, weights, num_blocks=2)
+    assert list(parts.random) == left
+    assert parts.copied == [one for one in ("stem", "projection", "position", *BLOCKS) if one not in left]
+    assert all(reason in one for one in parts.random.values())
     found = differences(model, other)
-    assert all(found[part] <= 1e-5 for part in initial_weights.copied), found
+    assert all(found[part] <= 1e-5 for part in parts.copied), found
     prefixes = {"projection": "feature_projection.", "position": "encoder.pos_conv_embed."}
     prefixes |= {f"layer {index + 1}": f"encoder.layers.{index}." for index in range(2)}
     for part in left:
@@ -170,10 +171,10 @@ def test_what_is_not_copied_would_compute_something_else(
 ) -> None:
     """The refusals are not idle: the tensors, copied by name and shape, give other outputs."""
     model = teacher(family, **changes)
-    seed, other = seed_of(model, tmp_path), fresh(model.config, **shape)
+    weights, other = weights_of(model, tmp_path), fresh(model.config, **shape)
     for name, value in other.state_dict().items():
-        if name in seed.tensors and seed.tensors[name].shape == value.shape:
-            value.copy_(seed.tensors[name])
+        if name in weights.tensors and weights.tensors[name].shape == value.shape:
+            value.copy_(weights.tensors[name])
     found = differences(model, other)
     assert all(found[part] > 1e-4 for part in left), found
 
@@ -183,8 +184,8 @@ def test_a_student_is_a_teacher_too(tmp_path: Path, family: str) -> None:
     config = teacher("hubert").config
     model = perturbed(fresh(config, family, layers=4 if family == "layerwise" else 2))
     other = fresh(config)
-    initial_weights = plant(other, seed_of(model, tmp_path), num_layers=2)
-    assert list(initial_weights.left) == ([] if family == "layerwise" else BLOCKS)
+    parts = load_initial_weights(other, weights_of(model, tmp_path), num_blocks=2)
+    assert list(parts.random) == ([] if family == "layerwise" else BLOCKS)
     waveform_BS = torch.randn(1, 5_000)
     with torch.no_grad():
         theirs = model(waveform_BS, output_hidden_states=True).hidden_states
@@ -197,8 +198,8 @@ def test_a_student_is_a_teacher_too(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "shape", "message"),
     [
-        ("hubert", {"conv_bias": True}, {}, r"bias is the teacher's alone\); set shape.stem_bias to true, or `init"),
-        ("hubert", {}, {"stem_bias": True}, r"bias is the student's alone\); set shape.stem_bias to false, or `init"),
+        ("hubert", {"conv_bias": True}, {}, r"only the teacher has .*bias\); set shape.stem_bias to true, or `init"),
+        ("hubert", {}, {"stem_bias": True}, r"only the student has .*bias\); set shape.stem_bias to false, or `init"),
         ("hubert", {}, {"stem_channels": 8}, "16 channels, the student .* 8 channels .*set shape.stem_channels to 16"),
         ("wavlm", {"feat_extract_norm": "layer"}, {}, "layer norm and .*set shape.stem_norm to layer, or `init"),
         ("data2vec", {}, {}, "feat_extract_norm is 'layer', the student's 'group'.*set shape.stem_norm to layer, or"),
@@ -211,7 +212,7 @@ def test_a_stem_that_computes_something_else_is_refused(
 ) -> None:
     model = teacher(family, **changes)
     with pytest.raises(RetortError, match=message) as caught:
-        plant(fresh(model.config, **shape), seed_of(model, tmp_path), num_layers=2)
+        load_initial_weights(fresh(model.config, **shape), weights_of(model, tmp_path), num_blocks=2)
     assert "\n" not in str(caught.value)
 
 
@@ -225,22 +226,28 @@ def test_a_stem_that_computes_something_else_is_refused(
         ("feat_extract_norm", None),
     ],
 )
-def test_a_seed_of_another_model_is_refused(tmp_path: Path, field: str, value: Any) -> None:
-    seed = seed_of(teacher("hubert"), tmp_path)
+def test_weights_of_another_model_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    weights = weights_of(teacher("hubert"), tmp_path)
     with pytest.raises(RetortError, match=f"stem does not fit.*{field} is ") as caught:
-        plant(fresh(HubertConfig(**TINY)), Seed(seed.tensors, seed.config | {field: value}), num_layers=2)
+        load_initial_weights(
+            fresh(HubertConfig(**TINY)), InitialWeights(weights.tensors, weights.config | {field: value}), num_blocks=2
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_a_config_that_lacks_fields_means_transformers_defaults(tmp_path: Path) -> None:
-    seed = seed_of(teacher("hubert"), tmp_path)
-    heads = {"num_attention_heads": seed.config["num_attention_heads"]}
-    whole = plant(fresh(HubertConfig(**TINY)), Seed(seed.tensors, heads), num_layers=2)
+    weights = weights_of(teacher("hubert"), tmp_path)
+    heads = {"num_attention_heads": weights.config["num_attention_heads"]}
+    whole = load_initial_weights(fresh(HubertConfig(**TINY)), InitialWeights(weights.tensors, heads), num_blocks=2)
     assert whole.copied == ["stem", "projection", "position", *BLOCKS]
-    bare = plant(fresh(HubertConfig(**TINY)), Seed(seed.tensors, {}), num_layers=2)
-    assert bare.left == dict.fromkeys(BLOCKS, "num_attention_heads is 12, the student's 2")
-    half = {name: value.half() for name, value in seed.tensors.items() if not name.startswith("feature_extractor.")}
-    assert list(plant(fresh(HubertConfig(**TINY)), Seed(seed.tensors | half, heads), num_layers=2).left) == [
+    bare = load_initial_weights(fresh(HubertConfig(**TINY)), InitialWeights(weights.tensors, {}), num_blocks=2)
+    assert bare.random == dict.fromkeys(BLOCKS, "num_attention_heads is 12, the student's 2")
+    half = {name: value.half() for name, value in weights.tensors.items() if not name.startswith("feature_extractor.")}
+    assert list(
+        load_initial_weights(
+            fresh(HubertConfig(**TINY)), InitialWeights(weights.tensors | half, heads), num_blocks=2
+        ).random
+    ) == [
         "projection",
         "position",
         *BLOCKS,
@@ -258,27 +265,25 @@ def test_a_position_saved_under_torchs_old_names_is_the_same(tmp_path: Path) -> 
         tensors[f"encoder.pos_conv_embed.conv.{old}"] = tensors.pop(f"encoder.pos_conv_embed.conv.{new}")
     save_file(tensors, file, metadata={"format": "pt"})
     other = fresh(model.config)
-    plant(other, seed_of(Wav2Vec2Model.from_pretrained(tmp_path / "old").eval(), tmp_path), num_layers=2)
+    load_initial_weights(
+        other, weights_of(Wav2Vec2Model.from_pretrained(tmp_path / "old").eval(), tmp_path), num_blocks=2
+    )
     assert differences(model, other)["position"] <= 1e-5
 
 
-def test_blocks_that_the_seed_does_not_have_are_named(tmp_path: Path) -> None:
-    initial_weights = plant(
-        fresh(HubertConfig(**TINY)), seed_of(teacher("hubert"), tmp_path, num_blocks=1), num_layers=2
+def test_blocks_that_the_file_does_not_have_are_named(tmp_path: Path) -> None:
+    parts = load_initial_weights(
+        fresh(HubertConfig(**TINY)), weights_of(teacher("hubert"), tmp_path, num_blocks=1), num_blocks=2
     )
-    assert (
-        initial_weights.copied[-1] == "layer 1"
-        and "--initial-blocks" in initial_weights.left["layer 2"]
-        and not initial_weights.unequal
-    )
-    initial_weights = InitialWeights(["stem"], {"projection": "a", "layer 1": "b", "layer 2": "b"})
-    assert str(initial_weights) == "projection (a); layer 1, layer 2 (b)"
+    assert parts.copied[-1] == "layer 1" and "--initial-blocks" in parts.random["layer 2"]
+    parts = LoadedParts(["stem"], {"projection": "a", "layer 1": "b", "layer 2": "b"})
+    assert str(parts) == "projection (a); layer 1, layer 2 (b)"
 
 
-def test_a_seed_file_keeps_config_and_names(tmp_path: Path) -> None:
+def test_the_file_keeps_config_and_names(tmp_path: Path) -> None:
     """A file that another version wrote, with metadata of the config's fields alone, is read as it is."""
-    seed = seed_of(teacher("hubert"), tmp_path)
+    weights = weights_of(teacher("hubert"), tmp_path)
     path = initial_weights_path(tmp_path / "m.json")
     save_file(load_file(path), path, metadata={"config": json.dumps({"num_attention_heads": 2})})
-    assert read_seed(tmp_path / "m.json").config == {"num_attention_heads": 2}
-    assert read_seed(tmp_path / "m.json").tensors.keys() == seed.tensors.keys()
+    assert read_initial_weights(path).config == {"num_attention_heads": 2}
+    assert read_initial_weights(path).tensors.keys() == weights.tensors.keys()

@@ -13,7 +13,7 @@ from transformers import HubertModel, WavLMConfig, WavLMModel
 
 from tests.train_world import TARGETS, student, teacher_config
 from train.config import StudentConfig, parse
-from train.initial_weights import Seed, plant
+from train.initial_weights import InitialWeights, load_initial_weights
 from train.losses import build_distiller
 from train.modeling_retort import (
     RetortGen2dStudent,
@@ -129,8 +129,8 @@ def test_equals_transformers_hubert_with_the_same_weights(norm: str) -> None:
     tensors["encoder.pos_conv_embed.conv.weight"] = hubert.encoder.pos_conv_embed.conv.weight.clone()
     tensors["encoder.pos_conv_embed.conv.bias"] = hubert.encoder.pos_conv_embed.conv.bias
     model = make("distilhubert", feat_extract_norm=norm)
-    parts = plant(model, Seed(tensors, config.to_dict()), num_layers=2)
-    assert parts.copied == ["stem", "projection", "position", "layer 1", "layer 2"] and not parts.left
+    parts = load_initial_weights(model, InitialWeights(tensors, config.to_dict()), num_blocks=2)
+    assert parts.copied == ["stem", "projection", "position", "layer 1", "layer 2"] and not parts.random
     (waveform,) = waveforms(12_345)
     expected = hubert(waveform[None], output_hidden_states=True).hidden_states
     found = model(waveform[None], output_hidden_states=True)

@@ -20,7 +20,7 @@ from tests.evaluate_stores import Quiet
 from tests.real_speech import DATA, an4_rows, fsdd_rows, write_folder
 from train.config import StudentConfig, parse
 from train.loop import train
-from train.run import Job, find_device
+from train.run import TrainRequest, find_device
 
 TEACHER = Path(__file__).parent.parent / "pipelines" / "teacher" / "model"
 
@@ -86,7 +86,7 @@ def student(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         where="train.distilhubert",
     )
-    job = Job(
+    job = TrainRequest(
         student="distilhubert",
         config=config,
         manifest=manifest,

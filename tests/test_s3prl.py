@@ -18,8 +18,8 @@ from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import load_upstream
 from tests.train_world import student
-from train.initial_weights import STANDARD, StemShape
 from train.losses import build_distiller
+from train.stem import STANDARD, StemShape
 from train.student_folder import save_student
 
 FILE = Path(__file__).parent.parent / "docs/s3prl_upstream/expert.py"

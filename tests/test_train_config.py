@@ -55,7 +55,7 @@ def test_reads_a_section(tmp_path: Path) -> None:
         ({"shape": 12}, ["here.shape", "12", "a section"]),
         ({"targets": "4,8"}, ["here.targets", "a list"]),
         ({"targets": [8, 4]}, ["here.targets", "ascending"]),
-        ({"dev_split": "train"}, ["here.dev_split", "never train"]),
+        ({"dev_split": "train"}, ["here.dev_split", "'train'", "train_splits"]),
         ({"generation": {"forcing_last": 1.5}}, ["here.generation.forcing_last", "1.5", "0 to 1"]),
         ({"growth": {"optimiser": "keep"}}, ["here.growth.optimiser", "copy-reset-step"]),
         ({"init": "random", "optimiser": {"stem_grad_scale": 0}}, ["stem_grad_scale", "freezes"]),

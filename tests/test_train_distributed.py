@@ -23,9 +23,9 @@ from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
 from tests.distributed_script import run_one
-from tests.train_world import SHAPE, World, job, make_world, student
+from tests.train_world import SHAPE, World, make_world, student, train_request
 from train.data import PackSampler
-from train.distributed import ALONE, _buckets
+from train.distributed import SINGLE_PROCESS, _buckets
 from train.loop import seed_dropout
 from train.run import begin
 
@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def trained(world: World) -> World:
     """Runs of two processes, all in one start of torchrun, and the runs of one that they are held against.
 
-    Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n goes on from n - 1.
+    Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n resumes from n - 1.
     """
     paths = [str(path) for path in (world.folder, world.corpus, world.manifest, world.teacher)]
 
@@ -81,7 +81,7 @@ def trained(world: World) -> World:
             run("left", "interleaved", PAIR | EVERY, stop=3),
         ]
         (world.folder / "runs.json").write_text(json.dumps(runs))
-        command = [*TORCHRUN, str(ROOT / "tests" / "ranks_script.py"), "runs.json"]
+        command = [*TORCHRUN, str(ROOT / "tests" / "distributed_script.py"), "runs.json"]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         (world.folder / "said.txt").write_text(done.stderr)
@@ -144,20 +144,20 @@ def test_two_processes_resume_bit_for_bit(trained: World, whole: str, parts: str
     assert metrics(trained, whole)["dev_by_layer"] == metrics(trained, parts)["dev_by_layer"]
     said = (trained.folder / "said.txt").read_text()
     # On either side of the growth at step 2.
-    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, going on from step 2" in said
-    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, going on from step 3" in said
+    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 2" in said
+    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 3" in said
 
 
 def test_other_packs_a_step_start_anew_and_say_so(
     trained: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(trained.folder)
-    same = begin(job(trained, student("interleaved", 8, **ALONE_WITH_TWO | EVERY), "left"))
-    assert same.progress.step == 2
+    same = begin(train_request(trained, student("interleaved", 8, **ALONE_WITH_TWO | EVERY), "left"))
+    assert same.state.step == 2
     paths = [str(path) for path in (trained.folder, trained.corpus, trained.manifest, trained.teacher)]
     run_one(paths, "left", "interleaved", PAIR | EVERY, stop=1)
     said = capsys.readouterr().err
-    assert "started anew with 1 packs a step, " in said and "-2 has another number of them" in said
+    assert "1 packs per step, " in said and "-2 has another number of them" in said
 
 
 def test_masks_of_dropout_belong_to_packs() -> None:
@@ -180,9 +180,9 @@ def test_buckets_hold_all_gradients_in_order(monkeypatch: pytest.MonkeyPatch) ->
 def test_alone_every_sum_is_its_own_term() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, 2.0])
-    ALONE.add_gradients([parameter])
-    ALONE.agree(step=3)
-    assert parameter.grad.tolist() == [1.0, 2.0] and ALONE.gather("x") == ["x"] and ALONE.first
+    SINGLE_PROCESS.all_reduce_gradients([parameter])
+    SINGLE_PROCESS.check_equal(step=3)
+    assert parameter.grad.tolist() == [1.0, 2.0] and SINGLE_PROCESS.all_gather("x") == ["x"] and SINGLE_PROCESS.is_main
 
 
 # ------------------------------------------------------------------------------------------------- the command itself
@@ -248,7 +248,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_when_one_process_ends_so_do_the_others(world: World, kind: signal.Signals) -> None:
-    """Ctrl-C at one, or the system's killer; then the same command goes on from the last checkpoint."""
+    """Ctrl-C at one, or the system's killer; then the same command resumes from the last checkpoint."""
     name = f"ended-{kind.name.lower()}"
     arguments = command(world, name, steps=400, checkpoint_every_steps=1)
     process = subprocess.Popen(arguments, cwd=world.folder, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -267,12 +267,12 @@ def test_when_one_process_ends_so_do_the_others(world: World, kind: signal.Signa
     if kind == signal.SIGINT:
         assert said and "interrupted" in said[0]
     else:
-        assert "Signal 9 (SIGKILL)" in stderr and all("a process of this run is gone" in line for line in said)
+        assert "Signal 9 (SIGKILL)" in stderr and all("a process of this run has ended" in line for line in said)
 
 
-def test_processes_that_disagree_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.distributed import Ranks
+def test_processes_with_unequal_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.distributed import ProcessGroup
 
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, 7])
-    with pytest.raises(RetortError, match="steps done before: process 0 has 3, process 1 has 7; all processes must"):
-        Ranks(0, 2).agree(**{"steps done before": 3})
+    monkeypatch.setattr(ProcessGroup, "all_gather", lambda self, value: [value, 7])
+    with pytest.raises(RetortError, match="steps done before: process 0 has 3, process 1 has 7; "):
+        ProcessGroup(0, 2).check_equal(**{"steps done before": 3})

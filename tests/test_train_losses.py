@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train_world import TARGETS, World, job, make_world, student
+from tests.train_world import TARGETS, World, make_world, student, train_request
 from train.data import Batch
 from train.losses import (
     Distiller,
@@ -54,7 +54,7 @@ def test_layer_errors(pair: tuple[list[torch.Tensor], torch.Tensor]) -> None:
 
 
 def distiller_and_batch(world: World, family: str, **changes: object) -> tuple[Distiller, Batch]:
-    run = begin(job(world, student(family, **changes)))
+    run = begin(train_request(world, student(family, **changes)))
     return run.distiller, run.data.training_batch(int(run.data.sampler.packs[0]))
 
 

@@ -3,28 +3,31 @@
 import contextlib
 import io
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import HubertModel
 
 from extract.base.checkpoint import read_checkpoint, write_checkpoint
 from extract.base.errors import RetortError
-from extract.base.files import sha256_json, write_json
+from extract.base.files import sha256_file, write_json
 from extract.corpus import Corpus
 from extract.run import Settings, extract
+from extract.store.manifest import initial_weights_path
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import load_upstream
-from tests.train_world import SHAPE, World, job, make_world, stop_after, student, teacher_config
+from tests.train_world import SHAPE, World, make_world, stop_after, student, teacher_config, train_request
 from train import checkpoint
-from train.initial_weights import STANDARD, StemShape
+from train.initial_weights import LoadedParts
 from train.loop import train
 from train.run import begin
+from train.stem import STANDARD, StemShape
 
 KERNELS, STRIDES = [10, 3, 3, 3, 3, 2, 2, 2], [5, 2, 2, 2, 2, 2, 2, 2]
 SLOW = {"conv_dim": [8] * 8, "conv_kernel": KERNELS, "conv_stride": STRIDES, "num_feat_extract_layers": 8}
@@ -70,15 +73,15 @@ def weights(world: World, name: str) -> dict[str, torch.Tensor]:
 
 def refused(world: World, **changes: Any) -> str:
     with pytest.raises(RetortError) as caught:
-        begin(job(world, student("distilhubert", **changes)))
+        begin(train_request(world, student("distilhubert", **changes)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["distilhubert", "interleaved", "gendistiller", "gendistiller-2d"])
 def test_a_student_of_25_frames_a_second_has_its_teachers_frames(world: World, family: str) -> None:
-    run = begin(job(world, student(family)))
-    assert run.from_teacher[0] == "stem" and run.data.dev.size
+    run = begin(train_request(world, student(family)))
+    assert run.parts.copied[0] == "stem" and run.data.dev.size
     for batch in [run.data.training_batch(int(pack)) for pack in run.data.sampler.packs]:
         predicted = run.distiller(batch, batch.targets())
         assert all(one.shape == batch.targets()[0].shape for one in predicted)
@@ -88,7 +91,7 @@ def test_a_student_of_25_frames_a_second_has_its_teachers_frames(world: World, f
 
 
 def test_a_saved_slow_student_gives_its_teachers_frames(world: World) -> None:
-    metrics = train(job(world, student("gendistiller", 2)))
+    metrics = train(train_request(world, student("gendistiller", 2)))
     assert metrics.loss.dev > 0
     folder = world.folder / "students" / "tiny"
     config = json.loads((folder / "config.json").read_text())
@@ -122,8 +125,8 @@ def test_frames_are_those_of_the_convolutions_for_every_length(kernels: list[int
 
 
 def test_a_student_starts_as_its_slow_teacher(world: World) -> None:
-    run = begin(job(world, student("distilhubert")))
-    assert run.from_teacher == ["stem", "projection", "position", "layer 1", "layer 2"]
+    run = begin(train_request(world, student("distilhubert")))
+    assert run.parts.copied == ["stem", "projection", "position", "layer 1", "layer 2"]
     model = HubertModel.from_pretrained(world.teacher).eval()
     waveform_BS = torch.from_numpy(run.corpus.waveform(3))[None]
     with torch.no_grad():
@@ -134,8 +137,8 @@ def test_a_student_starts_as_its_slow_teacher(world: World) -> None:
 
 def test_the_stored_stem_is_the_slow_teachers(world: World) -> None:
     frozen = {"optimiser": {"lr": 1e-3, "stem_grad_scale": 0.0}}
-    heard = train(job(world, student("distilhubert", 6, **frozen), "heard"))
-    read = train(job(world, student("distilhubert", 6, **frozen, stem="stored"), "read"))
+    heard = train(train_request(world, student("distilhubert", 6, **frozen), "heard"))
+    read = train(train_request(world, student("distilhubert", 6, **frozen, stem="stored"), "read"))
     assert read.loss.dev == pytest.approx(heard.loss.dev, rel=2e-3)
 
 
@@ -145,30 +148,38 @@ def interrupted(world: World, monkeypatch: pytest.MonkeyPatch, family: str) -> P
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         with pytest.raises(KeyboardInterrupt):
-            train(job(world, config, "parts"))
+            train(train_request(world, config, "parts"))
     (path,) = (world.folder / "checkpoints").glob("*/checkpoint.pt")
     return path
 
 
 def test_a_grown_slow_student_resumed_equals_uninterrupted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     config = student("interleaved", 8, checkpoint_every_steps=1)
-    train(job(world, config, "whole"))
+    train(train_request(world, config, "whole"))
     interrupted(world, monkeypatch, "interleaved")
-    train(job(world, config, "parts"))
+    train(train_request(world, config, "parts"))
     expected, found = weights(world, "whole"), weights(world, "parts")
     assert len([name for name in found if name.endswith("conv.weight")]) == 9
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_keys_name_a_stem_that_is_not_the_standard_one(world: World) -> None:
+def test_the_key_changes_with_everything_that_decides_the_result(world: World) -> None:
+    base = {"store_digest": "s", "corpus_digest": "c", "stem": STANDARD, "initial_weights": "i"}
     config = student("distilhubert")
-    value = asdict(config)
-    del value["optimiser"]["accumulate"]
-    digests = {"store_digest": "s", "corpus_digest": "c"}
-    # A run with the standard stem has the key that it had before other stems were known.
-    assert checkpoint.run_key(config, **digests) == sha256_json([3, value, "s", "c"])
-    slow = checkpoint.run_key(config, **digests, stem=StemShape(tuple(KERNELS), tuple(STRIDES)))
-    assert slow != checkpoint.run_key(config, **digests, stem=STANDARD)
+    keys = {
+        checkpoint.run_key(student("distilhubert", **settings), **base | changes)
+        for settings, changes in (
+            ({}, {}),
+            ({"seed": 1}, {}),
+            ({}, {"store_digest": "t"}),
+            ({}, {"corpus_digest": "d"}),
+            ({}, {"stem": StemShape(tuple(KERNELS), tuple(STRIDES))}),
+            ({}, {"initial_weights": None}),
+        )
+    }
+    assert len(keys) == 6
+    more_packs = replace(config, optimiser=replace(config.optimiser, accumulate=4))
+    assert checkpoint.run_key(more_packs, **base) == checkpoint.run_key(config, **base)
 
 
 # ----------------------------------------------------------------------------------- manifests without the stem's shape
@@ -177,7 +188,7 @@ def test_keys_name_a_stem_that_is_not_the_standard_one(world: World) -> None:
 def test_a_manifest_without_a_stem_is_helped_by_the_seed(world: World) -> None:
     record_stem(world.manifest, stem=None)
     for init in ("teacher", "random"):
-        config = begin(job(world, student("distilhubert", init=init))).distiller.student.config
+        config = begin(train_request(world, student("distilhubert", init=init))).distiller.student.config
         assert (config.conv_kernel, config.conv_stride) == (KERNELS, STRIDES)
     world.manifest.with_suffix(".initial.safetensors").unlink()
     said = refused(world, init="random")
@@ -185,7 +196,7 @@ def test_a_manifest_without_a_stem_is_helped_by_the_seed(world: World) -> None:
         "720 samples every 640 are not those of the standard stem (400 every 320)" in said
         and "--initial-blocks" in said
     )
-    assert "does not exist and `init: teacher` needs it" in refused(world)
+    assert "--initial-blocks" in refused(world)
 
 
 def test_a_manifest_without_a_stem_may_mean_the_standard_one(
@@ -194,7 +205,7 @@ def test_a_manifest_without_a_stem_may_mean_the_standard_one(
     world = own(usual, tmp_path, monkeypatch)
     record_stem(world.manifest, stem=None)
     world.manifest.with_suffix(".initial.safetensors").unlink()
-    config = begin(job(world, student("distilhubert", init="random"))).distiller.student.config
+    config = begin(train_request(world, student("distilhubert", init="random"))).distiller.student.config
     assert config.conv_kernel == KERNELS[:7] and config.conv_stride == STRIDES[:7]
 
 
@@ -207,14 +218,14 @@ def test_a_manifest_without_a_stem_may_mean_the_standard_one(
         ({"conv_kernel": KERNELS, "conv_stride": [0, *STRIDES[1:]]}, "expected lists of equal length"),
         ({"conv_kernel": KERNELS, "conv_stride": [5.0, *STRIDES[1:]]}, "stem.conv_stride: got"),
         ({"conv_kernel": "10", "conv_stride": STRIDES}, "stem.conv_kernel: got '10'"),
-        ({"conv_stride": STRIDES}, "has no field 'conv_kernel'"),
+        ({"conv_stride": STRIDES}, "`conv_kernel` is missing"),
     ],
 )
 def test_a_stem_that_does_not_give_the_stores_frames_is_refused(world: World, stem: Any, message: str) -> None:
     record_stem(world.manifest, stem=stem)
     for init in ("teacher", "random"):
         with pytest.raises(RetortError, match=message):
-            begin(job(world, student("distilhubert", init=init)))
+            begin(train_request(world, student("distilhubert", init=init)))
 
 
 def test_frames_of_another_rate_than_the_manifest_says_are_refused(world: World) -> None:
@@ -247,40 +258,55 @@ def test_parts_that_are_not_the_teachers_are_reported(
     usual: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = own(usual, tmp_path, monkeypatch)
-    metrics = train(job(world, student("distilhubert", 2)))
-    assert metrics.from_teacher == ["stem", "projection", "position"]
+    metrics = train(train_request(world, student("distilhubert", 2)))
+    assert metrics.from_teacher == ("stem", "projection", "position")
     assert list(metrics.not_from_teacher) == ["layer 1", "layer 2"]
     assert "random initial weights: layer 1, layer 2 (hidden_act is 'relu', the student's 'gelu')" in (
         capsys.readouterr().err
     )
     written = json.loads((world.folder / "runs/tiny/metrics.json").read_text())
     assert written["not_from_teacher"] == metrics.not_from_teacher
-    random = train(job(world, student("distilhubert", 2, init="random"), "random"))
-    assert random.from_teacher == [] and random.not_from_teacher == {}
+    random = train(train_request(world, student("distilhubert", 2, init="random"), "random"))
+    assert random.from_teacher == () and random.not_from_teacher == {}
 
 
-def test_a_checkpoint_says_what_it_began_from(usual: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = own(usual, tmp_path, monkeypatch)
-    path = interrupted(world, monkeypatch, "distilhubert")
-    initial_weights = begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts")).initial_weights
-    assert list(initial_weights.left) == initial_weights.unequal == ["layer 1", "layer 2"]
-    value = read_checkpoint(path, format_version=checkpoint.FORMAT_VERSION)
-    assert value is not None and value.pop("initial_weights") == asdict(initial_weights)
-    write_checkpoint(path, value, format_version=checkpoint.FORMAT_VERSION)  # as before this was recorded
-    with pytest.raises(RetortError, match=r"checkpoint.pt does not record .*layer 1 .*hidden_act.*delete it"):
-        begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts"))
-
-
-def test_an_older_checkpoint_goes_on_where_nothing_differs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_reports_the_parts_that_it_started_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path = interrupted(world, monkeypatch, "distilhubert")
     value = read_checkpoint(path, format_version=checkpoint.FORMAT_VERSION)
-    assert value is not None and value.pop("initial_weights")["copied"][0] == "stem"
-    write_checkpoint(path, value, format_version=checkpoint.FORMAT_VERSION)
-    run = begin(job(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts"))
-    assert run.progress.step == 5 and run.from_teacher[-1] == "layer 2"
+    assert value is not None and value["copied"][0] == "stem" and value["random"] == {}
+    write_checkpoint(
+        path, value | {"copied": ["stem"], "random": {"projection": "b"}}, format_version=checkpoint.FORMAT_VERSION
+    )
+    run = begin(train_request(world, student("distilhubert", 8, checkpoint_every_steps=1), "parts"))
+    assert run.state.step == 5 and run.parts == LoadedParts(["stem"], {"projection": "b"})
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_changed_initial_weights_do_not_resume_an_old_run(
+    world: World, monkeypatch: pytest.MonkeyPatch, is_recorded: bool
+) -> None:
+    file = initial_weights_path(world.manifest)
+    if not is_recorded:
+        record_stem(world.manifest, initial_weights=None)
+    interrupted(world, monkeypatch, "distilhubert")
+    config = student("distilhubert", 8, checkpoint_every_steps=1)
+    assert begin(train_request(world, config, "parts")).state.step == 5
+    tensors = load_file(file)
+    tensors["feature_projection.projection.bias"] += 1
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata=metadata)
+    if is_recorded:  # the manifest refuses a file that is not the recorded one
+        with pytest.raises(RetortError, match=rf"{file.name}.*sha256.*--initial-blocks"):
+            begin(train_request(world, config, "parts"))
+        record = json.loads(world.manifest.read_text())["initial_weights"]
+        record_stem(world.manifest, initial_weights=record | {"sha256": sha256_file(file)})
+    assert begin(train_request(world, config, "parts")).state.step == 0
+    random = student("distilhubert", 8, init="random")
+    assert begin(train_request(world, random, "parts")).key == begin(train_request(world, random, "again")).key
 
 
 def test_a_wider_student_is_told_the_sizes(world: World) -> None:
-    run = begin(job(world, student("distilhubert", shape=SHAPE | {"dim": 32})))
-    assert run.from_teacher == ["stem"] and not run.initial_weights.unequal
-    assert "16 x 8, the student's 32 x 8" in run.initial_weights.left["projection"]
+    run = begin(train_request(world, student("distilhubert", shape=SHAPE | {"dim": 32})))
+    assert run.parts.copied == ["stem"]
+    assert "16 x 8, the student's 32 x 8" in run.parts.random["projection"]

@@ -1,4 +1,4 @@
-"""Training without waveforms: the same losses from the stored stem, no audio read, thawed and resumed bit for bit."""
+"""Training without waveforms: the same losses from the stored stem, no audio read, unfrozen and resumed bit for bit."""
 
 import json
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from extract.base.errors import RetortError
 from extract.base.validate import parse
 from extract.corpus import Corpus
 from extract.store.codec import CODECS
-from tests.train_world import SHAPE, World, job, make_world, student
+from tests.train_world import SHAPE, World, make_world, student, train_request
 from train.config import StudentConfig
 from train.loop import train
-from train.progress import Display
+from train.progress import TrainingProgress
 from train.run import begin
 
 FROZEN = {"lr": 3e-3, "stem_grad_scale": 0.0}
@@ -65,7 +65,7 @@ def losses(world: World, name: str) -> list[float]:
 @pytest.mark.parametrize("do_normalize", [True, False])
 def test_a_batch_holds_what_the_frozen_stem_gives(tmp_path: Path, codec: str, do_normalize: bool) -> None:
     world = make(tmp_path, codec=codec, do_normalize=do_normalize)
-    run = begin(job(world, student("distilhubert", optimiser=FROZEN)))
+    run = begin(train_request(world, student("distilhubert", optimiser=FROZEN)))
     worst = json.loads(world.manifest.read_text())["codec_error"]["stem"]["max_abs_error"]
     data = run.data
     pairs = [[data.training_batch(int(pack), stored=stored) for stored in (False, True)] for pack in data.sampler.packs]
@@ -83,8 +83,8 @@ def test_a_batch_holds_what_the_frozen_stem_gives(tmp_path: Path, codec: str, do
 @pytest.mark.parametrize("family", ["distilhubert", "interleaved", "gendistiller"])
 def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
     changes = {"optimiser": FROZEN | {"accumulate": 2}, "log_every": 1, "init": "teacher"}
-    heard = train(job(world, student(family, 12, **changes), "heard"))
-    read = train(job(world, student(family, 12, **changes, stem="stored"), "read"))
+    heard = train(train_request(world, student(family, 12, **changes), "heard"))
+    read = train(train_request(world, student(family, 12, **changes, stem="stored"), "read"))
     # float16 keeps eleven bits of a stem's value; twelve steps of learning spread that a little.
     assert losses(world, "read") == pytest.approx(losses(world, "heard"), rel=2e-3)
     assert len(set(losses(world, "read"))) == 12
@@ -99,11 +99,11 @@ def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
 def test_no_waveform_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """From an index without audio comes the same student as with audio; with audio, not a sample is looked at."""
     config = student("distilhubert", 6, optimiser=FROZEN, stem="stored", dev_split=None)
-    train(job(without_audio(world), config, "deaf"))
+    train(train_request(without_audio(world), config, "deaf"))
     read: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(Corpus, "samples", lambda self, index: read.append(index))
-        train(job(world, config, "counted"))
+        train(train_request(world, config, "counted"))
     assert not read
     deaf, counted = weights(world, "deaf"), weights(world, "counted")
     assert all(torch.equal(deaf[name], counted[name]) for name in deaf)
@@ -114,7 +114,7 @@ def test_what_a_coarse_codec_costs_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     world = make(tmp_path, codec="int4")
-    metrics = train(job(world, student("distilhubert", 20, optimiser=FROZEN, stem="stored"), "coarse"))
+    metrics = train(train_request(world, student("distilhubert", 20, optimiser=FROZEN, stem="stored"), "coarse"))
     stored, heard = metrics.loss.dev_stored_stem, metrics.loss.dev
     assert (f"dev loss {heard:.4f} from waveforms, {stored:.4f} from the stored stem" in capsys.readouterr().err) == (
         abs(heard - stored) > 0.01 * heard
@@ -124,46 +124,46 @@ def test_what_a_coarse_codec_costs_is_said(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Make a run stop dead once `steps` steps are done."""
-    show: Callable[..., None] = Display.show
+    show: Callable[..., None] = TrainingProgress.advance
 
-    def shown(self: Display, **values: Any) -> None:
+    def shown(self: TrainingProgress, **values: Any) -> None:
         show(self, **values)
         if self.bar.done == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Display, "show", shown)
+    monkeypatch.setattr(TrainingProgress, "advance", shown)
 
 
-# Eight steps, thawed at 6, interleaved grown at 2, 4 and 6. A run that stops at step n goes on from step n - 1: before
-# the thaw, right at it, and after it.
+# Eight steps, unfrozen at 6, interleaved grown at 2, 4 and 6. A run that stops at step n resumes from step n - 1:
+# before the stem trains, right then, and after it.
 @pytest.mark.parametrize(("family", "stop"), [("distilhubert", 6), ("distilhubert", 7), ("interleaved", 8)])
-def test_thawed_and_resumed_equals_uninterrupted(
+def test_unfrozen_and_resumed_equals_uninterrupted(
     world: World, monkeypatch: pytest.MonkeyPatch, family: str, stop: int
 ) -> None:
     settings = {"lr": 1e-3, "accumulate": 2, "stem_grad_scale": 0.5, "stem_frozen": 0.75}
     config = student(family, 8, optimiser=settings, stem="stored", checkpoint_every_steps=1)
-    whole = train(job(world, config, "whole"))
+    whole = train(train_request(world, config, "whole"))
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         with pytest.raises(KeyboardInterrupt):
-            train(job(world, config, "parts"))
-    run = begin(job(world, config, "parts"))
-    assert run.progress.step == stop - 1
+            train(train_request(world, config, "parts"))
+    run = begin(train_request(world, config, "parts"))
+    assert run.state.step == stop - 1
     assert run.distiller.stem_trains == (stop - 1 > 6)
-    parts = train(job(world, config, "parts"))
+    parts = train(train_request(world, config, "parts"))
     expected, found = weights(world, "whole"), weights(world, "parts")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(world, "whole") == losses(world, "parts")
     assert whole.loss == parts.loss and whole.loss.dev_stored_stem is not None
 
 
-def test_a_thawed_stem_learns_and_only_then(world: World) -> None:
+def test_an_unfrozen_stem_learns_and_only_then(world: World) -> None:
     seed = load_file(world.manifest.with_suffix(".initial.safetensors"))
     changes = {"stem_grad_scale": 1.0, "stem_frozen": 0.75}
     for source in ("stored", "waveforms"):
         config = student("distilhubert", 8, optimiser={"lr": 1e-3} | changes, stem=source, log_every=1)
         assert config.stem_trains_from == 6
-        train(job(world, config, source))
+        train(train_request(world, config, source))
     saved = weights(world, "stored")
     assert not any(torch.equal(saved[name], seed[name]) for name in seed if name.startswith(STEM))
     # With the schedule from waveforms throughout, the same student comes out but for the codec.
@@ -174,24 +174,24 @@ def test_a_thawed_stem_learns_and_only_then(world: World) -> None:
             torch.testing.assert_close(saved[name], other[name], atol=4e-4, rtol=0)
 
 
-def test_the_optimiser_gets_the_stem_at_the_thaw(world: World) -> None:
-    frozen = begin(job(world, student("distilhubert", optimiser={"stem_frozen": 0.5}, stem="stored")))
-    warm = begin(job(world, student("distilhubert")))
+def test_the_optimiser_gets_the_stem_when_it_is_unfrozen(world: World) -> None:
+    frozen = begin(train_request(world, student("distilhubert", optimiser={"stem_frozen": 0.5}, stem="stored")))
+    warm = begin(train_request(world, student("distilhubert")))
 
     def count(run: Any) -> int:
         return sum(parameter.numel() for group in run.optimiser.param_groups for parameter in group["params"])
 
     stem = sum(parameter.numel() for parameter in frozen.distiller.student.feature_extractor.parameters())
     assert count(frozen) == count(warm) - stem
-    from train.run import thaw
+    from train.run import unfreeze_stem
 
-    thaw(frozen)
+    unfreeze_stem(frozen)
     assert count(frozen) == count(warm)
 
 
 def one_line(world: World, config: StudentConfig) -> str:
     with pytest.raises(RetortError) as caught:
-        begin(job(world, config))
+        begin(train_request(world, config))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -200,9 +200,9 @@ def test_a_store_and_a_student_that_do_not_fit(world: World, tmp_path_factory: p
     stored = {"stem": "stored", "optimiser": FROZEN}
     plain = make_world(tmp_path_factory.mktemp("plain"))
     said = one_line(plain, student("distilhubert", **stored))
-    assert "keeps frames, pooled and no stem" in said and "--keep frames,pooled,stem" in said
+    assert "keeps frames, pooled" in said and "--keep frames,pooled,stem" in said
     said = one_line(world, student("distilhubert", **stored, shape=SHAPE | {"stem_channels": 4}))
-    assert "shape.stem_channels: the teacher's stem" in said and "8 channels, got 4" in said
+    assert "shape.stem_channels: got 4" in said and "8 channels" in said
     assert "stem does not fit" in one_line(
         world, student("distilhubert", **stored, shape=SHAPE | {"stem_norm": "layer"})
     )
@@ -218,19 +218,17 @@ def test_a_store_and_a_student_that_do_not_fit(world: World, tmp_path_factory: p
 )
 def test_waveforms_that_are_needed_and_missing(world: World, changes: dict[str, Any], setting: str) -> None:
     said = one_line(without_audio(world), student("distilhubert", **changes))
-    assert (
-        said.startswith(setting) and "needs waveforms, and" in said and "index.h5 holds the index of tiny alone" in said
-    )
+    assert said.startswith(setting) and "needs waveforms" in said and "index.h5" in said
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stem": "stored"}, "stem: `stored` is the teacher's and stays as it is, but this stem trains from the first"),
-        ({"stem": "stored", "optimiser": {"stem_frozen": 0.01}}, "stem: `stored` is the teacher's"),
+        ({"stem": "stored"}, "stem: `stored`.*optimiser.stem_grad_scale"),
+        ({"stem": "stored", "optimiser": {"stem_frozen": 0.01}}, "stem: `stored`.*optimiser.stem_frozen"),
         (
             {"stem": "stored", "init": "random", "optimiser": {"stem_frozen": 0.5}},
-            "init: `random` has no teacher's stem",
+            "init: got `random`.*`teacher`",
         ),
         ({"stem": "kept"}, "test.stem 'kept': expected one of stored, waveforms"),
         ({"optimiser": {"stem_frozen": 1.0}}, "stem_frozen: got 1 .*below 1"),
@@ -244,9 +242,9 @@ def test_settings_that_contradict_each_other(changes: dict[str, Any], message: s
 
 
 def test_positions_decide_what_a_batch_is_made_of(world: World) -> None:
-    """Two packs a step, thawed at step 3: the first six draws are stored, wherever reading begins."""
+    """Two packs per step, unfrozen at step 3: the first six draws are stored, from any start."""
     settings = {"accumulate": 2, "stem_frozen": 0.5}
-    run = begin(job(world, student("distilhubert", 6, optimiser=settings, stem="stored")))
+    run = begin(train_request(world, student("distilhubert", 6, optimiser=settings, stem="stored")))
     for position in (0, 5, 7):
         batches = run.data.training_batches(position)
         kinds = [next(batches).waveforms_BS is None for _ in range(4)]

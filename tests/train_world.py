@@ -16,9 +16,9 @@ from extract.corpus import Utterance, write_corpus
 from extract.run import Settings, extract
 from extract.store.reader import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse
-from train.distributed import ALONE, Ranks
-from train.progress import Display
-from train.run import Job
+from train.distributed import SINGLE_PROCESS, ProcessGroup
+from train.progress import TrainingProgress
+from train.run import TrainRequest
 
 TARGETS = (2, 4, 6)
 SHAPE = {
@@ -126,27 +126,29 @@ def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
     return parse(StudentConfig, section | changes, where="test")
 
 
-def job(world: World, config: StudentConfig, name: str = "tiny", ranks: Ranks = ALONE) -> Job:
-    """The job of a config, with its outputs below the world's folder."""
-    return Job(
+def train_request(
+    world: World, config: StudentConfig, name: str = "tiny", processes: ProcessGroup = SINGLE_PROCESS
+) -> TrainRequest:
+    """Return the request for a student, with its outputs below the world's folder."""
+    return TrainRequest(
         student=name,
         config=config,
         manifest=world.manifest,
         corpus=world.corpus,
         out=world.folder / "students" / name,
-        run=world.folder / "runs" / name,
+        run_folder=world.folder / "runs" / name,
         device=torch.device("cpu"),
-        ranks=ranks,
+        processes=processes,
     )
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Interrupt a run once `steps` steps are done."""
-    show: Callable[..., None] = Display.show
+    show: Callable[..., None] = TrainingProgress.advance
 
-    def shown(self: Display, **values: Any) -> None:
+    def shown(self: TrainingProgress, **values: Any) -> None:
         show(self, **values)
         if self.done == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Display, "show", shown)
+    monkeypatch.setattr(TrainingProgress, "advance", shown)

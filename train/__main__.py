@@ -1,14 +1,15 @@
-"""`python -m train run`: a feature store and a corpus become a student.
+"""Commands of stage two: train a student from a feature store and a corpus, export a student.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
     torchrun --nproc-per-node 8 -m -- train run …           the same on eight GPUs
+    python -m train export DIR                              DIR.onnx
 
-Writes DIR (a folder for AutoModel.from_pretrained) and RUNDIR/metrics.json with RUNDIR/plots. Interrupted, the same
-command goes on from its last checkpoint.
+The first writes DIR (a folder for AutoModel.from_pretrained), RUNDIR/metrics.json and RUNDIR/plots. If it is
+interrupted, the same command resumes from the last checkpoint.
 """
 
-import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
+import extract.base.libraries  # noqa: F401  # first, as it explains an error of a library that does not load
 
 # isort: split
 
@@ -31,51 +32,51 @@ def main() -> None:
     "--manifest",
     type=click.Path(path_type=Path),
     required=True,
-    help="The teacher's features; its seed lies beside it.",
+    help="Manifest of the teacher's features, NAME.json; its initial weights are NAME.initial.safetensors beside it.",
 )
 @click.option(
     "--corpus",
     type=click.Path(path_type=Path),
     required=True,
-    help="NAME.json or NAME.h5 that the features were made from.",
+    help="Corpus of these features: NAME.json or NAME.h5.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the student.")
 @click.option(
     "--run",
     type=click.Path(path_type=Path),
-    help="Folder for metrics.json and the curves [default: runs/STUDENT]. torchrun takes it for an option of its own "
-    "unless -- stands before `train`.",
+    help="Folder for metrics.json and the curves [default: runs/STUDENT]. With torchrun write -- before `train`, or "
+    "torchrun takes this option for its own.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path | None, device: str) -> None:
     """Train one student.
 
-    On many GPUs: `torchrun --nproc-per-node N -m -- train run …`. N processes with `optimiser.accumulate: a` do what
-    one does with N·a.
+    On several GPUs: `torchrun --nproc-per-node N -m -- train run …`. N processes with `optimiser.accumulate: a` give
+    the result of one process with N·a.
     """
     from train.config import read_student
 
-    config = read_student(params, student)  # a typo is told before torch is imported
+    config = read_student(params, student)  # before torch is imported, so that a wrong setting is reported at once
     from extract.base.malloc import keep_freed_blocks
-    from train.distributed import join
+    from train.distributed import process_group
     from train.loop import train
-    from train.run import Job, find_device
+    from train.run import TrainRequest, find_device
 
     keep_freed_blocks()
-    place = find_device(device)
-    with join(place) as ranks:
-        job = Job(
+    found_device = find_device(device)
+    with process_group(found_device) as processes:
+        request = TrainRequest(
             student=student,
             config=config,
             manifest=manifest,
             corpus=corpus,
             out=out,
-            run=run or Path("runs") / student,
-            device=place,
-            ranks=ranks,
+            run_folder=run or Path("runs") / student,
+            device=found_device,
+            processes=processes,
         )
-        metrics = train(job)
-    if not ranks.first:
+        metrics = train(request)
+    if not processes.is_main:
         return
     loss = metrics.loss
     dev = "none" if loss.dev is None else f"{loss.dev:.4f}"
@@ -88,17 +89,20 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="The file [default: FOLDER.onnx beside the folder].")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write [default: FOLDER.onnx beside the folder].")
 def export(folder: Path, form: str, out: Path | None) -> None:
-    """Write a student's FOLDER as one file for another runtime, and check it there.
+    """Write a student's FOLDER as one file for another runtime, and compare the two.
 
-    Inputs input_values and attention_mask, batch and length free; outputs last_hidden_state and all hidden states.
+    Inputs are input_values and attention_mask of any batch size and length; outputs are last_hidden_state and all
+    hidden states.
     """
     from train.export import export_onnx
 
     out = out or folder.with_name(f"{folder.name}.{form}")
     worst = export_onnx(folder, out)
-    click.echo(f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), within {worst:.1e} of torch in onnxruntime")
+    click.echo(
+        f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to torch in onnxruntime {worst:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,97 +1,91 @@
-"""Checkpoints: all that a run is, in one file, written aside and renamed.
+"""Checkpoints of training runs: the whole state of a run in one file, written atomically.
 
-    checkpoints/<student>-<key>-<packs a step>/checkpoint.pt     below the main working tree, removed after success
+    checkpoints/STUDENT-KEY-PACKS/checkpoint.pt     below the main working tree, removed after success
 
-The key is a digest of what decides the result: config, seed, store and corpus. A changed setting starts anew; the same
-command after a kill goes on, and its result is bit-identical to an uninterrupted one on a CPU. On another number of
-processes a run goes on too, as long as processes x `accumulate` are as many packs: it is the same run but for the
-order in which gradients are added.
+KEY is a digest of everything that decides the result: config, seed, store, corpus, stem and initial weights. A changed
+setting starts a new run. The same command after a kill resumes, and on a CPU its result is bit-identical to that of an
+uninterrupted run. A run also resumes on another number of processes if processes x `accumulate` (PACKS, the packs of a
+step) is the same: only the order in which gradients are added changes.
 
-No random state is kept: forcing draws by step and dropout by pack (train/loop.py).
+No random state is stored: teacher forcing draws by step, dropout by pack (train/loop.py).
 """
 
-import errno
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from extract.base.checkpoint import read_checkpoint, write_checkpoint
 from extract.base.files import in_main_tree, sha256_json
 from train.config import StudentConfig
-from train.initial_weights import STANDARD, StemShape
 from train.optimiser import OptimiserState
+from train.stem import StemShape
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FOLDER = Path("checkpoints")
 
 
 @dataclass
-class Progress:
-    """What a run has done so far. Plain values: they go into the checkpoint as they are."""
+class RunState:
+    """Counters and curves of a run so far. Plain values: they are stored in the checkpoint as they are."""
 
     step: int = 0  # optimiser steps done
-    packs: int = 0  # the sampler's position: packs of all processes
+    packs: int = 0  # position of the sampler: packs of all processes
     seconds: float = 0.0
-    waited_s: float = 0.0  # of these for the loader
+    waited_s: float = 0.0  # part of `seconds` spent waiting for batches
     audio_s: float = 0.0
     recent: list[float] = field(default_factory=list)  # losses since the last logged point
-    curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # what DVCLive is given
+    curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # points given to DVCLive
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run between two steps."""
+    """State of a run between two steps."""
 
-    progress: Progress
+    state: RunState
     depth: int
     model: dict[str, Tensor]  # student and heads
     average: dict[str, Tensor] | None  # the same, averaged over steps; None without `optimiser.ema`
     optimiser: OptimiserState
-    initial_weights: dict[str, Any] | None = (
-        None  # the parts that began as the teacher's; None: written before it was recorded
-    )
+    copied: list[str]  # parts copied from the teacher
+    random: dict[str, str]  # parts with random initial weights -> reason
 
 
-def run_key(config: StudentConfig, *, store_digest: str, corpus_digest: str, stem: StemShape = STANDARD) -> str:
-    """The digest of all that decides a run's result but how many packs a step has."""
+def run_key(
+    config: StudentConfig, *, store_digest: str, corpus_digest: str, stem: StemShape, initial_weights: str | None
+) -> str:
+    """Return the digest of everything that decides a run's result, except how many packs a step has.
+
+    `initial_weights` is the sha256 of their file; None if the weights start random.
+    """
     value = asdict(config)
     del value["optimiser"]["accumulate"]
-    # Only another stem is named: a run with the standard one keeps the key that it has always had.
-    other = [] if stem == STANDARD else [asdict(stem)]
-    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, *other])
+    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, asdict(stem), initial_weights])
 
 
 def checkpoint_path(student: str, key: str, packs_per_step: int) -> Path:
-    """Where a run's checkpoint lies."""
+    """Return the path of a run's checkpoint."""
     return in_main_tree(FOLDER / f"{student}-{key[:16]}-{packs_per_step}") / "checkpoint.pt"
 
 
-def others(path: Path) -> list[Path]:
-    """Checkpoints of runs that differ from that at `path` in packs a step alone."""
+def with_other_packs(path: Path) -> list[Path]:
+    """Return checkpoints of the same run with another number of packs per step than the one at `path`."""
     prefix = path.parent.name.rpartition("-")[0]
     return sorted(set(path.parent.parent.glob(f"{prefix}-*/{path.name}")) - {path})
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; the one before stays until this one is whole."""
-    value = {**vars(checkpoint), "progress": asdict(checkpoint.progress)}
-    write_checkpoint(path, value, format_version=FORMAT_VERSION)
+    """Write a checkpoint atomically: the previous one stays until this one is complete."""
+    write_checkpoint(path, vars(checkpoint) | {"state": asdict(checkpoint.state)}, format_version=FORMAT_VERSION)
 
 
 def load(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path`, on the CPU, or None. Raises RetortError for an unreadable one."""
+    """Return the checkpoint at `path`, on the CPU, or None. Raises RetortError for an unreadable file."""
     value = read_checkpoint(path, format_version=FORMAT_VERSION)
-    return None if value is None else Checkpoint(**value | {"progress": Progress(**value["progress"])})
+    return None if value is None else Checkpoint(**value | {"state": RunState(**value["state"])})
 
 
 def remove(path: Path) -> None:
-    """Remove a finished run's checkpoint and its folder."""
+    """Remove the checkpoint of a finished run and its folder."""
     shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def full_disk(path: Path) -> OSError:
-    """What libraries that hide a full disk should have raised."""
-    return OSError(errno.ENOSPC, "no space left on device", str(path))

@@ -1,13 +1,14 @@
-"""What a student is made of: one section of params.yaml, parsed into frozen values.
+"""Settings of a student: one section of params.yaml, parsed into frozen dataclasses.
 
     train:
+      defaults:                # merged under the section of every student; mappings merge key by key
+        steps: 200
       distilhubert:            # the name that `python -m train run --student` takes
         family: distilhubert
-        steps: 200
         shape: {layers: 2, dim: 160, ffn: 640, heads: 4, stem_channels: 64}
 
-Everything has a default but the family, the number of steps and the shape's layers, dim, ffn and heads. An unknown key
-or value is an error that lists the valid ones.
+The family, the number of steps and the shape's layers, dim, ffn and heads have no default. An unknown key or value is
+an error that lists the valid ones. docs/methods.md explains the families and their settings.
 """
 
 import math
@@ -36,12 +37,12 @@ GENERATING: tuple[Family, ...] = ("gendistiller", "gendistiller-2d")
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeConfig:
-    """The student's shape. Defaults are wav2vec 2.0's stem and positional convolution."""
+    """Shape of the student. The defaults are wav2vec 2.0's stem and positional convolution."""
 
-    layers: int  # Transformer blocks; a gendistiller's are shared by all generated layers
-    dim: int
-    ffn: int
-    heads: int
+    layers: int  # Transformer blocks; in a gendistiller all generated layers share them
+    dim: int  # of the hidden states
+    ffn: int  # inner dim of the feed-forward networks
+    heads: int  # of attention; `dim` is a multiple of it
     stem_channels: int = 512
     stem_norm: Literal["group", "layer"] = "group"
     stem_bias: bool = False
@@ -59,18 +60,18 @@ class ShapeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """AdamW, warm-up and linear decay to zero. Defaults are DistilHuBERT's."""
+    """AdamW with warm-up and linear decay to zero. The defaults are DistilHuBERT's (arXiv 2110.01900)."""
 
-    lr: float = 2e-4
+    lr: float = 2e-4  # peak learning rate
     warmup: float = 0.07  # share of the steps
     betas: tuple[float, ...] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 1e-6
-    clip: float = 5.0  # largest gradient norm
-    accumulate: int = 1  # packs a step of each process
-    ema: float = 0.0  # decay of a moving average of the weights, which is scored and saved in their place; 0: none
-    stem_grad_scale: float = 0.1  # gradients of the convolution stem; 0 freezes it
-    stem_frozen: float = 0.0  # share of the steps, from the first on, in which it is frozen all the same
+    clip: float = 5.0  # largest L2 norm of all gradients together
+    accumulate: int = 1  # packs per step and process
+    ema: float = 0.0  # decay of the moving average of the weights that is scored and saved; 0: no average
+    stem_grad_scale: float = 0.1  # factor of the gradients that reach the convolution stem; 0 freezes the stem
+    stem_frozen: float = 0.0  # share of the steps, from the first one on, in which the stem is frozen
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip"):
@@ -87,16 +88,16 @@ class OptimiserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig:
-    """How a grown family gets from `first` layers to the shape's depth (METHODS.md, section 1)."""
+    """Growth of a stacked family from `first` layers to the shape's depth (docs/methods.md, Growth)."""
 
-    first: int = 3
-    schedule: Literal["equal", "proportional", "late"] = "equal"
+    first: int = 3  # layers of the first stage
+    schedule: Literal["equal", "proportional", "late"] = "equal"  # steps of the stages
     exponent: float = 1.0  # of `proportional`: stage i takes i^exponent parts
-    late_share: float = 0.8  # of `late`: what the first stage takes
-    optimiser: Literal["copy", "copy-reset-step", "fresh"] = "copy"
-    fresh_warmup_steps: int = 20
+    late_share: float = 0.8  # of `late`: share of the steps in the first stage
+    optimiser: Literal["copy", "copy-reset-step", "fresh"] = "copy"  # moments and step count of AdamW at growth
+    fresh_warmup_steps: int = 20  # of `fresh`: extra warm-up at the start of each later stage
     learning_rate: Literal["continue", "restart"] = "restart"  # at every stage; lower losses in all seeds (RESULTS.md)
-    intermediate: Literal["block-end", "original"] = "block-end"
+    intermediate: Literal["block-end", "original"] = "block-end"  # layers that the intermediate loss compares
 
     def __post_init__(self) -> None:
         _check_range(self, "first", low=1)
@@ -107,12 +108,12 @@ class GrowthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What only a gendistiller has (METHODS.md, section 2)."""
+    """Settings of the gendistiller families alone (docs/methods.md, GenDistiller)."""
 
-    skip: Literal["start", "previous", "none"] = "start"
-    layer_embedding: bool | None = None  # None: on where a layer attends to others, as in gendistiller-2d
-    forcing_first: float = 0.0  # share of steps with the teacher's layers as history, at the first step
-    forcing_last: float = 0.0  # and at the last
+    skip: Literal["start", "previous", "none"] = "start"  # source of the skip connection
+    layer_embedding: bool | None = None  # None: on in gendistiller-2d, where attention spans several layers
+    forcing_first: float = 0.0  # probability of teacher forcing at the first step
+    forcing_last: float = 0.0  # and at the last step; linear in between
 
     def __post_init__(self) -> None:
         for name, share in (("forcing_first", self.forcing_first), ("forcing_last", self.forcing_last)):
@@ -122,24 +123,24 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """One student: a section of `train` in params.yaml."""
+    """Settings of one student: a section of `train` in params.yaml. Times are in seconds, intervals in steps."""
 
     family: Family
     steps: int
     shape: ShapeConfig
-    targets: tuple[int, ...] | None = None  # teacher layers to predict; None: all in the store but layer 0
-    init: Literal["teacher", "random"] = "teacher"
-    # What steps with a frozen stem start from: `stored` reads what `extract run --keep frames,pooled,stem` left, and no
-    # waveform. Steps that train the stem, dev scores and the saved student start from waveforms in any case.
+    targets: tuple[int, ...] | None = None  # teacher layers to predict; None: all in the store except layer 0
+    init: Literal["teacher", "random"] = "teacher"  # initial weights
+    # Input of the steps with a frozen stem. `stored` reads the stem's output, which `extract run --keep
+    # frames,pooled,stem` wrote, and no waveform. Steps that train the stem and dev scores always read waveforms.
     stem: Literal["waveforms", "stored"] = "waveforms"
     intermediate_weight: float = 0.5  # of the layer-to-layer loss beside the output loss
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and losses stay float32
     seed: int = 0
     train_splits: tuple[str, ...] = ("train",)
-    dev_split: str | None = "dev"
+    dev_split: str | None = "dev"  # None: nothing is held out
     log_every: int = 10
     dev_every: int = 1000
     checkpoint_every_steps: int = 1000
@@ -162,13 +163,15 @@ class StudentConfig:
         if not 0 <= self.optimiser.ema < 1:
             raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
         if self.dev_split in self.train_splits:
-            raise RetortError(f"dev_split: {self.dev_split!r} is among train_splits; dev utterances never train")
+            raise RetortError(
+                f"dev_split: {self.dev_split!r} is one of train_splits; give a split that does not train, or null"
+            )
 
     def _check_stem(self) -> None:
         settings = self.optimiser
         if self.init == "random" and settings.stem_grad_scale == 0:
             raise RetortError(
-                "optimiser.stem_grad_scale: 0 freezes a stem that `init: random` leaves untrained; raise it"
+                "optimiser.stem_grad_scale: got 0, which freezes the random stem of `init: random`; set it above 0"
             )
         if not 0 <= settings.stem_frozen < 1 or (settings.stem_frozen and settings.stem_grad_scale == 0):
             raise RetortError(
@@ -176,22 +179,25 @@ class StudentConfig:
                 "expected a share of the steps from 0 to below 1, and a gradient scale above 0 for those after it"
             )
         if self.init == "random" and (settings.stem_frozen or self.stem == "stored"):
-            raise RetortError("init: `random` has no teacher's stem to freeze or to read from the store; set `teacher`")
+            raise RetortError("init: got `random`, but a frozen or stored stem is the teacher's; set init to `teacher`")
         if self.stem == "stored" and self.stem_trains_from == 0:
             raise RetortError(
-                "stem: `stored` is the teacher's and stays as it is, but this stem trains from the first step on; set "
+                "stem: `stored` needs a frozen stem, and this one trains from the first step on; set "
                 "optimiser.stem_grad_scale to 0, or optimiser.stem_frozen to the share of steps that read the store"
             )
 
     @property
     def stem_trains_from(self) -> float:
-        """The step from which on the stem is trained; infinity for never."""
+        """First step that trains the stem; infinity if none does."""
         settings = self.optimiser
         return math.inf if settings.stem_grad_scale == 0 else round(settings.stem_frozen * self.steps)
 
     @property
-    def seed_layers(self) -> int:
-        """How many Transformer blocks may start as the teacher's first ones."""
+    def initial_blocks(self) -> int:
+        """Number of Transformer blocks that may start as the teacher's first ones.
+
+        A stacked student's blocks stand at other depths than the teacher's first ones, so none is copied there.
+        """
         return self.shape.layers if self.family in ("distilhubert", *GENERATING) else 0
 
 

@@ -1,12 +1,12 @@
-"""Packs of audio and teacher features, in a seeded shuffled order.
+"""Training and dev batches: packs of audio and teacher features in a seeded shuffled order.
 
-One pack is one micro-batch: its training utterances' waveforms, padded to the longest, and their rows of the teacher's
-layers as stored: codes stay codes until they are on the training device. With a stored stem (`extract run --keep stem`)
-its rows take the waveforms' place, and no audio is read. A pack may hold dev utterances too; they are left out of
-training batches and gathered into batches of their own.
+One pack is one micro-batch. It has the waveforms of the pack's training utterances, padded to the longest, and their
+rows of the teacher's layers as stored: codes are decoded on the training device, which keeps transfers small. With a
+stored stem (`extract run --keep frames,pooled,stem`) its rows replace the waveforms and no audio is read. A pack may
+contain dev utterances too: they are excluded from training batches and form batches of their own.
 
-Shapes: B batch, S samples, T frames of the padded batch, F valid frames of all utterances in a row, L layers, D dim,
-C channels of the stem, W codes a frame.
+Shapes: B batch, S samples, T frames of the padded batch, F own frames of all utterances in a row, L layers, D dim,
+C channels of the stem, W codes per frame, N = B T.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -30,36 +30,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some utterances and what the teacher made of them. Tensors are on one device.
-
-    They come as waveforms, or as the stem's output.
-    """
+    """Utterances, as waveforms or as the stem's output, and the teacher's features of them. Tensors on one device."""
 
     waveforms_BS: Tensor | None  # float32, zero past each utterance's end
     num_samples_B: Tensor  # int64
-    codes_LFW: Tensor  # as stored, valid frames only, utterance after utterance
+    codes_LFW: Tensor  # as stored, own frames only, utterance after utterance
     scale: Tensor | None  # of the frames' pack, as stored
     codec: Codec | None  # None: the codes are the values, float32
-    pack_rows_F: Tensor  # int64: the row of each valid frame in its pack
-    rows_F: Tensor  # int64: where each valid frame lies in the flattened (B, T) grid
+    pack_rows_F: Tensor  # int64: row of each own frame in its pack, for the scales of the codec
+    rows_F: Tensor  # int64: position of each own frame in the flattened (B, T) grid
     utterances: tuple[int, ...]  # corpus indices
-    stem_codes_1FW: Tensor | None = None  # the stem's output, coded as the targets are
+    stem_codes_1FW: Tensor | None = None  # the stem's output in place of waveforms, coded like the targets
     stem_scale: Tensor | None = None
-    valid_BT: Tensor | None = None  # bool: the utterances' own frames, where the stem's output is given
+    valid_BT: Tensor | None = None  # bool: True on own frames; given with the stem's output
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
     def targets(self) -> Tensor:
-        """The teacher's layers, float32 (L, F, D), dequantised where the batch is."""
+        """Return the teacher's layers, float32 (L, F, D), decoded on the batch's device."""
         return self._decoded(self.codes_LFW, self.scale)
 
     def stem(self) -> tuple[Tensor, Tensor]:
-        """The stored stem's output, float32 (B, T, C), dequantised here, and its valid frames, bool (B, T)."""
+        """Return the stored stem's output, float32 (B, T, C), zero on padding, and the own frames, bool (B, T)."""
         assert self.stem_codes_1FW is not None and self.valid_BT is not None
         stem_FC = self._decoded(self.stem_codes_1FW, self.stem_scale)[0]
         grid_NC = stem_FC.new_zeros(self.valid_BT.numel(), stem_FC.shape[1])
@@ -75,12 +72,12 @@ class Batch:
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio, padding aside."""
+        """Seconds of audio, without padding."""
         return float(self.num_samples_B.sum()) / SAMPLE_RATE_HZ
 
 
 class PackSampler:
-    """Which pack comes when: every epoch is a permutation drawn from (seed, epoch), so a position is a whole state."""
+    """Order of packs. Epoch e is a permutation drawn from (seed, e), so the number of draws is the whole state."""
 
     def __init__(self, packs: Iterable[int], *, seed: int) -> None:
         self.packs = np.array(list(packs), dtype=np.int64)
@@ -90,7 +87,7 @@ class PackSampler:
         return len(self.packs)
 
     def from_position(self, position: int) -> Iterator[int]:
-        """Pack numbers without end, from the `position`-th draw on."""
+        """Yield pack numbers without end, from the `position`-th draw on."""
         while True:
             epoch, offset = divmod(position, len(self.packs))
             order = np.random.default_rng([self.seed, epoch]).permutation(self.packs)
@@ -100,13 +97,13 @@ class PackSampler:
 
 
 class DistillationData:
-    """A corpus and a store, as batches for `layers` of the teacher.
+    """Batches of a corpus and a store.
 
     Arguments:
         layers: teacher layers, in the order of the batches' first axis.
-        train_splits, dev_split: names of the corpus's splits; utterances of others are used for neither.
-        stored_draws: how many packs, from the first draw on, come with the stored stem and without waveforms.
-    Raises RetortError for unknown splits and when no pack holds a training utterance.
+        train_splits, dev_split: splits of the corpus; utterances of other splits are not used.
+        stored_draws: number of packs, from the first draw on, with the stored stem in place of waveforms.
+    Raises RetortError for unknown splits and if no pack has a training utterance.
     """
 
     def __init__(
@@ -123,7 +120,7 @@ class DistillationData:
         self.corpus, self.store, self.layers = corpus, store, layers
         self.stored_draws = stored_draws
         self.normalise = bool(store.manifest.upstream["normalise"])
-        kept = store.pack_of >= 0
+        kept = store.pack_of >= 0  # extraction may drop utterances, such as those shorter than one frame
         self.is_train = np.zeros(len(corpus), dtype=bool)
         for split in train_splits:
             self.is_train[corpus.select(split)] = True
@@ -138,16 +135,16 @@ class DistillationData:
         self.sampler = PackSampler(packs, seed=seed)
 
     def training_batches(self, position: int, *, rank: int = 0, size: int = 1) -> Generator[Batch]:
-        """Batches without end, read ahead in a thread: the `rank`-th of every `size` packs from `position` on."""
+        """Yield batches without end, read ahead in a thread: of every `size` packs from `position` on the `rank`-th."""
         draws = islice(enumerate(self.sampler.from_position(position), start=position), rank, None, size)
         return read_ahead(self.training_batch(pack, stored=draw < self.stored_draws) for draw, pack in draws)
 
     def training_batch(self, pack: int, *, stored: bool = False) -> Batch:
-        """The training utterances of one pack; `stored`: as the stored stem's output, not as waveforms."""
+        """Return the training utterances of one pack; `stored`: with the stored stem in place of waveforms."""
         found = self.store.pack(pack, self.layers)
         chosen = found.utterances[self.is_train[found.utterances]]
         rows = self._pack_rows(chosen)
-        # Training utterances that lie side by side are copied as one block: ten times as fast as row by row.
+        # Contiguous training utterances are copied as one slice, ten times as fast as by an index of rows.
         together = rows[-1] + 1 - rows[0] == len(rows)
         own = slice(rows[0], rows[-1] + 1) if together else rows
         stem = None
@@ -157,9 +154,10 @@ class DistillationData:
         return self._batch(chosen, found.codes_LFW[:, own], found.scale, self.store.codec, stem)
 
     def dev_batches(self, *, stored: bool = False, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """The dev utterances in batches of at most a pack of frames with padding: of every `size` the `rank`-th.
+        """Yield the dev batches, each of at most a pack of frames including padding: of every `size` the `rank`-th.
 
-        `stored` as in `training_batch`.
+        Targets are decoded here, since a dev batch gathers utterances of several packs. `stored` as in
+        `training_batch`.
         """
         for chosen in islice(self._dev_groups(), rank, None, size):
             hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
@@ -169,7 +167,7 @@ class DistillationData:
             yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None, stem)
 
     def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
-        """The utterances of each dev batch, longest first."""
+        """Yield the utterances of each dev batch, longest first, which keeps padding small."""
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
@@ -178,7 +176,7 @@ class DistillationData:
             start = stop
 
     def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of the utterances' frames in their packs, utterance after utterance."""
+        """Return the rows of the utterances' frames in their packs, utterance after utterance, int64 (F,)."""
         rows = [np.arange(self.store.num_frames[one]) + self.store.first_frame[one] for one in utterances]
         return np.concatenate(rows)
 
@@ -191,8 +189,8 @@ class DistillationData:
         stem: tuple[NDArray[Any], Scale | None] | None,
     ) -> Batch:
         num_frames = self.store.num_frames[utterances]
-        width = int(num_frames.max())
-        rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]
+        width = int(num_frames.max())  # T
+        rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]  # of the flattened grid
         batch = Batch(
             None,
             torch.from_numpy(self.corpus.num_samples[utterances]),
@@ -214,7 +212,7 @@ class DistillationData:
         )
 
     def _waveforms(self, utterances: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Padded waveforms, float32 (B, S), scaled as the teacher's were."""
+        """Return padded waveforms, float32 (B, S), normalised if the teacher's were."""
         num_samples = self.corpus.num_samples[utterances]
         waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
         for row, index in enumerate(utterances):
@@ -226,15 +224,15 @@ class DistillationData:
 
 
 def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Zero mean, unit variance, as transformers' Wav2Vec2FeatureExtractor does it."""
+    """Return zero mean and unit variance, with the formula of transformers' Wav2Vec2FeatureExtractor."""
     scaled: NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
     return scaled
 
 
 def read_ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
-    """The same items, up to `depth` of them made in a background thread before they are asked for.
+    """Yield the same items, up to `depth` of them computed ahead in a background thread.
 
-    Closing the iterator ends the thread; an error in the thread is raised where its item is asked for.
+    Closing the generator ends the thread. An error in the thread is raised where its item would be returned.
     """
     end = object()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:

@@ -1,13 +1,12 @@
-"""The processes of one training run, as torchrun starts them: each trains the same student on packs of its own.
+"""Data-parallel training: each process of one torchrun start trains the same student on packs of its own.
 
     torchrun --nproc-per-node 2 -m -- train run …
 
-No DistributedDataParallel: a step's gradients are summed here once, after its last micro-batch. The wrapper would have
-to be made anew whenever the student grows, and what it hides, sending while the backward pass still runs, is little
-beside a pack: 27 M gradients are 108 MB, once a step.
+All processes start from the same weights and apply the same summed gradients, so the weights stay equal to the bit.
+The main process (rank 0) alone shows progress and writes files.
 
-All processes hold the same weights because they start from the same ones and add the same sums. Whatever is seen or
-written comes from the first.
+DistributedDataParallel is not used: it would have to be built again whenever the student grows. It overlaps
+communication with the backward pass, but there is little to gain: 27 M gradients are 108 MB once per step.
 """
 
 import json
@@ -26,89 +25,89 @@ from torch.distributed.rendezvous import rendezvous
 from extract.base.errors import RetortError
 
 T = TypeVar("T")
-_BUCKET_VALUES = 8 << 20  # gradients that are sent together: 32 MB
+_BUCKET_VALUES = 8 << 20  # gradients in one all-reduce: 32 MB of float32 bounds the extra memory
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those of its run. Alone, every sum is its own term."""
+class ProcessGroup:
+    """Rank of this process and number of processes of the run. With one process every collective is the identity."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that shows and writes."""
+    def is_main(self) -> bool:
+        """True for the process that shows progress and writes files."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
-        """What each process gave, in the order of ranks. Small values: they are pickled."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes in order of rank. Values are pickled: keep them small."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
-        with _together():
+        with _collective():
             distributed.all_gather_object(gathered, value)
         return gathered
 
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its sum over all processes, the same bits in each of them."""
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its sum over all processes, equal to the bit in each of them."""
         if self.size == 1:
             return
         for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
-            with _together():
+            with _collective():
                 distributed.all_reduce(flat)
             parts = torch.split(flat, [gradient.numel() for gradient in bucket])
             for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def agree(self, **facts: object) -> None:
-        """Raises RetortError, on all processes alike, when a fact is not the same on all of them."""
-        for name, found in ((name, self.gather(value)) for name, value in facts.items()):
+    def check_equal(self, **values: object) -> None:
+        """Raise RetortError, on all processes alike, if a value differs between processes."""
+        for name, found in ((name, self.all_gather(value)) for name, value in values.items()):
             for rank, value in enumerate(found):
                 if value != found[0]:
                     raise RetortError(
-                        f"{name}: process 0 has {found[0]}, process {rank} has {value}; all processes must see the "
-                        "same params file, corpus, store and checkpoints folder"
+                        f"{name}: process 0 has {found[0]}, process {rank} has {value}; give all processes the same "
+                        "params file, corpus, store and checkpoints folder"
                     )
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def join(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun started, met; or this one alone.
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
+    """Join the processes that torchrun started; without torchrun yield a group of one.
 
-    Of an error that several run into, only the first process to have it says so; the others end in silence, and
-    torchrun ends whoever still runs.
+    An error that several processes raise is printed by the first of them only; the others exit silently with status 1.
+    torchrun then stops the remaining ones.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     store, rank, size = next(rendezvous("env://"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Gradients go by NCCL where they lie on GPUs; gloo is for what is gathered on the CPU.
+    # NCCL reduces gradients on GPUs; gloo gathers pickled values on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(rank, size)
+        yield ProcessGroup(rank, size)
     except (Exception, KeyboardInterrupt) as error:
-        if _told_already(store):
+        if _is_reported(store):
             raise SystemExit(1) from None
-        _tell_torchrun(error)
+        _write_torchrun_error(error)
         raise
     distributed.destroy_process_group()
 
 
 def local_rank() -> int | None:
-    """Which of this machine's processes this is; None where torchrun started none."""
+    """Index of this process among those of its machine; None without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Whole gradients in a row, of at most _BUCKET_VALUES where one alone is not larger."""
+    """Split into runs of whole gradients, each of at most _BUCKET_VALUES values unless one gradient is larger."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         if bucket and sum(one.numel() for one in bucket) + gradient.numel() > _BUCKET_VALUES:
@@ -120,27 +119,27 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What all processes do together. Raises RetortError when one of them is gone."""
+def _collective() -> Iterator[None]:
+    """Run a collective operation. Raises RetortError if another process has ended."""
     try:
         yield
     except RuntimeError as error:
         raise RetortError(
-            f"a process of this run is gone ({str(error).splitlines()[0][:120]}); what ended it is told above or in "
-            "the system's log; the same command goes on from the last checkpoint"
+            f"a process of this run has ended ({str(error).splitlines()[0][:120]}); its own error stands above or in "
+            "the system log; run the same command again to resume from the last checkpoint"
         ) from None
 
 
-def _told_already(store: Any) -> bool:
-    """Whether another process of this start was first to say what is wrong."""
+def _is_reported(store: Any) -> bool:
+    """Return True if another process of this start already reported its error."""
     try:
         return bool(store.add(f"retort/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) > 1)
-    except RuntimeError:  # who keeps the store is gone: rather twice than never
+    except RuntimeError:  # the process that holds the store has ended: two reports are better than none
         return False
 
 
-def _tell_torchrun(error: BaseException) -> None:
-    """Put our line at the end of the report with which torchrun ends, where it would say that it knows nothing."""
+def _write_torchrun_error(error: BaseException) -> None:
+    """Write the error line to torchrun's error file, so that torchrun's final report contains it."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         text = f"error: {error}" if str(error) else "interrupted"
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}

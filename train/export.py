@@ -1,12 +1,12 @@
-"""`python -m train export DIR --format onnx`: a student's folder as one ONNX file, checked in onnxruntime.
+"""`python -m train export DIR --format onnx`: a student's folder as one ONNX file, verified in onnxruntime.
 
-    input_values    float32 (batch, samples)    16 kHz, scaled as preprocessor_config.json says, padded at the end
+    input_values    float32 (batch, samples)    16 kHz, normalised if do_normalize is set, padded at the end
     attention_mask  int64 (batch, samples)      1 on samples, 0 on padding
     ->
     last_hidden_state, hidden_state_0, ..., hidden_state_N      float32 (batch, frames, dim)
 
-Batch and length are free. torch's TorchScript exporter, not the newer one: it takes a second, not half a minute a
-student, and needs no package but onnx. What it could get wrong, a shape frozen into the graph, the check would see:
+Batch size and length are free. torch's TorchScript exporter is used: it takes about a second per student, the newer
+one half a minute, and it needs no package but onnx. A shape could be frozen into the graph: therefore
 every file is run at other batch sizes, lengths and paddings than it was traced with, and compared with the student.
 """
 
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from extract.base.errors import RetortError
 from extract.base.files import check_out, read_json, written_aside
 from extract.upstream.pretrained import open_pretrained
-from train.initial_weights import StemShape
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -30,17 +29,18 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
+from train.stem import StemShape
 
 OPSET = 17  # the first with LayerNormalization
-TOLERANCE = 1e-4
-# Samples of the utterances that the graph is traced with and checked with, past the receptive field of one frame:
-# (0,) is the shortest utterance that has a frame, whatever the student's stem.
+TOLERANCE = 1e-4  # largest accepted absolute difference
+# Samples beyond the receptive field of one frame, of the batch for tracing and of the batches for the check; 0 is the
+# shortest utterance that has a frame.
 _TRACED = (7_600, 4_723)
 _CHECKED = ((15_600, 0, 9_599), (7_599,), (11_945, 11_945, 2_600, 23_921))
 
 
 class _AllStates(nn.Module):
-    """A student whose outputs are a flat tuple, as ONNX has them."""
+    """Student with a flat tuple of outputs, as ONNX needs it."""
 
     def __init__(self, student: RetortStudent) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class _AllStates(nn.Module):
 
 
 def export_onnx(folder: Path, out: Path) -> float:
-    """Write the student of `folder` to `out`; return the largest absolute difference to it that was seen.
+    """Write the student of `folder` to `out`; return the largest absolute difference between the two.
 
-    Raises RetortError when onnx or onnxruntime is not installed, and when `folder` is no student's.
+    Raises RetortError if onnx or onnxruntime is not installed, and if `folder` does not contain a student.
     """
     check_out(out, "--out")
     for library in ("onnx", "onnxruntime"):
@@ -67,7 +67,7 @@ def export_onnx(folder: Path, out: Path) -> float:
     free = {0: "batch", 1: "samples"}
     with written_aside(out) as aside:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this exporter, see above
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the TorchScript exporter
             torch.onnx.export(
                 model,
                 _padded(model, _TRACED),
@@ -85,23 +85,25 @@ def export_onnx(folder: Path, out: Path) -> float:
 
 
 def read_student_folder(folder: Path) -> RetortStudent:
-    """The student of a folder that `train run` wrote. Raises RetortError for any other."""
+    """Return the student of a folder that `train run` wrote. Raises RetortError for any other folder."""
     config = read_json(folder / "config.json")
     if config.get("model_type") != RetortStudentConfig.model_type:
         raise RetortError(
-            f"{folder} is no student of `train run`: its model_type is {config.get('model_type')!r}, "
-            f"expected {RetortStudentConfig.model_type!r}"
+            f"{folder}: model_type is {config.get('model_type')!r}, expected {RetortStudentConfig.model_type!r}; give "
+            "a folder that `train run` wrote"
         )
     kinds = {kind.__name__: kind for kind in (RetortStackedStudent, RetortGenStudent, RetortGen2dStudent)}
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in kinds:
         raise RetortError(f"{folder / 'config.json'}: architectures is {names!r}, expected one of {', '.join(kinds)}")
-    # Our own class: the code that lies in the folder is not run.
+    # The class of this repository, not the code in the folder, which is never run.
     opened, missing = open_pretrained(
         kinds[names[0]].from_pretrained, folder, refusal=f"{folder} can't be opened as a student", mend="train it again"
     )
     if missing:
-        raise RetortError(f"{folder}: the weights lack {len(missing)}, such as {missing[0]}; train the student again")
+        raise RetortError(
+            f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; train the student again"
+        )
     student: RetortStudent = opened
     return student
 
@@ -112,7 +114,7 @@ def _num_states(model: _AllStates) -> int:
 
 
 def _padded(model: _AllStates, past_first_frame: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Noise of so many samples past one frame's a row, with noise in the padding too: nothing of it may be seen."""
+    """Return noise and its mask. The padding is noise too: it must not change the outputs of own frames."""
     config = model.student.config
     receptive_samples = StemShape(tuple(config.conv_kernel), tuple(config.conv_stride)).receptive_samples
     lengths = [receptive_samples + count for count in past_first_frame]
@@ -124,7 +126,7 @@ def _padded(model: _AllStates, past_first_frame: tuple[int, ...]) -> tuple[Tenso
 
 @torch.no_grad()
 def _difference(model: _AllStates, path: Path, lengths: tuple[int, ...]) -> float:
-    """The largest absolute difference between torch and onnxruntime, padded frames included."""
+    """Return the largest absolute difference between torch and onnxruntime, padded frames included."""
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -1,9 +1,11 @@
-"""Growing a student's depth while it trains: one operator, the methods are data (METHODS.md, section 1).
+"""Growth of a student's depth during training (docs/methods.md, Growth).
 
-A method says, for a stack of `depth` layers that began as `first` ones, which layer each position of the deeper stack
-copies. Everything else follows from that table: weights, optimiser moments and where the intermediate loss sits.
+A growth method is a function to a table of sources: sources[i] is the layer of the shallower stack that position i of
+the deeper stack copies. One operator applies a table to weights (`grow_layers`) and to values by parameter name, such
+as optimiser moments (`grow_mapping`). The table also decides which layers the intermediate loss compares.
 
-Positions are counted from 0. Of the positions that copy one layer, the first is that layer and the others are clones.
+Positions count from 0. Of the positions that copy the same layer, the first is that layer itself; the others are
+clones. Example, interleaved from 3 to 6 layers: sources (0, 0, 1, 1, 2, 2), clones at positions 1, 3 and 5.
 """
 
 import copy
@@ -16,36 +18,36 @@ from torch import nn
 from extract.base.errors import RetortError
 from train.config import GROWN, Family, GrowthConfig, StudentConfig
 
-Sources = tuple[int, ...]  # for every position of the deeper stack the position it copies
+Sources = tuple[int, ...]  # for every position of the deeper stack, the position that it copies
 V = TypeVar("V")
 
 
 def _interleaved(depth: int, first: int, full: int) -> Sources:
     """At depth b·first copy every b-th layer and insert each clone right after its original (arXiv 2606.11766)."""
-    block = depth // first
+    block = depth // first  # copies of each layer of the first model so far
     return tuple(position for position in range(depth) for _ in range(2 if (position + 1) % block == 0 else 1))
 
 
 def _gradual(depth: int, first: int, full: int) -> Sources:
-    """Append a copy of the last `first` layers."""
+    """Append a copy of the last `first` layers (gradual stacking)."""
     return (*range(depth), *range(depth - first, depth))
 
 
 def _midas(depth: int, first: int, full: int) -> Sources:
-    """Of n blocks of `first` layers, duplicate block ceil(n/2) right after itself."""
-    end = -(-(depth // first) // 2) * first
+    """Of n blocks of `first` layers, duplicate block ceil(n/2) right after itself (MIDAS)."""
+    end = -(-(depth // first) // 2) * first  # of the block that is copied
     return (*range(end), *range(end - first, end), *range(end, depth))
 
 
 def _progressive(depth: int, first: int, full: int) -> Sources:
-    """Double: position i copies i mod depth (Gong et al. 2019)."""
+    """Double the stack: position i copies i mod depth (progressive stacking, Gong et al. 2019)."""
     return (*range(depth), *range(depth))
 
 
 def _one_shot(depth: int, first: int, full: int) -> Sources:
-    """One expansion to full depth (arXiv 2511.04981). Each layer keeps its place, as in interleaved stacking.
+    """Expand once, to full depth (arXiv 2511.04981). Each layer keeps its relative depth, as in interleaved stacking.
 
-    The order of the copies is our choice: the digest that METHODS.md rests on does not give it.
+    The order of the copies is a choice of this repository: the source at hand does not give it.
     """
     return tuple(position for position in range(depth) for _ in range(full // depth))
 
@@ -62,19 +64,19 @@ assert tuple(METHODS) == GROWN
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one depth."""
+    """Consecutive steps of training at one depth."""
 
     first_step: int
     num_steps: int
     depth: int
-    sources: Sources | None  # from the stage before; None for the first
-    originals: tuple[int, ...]  # where the first model's layers are now
+    sources: Sources | None  # growth from the stage before; None for the first stage
+    originals: tuple[int, ...]  # present position of each layer of the first stage
 
 
 def plan_stages(config: StudentConfig) -> tuple[Stage, ...]:
-    """All stages of a student; one for a family that does not grow.
+    """Return the stages of a student: one for a family that does not grow.
 
-    Raises RetortError when the method cannot reach the depth from `growth.first`, or has more stages than steps.
+    Raises RetortError if the method does not reach the depth from `growth.first`, or if a stage would have no step.
     """
     full = config.shape.layers
     if config.family not in METHODS:
@@ -84,34 +86,38 @@ def plan_stages(config: StudentConfig) -> tuple[Stage, ...]:
     depth, originals = config.growth.first, tuple(range(config.growth.first))
     stages = [Stage(0, bounds[1], depth, None, originals)]
     for index, sources in enumerate(tables, start=1):
-        originals = tuple(sources.index(position) for position in originals)
+        originals = tuple(sources.index(position) for position in originals)  # an original precedes its clones
         stages.append(Stage(bounds[index], bounds[index + 1] - bounds[index], len(sources), sources, originals))
     if any(stage.num_steps < 1 for stage in stages):
         raise RetortError(
-            f"{config.family} grows {len(tables)} times, which {config.steps} steps leave no room for; raise `steps`"
+            f"steps: got {config.steps}, too few for the {len(tables) + 1} stages of {config.family}; raise `steps`"
         )
     return tuple(stages)
 
 
 def growth_tables(method: Family, first: int, full: int) -> list[Sources]:
-    """The sources of every growth step from `first` layers to `full`. Raises RetortError when `full` is missed."""
+    """Return the sources of every growth from `first` layers to `full`. Raises RetortError if `full` is not reached."""
     tables: list[Sources] = []
     depths = [first]
     while 0 < depths[-1] < full:
         tables.append(METHODS[method](depths[-1], first, full))
         depths.append(len(tables[-1]))
         if depths[-1] == depths[-2]:
-            break
+            break  # the method adds no layer at this depth
     if depths[-1] != full:
         raise RetortError(
-            f"{method} grows through {', '.join(map(str, depths))} layers and misses {full}; "
-            "change shape.layers or growth.first"
+            f"{method} from {first} layers has depths {', '.join(map(str, depths))}, expected to reach {full}; change "
+            "shape.layers or growth.first"
         )
     return tables
 
 
 def _bounds(config: GrowthConfig, steps: int, num_stages: int) -> list[int]:
-    """First steps of all stages, and the end. PROP-a: stage i takes i^a / Σ j^a; EQL is a = 0."""
+    """Return the first steps of all stages, and the end.
+
+    Of T steps stage i has the share p_i / Σ p_j. "equal" (EQL): p_i = 1. "proportional" (PROP-a of arXiv 2606.11766):
+    p_i = i^a. "late": the first stage has `late_share`, the others share the rest.
+    """
     if config.schedule == "late":
         rest = (1 - config.late_share) / max(1, num_stages - 1)
         parts = [config.late_share, *[rest] * (num_stages - 1)]
@@ -122,7 +128,7 @@ def _bounds(config: GrowthConfig, steps: int, num_stages: int) -> list[int]:
 
 
 def grow_layers(layers: nn.ModuleList, sources: Sources) -> nn.ModuleList:
-    """The deeper stack. Originals stay the same modules; clones are deep copies of their present weights."""
+    """Return the deeper stack. Originals stay the same modules; clones are deep copies with the present weights."""
     assert max(sources) < len(layers)
     return nn.ModuleList(
         layers[source] if sources.index(source) == position else copy.deepcopy(layers[source])
@@ -131,9 +137,9 @@ def grow_layers(layers: nn.ModuleList, sources: Sources) -> nn.ModuleList:
 
 
 def grow_mapping(values: Mapping[str, V], sources: Sources, *, prefix: str) -> dict[str, V]:
-    """Per-parameter values of the deeper model from those of the shallower one, both by parameter name.
+    """Return values by parameter name of the deeper model from those of the shallower one.
 
-    `prefix` names the stack, e.g. "student.encoder.layers."; other names keep their value.
+    `prefix` is the name prefix of the stack, e.g. "student.encoder.layers."; other names keep their value.
     """
     grown = {name: value for name, value in values.items() if not name.startswith(prefix)}
     for position, source in enumerate(sources):
@@ -147,11 +153,12 @@ def grow_mapping(values: Mapping[str, V], sources: Sources, *, prefix: str) -> d
 
 
 def matched_position(stage: Stage, stages: tuple[Stage, ...], layer: int, last: int, place: str) -> int:
-    """The position of the student's layer that is compared with teacher layer `layer` of `last`.
+    """Return the position of the student's layer that is compared with teacher layer `layer` of `last`.
 
-    "block-end": the layer as deep in the student as `layer` in the teacher, e.g. 4 -> 4 of 12 and 4 -> 1 of 3.
-    "original": where the first model's layer is now that this was at the start.
-    Raises RetortError when no layer is exactly as deep.
+    Arguments:
+        place: "block-end": the layer at the same relative depth, e.g. 4 of 12 -> 4 of 12 and 4 of 12 -> 1 of 3.
+            "original": the layer at that relative depth in the first stage, wherever growth has moved it.
+    Raises RetortError if no layer of the student has exactly this relative depth.
     """
     depth = stage.depth if place == "block-end" else stages[0].depth
     if layer * depth % last:
@@ -159,7 +166,7 @@ def matched_position(stage: Stage, stages: tuple[Stage, ...], layer: int, last: 
             f"teacher layer {layer} of {last} has no counterpart in a student of {depth} layers; "
             "change targets, shape.layers or growth.first"
         )
-    position = layer * depth // last - 1
+    position = layer * depth // last - 1  # layers count from 1, positions from 0
     if position == depth - 1:
         return stage.depth - 1  # the teacher's last layer is always the student's last
     return position if place == "block-end" else stage.originals[position]

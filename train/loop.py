@@ -1,9 +1,9 @@
-"""The training loop, from top to bottom: packs in, a student out.
+"""Training loop: batches from the store in, a student's folder and its metrics out.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C --out DIR --run RUNDIR
-    torchrun --nproc-per-node 8 -m -- train run …       the same on eight GPUs: packs of a step in turn (ranks.py)
+    torchrun --nproc-per-node 8 -m -- train run …       on eight GPUs, see train/distributed.py
 
-The teacher is not needed: its features come from the store, its first weights from the seed beside the manifest.
+The teacher is not needed: its features come from the store, its initial weights from the file beside the manifest.
 """
 
 import math
@@ -26,140 +26,150 @@ from train.data import Batch
 from train.losses import GenerationDistiller, layer_errors
 from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
 from train.optimiser import learning_rate, update_average
-from train.progress import Display
-from train.run import Job, Run, begin, grow, snapshot, stage_at, thaw
+from train.progress import TrainingProgress
+from train.run import Run, TrainRequest, begin, grow, snapshot, stage_at, unfreeze_stem
 from train.student_folder import MADE_FROM, save_student, versions
 
-_RECENT = 50  # steps that the reported training loss is a mean of
-_NAMED = 8  # utterances that an error names
-_STORED = "dev/loss_stored_stem"  # a curve of one point: how a student reads what it was trained on
-_NOTICEABLE = 0.01  # of the dev loss, between waveforms and the stored stem
+_RECENT = 50  # the reported training loss is the mean over so many last steps
+_NAMED = 8  # utterances that an error lists
+_STORED = "dev/loss_stored_stem"  # curve of one point: the dev loss from the stored stem
+_NOTICEABLE = 0.01  # relative difference of dev losses, from waveforms and from the stored stem, that is reported
 
 
-def train(job: Job) -> RunMetrics:
+def train(request: TrainRequest) -> RunMetrics:
     """Train a student, write its folder and its metrics, and return the metrics.
 
-    Goes on from the newest checkpoint of the same settings; on a CPU the result is bit-identical to an uninterrupted
-    run. Raises RetortError for settings that do not fit the store and for a loss that is not finite.
+    Resumes from the newest checkpoint of the same settings; on a CPU the result is bit-identical to that of an
+    uninterrupted run. Raises RetortError for settings that do not fit the store and for a loss that is not finite.
     """
-    check_out(job.out, "--out", folder_with=MADE_FROM)
-    check_out(job.run / "metrics.json", "--run")
-    run = begin(job)
-    config, progress, ranks = job.config, run.progress, job.ranks
-    display = Display(
-        job.student,
-        first=progress.step,
-        total=config.steps,
-        run=job.run,
-        curve=progress.curve,
-        shown=ranks.first,
+    check_out(request.out, "--out", folder_with=MADE_FROM)
+    check_out(request.run_folder / "metrics.json", "--run")
+    run = begin(request)
+    state, processes = run.state, request.processes
+    progress = TrainingProgress(
+        request.student,
+        first=state.step,
+        total=request.config.steps,
+        folder=request.run_folder,
+        curve=state.curve,
+        is_shown=processes.is_main,
     )
-    with (
-        display,
-        closing(run.data.training_batches(progress.packs, rank=ranks.rank, size=ranks.size)) as batches,
-    ):
-        display.say(_headline(run))
-        if run.initial_weights.left:
-            display.say(f"{job.student}: random initial weights: {run.initial_weights}")
-        started_audio_s, clock = progress.audio_s, time.monotonic()
-        saved = clock
-        for step in range(progress.step, config.steps):
-            stage = stage_at(run.stages, step)
-            if step == stage.first_step and stage.sources is not None:
-                grow(run, stage)
-                display.say(f"{job.student}: grown to {stage.depth} layers at step {step}")
-            if step == config.stem_trains_from and not run.distiller.stem_trains:
-                _compare_sources(run, display, _dev(run)[0])
-                thaw(run)
-                display.say(f"{job.student}: the stem trains from step {step} on")
-
-            rate = learning_rate(config, stage, step)
-            loss = train_step(run, batches, step, rate)
-
-            progress.step, progress.packs = step + 1, progress.packs + run.packs_per_step
-            progress.seconds, clock = progress.seconds + time.monotonic() - clock, time.monotonic()
-            progress.recent = [*progress.recent, loss][-max(_RECENT, config.log_every) :]
-            display.show(loss=loss, depth=run.depth, audio_s=progress.audio_s - started_audio_s)
-            done = progress.step == config.steps
-            if done or progress.step % config.log_every == 0:
-                mean = float(np.mean(progress.recent[-config.log_every :]))
-                values = {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)}
-                _log(run, display, values)
-            if not done and progress.step % config.dev_every == 0:
-                _log(run, display, _dev_curve(*_dev(run)))
-            due = clock - saved > config.checkpoint_every_s
-            if ranks.first and (done or due or progress.step % config.checkpoint_every_steps == 0):
-                checkpoint.save(run.checkpoint, snapshot(run))
-                saved = time.monotonic()
+    batches = run.data.training_batches(state.packs, rank=processes.rank, size=processes.size)
+    with progress, closing(batches):
+        progress.write_line(_headline(run))
+        if run.parts.random:
+            progress.write_line(f"{request.student}: random initial weights: {run.parts}")
+        _run_steps(run, progress, batches)
         free, forced = _dev(run)
-        _log(run, display, _dev_curve(free, forced))
+        _log(run, progress, _dev_curve(free, forced))
         if not run.distiller.stem_trains:
-            _compare_sources(run, display, free)
+            _compare_stems(run, progress, free)
     return _finish(run, free, forced)
 
 
+def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[Batch]) -> None:
+    """Run the steps that are left: grow and unfreeze where they are due, log, score the dev split, save."""
+    name, config, state = run.request.student, run.request.config, run.state
+    started_audio_s, clock = state.audio_s, time.monotonic()
+    saved = clock
+    for step in range(state.step, config.steps):
+        stage = stage_at(run.stages, step)
+        if step == stage.first_step and stage.sources is not None:
+            grow(run, stage)
+            progress.write_line(f"{name}: grown to {stage.depth} layers at step {step}")
+        if step == config.stem_trains_from and not run.distiller.stem_trains:
+            _compare_stems(run, progress, _dev(run)[0])
+            unfreeze_stem(run)
+            progress.write_line(f"{name}: the stem trains from step {step} on")
+
+        rate = learning_rate(config, stage, step)
+        loss = train_step(run, batches, step, rate)
+
+        state.step, state.packs = step + 1, state.packs + run.request.packs_per_step
+        state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
+        state.recent = [*state.recent, loss][-max(_RECENT, config.log_every) :]
+        progress.advance(loss=loss, depth=run.depth, audio_s=state.audio_s - started_audio_s)
+        done = state.step == config.steps
+        if done or state.step % config.log_every == 0:
+            mean = float(np.mean(state.recent[-config.log_every :]))
+            _log(run, progress, {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)})
+        if not done and state.step % config.dev_every == 0:
+            _log(run, progress, _dev_curve(*_dev(run)))
+        due = clock - saved > config.checkpoint_every_s
+        if run.request.processes.is_main and (done or due or state.step % config.checkpoint_every_steps == 0):
+            checkpoint.save(run.checkpoint, snapshot(run))
+            saved = time.monotonic()
+
+
 def train_step(run: Run, batches: Generator[Batch], step: int, rate: float) -> float:
-    """One step of the optimiser at a learning rate; returns the loss. Raises as `_gradients`."""
+    """Run one step of the optimiser at a learning rate; return the loss.
+
+    Raises RetortError if the loss or its gradient is not finite.
+    """
+    config = run.request.config
     for group in run.optimiser.param_groups:
         group["lr"] = rate
-    loss = _gradients(run, batches, forced=draws_forcing(run.job.config, step))
+    loss = _gradients(run, batches, forced=draws_forcing(config, step))
     run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
     if run.average is not None:
-        update_average(run.average, run.distiller, run.job.config.optimiser.ema)
+        update_average(run.average, run.distiller, config.optimiser.ema)
     return loss
 
 
 def _gradients(run: Run, batches: Generator[Batch], *, forced: bool) -> float:
-    """Clipped gradients of one step, a mean over the packs of all processes; returns the loss, the same mean.
+    """Compute the clipped gradients of one step, means over the packs of all processes; return the mean loss.
 
-    Raises RetortError, in all processes, when the loss or its gradient is not finite: weights and checkpoint are still
+    Raises RetortError, in all processes, if the loss or its gradient is not finite: weights and checkpoint are still
     good then.
     """
-    config, ranks, progress = run.job.config.optimiser, run.job.ranks, run.progress
+    request, config, processes, state = run.request, run.request.config, run.request.processes, run.state
     losses: list[Tensor] = []
     audio_s: list[float] = []
     utterances: list[tuple[int, ...]] = []
     waited_s = 0.0
-    for index in range(config.accumulate):
+    for index in range(config.optimiser.accumulate):
         clock = time.monotonic()
         batch = next(batches)
         waited_s += time.monotonic() - clock
         audio_s.append(batch.duration_s)
         utterances.append(batch.utterances)
-        batch = batch.to(run.job.device)
-        seed_dropout(run.job.config.seed, progress.packs + index * ranks.size + ranks.rank)
+        batch = batch.to(request.device)
+        seed_dropout(config.seed, state.packs + index * processes.size + processes.rank)
         with _precision(run):
             targets_LFD = batch.targets()
             loss = run.distiller.loss(run.distiller(batch, targets_LFD, forced), targets_LFD)
-        (loss / run.packs_per_step).backward()  # type: ignore[no-untyped-call]
+        # Gradients of packs add up, here and over processes, so each is divided by the number of packs of a step.
+        (loss / request.packs_per_step).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    ranks.add_gradients(run.distiller.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(run.distiller.parameters(), config.clip).item()
-    values: list[float] = torch.stack(losses).tolist()  # late: a device that was waited for has nothing to do next
-    packs = [pack for mine in ranks.gather(list(zip(values, audio_s, utterances, strict=True))) for pack in mine]
-    progress.audio_s += sum(pack_s for _, pack_s, _ in packs)
-    progress.waited_s += max(ranks.gather(waited_s))  # who waits longest holds up the others
+    processes.all_reduce_gradients(run.distiller.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(run.distiller.parameters(), config.optimiser.clip).item()
+    # Only here: reading a loss waits for the device, which would idle between the packs of a step.
+    values: list[float] = torch.stack(losses).tolist()
+    own = list(zip(values, audio_s, utterances, strict=True))
+    packs = [pack for of_process in processes.all_gather(own) for pack in of_process]
+    state.audio_s += sum(pack_s for _, pack_s, _ in packs)
+    state.waited_s += max(processes.all_gather(waited_s))  # the slowest process holds up the others
     mean = float(np.mean([value for value, _, _ in packs]))
     if not (math.isfinite(mean) and math.isfinite(norm)):
-        odd = [spoken for value, _, spoken in packs if not math.isfinite(value)]
-        raise _not_finite(run, mean, norm, odd or [spoken for _, _, spoken in packs])
+        not_finite = [indices for value, _, indices in packs if not math.isfinite(value)]
+        raise _not_finite(run, mean, norm, not_finite or [indices for _, _, indices in packs])
     return mean
 
 
 def seed_dropout(seed: int, position: int) -> None:
-    """Make dropout of the `position`-th pack a function of (seed, position).
+    """Make the dropout of the `position`-th pack a function of (seed, position).
 
-    So no state of a generator has to be kept, and a pack meets the same masks whichever process it falls to.
+    No generator state has to be stored, and a pack gets the same masks on any number of processes.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, position]).generate_state(1)[0]))
 
 
 def draws_forcing(config: StudentConfig, step: int) -> bool:
-    """Whether a gendistiller's step takes its history from the teacher.
+    """Return True if a gendistiller's step takes its history from the teacher (teacher forcing).
 
-    The share of such steps goes linearly from `forcing_first` to `forcing_last`. Each step draws by itself, from
-    (seed, step), so that nothing has to be kept for resumption.
+    The probability goes linearly from `forcing_first` to `forcing_last`. Each step draws independently from
+    (seed, step), so that resumption needs no stored state.
     """
     if config.family not in GENERATING:
         return False
@@ -169,7 +179,7 @@ def draws_forcing(config: StudentConfig, step: int) -> bool:
 
 
 def _precision(run: Run) -> torch.autocast:
-    return torch.autocast(run.job.device.type, dtype=torch.bfloat16, enabled=run.job.config.precision == "bf16")
+    return torch.autocast(run.request.device.type, dtype=torch.bfloat16, enabled=run.request.config.precision == "bf16")
 
 
 # ------------------------------------------------------------------------------------------------------ the dev split
@@ -177,14 +187,14 @@ def _precision(run: Run) -> torch.autocast:
 
 @dataclass(frozen=True)
 class DevScore:
-    """Loss and errors by teacher layer over the dev split: means over its frames."""
+    """Loss, and errors by teacher layer, over the dev split: means over its frames."""
 
     loss: float
     by_layer: dict[int, LayerError]
 
 
 def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
-    """Dev scores of free running and, for a gendistiller, of teacher forcing; None where there is none."""
+    """Return dev scores of free running and, for a gendistiller, of teacher forcing; None where there is none."""
     if not len(run.data.dev):
         return None, None
     generates = isinstance(run.distiller, GenerationDistiller)
@@ -193,14 +203,11 @@ def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
 
 @torch.no_grad()
 def score_dev(run: Run, *, forced: bool = False, stored: bool = False) -> DevScore:
-    """Score the dev split from waveforms, or from the `stored` stem, without dropout, each process a part.
-
-    Leaves the run as it was.
-    """
-    distiller, ranks = run.scored.eval(), run.job.ranks
-    rows: list[list[float]] = []  # of a batch: frames, loss, errors by layer
-    for batch in run.data.dev_batches(stored=stored, rank=ranks.rank, size=ranks.size):
-        batch = batch.to(run.job.device)
+    """Score the dev split without dropout, from waveforms or from the `stored` stem; each process scores a part."""
+    distiller, processes = run.scored.eval(), run.request.processes
+    rows: list[list[float]] = []  # one per batch: number of frames, loss, three errors per layer
+    for batch in run.data.dev_batches(stored=stored, rank=processes.rank, size=processes.size):
+        batch = batch.to(run.request.device)
         with _precision(run):
             targets_LFD = batch.targets()
             predicted = distiller(batch, targets_LFD, forced)
@@ -209,26 +216,26 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool = False) -> DevSco
         rows.append([targets_LFD.shape[1], loss, *errors])
     distiller.train()
     # In the order of batches, so that the mean has the same bits on any number of processes.
-    in_order = [row for rows in zip_longest(*ranks.gather(rows)) for row in rows if row is not None]
+    in_order = [row for rows in zip_longest(*processes.all_gather(rows)) for row in rows if row is not None]
     weights, *columns = zip(*in_order, strict=True)
     loss, *values = np.average(columns, axis=1, weights=weights).tolist()
     by_layer = {layer: LayerError(*values[3 * index : 3 * index + 3]) for index, layer in enumerate(run.data.layers)}
     return DevScore(loss, by_layer)
 
 
-def _compare_sources(run: Run, display: Display, free: DevScore | None) -> None:
-    """Score the dev split, which scored `free` from waveforms, from the stored stem too: its codec is the difference.
+def _compare_stems(run: Run, progress: TrainingProgress, free: DevScore | None) -> None:
+    """Score the dev split from the stored stem too; `free` is its score from waveforms. The codec is the difference.
 
-    This is done once, when the stored stem was read for the last time.
+    Called once, after the last step that read the stored stem.
     """
-    if free is None or run.job.config.stem != "stored":
+    if free is None or run.request.config.stem != "stored":
         return
     stored = score_dev(run, stored=True)
-    _log(run, display, {_STORED: stored.loss})
+    _log(run, progress, {_STORED: stored.loss})
     if abs(free.loss - stored.loss) > _NOTICEABLE * free.loss:
-        display.say(
-            f"{run.job.student}: dev loss {free.loss:.4f} from waveforms, {stored.loss:.4f} from the stored stem; "
-            f"its codec, {run.store.codec.name}, makes the difference"
+        progress.write_line(
+            f"{run.request.student}: dev loss {free.loss:.4f} from waveforms, {stored.loss:.4f} from the stored stem; "
+            f"the difference comes from its codec, {run.store.codec.name}"
         )
 
 
@@ -237,30 +244,30 @@ def _dev_curve(free: DevScore | None, forced: DevScore | None) -> dict[str, floa
     return {name: score.loss for name, score in curve.items() if score is not None}
 
 
-# ------------------------------------------------------------------------------------------------ what is said and kept
+# ------------------------------------------------------------------------------------------------ messages and results
 
 
 def _headline(run: Run) -> str:
-    config, progress = run.job.config, run.progress
-    again = f", going on from step {progress.step}" if progress.step else ""
-    shared = f" on {run.job.ranks.size} processes" if run.job.ranks.size > 1 else ""
-    left = checkpoint.others(run.checkpoint)
+    request = run.request
+    resumed = f", resumed from step {run.state.step}" if run.state.step else ""
+    shared = f" on {request.processes.size} processes" if request.processes.size > 1 else ""
+    found = checkpoint.with_other_packs(run.checkpoint)
     other = (
-        f"; started anew with {run.packs_per_step} packs a step, {left[0].parent} has another number of them: to go on "
-        "from there change optimiser.accumulate (or the number of processes)"
-        if left and not progress.step
+        f"; a new run with {request.packs_per_step} packs per step, {found[0].parent} has another number of them: to "
+        "resume that one change optimiser.accumulate (or the number of processes)"
+        if found and not run.state.step
         else ""
     )
     return (
-        f"{run.job.student}: {config.family}, {config.steps} steps over {len(run.data.sampler)} packs{shared}{again}; "
-        f"from the teacher: {', '.join(run.from_teacher) or 'nothing'}{other}"
+        f"{request.student}: {request.config.family}, {request.config.steps} steps over {len(run.data.sampler)} "
+        f"packs{shared}{resumed}; from the teacher: {', '.join(run.parts.copied) or 'nothing'}{other}"
     )
 
 
-def _log(run: Run, display: Display, values: dict[str, float]) -> None:
+def _log(run: Run, progress: TrainingProgress, values: dict[str, float]) -> None:
     if values:
-        run.progress.curve.append((run.progress.step, values))
-        display.log(run.progress.step, values)
+        run.state.curve.append((run.state.step, values))
+        progress.log(run.state.step, values)
 
 
 def _not_finite(run: Run, loss: float, norm: float, packs: list[tuple[int, ...]]) -> RetortError:
@@ -268,53 +275,54 @@ def _not_finite(run: Run, loss: float, norm: float, packs: list[tuple[int, ...]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     good = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
     return RetortError(
-        f"{run.job.student}: loss {loss:g} with gradient norm {norm:g} at step {run.progress.step}, on utterances "
-        f"{', '.join(names[:_NAMED])}{more}; {good}; lower optimiser.lr, or look at these utterances"
+        f"{run.request.student}: loss {loss:g} with gradient norm {norm:g} at step {run.state.step}, expected finite "
+        f"values, on utterances {', '.join(names[:_NAMED])}{more}; {good}; lower optimiser.lr, or check these "
+        "utterances"
     )
 
 
 def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetrics:
-    """Write the student's folder, then its metrics; only then is the checkpoint removed. The first process does it."""
-    job, progress, student = run.job, run.progress, run.scored.student
+    """Write the student's folder, then its metrics, then remove the checkpoint; in the main process only."""
+    request, config, state, student = run.request, run.request.config, run.state, run.scored.student
     common: dict[str, Any] = {
-        "student": job.student,
+        "student": request.student,
         "teacher": run.store.fingerprint,
-        "seed": job.config.seed,
-        "config": asdict(job.config),
+        "seed": config.seed,
+        "config": asdict(config),
         "versions": versions(),
     }
     made_from = common | {
         "teacher_id": run.store.manifest.upstream["id"],
         "store_digest": run.store.digest,
         "corpus_digest": run.corpus.digest,
-        "from_teacher": run.from_teacher,
+        "from_teacher": run.parts.copied,
         "key": run.key,
-        "packs_per_step": run.packs_per_step,
+        "packs_per_step": request.packs_per_step,
     }
     metrics = RunMetrics(
         **common,
-        family=job.config.family,
+        family=config.family,
         params=sum(parameter.numel() for parameter in student.parameters()),
         training_params=sum(parameter.numel() for parameter in run.distiller.parameters()),
-        steps=progress.step,
-        epochs=round(progress.packs / len(run.data.sampler), 3),
-        seconds=round(progress.seconds, 2),
-        audio_seconds_per_second=round(progress.audio_s / progress.seconds, 2),
-        loader_wait_share=round(progress.waited_s / progress.seconds, 4),
-        processes=job.ranks.size,
+        steps=state.step,
+        epochs=round(state.packs / len(run.data.sampler), 3),
+        seconds=round(state.seconds, 2),
+        audio_seconds_per_second=round(state.audio_s / state.seconds, 2),
+        loader_wait_share=round(state.waited_s / state.seconds, 4),
+        processes=request.processes.size,
         loss=RunLoss(
-            train=float(np.mean(progress.recent[-_RECENT:])),
+            train=float(np.mean(state.recent[-_RECENT:])),
             dev=None if free is None else free.loss,
-            dev_stored_stem=next((values[_STORED] for _, values in progress.curve if _STORED in values), None),
+            dev_stored_stem=next((values[_STORED] for _, values in state.curve if _STORED in values), None),
         ),
         dev_by_layer={} if free is None else free.by_layer,
-        from_teacher=tuple(run.initial_weights.copied),
-        not_from_teacher=run.initial_weights.left,
+        from_teacher=tuple(run.parts.copied),
+        not_from_teacher=run.parts.random,
         growth=tuple(GrowthStep(stage.first_step, stage.depth) for stage in run.stages),
         exposure_bias=None if free is None or forced is None else free.loss - forced.loss,
     )
-    if job.ranks.first:
-        save_student(job.out, student, made_from)
-        metrics.write(job.run / "metrics.json")
+    if request.processes.is_main:
+        save_student(request.out, student, made_from)
+        metrics.write(request.run_folder / "metrics.json")
         checkpoint.remove(run.checkpoint)
     return metrics

@@ -1,14 +1,17 @@
-"""What a student is asked to match, and the heads that only training needs.
+"""Losses of the student families, and the prediction heads that only training needs.
 
 A `Distiller` is a student with its heads. It maps a batch to one prediction for each of the teacher's target layers,
-on the utterances' own frames alone, and to the loss of its family:
+on the utterances' own frames (never on padding), and to the loss of its family. With p the predictions and t the
+targets (docs/methods.md):
 
     distilhubert   mean |p - t| + mean(-log sigmoid(cos(p, t)))                         arXiv 2110.01900, official code
-    gendistillers  the same                                                             METHODS.md, section 2
-    stacked        MSE at the last layer + w · mean MSE at the target layers below it   METHODS.md, section 1
+    gendistillers  the same                                                             arXiv 2406.09444
+    stacked        MSE at the last layer + w · mean MSE at the target layers below it   arXiv 2606.11766
 
-Heads are kept in checkpoints and dropped from the saved student. Shapes: B batch, T frames, F valid frames of all
-utterances in a row, L target layers, D the teacher's dim.
+Checkpoints keep the heads, the saved student does not have them.
+
+Shapes: B batch, T frames of the padded batch, F own frames of all utterances in a row, L target layers, C channels of
+the stem, d dim of the student, D dim of the teacher.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +23,6 @@ from torch.nn import functional
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
-from train.initial_weights import STANDARD, StemShape
 from train.metrics import LayerError
 from train.modeling_retort import (
     RetortGen2dStudent,
@@ -29,18 +31,28 @@ from train.modeling_retort import (
     RetortStudent,
     RetortStudentConfig,
 )
+from train.stem import STANDARD, StemShape
 
 
 def regression_loss(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
-    """DistilHuBERT's loss, float32 scalar; every frame and layer weighs the same."""
-    predicted_LFD = torch.stack(predicted).float()
+    """Return DistilHuBERT's loss, a float32 scalar; every frame and layer has the same weight.
+
+    Arguments:
+        predicted: L predictions (F, D), float32 or bfloat16.
+        targets_LFD: the teacher's layers, float32.
+    """
+    predicted_LFD = torch.stack(predicted).float()  # the loss is float32 under autocast too
     distance = functional.l1_loss(predicted_LFD, targets_LFD)
     cosine_LF = functional.cosine_similarity(predicted_LFD, targets_LFD, dim=-1)
+    # The second term has the weight 1 of the official code (lambda in the paper).
     return distance - functional.logsigmoid(cosine_LF).mean()
 
 
 def layer_to_layer_loss(predicted: list[Tensor], targets_LFD: Tensor, weight: float) -> Tensor:
-    """Output MSE plus `weight` times the mean MSE of the layers below, float32 scalar."""
+    """Return the MSE of the last layer plus `weight` times the mean MSE of the layers below, a float32 scalar.
+
+    `predicted` and `targets_LFD` as in `regression_loss`; the last one is the output layer.
+    """
     errors_L = [
         functional.mse_loss(one_FD.float(), target_FD) for one_FD, target_FD in zip(predicted, targets_LFD, strict=True)
     ]
@@ -50,7 +62,7 @@ def layer_to_layer_loss(predicted: list[Tensor], targets_LFD: Tensor, weight: fl
 
 
 def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> list[LayerError]:
-    """The errors of every target layer."""
+    """Return the errors of every target layer. Arguments as in `regression_loss`."""
     return [
         LayerError(
             l1=functional.l1_loss(one_FD.float(), target_FD).item(),
@@ -62,12 +74,12 @@ def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> list[LayerErro
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is scaled: lets the stem learn more slowly (fairseq's GradMultiply)."""
+    """Identity whose gradient is scaled, so that the stem learns more slowly (GradMultiply of fairseq)."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, scale: float) -> Tensor:
         ctx.scale = scale  # type: ignore[attr-defined]
-        return value.view_as(value)
+        return value.view_as(value)  # autograd forbids returning the input itself
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -75,7 +87,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class Distiller(nn.Module, ABC):
-    """A student with its training-only heads. `forward` predicts; `loss` judges."""
+    """Student with its training-only heads: `forward` returns predictions, `loss` compares them with the targets."""
 
     student: RetortStudent
     heads: nn.ModuleDict
@@ -87,12 +99,12 @@ class Distiller(nn.Module, ABC):
         self.heads = nn.ModuleDict()
 
     def train_stem(self, trains: bool) -> None:
-        """Whether the stem learns. A frozen one has no parameter to train, and runs without a graph."""
+        """Train or freeze the stem. A frozen stem has no trainable parameter and builds no autograd graph."""
         self.stem_trains = trains
         self.student.feature_extractor.requires_grad_(trains)
 
     def stem(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The stem's output (B, T, C) and its valid frames, bool (B, T): from the waveforms, or as stored."""
+        """Return the stem's output (B, T, C) and the own frames, bool (B, T), from waveforms or from the store."""
         if batch.waveforms_BS is None:
             return batch.stem()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stem_trains):
@@ -102,22 +114,30 @@ class Distiller(nn.Module, ABC):
         return stem_BTC, valid_BT
 
     def states(self, batch: Batch) -> tuple[Tensor, ...]:
-        """All hidden states of the student, each (B, T, d)."""
+        """Return all hidden states of the student, layer 0 first, each (B, T, d)."""
         stem_BTC, valid_BT = self.stem(batch)
         output = self.student(stem_features=stem_BTC, frame_mask=valid_BT, output_hidden_states=True)
         return output.hidden_states  # type: ignore[no-any-return]
 
     @abstractmethod
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
-        """One prediction (F, D) for each target layer. `forced`: with the teacher's layers as history."""
+        """Return one prediction (F, D) for each target layer.
+
+        Arguments:
+            targets_LFD: the teacher's layers; only teacher forcing reads them.
+            forced: use the teacher's layers as the history of a gendistiller (teacher forcing).
+        """
 
     def loss(self, predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
-        """The family's loss, float32 scalar."""
+        """Return the family's loss, a float32 scalar."""
         return regression_loss(predicted, targets_LFD)
 
 
 class HeadDistiller(Distiller):
-    """DistilHuBERT: all target layers are predicted from the last block, by Linear, GELU and a linear map a target."""
+    """DistilHuBERT (arXiv 2110.01900): all target layers are predicted from the last block.
+
+    p_l = W_l GELU(V h)_l, with V: d -> L d shared by all targets, then split into L parts, and W_l: d -> D.
+    """
 
     def __init__(self, config: StudentConfig, student: RetortStudent, *, teacher_dim: int) -> None:
         super().__init__(config)
@@ -127,13 +147,16 @@ class HeadDistiller(Distiller):
         self.heads["split"] = nn.ModuleList(nn.Linear(dim, teacher_dim) for _ in range(num_targets))
 
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
-        inner = functional.gelu(self.heads["shared"](_valid(self.states(batch)[-1], batch)))
-        parts = inner.chunk(len(self.heads["split"]), dim=-1)  # type: ignore[arg-type]
+        inner = functional.gelu(self.heads["shared"](_own_frames(self.states(batch)[-1], batch)))  # (F, L d)
+        parts = inner.chunk(len(self.heads["split"]), dim=-1)  # type: ignore[arg-type]  # L times (F, d)
         return [head(part) for head, part in zip(self.heads["split"], parts, strict=True)]  # type: ignore[call-overload]
 
 
 class LayerDistiller(Distiller):
-    """Layer to layer: each target layer is predicted from one layer of the student, by a linear map of its own."""
+    """Layer to layer: each target layer is predicted from one block of the student, by a linear map d -> D of its own.
+
+    The map belongs to the target, not to the block: after growth the same map reads another block.
+    """
 
     def __init__(self, config: StudentConfig, student: RetortStudent, *, teacher_dim: int) -> None:
         super().__init__(config)
@@ -142,18 +165,18 @@ class LayerDistiller(Distiller):
         targets = student.config.target_layers
         self.heads["projections"] = nn.ModuleList(nn.Linear(student.config.hidden_size, teacher_dim) for _ in targets)
         for stage in self.stages:
-            self.match(stage)  # a target without a counterpart at some stage is an error now, not in a week
+            self.match(stage)  # raises now for a target without a counterpart at a later stage
         self.match(self.stages[0])
 
     def match(self, stage: Stage) -> None:
-        """Set which layers of the student are compared, at this stage of growth."""
+        """Set the positions of the student's blocks that are compared at this stage of growth."""
         targets, place = self.student.config.target_layers, self.config.growth.intermediate
         self.positions = [matched_position(stage, self.stages, layer, targets[-1], place) for layer in targets]
 
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
-        blocks = self.states(batch)[1:]
+        blocks = self.states(batch)[1:]  # without layer 0
         return [
-            head(_valid(blocks[position], batch))
+            head(_own_frames(blocks[position], batch))
             for head, position in zip(self.heads["projections"], self.positions, strict=True)  # type: ignore[call-overload]
         ]
 
@@ -162,7 +185,11 @@ class LayerDistiller(Distiller):
 
 
 class GenerationDistiller(Distiller):
-    """GenDistiller: the student generates the target layers themselves; there is no head."""
+    """GenDistiller (arXiv 2310.13418, 2406.09444): the student generates the target layers themselves, without heads.
+
+    With teacher forcing the history of layer i is the teacher's layer i - 1 from the store, so that one batched pass
+    predicts all targets. Free running uses the student's own layer i - 1, as scoring always does.
+    """
 
     student: RetortGenStudent
 
@@ -172,22 +199,22 @@ class GenerationDistiller(Distiller):
 
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
         stem_BTC, valid_BT = self.stem(batch)
-        start_BTD, mask_B11T = self.student.start(None, None, stem_BTC, valid_BT)
+        start_BTD, mask_B11T = self.student.start(None, None, stem_BTC, valid_BT)  # d = D here
         if forced:
             history = [_grid(target_FD, start_BTD, batch) for target_FD in targets_LFD[:-1]]
             generated = self.student.teacher_forced(start_BTD, history, mask_B11T)
         else:
             generated = self.student.free_run(start_BTD, mask_B11T)
-        return [_valid(layer_BTD, batch) for layer_BTD in generated]
+        return [_own_frames(layer_BTD, batch) for layer_BTD in generated]
 
 
-def _valid(hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """The utterances' own frames, (F, D)."""
+def _own_frames(hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return the utterances' own frames (F, d) of the padded grid (B, T, d)."""
     return hidden_BTD.flatten(0, 1).index_select(0, batch.rows_F)
 
 
 def _grid(values_FD: Tensor, like_BTD: Tensor, batch: Batch) -> Tensor:
-    """Values of the utterances' own frames on the padded grid (B, T, D), zero elsewhere."""
+    """Return values (F, D) of the own frames on the padded grid (B, T, D), zero elsewhere: inverse of `_own_frames`."""
     grid_ND = torch.zeros_like(like_BTD).flatten(0, 1)
     return grid_ND.index_copy(0, batch.rows_F, values_FD.to(grid_ND.dtype)).view_as(like_BTD)
 
@@ -202,10 +229,15 @@ def build_distiller(
     note: str | None = None,
     depth: int | None = None,
 ) -> Distiller:
-    """A fresh distiller of a config, `depth` blocks deep (None: the shape's). Weights from torch's global generator.
+    """Return a new distiller with random weights from torch's global generator.
 
-    `stem` is the shape of the teacher's: with it the student has the teacher's frames. `note` is what the teacher's
-    maker wants to stand wherever scores stand; the student hands it on.
+    Arguments:
+        targets: teacher layers to predict, ascending.
+        teacher_dim: dim of the targets.
+        normalise: waveforms come with zero mean and unit variance.
+        stem: shape of the teacher's stem; with it the student has the teacher's frames.
+        note: text of the teacher's author that is shown beside its scores; it is copied to the student's config.
+        depth: number of blocks; None: the shape's.
     """
     shape = config.shape
     generates, two_dimensional = config.family in GENERATING, config.family == "gendistiller-2d"

@@ -1,21 +1,22 @@
-"""The students, in one self-contained file that travels with their weights.
+"""Student models, in one self-contained file that is saved beside their weights.
 
-A saved student is a folder with this file in it, and `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens
-it anywhere: it imports torch, transformers and the standard library only. Three models share every part:
+A saved student is a folder that contains this file. `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens
+it without this repository: the file imports only torch, transformers and the standard library. Three models share all
+modules:
 
     RetortStackedStudent   a conv stem and N post-LN Transformer blocks (DistilHuBERT, full-depth and grown students)
     RetortGenStudent       a conv stem and one shared stack that generates the teacher's layers one after another
-    RetortGen2dStudent     the same, each layer attending to all layers before it
+    RetortGen2dStudent     the same, where each layer attends to all layers before it
 
-Modules carry the names of transformers' HuBERT, so a teacher's first tensors fit as they are. One difference: the
-positional convolution has a plain weight, its weight norm folded in, because nothing is gained from it after training.
+Modules and tensors have the names of transformers' HuBERT, so that tensors of a teacher can be copied by name. One
+difference: the positional convolution has a plain weight with the weight norm folded in.
 
-All are exact under padding: each utterance of a padded batch gets the features that it gets alone. Group norm
-takes its statistics over the utterance's own frames, padded frames are zero before the positional convolution and no
-query attends to them.
+The forward pass is padding-invariant: batching does not change the features of an utterance. Group norm takes its
+statistics over the utterance's own frames, padded frames are zero before the positional convolution, and attention
+masks them out.
 
-Shapes: B batch, S samples, T frames, C stem channels, D hidden size, H heads, K features a head, L generated layers,
-N = L T cells (layer, time), layer by layer.
+Shapes: B batch, S samples, T frames, C stem channels, D hidden size, F inner size of the feed-forward net, H heads,
+K features per head, L generated layers, N = L T cells (layer, time) in order of layers; 1 is an axis of size 1.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -34,14 +35,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class RetortStudentConfig(PretrainedConfig):
-    """The shape of a student. Fields that HuBERT has too carry HuBERT's names.
+    """Shape of a student. Fields that HuBERT's config has too have HuBERT's names and meaning.
 
     Arguments:
-        family: the student family of METHODS.md, e.g. "distilhubert" or "gendistiller".
-        num_hidden_layers: how many hidden states follow layer 0: blocks, or generated layers.
-        feat_extract_norm: "group" (the first convolution only, as Base models) or "layer" (each one, as Large).
-        do_normalize: the waveform comes with zero mean and unit variance, as the teacher's did.
-        target_layers: the teacher's layers that this student was taught; the layers a gendistiller generates.
+        family: the student family of docs/methods.md, e.g. "distilhubert" or "gendistiller".
+        num_hidden_layers: number of hidden states after layer 0: blocks, or generated layers.
+        feat_extract_norm: "group" (the first convolution only, as in Base models) or "layer" (each, as in Large).
+        do_normalize: the waveform is expected with zero mean and unit variance, as the teacher's was.
+        target_layers: the teacher's layers that training predicted; for a gendistiller the layers it generates.
         stack_depth, skip, layer_embedding: gendistillers only; see `RetortGenStudent`.
     """
 
@@ -120,9 +121,10 @@ class ConvLayer(nn.Module):
             self.layer_norm = nn.GroupNorm(channels, channels)
 
     def forward(self, hidden_BCT: Tensor, valid_BT: Tensor | None) -> Tensor:
-        """`valid_BT` (bool) marks each utterance's own output frames; None: all are."""
-        hidden_BCT = self.conv(hidden_BCT)
+        """Map (B, C', T') to (B, C, T). `valid_BT` (bool) is True on own output frames; None: nothing is padded."""
+        hidden_BCT = self.conv(hidden_BCT)  # T = floor((T' - kernel) / stride) + 1
         if isinstance(self.layer_norm, nn.LayerNorm):
+            # Over channels, frame by frame: padding has no influence.
             hidden_BCT = self.layer_norm(hidden_BCT.transpose(1, 2)).transpose(1, 2)
         elif isinstance(self.layer_norm, nn.GroupNorm):
             hidden_BCT = _group_norm(hidden_BCT, valid_BT, self.layer_norm)
@@ -130,7 +132,11 @@ class ConvLayer(nn.Module):
 
 
 def _group_norm(hidden_BCT: Tensor, valid_BT: Tensor | None, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with a group a channel, its statistics over the utterance's own frames, in float32."""
+    """Group norm with one group per channel, its statistics over the utterance's own frames, in float32.
+
+    mean_c = sum_t h_ct / n,  var_c = sum_t (h_ct - mean_c)² / n,  over the n own frames t. Padded frames come out as
+    the norm's bias; own frames of the next convolution do not depend on them.
+    """
     if valid_BT is None:
         return norm(hidden_BCT)  # type: ignore[no-any-return, unused-ignore]
     valid_B1T = valid_BT[:, None].to(torch.float32)
@@ -138,13 +144,14 @@ def _group_norm(hidden_BCT: Tensor, valid_BT: Tensor | None, norm: nn.GroupNorm)
     full_BCT = hidden_BCT.float()
     mean_BC1 = (full_BCT * valid_B1T).sum(-1, keepdim=True) / num_frames_B11
     centred_BCT = (full_BCT - mean_BC1) * valid_B1T
+    # Two passes, as E[h²] - mean² would cancel in float32; vector_norm reads the values once.
     variance_BC1 = torch.linalg.vector_norm(centred_BCT, dim=-1, keepdim=True).square() / num_frames_B11
     scale_BC1 = norm.weight[:, None] * torch.rsqrt(variance_BC1 + norm.eps)
     return torch.addcmul(norm.bias[:, None], centred_BCT, scale_BC1).to(hidden_BCT.dtype)
 
 
 class ConvStem(nn.Module):
-    """Waveform to features: 320 samples a frame, each frame over 400 samples (with the usual seven convolutions)."""
+    """Waveform to features. The usual seven convolutions give one frame per 320 samples, computed from 400 samples."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -152,8 +159,13 @@ class ConvStem(nn.Module):
         self.conv_layers = nn.ModuleList(ConvLayer(config, index) for index in range(len(config.conv_dim)))
 
     def forward(self, input_values_BS: Tensor, num_samples_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Features (B, T, C) and which of their frames are the utterance's own, bool (B, T); None: all are."""
-        hidden_BCT = input_values_BS[:, None]
+        """Return features (B, T, C) and own frames, bool (B, T), which is None without `num_samples_B`.
+
+        Arguments:
+            input_values_BS: float waveforms at 16 kHz, padded at the end.
+            num_samples_B: int64 own samples of each utterance; None: nothing is padded.
+        """
+        hidden_BCT = input_values_BS[:, None]  # one input channel
         valid_BT, num_frames_B = None, num_samples_B
         num_frames = input_values_BS.shape[1]
         for layer, kernel, stride in zip(self.conv_layers, self.kernels, self.strides, strict=True):
@@ -166,7 +178,7 @@ class ConvStem(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """LayerNorm over the stem's channels and a linear map to the hidden size."""
+    """LayerNorm over the stem's channels and a linear map to the hidden size: (B, T, C) -> (B, T, D)."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -181,7 +193,7 @@ class FeatureProjection(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """A wide grouped convolution over time whose output is added as the position (wav2vec 2.0)."""
+    """Wide grouped convolution over time; its output is added as position (wav2vec 2.0, arXiv 2006.11477)."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -195,21 +207,21 @@ class PositionalConv(nn.Module):
         )
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        # An even kernel yields one frame too many at the end.
+        # With padding kernel // 2 an even kernel gives T + 1 frames; the last one is dropped.
         position_BDT = self.conv(hidden_BTD.transpose(1, 2))[:, :, : hidden_BTD.shape[1]]
         return functional.gelu(position_BDT).transpose(1, 2)
 
 
-Past = list[tuple[Tensor, Tensor]]  # keys and values (B, H, T, K) of one block, of every layer generated so far
+Past = list[tuple[Tensor, Tensor]]  # of one block: keys and values (B, H, T, K) of every layer generated so far
 
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention)  # only compiled is it one kernel, and skips what the mask rules out
+    return torch.compile(flex_attention)  # compiled it is one kernel and skips masked blocks; eager it does neither
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over time, or over cells (layer, time)."""
+    """Multi-head self-attention over time, or over cells (layer, time): softmax(q k^T / sqrt(K)) v for each head."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -221,10 +233,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_BTD: Tensor, mask: Tensor | BlockMask | None, past: Past | None = None) -> Tensor:
-        """Attend within `hidden_BTD`, and to `past`, the layers before it, which this one is then added to.
+        """Return the context (B, T, D) of attention within `hidden_BTD` and to the layers in `past`.
 
-        `mask`, None or True where a query attends: (B, 1, 1, T), the same for every layer; without a past also
-        (B, 1, T, T), or FlexAttention's, which drops no attention weights out.
+        Arguments:
+            mask: True where a query attends. (B, 1, 1, T) for all queries and layers; without a past also (B, 1, T, T)
+                or a FlexAttention mask, which applies no dropout to attention weights. None: no mask.
+            past: keys and values of the layers before this one; those of this layer are appended.
         """
         query_BHTK, key_BHTK, value_BHTK = (
             projection(hidden_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -232,6 +246,7 @@ class Attention(nn.Module):
         )
         if past is not None:
             past.append((key_BHTK, value_BHTK))
+            # From here on keys and values span all layers so far: (B, H, layers x T, K).
             key_BHTK, value_BHTK = (torch.cat(layers, dim=2) for layers in zip(*past, strict=True))
             mask = mask.repeat(1, 1, 1, len(past)) if isinstance(mask, Tensor) else None
         if isinstance(mask, BlockMask):
@@ -248,7 +263,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with GELU between them."""
+    """Feed-forward network: W_2 GELU(W_1 h), with dropout after each of its two steps."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -262,7 +277,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """One post-LN block, as in HuBERT Base."""
+    """One post-LN block, as in HuBERT Base: h' = LN(h + attention(h)), then LN(h' + feed_forward(h'))."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__()
@@ -278,7 +293,7 @@ class TransformerLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The positional convolution and the blocks. The models below decide how the blocks are used."""
+    """Positional convolution and blocks. The models below define how the blocks are applied."""
 
     def __init__(self, config: RetortStudentConfig, num_layers: int) -> None:
         super().__init__()
@@ -288,8 +303,9 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(num_layers))
 
     def start(self, hidden_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
-        """Layer 0: projected features plus position, normalised."""
+        """Return layer 0, LN(h + position(h)), from the projected features h (B, T, D)."""
         if valid_BT is not None:
+            # The convolution spreads each frame over its kernel: padding is zero, as beyond the end of an utterance.
             hidden_BTD = hidden_BTD * valid_BT[..., None]
         return self.dropout(self.layer_norm(hidden_BTD + self.pos_conv_embed(hidden_BTD)))  # type: ignore[no-any-return, unused-ignore]
 
@@ -298,7 +314,7 @@ class Encoder(nn.Module):
 
 
 class RetortStudent(PreTrainedModel):
-    """What all students share: from the waveform to layer 0, and the initial weights."""
+    """Base of all students: from the waveform to layer 0, and random initial weights."""
 
     config_class = RetortStudentConfig
     base_model_prefix = "student"
@@ -313,13 +329,14 @@ class RetortStudent(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear and embedding N(0, .02²), stem Kaiming-normal, position N(0, 4/(kernel D)), norms 1 and 0.
+        """Initialise one module, in place; transformers calls this for each module that has parameters.
 
-        These are HuBERT's and fairseq's; biases are 0. Transformers calls this for modules that own a parameter.
+        Linear maps and embeddings N(0, 0.02²), stem Kaiming-normal, position N(0, 4 / (kernel D)), norms 1 and 0,
+        biases 0, as in HuBERT and fairseq.
         """
         config = self.config
         if isinstance(module, nn.Conv1d):
-            if any(module.padding):  # the positional convolution: those of the stem have none
+            if any(module.padding):  # only the positional convolution has padding
                 spread = math.sqrt(4 / (config.num_conv_pos_embeddings * config.hidden_size))
                 nn.init.normal_(module.weight, std=spread)
             else:
@@ -342,10 +359,13 @@ class RetortStudent(PreTrainedModel):
         stem_BTC: Tensor | None,
         valid_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Layer 0 (B, T, D) and the mask over keys, bool (B, 1, 1, T); from waveforms or the stem's output."""
+        """Return layer 0 (B, T, D) and the mask over keys, bool (B, 1, 1, T), from waveforms or the stem's output.
+
+        Arguments as in `RetortStackedStudent.forward`: waveforms and mask, or stem_BTC and its own frames valid_BT.
+        """
         if stem_BTC is None:
             if input_values_BS is None:
-                raise ValueError("a student takes `input_values` or `stem_features`, got neither")
+                raise ValueError("input_values and stem_features: got neither, expected one of them")
             num_samples_B = None if attention_mask_BS is None else attention_mask_BS.sum(-1)
             stem_BTC, valid_BT = self.feature_extractor(input_values_BS, num_samples_B)
         start_BTD = self.encoder.start(self.feature_projection(stem_BTC), valid_BT)
@@ -353,7 +373,7 @@ class RetortStudent(PreTrainedModel):
 
 
 class RetortStackedStudent(RetortStudent):
-    """A conv stem and `num_hidden_layers` post-LN blocks."""
+    """Student with a conv stem and `num_hidden_layers` post-LN blocks."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__(config, config.num_hidden_layers)
@@ -369,13 +389,13 @@ class RetortStackedStudent(RetortStudent):
         frame_mask: Tensor | None = None,
         **kwargs: object,
     ) -> BaseModelOutput:
-        """Hidden states of every block.
+        """Return the hidden states.
 
         Arguments:
-            input_values: float (B, S), 16 kHz, padded at the end; scaled as `do_normalize` says.
+            input_values: float (B, S), 16 kHz, padded at the end, normalised if `do_normalize` is set.
             attention_mask: (B, S), 1 on samples and 0 on padding; None: nothing is padded.
             output_hidden_states: also return layer 0 and each block's output.
-            stem_features, frame_mask: the stem's output (B, T, C) and its own frames, bool (B, T), not waveforms.
+            stem_features, frame_mask: in place of waveforms, the stem's output (B, T, C) and own frames, bool (B, T).
 
         Returns: last_hidden_state (B, T, D), and hidden_states: (layer 0, block 1, ..., block N), each (B, T, D).
         """
@@ -389,13 +409,13 @@ class RetortStackedStudent(RetortStudent):
 
 
 class RetortGenStudent(RetortStudent):
-    """A student that generates the teacher's layers one after another (GenDistiller, arXiv 2406.09444).
+    """Student that generates the teacher's layers one after another (GenDistiller, arXiv 2406.09444).
 
-        g_i = OutProj(f(g_{i-1} + e_i) + skip_i)        h_0 = g_0 = layer 0
+        g_i = OutProj(f(g_{i-1} + e_i) + skip_i),   i = 1 ... L,        g_0 = h_0 = layer 0
 
-    f is one stack of `stack_depth` blocks, the same for every i; `skip` is "start" (h_0), "previous" (g_{i-1}) or
-    "none"; e_i is a learned layer embedding, or nothing. The history g_{i-1} is a layer of the teacher's, so the hidden
-    size is the teacher's. `forward` always feeds on its own output; `teacher_forced` takes the teacher's as history.
+    f is one stack of `stack_depth` blocks, the same for every i. skip_i is h_0 ("start"), g_{i-1} ("previous") or zero
+    ("none"). e_i is a learned layer embedding, or zero. The history g_{i-1} stands for a layer of the teacher, so D is
+    the teacher's. `forward` runs freely, with its own output as history; `teacher_forced` takes the teacher's layers.
     """
 
     def __init__(self, config: RetortStudentConfig) -> None:
@@ -407,13 +427,13 @@ class RetortGenStudent(RetortStudent):
         self.post_init()
 
     def enter(self, previous_BTD: Tensor, index: int) -> Tensor:
-        """What the blocks make g_{index + 1} of: the history and the layer's embedding, if there is one."""
+        """Return the input of the blocks for g_{index + 1}: the history plus the layer's embedding, if there is one."""
         if self.layer_embedding is None:
             return previous_BTD
         return previous_BTD + self.layer_embedding.weight[index]  # type: ignore[no-any-return, unused-ignore]
 
     def leave(self, hidden_BTD: Tensor, previous_BTD: Tensor, start_BTD: Tensor) -> Tensor:
-        """g_i from what the blocks made of g_{i-1}."""
+        """Return g_i from the blocks' output, the history g_{i-1} and h_0, all (B, T, D)."""
         if self.config.skip == "start":
             hidden_BTD = hidden_BTD + start_BTD
         elif self.config.skip == "previous":
@@ -421,7 +441,7 @@ class RetortGenStudent(RetortStudent):
         return self.output_projection(hidden_BTD)  # type: ignore[no-any-return, unused-ignore]
 
     def free_run(self, start_BTD: Tensor, mask_B11T: Tensor | None) -> list[Tensor]:
-        """[g_1, ..., g_L], each from the one before it."""
+        """Return [g_1, ..., g_L], each generated from the one before it, from h_0 (B, T, D) and the mask over keys."""
         generated: list[Tensor] = []
         previous_BTD = start_BTD
         for index in range(self.config.num_hidden_layers):
@@ -433,7 +453,11 @@ class RetortGenStudent(RetortStudent):
         return generated
 
     def teacher_forced(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
-        """[g_1, ..., g_L] in one batched pass, g_i from `history[i - 2]`, the given layer before it (g_1 from h_0)."""
+        """Return [g_1, ..., g_L] in one batched pass: g_1 from h_0, g_i from `history[i - 2]`, the given layer before.
+
+        `history` has L - 1 layers (B, T, D), zero on padding.
+        """
+        # No g_i depends on another here, so all L layers stack on the batch axis: (L B, T, D).
         rows = [start_BTD, *(layer_BTD.to(start_BTD.dtype) for layer_BTD in history)]
         hidden = torch.cat([self.enter(row_BTD, index) for index, row_BTD in enumerate(rows)])
         mask = None if mask_B11T is None else mask_B11T.repeat(len(rows), 1, 1, 1)
@@ -451,7 +475,7 @@ class RetortGenStudent(RetortStudent):
         frame_mask: Tensor | None = None,
         **kwargs: object,
     ) -> BaseModelOutput:
-        """Hidden states h_0, g_1, ..., g_L, generated freely. Arguments as `RetortStackedStudent.forward`."""
+        """Return h_0, g_1, ..., g_L, generated freely. Arguments as in `RetortStackedStudent.forward`."""
         start_BTD, mask_B11T = self.start(input_values, attention_mask, stem_features, frame_mask)
         generated = self.free_run(start_BTD, mask_B11T)
         states = (start_BTD, *generated)
@@ -460,25 +484,25 @@ class RetortGenStudent(RetortStudent):
 
 
 class RetortGen2dStudent(RetortGenStudent):
-    """A decoder over cells (layer, time) that generates the teacher's layers (GenDistiller, arXiv 2310.13418).
+    """Decoder over cells (layer, time) that generates the teacher's layers (GenDistiller, arXiv 2310.13418).
 
-        g_i = OutProj(f(g_{i-1} + e_i | h_0 + e_1, ..., g_{i-2} + e_{i-1}) + skip_i)
+        g_i = OutProj(f(g_{i-1} + e_i | h_0 + e_1, ..., g_{i-2} + e_{i-1}) + skip_i),   i = 1 ... L
 
-    As `RetortGenStudent`, but for attention, which is two-dimensional: causal over layers, bidirectional over time. The
-    cell (layer, time) that g_i(t) is made of attends to all times of layers 0 to i - 1. Attention sees a set of cells:
-    in a stack of one block it is e_i alone that tells layers apart, so `layer_embedding` is best on here, and costs D
-    parameters a layer.
+    It differs from `RetortGenStudent` in its two-dimensional attention: causal over layers, bidirectional over time.
+    The cell of g_i at time t attends to all times of layers 0 to i - 1. Attention does not depend on the order of the
+    cells: in a stack of one block only e_i distinguishes the layers, so `layer_embedding` is on by default in training.
+    It costs D parameters per layer.
     """
 
     def free_run(self, start_BTD: Tensor, mask_B11T: Tensor | None) -> list[Tensor]:
-        """[g_1, ..., g_L], each from those before it."""
+        """Return [g_1, ..., g_L], each generated from all before it, from h_0 (B, T, D) and the mask over keys."""
         return self.layer_by_layer(start_BTD, [], mask_B11T)
 
     def teacher_forced(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
-        """[g_1, ..., g_L], g_i from h_0 and `history[: i - 1]`, the given layers before it."""
+        """Return [g_1, ..., g_L], g_i from h_0 and `history[: i - 1]`, the given layers (B, T, D) before it."""
         history = [layer_BTD.to(start_BTD.dtype) for layer_BTD in history]
         size, num_frames, dim = start_BTD.shape
-        # FlexAttention's kernels know no dropout, and no heads of fewer than 16 features.
+        # FlexAttention's kernels have no dropout, and need heads of at least 16 features.
         drops = self.training and self.config.attention_dropout > 0
         if start_BTD.is_cuda and not drops and dim >= 16 * self.config.num_attention_heads:
             mask = causal_over_layers(len(history) + 1, size, num_frames, mask_B11T, start_BTD.device)
@@ -486,11 +510,11 @@ class RetortGen2dStudent(RetortGenStudent):
         return self.layer_by_layer(start_BTD, history, mask_B11T)
 
     def layer_by_layer(self, start_BTD: Tensor, history: list[Tensor], mask_B11T: Tensor | None) -> list[Tensor]:
-        """Every layer from the keys and values of those before it; past the end of `history` it reads its own output.
+        """Generate layer by layer with a cache of keys and values; after the end of `history` from its own output.
 
-        The same result as a masked pass over all cells, with (L + 1) / 2L of its attention.
+        Equal to a masked pass over all cells, with (L + 1) / 2L of its attention: layer i attends to i layers, not L.
         """
-        pasts: list[Past] = [[] for _ in self.encoder.layers]
+        pasts: list[Past] = [[] for _ in self.encoder.layers]  # one cache per block
         rows, generated = [start_BTD, *history], []
         for index in range(self.config.num_hidden_layers):
             hidden_BTD = self.enter(rows[index], index)
@@ -502,7 +526,10 @@ class RetortGen2dStudent(RetortGenStudent):
         return generated
 
     def all_at_once(self, start_BTD: Tensor, history: list[Tensor], mask: Tensor | BlockMask) -> list[Tensor]:
-        """All layers in one pass over their N cells; `mask`, FlexAttention's or (B, 1, N, N), says who sees whom."""
+        """Return all layers from one pass over their N cells.
+
+        `mask` is FlexAttention's or bool (B, 1, N, N), True where a query cell attends to a key cell.
+        """
         rows = [start_BTD, *history]
         hidden_BND = torch.cat([self.enter(row_BTD, index) for index, row_BTD in enumerate(rows)], dim=1)
         for layer in self.encoder.layers:
@@ -514,16 +541,19 @@ class RetortGen2dStudent(RetortGenStudent):
 def causal_over_layers(
     num_layers: int, size: int, num_frames: int, mask_B11T: Tensor | None, device: torch.device
 ) -> BlockMask:
-    """FlexAttention's mask over the cells of `size` utterances: a cell sees its layer and those before, no padding."""
+    """Return FlexAttention's mask over the N cells of `size` utterances.
+
+    A cell attends to the own frames of its layer and of the layers before it: block lower triangular over layers.
+    """
     if mask_B11T is None:
         mask_B11T = torch.ones(size, 1, 1, num_frames, dtype=torch.bool, device=device)
     layer_N = torch.arange(num_layers, device=device).repeat_interleave(num_frames)
     valid_BN = mask_B11T[:, 0, 0].repeat(1, num_layers)
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (layer_N[key] <= layer_N[query]) & valid_BN[row, key]
 
-    return create_block_mask(sees, size, None, len(layer_N), len(layer_N), device=device)
+    return create_block_mask(attends, size, None, len(layer_N), len(layer_N), device=device)
 
 
 def _wants_states(config: PretrainedConfig, asked: bool | None) -> bool:

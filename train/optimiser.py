@@ -1,4 +1,4 @@
-"""AdamW by parameter name, so that its moments survive growth and resumption; the learning rate by step."""
+"""AdamW with its state by parameter name, so that moments survive growth and resumption; the learning rate by step."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from train.config import StudentConfig
 from train.growth import Stage, grow_mapping
 
 ParameterState = dict[str, Tensor]  # of one parameter: step, exp_avg, exp_avg_sq
-OptimiserState = dict[str, ParameterState]
-STACK = "student.encoder.layers."
+OptimiserState = dict[str, ParameterState]  # by parameter name
+STACK = "student.encoder.layers."  # name prefix of the blocks that growth copies
 
 
 def make_optimiser(config: StudentConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, one group."""
+    """Return AdamW over all trainable parameters, in one group (Loshchilov & Hutter, arXiv 1711.05101)."""
     settings = config.optimiser
     return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -22,12 +22,16 @@ def make_optimiser(config: StudentConfig, model: nn.Module) -> torch.optim.AdamW
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=True,  # one kernel for all parameters
     )
 
 
 def learning_rate(config: StudentConfig, stage: Stage, step: int) -> float:
-    """Warm-up over a share of the steps, then linear decay to zero; over all stages, or over each anew."""
+    """Return the learning rate of a step: linear warm-up, then linear decay to zero.
+
+    With n steps, w = warmup · n of them warm-up, and t the step from 0:  lr · (t + 1) / w  for t < w,
+    lr · (n - t) / (n - w + 1)  after. n and t count over all stages, or within the stage with `learning_rate: restart`.
+    """
     first, num_steps = 0, config.steps
     if config.growth.learning_rate == "restart":
         first, num_steps = stage.first_step, stage.num_steps
@@ -35,12 +39,13 @@ def learning_rate(config: StudentConfig, stage: Stage, step: int) -> float:
     warmup = max(1, round(config.optimiser.warmup * num_steps))
     factor = (local + 1) / warmup if local < warmup else (num_steps - local) / (num_steps - warmup + 1)
     if stage.sources is not None and config.growth.optimiser == "fresh":
+        # Moments of zero make AdamW's first steps large: ramp up anew after growth.
         factor *= min(1.0, (step - stage.first_step + 1) / max(1, config.growth.fresh_warmup_steps))
     return config.optimiser.lr * factor
 
 
 def read_state(optimiser: torch.optim.Optimizer, model: nn.Module) -> OptimiserState:
-    """The optimiser's state by parameter name. Tensors are the optimiser's own, not copies."""
+    """Return the optimiser's state by parameter name. Tensors are the optimiser's own, not copies."""
     return {
         name: dict(optimiser.state[parameter])
         for name, parameter in model.named_parameters()
@@ -49,7 +54,7 @@ def read_state(optimiser: torch.optim.Optimizer, model: nn.Module) -> OptimiserS
 
 
 def write_state(optimiser: torch.optim.Optimizer, model: nn.Module, state: OptimiserState) -> None:
-    """Give the optimiser copies of a state by parameter name. Strict: the state names trainable parameters only."""
+    """Set the optimiser's state to copies of `state`, whose names must be those of trainable parameters."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     assert all(parameters[name].requires_grad for name in state)
     for name, values in state.items():
@@ -58,15 +63,15 @@ def write_state(optimiser: torch.optim.Optimizer, model: nn.Module, state: Optim
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the exponential moving average of all weights, in place: a <- decay · a + (1 - decay) · w."""
+    """Update the exponential moving average of all weights, in place: a <- decay · a + (1 - decay) · w."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def grown_state(state: OptimiserState, stage: Stage, method: str) -> OptimiserState:
-    """The optimiser's state after growth, by `growth.optimiser`.
+    """Return the optimiser's state after growth, by `growth.optimiser`.
 
-    "copy": clones get their original's moments and step; "copy-reset-step": the same, and every step counts from 0
-    again; "fresh": nothing is kept.
+    "copy": clones get their original's moments and step count. "copy-reset-step": the same, but every step count is 0,
+    which restarts AdamW's bias correction. "fresh": no state.
     """
     if method == "fresh":
         return {}

@@ -1,48 +1,54 @@
-"""One training run: everything that it holds, how it begins, how it goes on after a kill, and how it grows.
+"""State of one training run: how it starts, resumes after a kill, grows, and unfreezes the stem.
 
-The loop that drives it stands in train/loop.py.
+train/loop.py holds the loop over its steps.
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from extract.base.device import check_there, named_device
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
+from extract.store.manifest import initial_weights_path
 from extract.store.reader import StoreReader
 from train import checkpoint
-from train.checkpoint import Checkpoint, Progress
+from train.checkpoint import Checkpoint, RunState
 from train.config import GENERATING, StudentConfig
 from train.data import DistillationData
-from train.distributed import ALONE, Ranks, local_rank
+from train.distributed import SINGLE_PROCESS, ProcessGroup, local_rank
 from train.growth import Stage, grow_layers, plan_stages
-from train.initial_weights import InitialWeights, StemShape, plant, read_seed, teacher_stem
+from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
 from train.losses import Distiller, LayerDistiller, build_distiller
 from train.optimiser import grown_state, make_optimiser, read_state, write_state
+from train.stem import STANDARD, StemShape, check_frames, has_frames_of, teacher_stem
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One student to train, and where everything lies."""
+class TrainRequest:
+    """One student to train: its settings, inputs, outputs and device."""
 
-    student: str
+    student: str  # name
     config: StudentConfig
-    manifest: Path
+    manifest: Path  # of the teacher's features
     corpus: Path
-    out: Path
-    run: Path
+    out: Path  # folder of the student
+    run_folder: Path  # folder of metrics.json and the curves
     device: torch.device
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of a step over all processes."""
+        return self.config.optimiser.accumulate * self.processes.size
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first GPU, or the CPU. Under torchrun each process has a GPU of its own.
+    """Return the device of a name; "auto" is the first GPU, or else the CPU. Under torchrun: the process's own GPU.
 
-    Raises RetortError for one that is not there.
+    Raises RetortError for a device that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,56 +63,45 @@ def find_device(name: str) -> torch.device:
 
 @dataclass(kw_only=True)
 class Run:
-    """A job under way. `progress` and `optimiser` change with every step, the depth of `distiller` with growth."""
+    """A run in progress. `state` and `optimiser` change with every step, the depth of `distiller` with growth."""
 
-    job: Job
+    request: TrainRequest
     corpus: Corpus
     store: StoreReader
     data: DistillationData
     stages: tuple[Stage, ...]
     distiller: Distiller
-    average: Distiller | None  # of its weights over steps, with `optimiser.ema`
+    average: Distiller | None  # moving average of the weights, with `optimiser.ema`
     optimiser: torch.optim.AdamW
-    progress: Progress
-    initial_weights: InitialWeights  # the parts that began as the teacher's
+    state: RunState
+    parts: LoadedParts  # parts that started as the teacher's
     key: str
     checkpoint: Path
 
     @property
     def depth(self) -> int:
-        """Transformer blocks that the student has now."""
+        """Number of Transformer blocks that the student has now."""
         return len(self.distiller.student.encoder.layers)
 
     @property
-    def from_teacher(self) -> list[str]:
-        """The parts that began as the teacher's."""
-        return self.initial_weights.copied
-
-    @property
-    def packs_per_step(self) -> int:
-        """Packs of a step over all processes."""
-        return self.job.config.optimiser.accumulate * self.job.ranks.size
-
-    @property
     def scored(self) -> Distiller:
-        """What is scored and saved."""
+        """The weights that are scored and saved."""
         return self.distiller if self.average is None else self.average
 
 
-def begin(job: Job) -> Run:
-    """Open everything and start the run, or take it up at its newest checkpoint.
+def begin(request: TrainRequest) -> Run:
+    """Open corpus and store, build the student, and resume from the newest checkpoint if there is one.
 
-    Raises RetortError for settings that do not fit the store, and for a missing seed.
+    Raises RetortError for settings that do not fit the store and for missing or changed initial weights.
     """
-    config = job.config
-    torch.manual_seed(config.seed)  # initial weights
-    corpus = Corpus.open(job.corpus)
-    store = StoreReader.open(job.manifest, corpus)
-    check_stem(config, store, corpus)
-    seed = read_seed(job.manifest) if config.init == "teacher" else None
-    stem = teacher_stem(store, seed)
+    config = request.config
+    torch.manual_seed(config.seed)  # of random initial weights
+    corpus = Corpus.open(request.corpus)
+    store = StoreReader.open(request.manifest, corpus)
+    check_input(config, store, corpus)
+    weights, stem = _read_teacher(config, store)
     check_frames(stem, store, corpus)
-    data = _open_data(job, store, corpus)
+    data = _open_data(request, store, corpus)
     stages = plan_stages(config)
     distiller = build_distiller(
         config,
@@ -117,13 +112,19 @@ def begin(job: Job) -> Run:
         note=store.manifest.upstream.get("note"),
         depth=stages[0].depth,
     )
-    initial_weights = (
-        InitialWeights() if seed is None else plant(distiller.student, seed, num_layers=config.seed_layers)
+    parts = LoadedParts()
+    if weights is not None:
+        parts = load_initial_weights(distiller.student, weights, num_blocks=config.initial_blocks)
+    distiller.to(request.device).train()
+    key = checkpoint.run_key(
+        config,
+        store_digest=store.digest,
+        corpus_digest=corpus.digest,
+        stem=stem,
+        initial_weights=None if weights is None else weights.sha256,
     )
-    distiller.to(job.device).train()
-    key = checkpoint.run_key(config, store_digest=store.digest, corpus_digest=corpus.digest, stem=stem)
     run = Run(
-        job=job,
+        request=request,
         corpus=corpus,
         store=store,
         data=data,
@@ -131,20 +132,32 @@ def begin(job: Job) -> Run:
         distiller=distiller,
         average=copy.deepcopy(distiller) if config.optimiser.ema else None,
         optimiser=make_optimiser(config, distiller),
-        progress=Progress(),
-        initial_weights=initial_weights,
+        state=RunState(),
+        parts=parts,
         key=key,
-        checkpoint=checkpoint.checkpoint_path(job.student, key, config.optimiser.accumulate * job.ranks.size),
+        checkpoint=checkpoint.checkpoint_path(request.student, key, request.packs_per_step),
     )
     if (found := checkpoint.load(run.checkpoint)) is not None:
-        _take_up(run, found)
-    job.ranks.agree(settings=(key, config.optimiser.accumulate), **{"steps done before": run.progress.step})
+        _resume(run, found)
+    request.processes.check_equal(settings=(key, config.optimiser.accumulate), **{"steps done before": run.state.step})
     return run
 
 
-def _open_data(job: Job, store: StoreReader, corpus: Corpus) -> DistillationData:
-    config = job.config
-    packs_per_step = config.optimiser.accumulate * job.ranks.size
+def _read_teacher(config: StudentConfig, store: StoreReader) -> tuple[InitialWeights | None, StemShape]:
+    """Return the initial weights (None for `init: random`) and the shape of the teacher's stem."""
+    record, manifest = store.manifest.initial_weights, store.source
+    path = manifest.parent / record["file"] if record else initial_weights_path(manifest)
+    if config.init == "teacher":
+        store.manifest.check_initial_weights(manifest)
+        weights = read_initial_weights(path)
+        return weights, teacher_stem(store, weights.config)
+    # A manifest that does not record the stem leaves its shape to the config beside the initial weights.
+    is_unknown = store.manifest.stem is None and not has_frames_of(STANDARD, store) and path.is_file()
+    return None, teacher_stem(store, read_initial_weights(path).config if is_unknown else None)
+
+
+def _open_data(request: TrainRequest, store: StoreReader, corpus: Corpus) -> DistillationData:
+    config = request.config
     return DistillationData(
         corpus,
         store,
@@ -152,32 +165,32 @@ def _open_data(job: Job, store: StoreReader, corpus: Corpus) -> DistillationData
         train_splits=config.train_splits,
         dev_split=config.dev_split,
         seed=config.seed,
-        stored_draws=config.stem_trains_from * packs_per_step if config.stem == "stored" else 0,
+        stored_draws=config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0,
     )
 
 
 def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]:
-    """The teacher's layers to predict. Raises RetortError for layers that the store has not."""
+    """Return the teacher's layers to predict. Raises RetortError for layers that are not in the store."""
     if "frames" not in store.keep:
         raise RetortError(
-            f"{store.source} keeps {', '.join(sorted(store.keep))} and no frames to learn from; run `python -m extract "
+            f"{store.source} keeps {', '.join(sorted(store.keep))}, training needs frames; run `python -m extract "
             "run` again with --keep frames,pooled"
         )
     targets = config.targets or tuple(layer for layer in store.layers if layer > 0)
     if missing := [layer for layer in targets if layer not in store.layers]:
         raise RetortError(
-            f"targets: {store.source} has no layer {missing[0]}; it keeps {', '.join(map(str, store.layers))}"
+            f"targets: {store.source} has no layer {missing[0]}; choose from {', '.join(map(str, store.layers))}"
         )
     if config.family in GENERATING and config.shape.dim != store.dim:
         raise RetortError(
-            f"shape.dim: a {config.family} feeds on the teacher's layers, so its dim is the teacher's {store.dim}, "
-            f"got {config.shape.dim}"
+            f"shape.dim: got {config.shape.dim}, expected the teacher's {store.dim}: a {config.family} reads the "
+            "teacher's layers as its input"
         )
     return targets
 
 
-def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> None:
-    """Raises RetortError for a teacher without a stem, a stored stem that does not fit, and missing waveforms."""
+def check_input(config: StudentConfig, store: StoreReader, corpus: Corpus) -> None:
+    """Raise RetortError for a teacher without a stem, a stored stem that does not fit, and missing waveforms."""
     if store.manifest.upstream.get("family") == "fbank":
         raise RetortError(
             f"{store.source} holds filter banks, which have no convolution stem for a student to share frames with; "
@@ -186,13 +199,13 @@ def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> Non
     if config.stem == "stored":
         if "stem" not in store.keep:
             raise RetortError(
-                f"stem: {store.source} keeps {', '.join(sorted(store.keep))} and no stem; run `python -m extract run` "
-                "again with --keep frames,pooled,stem, or set `waveforms`"
+                f"stem: {store.source} keeps {', '.join(sorted(store.keep))} but not the stem; run `python -m extract "
+                "run` again with --keep frames,pooled,stem, or set stem to `waveforms`"
             )
         if store.stem_dim != config.shape.stem_channels:
             raise RetortError(
-                f"shape.stem_channels: the teacher's stem in {store.source} has {store.stem_dim} channels, got "
-                f"{config.shape.stem_channels}"
+                f"shape.stem_channels: got {config.shape.stem_channels}, expected the {store.stem_dim} channels of the "
+                f"stem in {store.source}"
             )
     if corpus.has_audio:
         return
@@ -202,30 +215,16 @@ def check_stem(config: StudentConfig, store: StoreReader, corpus: Corpus) -> Non
         (config.dev_split is not None, "dev_split: scoring (set null for none)"),
     ):
         if needs:
-            raise RetortError(f"{setting} needs waveforms, and {corpus.path} holds the index of {corpus.name} alone")
-
-
-def check_frames(stem: StemShape, store: StoreReader, corpus: Corpus) -> None:
-    """Raises RetortError unless a student with this stem has as many frames of every utterance as the store."""
-    num_frames = corpus.num_samples
-    for kernel, stride in zip(stem.kernels, stem.strides, strict=True):
-        num_frames = (num_frames - kernel) // stride + 1
-    odd = np.flatnonzero((store.pack_of >= 0) & (num_frames != store.num_frames))
-    if len(odd):
-        raise RetortError(
-            f"{store.source}: utterance {corpus.ids[odd[0]]} has {store.num_frames[odd[0]]} frames there, expected the "
-            f"{num_frames[odd[0]]} of a stem of kernels {list(stem.kernels)} and strides {list(stem.strides)}; run "
-            "`python -m extract run` again"
-        )
+            raise RetortError(f"{setting} needs waveforms, and {corpus.path} holds only the index of {corpus.name}")
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
-    """The stage that a step belongs to."""
+    """Return the stage that contains a step."""
     return next(stage for stage in reversed(stages) if stage.first_step <= step)
 
 
 def deepen(distiller: Distiller, stage: Stage) -> None:
-    """Make the student as deep as `stage`, from the stage before it."""
+    """Grow the student, in place, from the depth of the stage before to that of `stage`."""
     assert stage.sources is not None and isinstance(distiller, LayerDistiller)
     student = distiller.student
     student.encoder.layers = grow_layers(student.encoder.layers, stage.sources)
@@ -234,8 +233,8 @@ def deepen(distiller: Distiller, stage: Stage) -> None:
 
 
 def grow(run: Run, stage: Stage) -> None:
-    """Grow the student, and carry the optimiser's moments over as `growth.optimiser` says."""
-    config = run.job.config
+    """Grow the student and its average, and carry the optimiser's state over as `growth.optimiser` sets."""
+    config = run.request.config
     state = read_state(run.optimiser, run.distiller)
     deepen(run.distiller, stage)
     if run.average is not None:
@@ -244,43 +243,38 @@ def grow(run: Run, stage: Stage) -> None:
     write_state(run.optimiser, run.distiller, grown_state(state, stage, config.growth.optimiser))
 
 
-def thaw(run: Run) -> None:
-    """Let the stem train from here on: its parameters join the optimiser, the others keep their moments."""
+def unfreeze_stem(run: Run) -> None:
+    """Train the stem from now on: its parameters join the optimiser, the others keep their moments."""
     state = read_state(run.optimiser, run.distiller)
     run.distiller.train_stem(True)
-    run.optimiser = make_optimiser(run.job.config, run.distiller)
+    run.optimiser = make_optimiser(run.request.config, run.distiller)
     write_state(run.optimiser, run.distiller, state)
 
 
 def snapshot(run: Run) -> Checkpoint:
-    """The run as it stands between two steps."""
+    """Return the state of the run between two steps."""
     return Checkpoint(
-        progress=run.progress,
+        state=run.state,
         depth=run.depth,
         model=run.distiller.state_dict(),
         average=None if run.average is None else run.average.state_dict(),
         optimiser=read_state(run.optimiser, run.distiller),
-        initial_weights=asdict(run.initial_weights),
+        copied=run.parts.copied,
+        random=run.parts.random,
     )
 
 
-def _take_up(run: Run, found: Checkpoint) -> None:
-    if found.initial_weights is not None:
-        run.initial_weights = InitialWeights(**found.initial_weights)
-    elif run.initial_weights.unequal:
-        # Parts of equal shapes were once copied whatever they compute: their weights may be in this checkpoint.
-        part = run.initial_weights.unequal[0]
-        raise RetortError(
-            f"checkpoint {run.checkpoint} does not record which parts were copied from the teacher, and {part} no "
-            f"longer is ({run.initial_weights.left[part]}); delete it to start anew"
-        )
+def _resume(run: Run, found: Checkpoint) -> None:
+    """Set the run to a checkpoint. The student grows first, so that names and shapes of the weights fit."""
     for distiller, weights in ((run.distiller, found.model), (run.average, found.average)):
         if distiller is not None and weights is not None:
             for stage in run.stages[1:]:
                 if stage.depth <= found.depth:
                     deepen(distiller, stage)
             distiller.load_state_dict(weights)
-    run.distiller.train_stem(found.progress.step > run.job.config.stem_trains_from)
-    run.optimiser = make_optimiser(run.job.config, run.distiller)
+    # The optimiser holds parameters that require gradients, so the stem is set before it is made.
+    run.distiller.train_stem(found.state.step > run.request.config.stem_trains_from)
+    run.optimiser = make_optimiser(run.request.config, run.distiller)
     write_state(run.optimiser, run.distiller, found.optimiser)
-    run.progress = found.progress
+    run.parts = LoadedParts(found.copied, found.random)
+    run.state = found.state

@@ -249,7 +249,7 @@ def training(bench: Bench, *, stored: bool) -> TimedSteps:
     """Steps from the cache, batches read when they are asked for."""
     keep_freed_blocks()
     run = begin_training(bench.training.job(frozen=stored, stored=stored))
-    config = run.job.config
+    config = run.request.config
     order = run.data.sampler.from_position(0)
     batches = (run.data.training_batch(pack, stored=stored) for pack in order)
 

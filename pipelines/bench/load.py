@@ -225,7 +225,7 @@ def loader(place: Place) -> TimedSteps:
 def training(place: Place) -> TimedSteps:
     """`train run` over one epoch, one pack a step. There is no teacher to start from and no dev split to score."""
     from train.loop import train
-    from train.run import Job, find_device
+    from train.run import TrainRequest, find_device
 
     keep_freed_blocks()
     os.chdir(place.folder)  # checkpoints
@@ -240,17 +240,17 @@ def training(place: Place) -> TimedSteps:
         dev_split=None,
     )
     with TemporaryDirectory(dir=place.folder) as name:
-        job = Job(
+        request = TrainRequest(
             student=place.bench.student,
             config=config,
             manifest=place.manifest,
             corpus=place.corpus,
             out=Path(name) / "student",
-            run=Path(name) / "run",
+            run_folder=Path(name) / "run",
             device=find_device(place.bench.device),
         )
         yield
-        metrics = train(job)
+        metrics = train(request)
         yield
     return {
         "steps": config.steps,

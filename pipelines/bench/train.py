@@ -35,7 +35,7 @@ from train.config import StudentConfig, read_student
 from train.data import Batch
 from train.loop import train_step
 from train.optimiser import learning_rate
-from train.run import Job, Run, begin, find_device
+from train.run import Run, TrainRequest, begin, find_device
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,17 +89,17 @@ class Bench:
         config = read_student(self.folder / "params.yaml", self.asked.student)
         return replace(config, train_splits=("all",), dev_split=None, precision=self.asked.dtype)
 
-    def job(self, *, frozen: bool, stored: bool = False) -> Job:
+    def job(self, *, frozen: bool, stored: bool = False) -> TrainRequest:
         """The student's job with its stem trained or frozen."""
         config = self.config
         optimiser = replace(config.optimiser, stem_frozen=0.0, stem_grad_scale=0.0 if frozen else 0.1)
-        return Job(
+        return TrainRequest(
             student=self.asked.student,
             config=replace(config, optimiser=optimiser, stem="stored" if stored else "waveforms"),
             manifest=self.folder / "manifest.json",
             corpus=self.folder / "noise.h5",
             out=self.folder / "student",
-            run=self.folder / "run",
+            run_folder=self.folder / "run",
             device=find_device(self.asked.device),
         )
 
@@ -152,7 +152,7 @@ def prepare(bench: Bench) -> None:
             codec=asked.codec,
             pack_frames=asked.pack_frames,
             device=asked.device,
-            initial_blocks=bench.config.seed_layers or 1,
+            initial_blocks=bench.config.initial_blocks or 1,
         )
     )
 
@@ -278,7 +278,7 @@ def load_teacher(bench: Bench) -> "Transformer":
 
 def taught(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
     """The batch with what the teacher says of it now in the place of what is stored."""
-    batch = batch.to(run.job.device)
+    batch = batch.to(run.request.device)
     states = teacher.forward([run.corpus.waveform(index) for index in batch.utterances])
     own = [states[layer].float().flatten(0, 1).index_select(0, batch.rows_F) for layer in run.data.layers]
     return replace(batch, codes_LFW=torch.stack(own), scale=None, codec=None)
@@ -295,7 +295,7 @@ def _steps(
     bench: Bench, run: Run, change: Callable[[Batch], Batch] = lambda batch: batch, *, beforehand: bool = False
 ) -> TimedSteps:
     """Steps on the clock; `beforehand`: their batches are read and decoded before it starts."""
-    config, seen = run.job.config, []
+    config, seen = run.request.config, []
 
     def changed(batches: Iterator[Batch]) -> Generator[Batch]:
         for batch in batches:
@@ -305,8 +305,8 @@ def _steps(
     with closing(run.data.training_batches(0)) as read:
         source: Iterator[Batch] = read
         if beforehand:
-            num_batches = run.packs_per_step * (bench.asked.steps + 1)
-            source = iter([_decoded(batch.to(run.job.device)) for batch in islice(read, num_batches)])
+            num_batches = run.request.packs_per_step * (bench.asked.steps + 1)
+            source = iter([_decoded(batch.to(run.request.device)) for batch in islice(read, num_batches)])
         batches = changed(source)
         train_step(run, batches, 0, learning_rate(config, run.stages[0], 0))
         seen.clear()
