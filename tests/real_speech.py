@@ -1,7 +1,7 @@
-"""Real speech as folders that the reader `folder` takes: `python -m tests.real_speech data/real [--data DATA]`.
+"""Real speech as folders for the reader `folder`: `python -m tests.real_speech data/real [--data DATA]`.
 
 DATA/fsdd is the Free Spoken Digit Dataset with its metadata.csv, DATA/an4 is CMU AN4 with transcripts.tsv and an4.dic.
-What is written is a metadata.csv each; audio stays where it is.
+Only a metadata.csv of each is written; it names the audio files in DATA.
 """
 
 import argparse
@@ -15,7 +15,7 @@ Row = dict[str, str]
 
 
 def fsdd_rows(data: Path = DATA) -> list[Row]:
-    """Digits: the official test indices 0 to 4, of the official training ones 5 to 9 for dev."""
+    """Return rows of digits: the official test indices 0 to 4, of the training indices 5 to 9 for dev."""
     with (data / "fsdd" / "metadata.csv").open() as table:
         return [
             {
@@ -30,7 +30,10 @@ def fsdd_rows(data: Path = DATA) -> list[Row]:
 
 
 def an4_rows(data: Path = DATA) -> list[Row]:
-    """Words and phones: AN4's own test speakers; of the others every eighth for dev. What has no phones is left out."""
+    """Return rows of words and phones: AN4's test speakers; of the others every eighth for dev.
+
+    Utterances with a word that the lexicon lacks are left out.
+    """
     lexicon: dict[str, str] = {}
     for line in (data / "an4" / "an4.dic").read_text().splitlines():
         word, *phones = line.split()
@@ -53,7 +56,7 @@ def an4_rows(data: Path = DATA) -> list[Row]:
 
 
 def write_folder(folder: Path, rows: Sequence[Row]) -> Path:
-    """The folder, with a metadata.csv of these rows."""
+    """Write a metadata.csv of these rows; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys())
@@ -66,6 +69,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
-    asked = parser.parse_args()
-    for name, rows in (("fsdd", fsdd_rows(asked.data)), ("an4", an4_rows(asked.data))):
-        print(f"{write_folder(asked.out / name, rows)}: {len(rows)} recordings")
+    arguments = parser.parse_args()
+    for name, rows in (("fsdd", fsdd_rows(arguments.data)), ("an4", an4_rows(arguments.data))):
+        print(f"{write_folder(arguments.out / name, rows)}: {len(rows)} recordings")

@@ -1,4 +1,4 @@
-"""Data set trees of another layout, audio that is none, and the other commands of `pipelines` asked in vain."""
+"""Data sets of another layout, damaged audio, and wrong arguments of the commands of `pipelines`: one-line errors."""
 
 from pathlib import Path
 
@@ -70,19 +70,25 @@ def asked(line: str, message: str) -> Row:
 
 
 TREES = [
-    *(asked(f"pipelines corpus {reader} data/empty --out corpora/x.h5", "is missing; expected") for reader in READERS),
-    asked("pipelines corpus folder data/none --out corpora/x.h5", "data set folder data/none does not exist"),
-    asked("pipelines corpus folder params.yaml --out corpora/x.h5", "data set folder params.yaml does not exist"),
+    *(
+        asked(f"pipelines corpus {reader} data/empty --out corpora/x.h5", "not found; expected the layout of")
+        for reader in READERS
+    ),
+    asked("pipelines corpus folder data/none --out corpora/x.h5", "data set folder data/none not found"),
+    asked("pipelines corpus folder params.yaml --out corpora/x.h5", "data set folder params.yaml not found"),
     asked("pipelines corpus musan data/mine --out corpora/x.h5", "unknown reader 'musan': expected one of fluent"),
-    holds("bytes", "librispeech", {TRANSCRIPT: BYTES}, "1-2.trans.txt can't be read as text in UTF-8"),
+    holds("bytes", "librispeech", {TRANSCRIPT: BYTES}, "1-2.trans.txt: not text in UTF-8"),
     holds(
         "no audio", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "1 of 1 files can't be used: .*1-2-3.flac .does not exist"
     ),
     holds("silent", "librispeech", {TRANSCRIPT: ""}, "the corpus would be empty"),
-    holds("part", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "train-other-9/ is missing", "--part train-other-9"),
-    holds("no lexicon", "librispeech", {TRANSCRIPT: ""}, "lexicon none does not exist", "--lexicon none"),
+    holds("part", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "train-other-9/ not found", "--part train-other-9"),
+    holds("no lexicon", "librispeech", {TRANSCRIPT: ""}, "lexicon none not found", "--lexicon none"),
     holds(
-        "lexicon", "librispeech", {TRANSCRIPT: "1-2-3 A\n", "librispeech-lexicon.txt": "\nA\n"}, "line 'A' is not WORD"
+        "lexicon",
+        "librispeech",
+        {TRANSCRIPT: "1-2-3 A\n", "librispeech-lexicon.txt": "\nA\n"},
+        "lexicon.txt: got line 'A', expected WORD",
     ),
     holds(
         "word",
@@ -90,69 +96,85 @@ TREES = [
         {TRANSCRIPT: "1-2-3 A B\n", "librispeech-lexicon.txt": "A x\n"},
         "'B' is not in the lexicon",
     ),
-    holds("bytes", "voxceleb1", {"iden_split.txt": BYTES}, "iden_split.txt can't be read as text"),
-    holds("line", "voxceleb1", {"iden_split.txt": "9 a/b/c.wav\n"}, "does not begin with 1 .train., 2 .dev. or 3"),
+    holds("bytes", "voxceleb1", {"iden_split.txt": BYTES}, "iden_split.txt: not text in UTF-8"),
+    holds("line", "voxceleb1", {"iden_split.txt": "9 a/b/c.wav\n"}, "got line '9 a/b/c.wav', expected 1 .train."),
     holds(
         "no audio",
         "voxceleb1",
         {"iden_split.txt": "1 a/b/c.wav\n"},
-        "every file of iden_split.txt, such as dev/wav/a/b/c.wav, is missing",
+        "all files of iden_split.txt, such as dev/wav/a/b/c.wav, not found",
     ),
-    holds("no list", "voxceleb1-trials", TRIALS, "veri_test2.txt is missing"),
-    holds("line", "voxceleb1-trials", TRIALS | {"veri_test2.txt": "1 a\n"}, "line '1 a' is no trial; expected"),
-    holds("columns", "fluent", dict.fromkeys(FLUENT, "a,b\n1,2\n"), "has no column 'path'; expected path, speakerId"),
-    holds("bytes", "fluent", dict.fromkeys(FLUENT, BYTES), "train_data.csv can't be read as text"),
+    holds("no list", "voxceleb1-trials", TRIALS, "veri_test2.txt not found"),
+    holds("line", "voxceleb1-trials", TRIALS | {"veri_test2.txt": "1 a\n"}, "veri_test2.txt: got line '1 a', expected"),
     holds(
-        "no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv is empty; expected a header with path, speakerId"
+        "columns", "fluent", dict.fromkeys(FLUENT, "a,b\n1,2\n"), "column 'path' not found; expected path, speakerId"
     ),
-    holds("line", "snips", {"all.iob.snips.txt": "x\n"}, "line 'x' is not SPEAKER-snips-SPLIT-N"),
-    holds("blank line", "snips", {"all.iob.snips.txt": "\n"}, "is missing; expected SNIPS/"),
-    holds("nothing", "snips", {"all.iob.snips.txt": ""}, "is missing; expected SNIPS/"),
-    holds("no evaluation", "iemocap", TURNS, "Session1/dialog/EmoEvaluation/d.txt is missing"),
-    holds("bytes", "iemocap", TURNS | dict.fromkeys(EVALUATIONS, BYTES), "d.txt can't be read as text"),
+    holds("bytes", "fluent", dict.fromkeys(FLUENT, BYTES), "train_data.csv: not text in UTF-8"),
+    holds("no row", "fluent", dict.fromkeys(FLUENT, ""), "train_data.csv is empty; .*path, speakerId"),
+    holds("line", "snips", {"all.iob.snips.txt": "x\n"}, "got line 'x', expected .SPEAKER-snips-SPLIT-N"),
+    holds("blank line", "snips", {"all.iob.snips.txt": "\n"}, "Ivy-snips-train-. not found"),
+    holds("nothing", "snips", {"all.iob.snips.txt": ""}, "Ivy-snips-train-. not found"),
+    holds("no evaluation", "iemocap", TURNS, "Session1/dialog/EmoEvaluation/d.txt not found"),
+    holds("bytes", "iemocap", TURNS | dict.fromkeys(EVALUATIONS, BYTES), "d.txt: not text in UTF-8"),
     holds("no emotion", "iemocap", TURNS | dict.fromkeys(EVALUATIONS, ""), "the corpus would be empty"),
     holds("nothing", "librimix", LIBRIMIX, "the corpus would be empty"),
-    holds("wav.scp", "librimix", LIBRIMIX | {"data/train/wav.scp": "x\n"}, "line 'x' is not `RECORDING PATH`"),
-    holds("segments", "librimix", LIBRIMIX | {"data/train/segments": "a b c\n"}, "has 3 fields; expected UTTERANCE"),
-    holds("speaker", "librimix", LIBRIMIX | {"data/train/segments": "a b 0 1\n"}, "does not name the speaker of 'a'"),
+    holds(
+        "wav.scp",
+        "librimix",
+        LIBRIMIX | {"data/train/wav.scp": "x\n"},
+        "wav.scp: got line 'x', expected .RECORDING PATH",
+    ),
+    holds(
+        "segments",
+        "librimix",
+        LIBRIMIX | {"data/train/segments": "a b c\n"},
+        "segments: got line 'a b c', expected .UTTERANCE",
+    ),
+    holds("speaker", "librimix", LIBRIMIX | {"data/train/segments": "a b 0 1\n"}, "utt2spk: utterance 'a'"),
     holds(
         "seconds",
         "librimix",
         LIBRIMIX | {"data/train/rttm": "SPEAKER r 1 zz 1 <NA> <NA> s\n"},
-        "'zz' is no time in seconds",
+        "rttm: got time 'zz'",
     ),
     holds(
         "endless",
         "librimix",
         LIBRIMIX | {"data/train/rttm": "SPEAKER r 1 0 inf <NA> <NA> s\n"},
-        "'inf' is no time in seconds",
+        "rttm: got time 'inf'",
     ),
-    holds("turn", "librimix", LIBRIMIX | {"data/train/rttm": "SPEAKER x\n"}, "line 'SPEAKER x' is no turn"),
-    holds("no scoring", "quesst14", QUESST, "scoring/groundtruth_quesst14_dev/.*is missing"),
-    holds("terms", "quesst14", QUESST | RTTMS | dict.fromkeys(TERMS, "<x"), "a.tlist.xml is no list of terms"),
-    holds("lexeme", "quesst14", QUESST | TERMS | dict.fromkeys(RTTMS, "LEXEME a\n"), "'LEXEME a' is no occurrence"),
+    holds("turn", "librimix", LIBRIMIX | {"data/train/rttm": "SPEAKER x\n"}, "rttm: got line 'SPEAKER x'"),
+    holds("no scoring", "quesst14", QUESST, "scoring/groundtruth_quesst14_dev/.*not found"),
+    holds("terms", "quesst14", QUESST | RTTMS | dict.fromkeys(TERMS, "<x"), "a.tlist.xml: not a list of terms"),
+    holds("lexeme", "quesst14", QUESST | TERMS | dict.fromkeys(RTTMS, "LEXEME a\n"), "a.rttm: got line 'LEXEME a'"),
     holds(
-        "key", "quesst14", QUESST | TERMS | RTTMS | {"scoring/language_key_dev.lst": "a b c\n"}, "line 'a b c' is not"
+        "key",
+        "quesst14",
+        QUESST | TERMS | RTTMS | {"scoring/language_key_dev.lst": "a b c\n"},
+        "language_key_dev.lst: got line 'a b c'",
     ),
     holds("noise", "speech-commands", COMMANDS, "1 of 1 files can't be used: .*a.wav .unreadable"),
     holds(
-        "list", "speech-commands", COMMANDS | {"speech_commands_v0.01/testing_list.txt": BYTES}, "can't be read as text"
+        "list",
+        "speech-commands",
+        COMMANDS | {"speech_commands_v0.01/testing_list.txt": BYTES},
+        "testing_list.txt: not text in UTF-8",
     ),
 ]
 
 FOLDERS = [
-    lists("empty", "", "metadata.csv is empty; expected a header"),
-    lists("without file", "path\na\n", "has columns path; expected one named `file`"),
+    lists("empty", "", "metadata.csv is empty"),
+    lists("without file", "path\na\n", "column .file. not found; it has path"),
     lists("short row", "file,speaker\none.wav\n", "line 2 has 1 columns, expected 2"),
     lists("long row", "file,speaker\none.wav,a,b,c\n", "line 2 has 4 columns, expected 2"),
-    lists("bytes", BYTES, "metadata.csv can't be read as text in UTF-8"),
-    lists("open quote", 'file,x\n"one.wav,b\n', "is no CSV file .unexpected end of data"),
+    lists("bytes", BYTES, "metadata.csv: not text in UTF-8"),
+    lists("open quote", 'file,x\n"one.wav,b\n', "metadata.csv: not a CSV file"),
     lists("NUL", "file\none.wav\0\n", "column `file` holds 'one.wav.x00', expected a path"),
     lists("no name", "file,x\n,1\n", "column `file` holds '', expected a path below"),
     lists("twice", "file\none.wav\none.wav\n", "utterance id 'one' occurs twice"),
     lists("odd id", "file,id\none.wav,a\tb\n", "utterance id 'a.tb' is empty or holds control characters"),
     lists("odd label", "file,a/b\none.wav,x\n", "a label's name: got 'a/b', expected a plain name"),
-    lists("no audio", "file\ntwo.wav\n", "data/mine/two.wav .does not exist.. Mend them, or drop"),
+    lists("no audio", "file\ntwo.wav\n", "data/mine/two.wav .does not exist..*--skip-bad"),
     Row("audio text", MINE, "one.wav .unreadable", write(ONE, "no audio")),
     Row("audio empty", MINE, "one.wav .unreadable", write(ONE, "")),
     Row("audio a folder", MINE, "one.wav .unreadable", folder(ONE)),
@@ -161,12 +183,12 @@ FOLDERS = [
     sounds("without samples", np.zeros(0), "one.wav .empty"),
     sounds("NaN", np.full(9_000, np.nan), "holds NaN or infinite samples"),
     asked(f"{MINE} --rename a", "--rename 'a': expected OLD=NEW"),
-    asked(f"{MINE} --rename a=b", "--rename a: .* has no such column; it has file, speaker, keyword"),
+    asked(f"{MINE} --rename a=b", "--rename a: .*file, speaker, keyword"),
     asked(f"{MINE} --rename keyword=", "a label's name: got '', expected a plain name"),
-    asked(f"{MINE} --part x", "--part is for the reader `librispeech`; `folder` takes none"),
-    asked(f"{MINE} --lexicon params.yaml", "--lexicon is for the reader `librispeech`"),
+    asked(f"{MINE} --part x", "--part is an option of the reader librispeech, not of folder"),
+    asked(f"{MINE} --lexicon params.yaml", "--lexicon is an option of the reader librispeech"),
     asked(MINE.replace("mine.h5", "mine.json"), "a corpus is an .h5 file, such as corpora/mine.h5"),
-    asked(MINE.replace("corpora", "params.yaml"), "params.yaml is no folder, so nothing can be written"),
+    asked(MINE.replace("corpora", "params.yaml"), "--out params.yaml/mine.h5: params.yaml"),
     Row("out a folder", MINE, "mine.h5 is a folder; give a file", folder("corpora/mine.h5")),
     Row("card a folder", MINE, "mine.json is a folder; give a file", folder("corpora/mine.json")),
 ]

@@ -208,11 +208,11 @@ def test_snips_has_the_references_speakers_and_no_sentence_in_two_splits(tree: P
     assert all(some == list(range(len(some))) for some in numbers.values())
     listed = (tree / "snips/SNIPS/slots.txt").read_text().split("\n")
     assert listed[0] == "O"
-    assert set(listed) == {slot for request in spoken_slots(tree / "snips") for slot in request}
+    assert set(listed) == {slot for request in slots_of_utterances(tree / "snips") for slot in request}
 
 
-def spoken_slots(root: Path) -> list[list[str]]:
-    return [source.labels["slots"].split() for source in READERS["snips"](root, ReaderOptions())]
+def slots_of_utterances(root: Path) -> list[list[str]]:
+    return [listed.labels["slots"].split() for listed in READERS["snips"].list_utterances(root, ReaderOptions())]
 
 
 def test_speakers_of_trials_are_not_in_the_training_data(tree: Path) -> None:

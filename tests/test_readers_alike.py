@@ -1,4 +1,4 @@
-"""All ten readers treat the same oddities of lists, tables and folders alike."""
+"""Uniform behaviour of all ten readers for the same oddities of lists, tables and folders."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def quesst(root: Path) -> Path:
     return root
 
 
-# Reader -> its world, a list of it, and two files that a list (or, for trials, the list of trials) names.
+# Reader -> writer of its files, one of its lists, and two files that a list (for trials, the trial list) names.
 WORLDS: dict[str, tuple[Callable[[Path], Path], str, tuple[str, str]]] = {
     "folder": (folder, "metadata.csv", ("a/two.wav", "four.flac")),
     "librispeech": (librispeech, "LibriSpeech/dev-clean/84/198/84-198.trans.txt", (
@@ -169,15 +169,13 @@ def test_a_list_of_another_encoding_is_named_with_it(reader: str, root: Path, tm
     path = root / WORLDS[reader][1]
     text = path.read_text()
     path.write_text(text, encoding="utf-16")
-    with pytest.raises(RetortError, match=rf"{path.name} can't be read as text in UTF-8: .*UTF-16; save it again"):
+    with pytest.raises(RetortError, match=rf"{path.name}: not text in UTF-8: .*mark of UTF-16"):
         read_corpus(reader, root, tmp_path / "c.h5")
     path.write_text(text, encoding="utf-16-le")  # without a mark
-    with pytest.raises(RetortError, match=rf"{path.name} can't be read as text in UTF-8: it looks like UTF-16"):
+    with pytest.raises(RetortError, match=rf"{path.name}: not text in UTF-8: .*UTF-16"):
         read_corpus(reader, root, tmp_path / "c.h5")
     path.write_bytes(text.encode() + b"caf\xe9\n")
-    with pytest.raises(
-        RetortError, match=rf"{path.name} can't be read as text in UTF-8: byte 0xe9 at {len(text) + 3:,}"
-    ):
+    with pytest.raises(RetortError, match=rf"{path.name}: not text in UTF-8: byte 0xe9 at {len(text) + 3:,}"):
         read_corpus(reader, root, tmp_path / "c.h5")
 
 
@@ -190,7 +188,7 @@ def test_trials_of_dropped_utterances_are_left_out_and_counted(tmp_path: Path) -
     assert Corpus.open(out).metadata == {"trials": [[1, "id10270/y/00000", "id10270/y/00001"]], "trials_left_out": 2}
     assert json.loads(out.with_suffix(".json").read_text())["record"]["trials_left_out"] == 2
     (root / "test/wav/id10270/y/00001.wav").write_bytes(b"no audio")
-    with pytest.raises(RetortError, match="every trial names an utterance that was dropped"):
+    with pytest.raises(RetortError, match="every trial"):
         read_corpus("voxceleb1-trials", root, out, skip_bad=True)
 
 
@@ -207,20 +205,18 @@ def test_librispeech_names_the_parts_that_are_there(tmp_path: Path) -> None:
     base = root / "LibriSpeech"
     shutil.rmtree(base / "train-clean-100")
     (base / "dev-clean").rename(base / "dev-other")
-    with pytest.raises(
-        RetortError, match=r"train-clean-100/ is missing; the parts there are dev-other: .*--part dev-ot"
-    ):
+    with pytest.raises(RetortError, match=r"train-clean-100/ not found; .*--part dev-other"):
         read_corpus("librispeech", root, tmp_path / "c.h5")
-    with pytest.raises(RetortError, match=r"test-clean/ is missing; the parts there are dev-other: .*--part dev-other"):
+    with pytest.raises(RetortError, match=r"test-clean/ not found; .*--part dev-other"):
         read_corpus("librispeech", root, tmp_path / "c.h5", options=ReaderOptions(parts=("test-clean",)))
     twice = ReaderOptions(parts=("dev-other/", "dev-other"))
     assert read_corpus("librispeech", root, tmp_path / "c.h5", options=twice)["splits"] == {"dev": 3}
     (base / "dev-other/84/198/84-198.trans.txt").rename(base / "dev-other/84/198/other.txt")
-    with pytest.raises(RetortError, match=r"SPEAKER-CHAPTER\.trans\.txt is missing"):
+    with pytest.raises(RetortError, match=r"SPEAKER-CHAPTER\.trans\.txt not found"):
         read_corpus("librispeech", root, tmp_path / "c.h5", options=twice)
     write_audio(base / "dev-other/85/1/85-1-0000.flac", tone())
     (base / "dev-other/85/1/85-1.trans.txt").write_text("85-1-0000 A\n")
-    with pytest.raises(RetortError, match="1 chapters have audio and no transcript: 198"):
+    with pytest.raises(RetortError, match=r"1 chapters.*transcript: 198"):
         read_corpus("librispeech", root, tmp_path / "c.h5", options=twice)
 
 
@@ -251,27 +247,27 @@ def refused(tmp_path: Path, table: str, **options: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("table", "told"),
+    ("table", "expected"),
     [
-        ("file,split,speaker\n", "has a header and no rows"),
-        ("file,split,speaker\n , \n,,\n", "has a header and no rows"),
-        ("", "is empty; expected a header"),
-        ("\ufeff\n \n", "is empty; expected a header"),
-        ("file;split\na.001;train\n", "has values separated by ';', expected commas"),
-        ("file\tsplit\na.001\ttrain\n", r"has values separated by '\t', expected commas"),
-        ("file,split,split\na.001,a,b\n", "has the column 'split' twice"),
+        ("file,split,speaker\n", "no rows"),
+        ("file,split,speaker\n , \n,,\n", "no rows"),
+        ("", "is empty"),
+        ("\ufeff\n \n", "is empty"),
+        ("file;split\na.001;train\n", "separated by ';', expected commas"),
+        ("file\tsplit\na.001\ttrain\n", r"separated by '\t', expected commas"),
+        ("file,split,split\na.001,a,b\n", "column 'split' occurs twice"),
         (",file\n0,a.001\n", "column 1 has no name"),
         ("file\na.001\na.002\n", "a.001 and "),
-        ("file\na.001\na.002\n", "give every row its own id in a column `id`"),
+        ("file\na.001\na.002\n", "a column `id`"),
         ("file\na.001\na.001\n", "a.001 is listed twice"),
     ],
 )
-def test_an_odd_table_is_one_line(table: str, told: str, tmp_path: Path) -> None:
-    assert told in refused(tmp_path, table)
+def test_an_odd_table_is_one_line(table: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refused(tmp_path, table)
 
 
 def test_columns_are_renamed_to_free_names_alone(tmp_path: Path) -> None:
-    assert "'split' already" in refused(tmp_path, "file,split,x\na.001,a,b\n", rename={"x": "split"})
+    assert "'split' exists already" in refused(tmp_path, "file,split,x\na.001,a,b\n", rename={"x": "split"})
     done = CliRunner().invoke(
         main, ["corpus", "folder", str(tmp_path), "--out", "c.h5", "--rename", "a=b", "--rename", "a=c"]
     )
@@ -286,7 +282,7 @@ def test_a_table_with_spaces_backslashes_and_lines_in_quotes_is_read(tmp_path: P
     assert (corpus.ids, corpus.splits, corpus.label("text")) == (["a/one", "three"], ["train", "dev"], ["A\nB", "C"])
 
 
-def test_noise_that_can_not_be_read_is_a_bad_file(tmp_path: Path) -> None:
+def test_unreadable_noise_is_a_bad_file(tmp_path: Path) -> None:
     root = speech_commands(tmp_path / "set")
     noise = root / "speech_commands_v0.01" / "_background_noise_"
     (noise / "bad.wav").write_text("no audio")
@@ -294,13 +290,14 @@ def test_noise_that_can_not_be_read_is_a_bad_file(tmp_path: Path) -> None:
     (noise / "cut.wav").write_bytes((noise / "cut.wav").read_bytes()[:80_000])
     with pytest.raises(RetortError) as caught:
         read_corpus("speech-commands", root, tmp_path / "c.h5")
-    told = str(caught.value)
-    assert told.startswith("2 of ") and f"{noise / 'bad.wav'} (unreadable" in told and told.count("cut.wav") == 1
+    message = str(caught.value)
+    assert message.startswith("2 of ") and f"{noise / 'bad.wav'} (unreadable" in message
+    assert message.count("cut.wav") == 1  # once for all its seconds
     card = read_corpus("speech-commands", root, tmp_path / "c.h5", skip_bad=True)
     assert len(card["record"]["dropped"]) == 2
 
 
-def test_what_is_odd_in_the_audio_is_in_the_record_and_the_closing_line(tmp_path: Path) -> None:
+def test_odd_audio_is_in_the_record_and_the_closing_line(tmp_path: Path) -> None:
     root = folder(tmp_path / "set")
     write_audio(root / "three.wav", np.zeros((8_000, 1)))
     done = CliRunner().invoke(main, ["corpus", "folder", str(root), "--out", str(tmp_path / "c.h5")])
@@ -319,7 +316,7 @@ def test_a_long_file_is_decoded_in_its_place(tmp_path: Path) -> None:
     np.testing.assert_array_equal(corpus.samples(1), long)
 
 
-def test_a_name_that_is_no_utf_8_is_recorded(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_is_recorded(tmp_path: Path) -> None:
     root = speech_commands(tmp_path / "set")
     odd = os.fsdecode(b"caf\xe9_nohash_0.wav")
     (root / "speech_commands_v0.01" / "yes" / odd).write_text("no audio")

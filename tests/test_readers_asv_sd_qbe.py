@@ -1,4 +1,4 @@
-"""VoxCeleb1's trials, LibriMix and QUESST 2014 as published: as torchaudio reads them; one line for a wrong folder."""
+"""VoxCeleb1's trials, LibriMix and QUESST 2014: compared with torchaudio's readers; one-line errors."""
 
 import shutil
 from pathlib import Path
@@ -48,12 +48,12 @@ def test_trials_hold_out_whole_speakers_and_take_what_the_list_names(voxceleb: P
         [0, "id10270/x/00001", "id10271/z/00001"],
     ]
     original = tone(2.5)[:, 0]
-    heard = corpus.waveform(corpus.ids.index("id10001/a/00001"))
-    assert np.abs(heard).max() == pytest.approx(np.abs(original).max() * 10 ** (-3 / 20), rel=1e-3)
+    waveform = corpus.waveform(corpus.ids.index("id10001/a/00001"))
+    assert np.abs(waveform).max() == pytest.approx(np.abs(original).max() * 10 ** (-3 / 20), rel=1e-3)
 
 
 def test_trials_agree_with_torchaudio(voxceleb: Path, tmp_path: Path) -> None:
-    merged = tmp_path / "merged"  # torchaudio wants both parts in one folder
+    merged = tmp_path / "merged"  # torchaudio requires both parts in one folder
     for part in ("dev", "test"):
         shutil.copytree(voxceleb / part / "wav", merged / "wav", dirs_exist_ok=True)
     shutil.copy(voxceleb / "veri_test2.txt", merged)
@@ -69,7 +69,7 @@ def test_the_other_name_of_the_trial_list_counts_and_a_wrong_line_is_named(voxce
     (voxceleb / "veri_test2.txt").rename(voxceleb / "voxceleb1_test_v2.txt")
     assert len(read("voxceleb1-trials", voxceleb, tmp_path).metadata["trials"]) == 2
     (voxceleb / "voxceleb1_test_v2.txt").write_text("2 a b\n")
-    with pytest.raises(RetortError, match="line '2 a b' is no trial; expected"):
+    with pytest.raises(RetortError, match=r"voxceleb1_test_v2\.txt: got line '2 a b', expected"):
         read("voxceleb1-trials", voxceleb, tmp_path)
 
 
@@ -84,7 +84,7 @@ def test_silence_is_cut_where_it_lasts() -> None:
         return np.zeros(int(seconds * rate), dtype=np.float32)
 
     spoken = np.concatenate([quiet(0.5), sound(1.0), quiet(0.05), sound(0.5), quiet(0.4), sound(0.03), quiet(0.3)])
-    # The pause of 50 ms is not long enough, the click of 30 ms is no sound; 20 ms of window hang on at an end.
+    # The pause of 50 ms is kept, the click of 30 ms is removed, and the window adds 20 ms at the end.
     assert len(without_silence(spoken, rate)) == pytest.approx(1.55 * rate, abs=0.025 * rate)
     assert len(without_silence(quiet(1.0), rate)) == 0
     assert len(without_silence(quiet(0.0), rate)) == 0
@@ -125,12 +125,20 @@ def test_mixtures_and_their_turns_from_kaldi_folders(librimix: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("data/dev/rttm", "SPEAKER x 1 0\n", "is no turn; expected `SPEAKER RECORDING 1 START DURATION"),
-        ("data/dev/rttm", "", "rttm has no turn of recording '1-dev_2-dev', which wav.scp lists"),
-        ("data/dev/segments", "1_x 1-dev_2-dev 0.1\n", "has 3 fields; expected UTTERANCE RECORDING START END"),
-        ("data/dev/utt2spk", "1_x 1\n", "utt2spk does not name the speaker of '2_x'"),
-        ("data/dev/wav.scp", "1-dev_2-dev Libri2Mix/no.wav\n", "every file of data/dev/wav.scp, such as Libri2Mix/no"),
-        ("data/dev/wav.scp", "1-dev_2-dev sph2pipe x.sph |\n", "1-dev_2-dev is read from a command, expected a path"),
+        (
+            "data/dev/rttm",
+            "SPEAKER x 1 0\n",
+            "dev/rttm: got line 'SPEAKER x 1 0', expected `SPEAKER RECORDING 1 START DURATION",
+        ),
+        ("data/dev/rttm", "", "rttm: recording '1-dev_2-dev'"),
+        (
+            "data/dev/segments",
+            "1_x 1-dev_2-dev 0.1\n",
+            "segments: got line '1_x 1-dev_2-dev 0.1', expected `UTTERANCE RECORDING START END`",
+        ),
+        ("data/dev/utt2spk", "1_x 1\n", "utt2spk: utterance '2_x'"),
+        ("data/dev/wav.scp", "1-dev_2-dev Libri2Mix/no.wav\n", "all files of data/dev/wav.scp, such as Libri2Mix/no"),
+        ("data/dev/wav.scp", "1-dev_2-dev sph2pipe x.sph |\n", "wav.scp: got line '1-dev_2-dev sph2pipe x.sph |'"),
     ],
 )
 def test_a_wrong_kaldi_folder_is_one_line(librimix: Path, tmp_path: Path, file: str, text: str, message: str) -> None:
@@ -164,7 +172,7 @@ def quesst(tmp_path: Path) -> Path:
     return base.parent
 
 
-def test_english_queries_and_the_documents_that_hold_them(quesst: Path, tmp_path: Path) -> None:
+def test_english_queries_and_the_documents_that_match_them(quesst: Path, tmp_path: Path) -> None:
     corpus = read("quesst14", quesst, tmp_path)
     rows = zip(corpus.ids, corpus.splits, corpus.label("documents"), strict=True)
     assert list(rows) == [
@@ -185,15 +193,19 @@ def test_english_queries_and_the_documents_that_hold_them(quesst: Path, tmp_path
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("language_key_dev.lst", "q1.wav\n", "line 'q1.wav' is not `quesst14Database/FOLDER/NAME.wav LANGUAGE`"),
+        ("language_key_dev.lst", "q1.wav\n", "language_key_dev.lst: got line 'q1.wav', expected"),
         (
             "language_key_dev.lst",
             "x/dev_queries/no.wav nnenglish\n",
-            "every file of scoring/language_key_dev.lst, such as quesst14Database/dev_queries/no.wav",
+            "all files of scoring/language_key_dev.lst, such as quesst14Database/dev_queries/no.wav",
         ),
-        ("groundtruth_quesst14_dev/x.rttm", "LEXEME d1 1\n", "is no occurrence; expected `LEXEME DOCUMENT"),
-        ("groundtruth_quesst14_dev/x.tlist.xml", "<termlist>", "is no list of terms"),
-        ("groundtruth_quesst14_dev/x.tlist.xml", "<a><term/></a>", "is no list of terms"),
+        (
+            "groundtruth_quesst14_dev/x.rttm",
+            "LEXEME d1 1\n",
+            "x.rttm: got line 'LEXEME d1 1', expected `LEXEME DOCUMENT",
+        ),
+        ("groundtruth_quesst14_dev/x.tlist.xml", "<termlist>", "x.tlist.xml: not a list of terms"),
+        ("groundtruth_quesst14_dev/x.tlist.xml", "<a><term/></a>", "x.tlist.xml: not a list of terms"),
     ],
 )
 def test_wrong_scoring_files_are_one_line(quesst: Path, tmp_path: Path, file: str, text: str, message: str) -> None:
@@ -217,11 +229,11 @@ def test_wrong_scoring_files_are_one_line(quesst: Path, tmp_path: Path, file: st
         ("quesst14", "quesst", "quesst14Database/Audio"),
     ],
 )
-def test_an_incomplete_folder_shows_the_expected_tree(
+def test_the_error_for_an_incomplete_folder_has_the_expected_tree(
     reader: str, fixture: str, lost: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     root: Path = request.getfixturevalue(fixture)
     path = root / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(RetortError, match=r"is not laid out as .* is missing; expected "):
+    with pytest.raises(RetortError, match=r" not found; expected the layout of .+: "):
         read(reader, root, tmp_path)

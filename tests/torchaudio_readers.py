@@ -1,4 +1,4 @@
-"""Our readers beside torchaudio's own, over one folder: the same files, with the same labels."""
+"""Comparison of our readers with torchaudio's over one folder: the same files with the same labels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipelines.readers import READERS, ReaderOptions
 from pipelines.readers.iemocap import EMOTIONS
 from pipelines.readers.snips import SPEAKERS
 
-Row = tuple[str, dict[str, str]]  # path below the data set's folder, what is known of the utterance
+Row = tuple[str, dict[str, str]]  # path below the data set's folder, labels and speaker
 
 
 def fluent(root: Path) -> dict[str, list[Row]]:
@@ -30,7 +30,7 @@ def iemocap(root: Path) -> dict[str, list[Row]]:
         theirs = IEMOCAP(root, sessions=(number,))
         for index in range(len(theirs)):
             path, _, _, emotion, _ = theirs.get_metadata(index)
-            if emotion in EMOTIONS:  # torchaudio has frustration too
+            if emotion in EMOTIONS:  # torchaudio lists frustration too
                 rows.setdefault(f"Session{number}", []).append((f"IEMOCAP/{path}", {"emotion": EMOTIONS[emotion]}))
     return rows
 
@@ -51,14 +51,14 @@ THEIRS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {"fluent": fluent, "
 
 
 def same_as_torchaudio(reader: str, root: Path) -> int:
-    """Assert that both list the same files, splits and labels; returns how many files that were."""
+    """Assert that both list the same files, splits and labels; return their number."""
     theirs = THEIRS[reader](root)
     ours: dict[str, list[Row]] = {}
-    for source in READERS[reader](root, ReaderOptions()):
-        known = source.labels | {"speaker": source.speaker}
+    for utterance in READERS[reader].list_utterances(root, ReaderOptions()):
+        known = utterance.labels | {"speaker": utterance.speaker}
         shown = next(iter(theirs.values()))[0][1].keys()
-        row = source.file.relative_to(root).as_posix(), {name: known[name] for name in shown}
-        ours.setdefault(source.split, []).append(row)
+        row = utterance.file.relative_to(root).as_posix(), {name: known[name] for name in shown}
+        ours.setdefault(utterance.split, []).append(row)
     assert ours.keys() == theirs.keys()
     for split, rows in ours.items():
         assert sorted(rows, key=repr) == sorted(theirs[split], key=repr)

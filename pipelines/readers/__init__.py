@@ -1,13 +1,14 @@
-"""Published data set folders -> corpus.h5: which files, which split, speaker and labels; then decoding.
+"""Published data set folders -> corpus.h5: utterances with split, speaker and labels, then their decoded audio.
 
-A reader, one file a data set, lists that data set's own on-disk layout without opening audio. `read_corpus` decodes
-what it lists (`decode` has the rules), names every file that can't be used in one error, and writes the corpus.
+A reader, one file per data set, lists that data set's own on-disk layout without opening audio. `read_corpus` decodes
+the listed files (rules: decode.py), reports all files that can't be used in one error, and writes the corpus.
 Run: `python -m pipelines corpus READER ROOT --out C.h5`.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +17,86 @@ from extract.base.files import check_out, in_main_tree
 from extract.base.progress import ProgressBar
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
 from pipelines.readers.decode import Bad, Decoded, TooLong, decode
-from pipelines.readers.fluent import read_fluent
-from pipelines.readers.folder import read_folder
-from pipelines.readers.iemocap import read_iemocap
-from pipelines.readers.librimix import read_librimix
-from pipelines.readers.librispeech import read_librispeech
-from pipelines.readers.quesst14 import read_quesst14, read_scope, scope_without
-from pipelines.readers.snips import read_snips
-from pipelines.readers.source import ReaderOptions, Source
-from pipelines.readers.speech_commands import read_speech_commands
-from pipelines.readers.voxceleb1 import read_trials, read_voxceleb1, read_voxceleb1_trials, trials_without
+from pipelines.readers.fluent import list_fluent
+from pipelines.readers.folder import list_folder
+from pipelines.readers.iemocap import list_iemocap
+from pipelines.readers.librimix import list_librimix
+from pipelines.readers.librispeech import list_librispeech
+from pipelines.readers.listing import ListedUtterance, ReaderOptions
+from pipelines.readers.quesst14 import list_quesst14, read_scope, scope_without
+from pipelines.readers.snips import list_snips
+from pipelines.readers.speech_commands import list_speech_commands
+from pipelines.readers.voxceleb1 import list_voxceleb1
+from pipelines.readers.voxceleb1_trials import list_trials, read_trials, trials_without
 
-__all__ = ["READERS", "ReaderOptions", "Source", "read_corpus"]
+__all__ = ["READERS", "ListedUtterance", "ReaderOptions", "read_corpus"]
 
 _NAMED_AT_MOST = 50  # bad files that one error names
-_AHEAD = 64  # files decoded before the first of them is written
-_LONGEST_AHEAD_S = 120.0  # longer ones are decoded one by one: 64 of 120 s are 250 MB at 16 kHz
+_GROUP = 64  # files that are decoded in parallel before the first of them is written
+_LONGEST_IN_PARALLEL_S = 120.0  # longer ones are decoded one by one: 64 of 120 s are 250 MB at 16 kHz
 
-READERS: dict[str, Callable[[Path, ReaderOptions], list[Source]]] = {
-    "fluent": read_fluent,
-    "folder": read_folder,
-    "iemocap": read_iemocap,
-    "librispeech": read_librispeech,
-    "snips": read_snips,
-    "librimix": read_librimix,
-    "quesst14": read_quesst14,
-    "speech-commands": read_speech_commands,
-    "voxceleb1": read_voxceleb1,
-    "voxceleb1-trials": read_voxceleb1_trials,
+
+@dataclass(frozen=True)
+class Reader:
+    """Functions of one data set.
+
+    list_utterances: the utterances below a root.
+    metadata: the metadata of the corpus as a whole, where it has any.
+    without: that metadata for a corpus without the dropped utterances.
+    """
+
+    list_utterances: Callable[[Path, ReaderOptions], list[ListedUtterance]]
+    metadata: Callable[[Path], dict[str, Any]] = lambda root: {}
+    without: Callable[[dict[str, Any], Sequence[ListedUtterance]], dict[str, Any]] = lambda metadata, dropped: metadata
+
+
+READERS = {
+    "fluent": Reader(list_fluent),
+    "folder": Reader(list_folder),
+    "iemocap": Reader(list_iemocap),
+    "librispeech": Reader(list_librispeech),
+    "snips": Reader(list_snips),
+    "librimix": Reader(list_librimix),
+    "quesst14": Reader(list_quesst14, read_scope, scope_without),
+    "speech-commands": Reader(list_speech_commands),
+    "voxceleb1": Reader(list_voxceleb1),
+    "voxceleb1-trials": Reader(list_trials, read_trials, trials_without),
 }
 
-# What belongs to a corpus as a whole, of the readers that know such a thing.
-METADATA: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "quesst14": read_scope,
-    "voxceleb1-trials": read_trials,
-}
 
-# The metadata of a corpus without the utterances that were dropped.
-WITHOUT: dict[str, Callable[[dict[str, Any], Sequence[Source]], dict[str, Any]]] = {
-    "quesst14": scope_without,
-    "voxceleb1-trials": trials_without,
-}
+@dataclass
+class Findings:
+    """Findings about the files of a corpus while they are decoded: files that were dropped, changed or noted."""
+
+    bad: dict[str, None] = field(default_factory=dict)  # "FILE (REASON)" in order, each file once
+    dropped: list[ListedUtterance] = field(default_factory=list)
+    changed: Counter[str] = field(default_factory=Counter)
+    noted: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def record(self) -> dict[str, Any]:
+        """Return the part of the corpus's card that lists them."""
+        noted = {
+            note: {"files": len(files), "first": files[:_NAMED_AT_MOST]} for note, files in sorted(self.noted.items())
+        }
+        record = {"dropped": list(self.bad), "changed": dict(sorted(self.changed.items()))}
+        return record | ({"noted": noted} if noted else {})
+
+    def check(self, num_listed: int, *, skip_bad: bool) -> None:
+        """Raise RetortError for bad files unless `skip_bad`, and for a corpus that would be empty."""
+        if not num_listed:
+            raise RetortError("the corpus would be empty: the lists of the data set name no utterance")
+        bad = list(self.bad)
+        more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
+        named = f"{'; '.join(bad[:_NAMED_AT_MOST])}{more}"
+        if bad and not skip_bad:
+            raise RetortError(
+                f"{len(bad)} of {num_listed} files can't be used: {named}. "
+                "Repair them, or drop and record them with --skip-bad"
+            )
+        if len(self.dropped) == num_listed:
+            raise RetortError(
+                f"the corpus would be empty: none of {num_listed} files can be used: {named}. Repair them"
+            )
 
 
 def read_corpus(
@@ -65,8 +105,8 @@ def read_corpus(
     """Read a data set folder into the corpus `out` (an .h5 path) and return its card.
 
     Raises RetortError for an unknown reader, a folder of another layout, and, unless `skip_bad` (which drops and
-    records them), for files that are absent, can't be read, are truncated, empty, too short for one frame or hold NaN,
-    all named. What is odd and kept (clipping, silence) is in the card's `record`, as `noted`.
+    records them), for files that are missing, unreadable, truncated, empty, too short for one frame or hold NaN, all of
+    them named. Files that are odd and kept (clipped, silent) are in the card's `record`, as `noted`.
     """
     if reader not in READERS:
         raise unknown("reader", reader, READERS)
@@ -75,100 +115,85 @@ def read_corpus(
     check_out(in_main_tree(out), "--out")
     check_out(out.with_suffix(".json"), "--out")
     if not root.is_dir():
-        raise RetortError(f"data set folder {root} does not exist; give the folder that holds the {reader} tree")
+        raise RetortError(f"data set folder {root} not found; give the folder that holds the files of {reader}")
     options = options or ReaderOptions()
-    for option, given, takes in (
+    _check_options(reader, options)
+    listed = READERS[reader].list_utterances(root, options)
+    _check_ids(listed, reader)
+    metadata = READERS[reader].metadata(root)
+    record: dict[str, Any] = {}  # filled when all utterances are decoded, before `write_corpus` writes the card
+    with ProgressBar(f"corpus {out.stem}", total=len(listed), unit="files") as bar:
+        utterances = _decode_all(listed, READERS[reader], metadata, record, skip_bad=skip_bad, bar=bar)
+        return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, metadata=metadata, record=record)
+
+
+def _check_options(reader: str, options: ReaderOptions) -> None:
+    """Raise RetortError for an option of another reader."""
+    for option, value, owner in (
         ("--part", options.parts, "librispeech"),
         ("--lexicon", options.lexicon, "librispeech"),
         ("--rename", options.rename, "folder"),
     ):
-        if given and reader != takes:
-            raise RetortError(f"{option} is for the reader `{takes}`; `{reader}` takes none")
-    sources = READERS[reader](root, options)
-    _check_ids(sources, reader)
-    metadata = METADATA[reader](root) if reader in METADATA else {}
-    record: dict[str, Any] = {}
-    with ProgressBar(f"corpus {out.stem}", total=len(sources), unit="files") as bar:
-        utterances = _decode_all(sources, reader, metadata, record, skip_bad=skip_bad, bar=bar)
-        return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, metadata=metadata, record=record)
+        if value and reader != owner:
+            raise RetortError(f"{option} is an option of the reader {owner}, not of {reader}; remove it")
 
 
-def _check_ids(sources: list[Source], reader: str) -> None:
-    """Raise RetortError for an id that two sources share, with both files."""
-    source_of: dict[str, Source] = {}
-    for source in sources:
-        other = source_of.setdefault(source.id, source)
-        if other is source:
+def _check_ids(listed: list[ListedUtterance], reader: str) -> None:
+    """Raise RetortError for an id of two utterances, with both files."""
+    first_of: dict[str, ListedUtterance] = {}
+    for utterance in listed:
+        other = first_of.setdefault(utterance.id, utterance)
+        if other is utterance:
             continue
-        way = "give every row its own id in a column `id`" if reader == "folder" else "remove one of them"
-        files = f"{other.file} and {source.file}" if source.file != other.file else f"{source.file} is listed twice"
-        raise RetortError(f"utterance id {source.id!r} occurs twice: {files}; {way}")
+        fix = "give every row its own id in a column `id`" if reader == "folder" else "remove one of them"
+        same = utterance.file == other.file
+        files = f"{utterance.file} is listed twice" if same else f"{other.file} and {utterance.file}"
+        raise RetortError(f"utterance id {utterance.id!r} occurs twice: {files}; {fix}")
 
 
 def _decode_all(
-    sources: list[Source],
-    reader: str,
+    listed: list[ListedUtterance],
+    reader: Reader,
     metadata: dict[str, Any],
     record: dict[str, Any],
     *,
     skip_bad: bool,
     bar: ProgressBar,
 ) -> Iterator[Utterance]:
-    """Yield what can be decoded, in order; at the end, fill `record`, and adapt `metadata` to what was dropped."""
-    bad: dict[str, None] = {}  # in order, each file once
-    dropped: list[Source] = []
-    changed: Counter[str] = Counter()
-    noted: dict[str, list[str]] = {}
-    with ThreadPoolExecutor() as pool:
-        for first in range(0, len(sources), _AHEAD):
-            group = sources[first : first + _AHEAD]
-            for source, ahead in zip(group, pool.map(_decode_ahead, group), strict=True):
-                decoded = ahead or decode(source)
+    """Yield the decodable utterances in order; at the end, fill `record` and remove dropped ones from `metadata`."""
+    findings = Findings()
+    with ThreadPoolExecutor() as pool:  # soundfile and torch release the interpreter lock
+        for first in range(0, len(listed), _GROUP):
+            group = listed[first : first + _GROUP]
+            for utterance, in_parallel in zip(group, pool.map(_decode_short, group), strict=True):
+                decoded = in_parallel or decode(utterance)
                 if isinstance(decoded, Bad):
-                    bad[f"{_printable(source.file)} ({decoded.reason})"] = None
-                    dropped.append(source)
+                    findings.bad[f"{_printable(utterance.file)} ({decoded.reason})"] = None
+                    findings.dropped.append(utterance)
                     continue
-                changed.update(decoded.changes)
+                findings.changed.update(decoded.changes)
                 for note in decoded.notes:
-                    noted.setdefault(note, []).append(_printable(source.file))
-                if len(decoded.samples) < source.shortest_s * SAMPLE_RATE_HZ:
-                    changed[f"left out, shorter than {source.shortest_s:g} s"] += 1
+                    findings.noted[note].append(_printable(utterance.file))
+                if len(decoded.samples) < utterance.shortest_s * SAMPLE_RATE_HZ:
+                    findings.changed[f"left out, shorter than {utterance.shortest_s:g} s"] += 1
                     continue
-                yield Utterance(source.id, decoded.samples, source.split, source.speaker, source.labels)
+                yield Utterance(utterance.id, decoded.samples, utterance.split, utterance.speaker, utterance.labels)
             bar.advance(len(group))
-    _check_bad(list(bad), len(sources), all_bad=len(dropped) == len(sources), skip_bad=skip_bad)
-    record |= {"dropped": list(bad), "changed": dict(sorted(changed.items()))}
-    if noted:
-        record["noted"] = {
-            note: {"files": len(files), "first": files[:_NAMED_AT_MOST]} for note, files in sorted(noted.items())
-        }
-    if dropped and reader in WITHOUT:
-        metadata |= WITHOUT[reader](metadata, dropped)
+    findings.check(len(listed), skip_bad=skip_bad)
+    record |= findings.record()
+    if findings.dropped:
+        metadata |= reader.without(metadata, findings.dropped)
         record |= {key: metadata[key] for key in ("trials_left_out",) if key in metadata}
 
 
 def _printable(path: Path) -> str:
-    """Return a path as text that the card can hold: bytes of a name that are not UTF-8 as escapes."""
+    """Return a path as text for the card: bytes of a name that are not UTF-8 become escapes."""
     return str(path).encode(errors="backslashreplace").decode()
 
 
-def _decode_ahead(source: Source) -> Decoded | Bad | None:
-    """Decode a source beside others, or None for a long one: memory then holds one of those at a time."""
+def _decode_short(utterance: ListedUtterance) -> Decoded | Bad | None:
+    """Decode an utterance, or return None for a long one: memory then holds one of those at a time."""
     try:
-        return decode(source, longest_s=_LONGEST_AHEAD_S)
+        return decode(utterance, longest_s=_LONGEST_IN_PARALLEL_S)
     except TooLong:
         return None
-
-
-def _check_bad(bad: list[str], num_sources: int, *, all_bad: bool, skip_bad: bool) -> None:
-    if not num_sources:
-        raise RetortError("the corpus would be empty: the lists of the data set name no utterance")
-    more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
-    named = f"{'; '.join(bad[:_NAMED_AT_MOST])}{more}"
-    if bad and not skip_bad:
-        raise RetortError(
-            f"{len(bad)} of {num_sources} files can't be used: {named}. "
-            "Mend them, or drop and record them with --skip-bad"
-        )
-    if all_bad:
-        raise RetortError(f"the corpus would be empty: none of {num_sources} files can be used: {named}. Mend them")

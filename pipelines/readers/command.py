@@ -12,7 +12,7 @@ from extract.base.errors import RetortError
 @click.argument("reader")
 @click.argument("root", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="corpora/NAME.h5; NAME.json is put beside it."
+    "--out", type=click.Path(path_type=Path), required=True, help="corpora/NAME.h5; NAME.json is written beside it."
 )
 @click.option(
     "--part", "parts", multiple=True, help="LibriSpeech: only this part, such as train-clean-100; repeatable."
@@ -23,7 +23,7 @@ from extract.base.errors import RetortError
     help="LibriSpeech: pronunciations [default: ROOT/librispeech-lexicon.txt].",
 )
 @click.option(
-    "--rename", multiple=True, metavar="OLD=NEW", help="folder: call column OLD of metadata.csv NEW; repeatable."
+    "--rename", multiple=True, metavar="OLD=NEW", help="folder: rename column OLD of metadata.csv to NEW; repeatable."
 )
 @click.option("--skip-bad", is_flag=True, help="Drop and record files that can't be used.")
 def corpus_command(
@@ -35,14 +35,14 @@ def corpus_command(
     rename: tuple[str, ...],
     skip_bad: bool,
 ) -> None:
-    """Read the folder of a data set that READER knows (an unknown one lists them) into corpora/NAME.h5."""
+    """Read the data set in the folder ROOT with READER (a wrong one lists all) into corpora/NAME.h5."""
     from pipelines.readers import ReaderOptions, read_corpus
 
     if odd := [pair for pair in rename if pair.count("=") != 1]:
         raise RetortError(f"--rename {odd[0]!r}: expected OLD=NEW, such as digit=keyword")
     old_names = [pair.split("=")[0] for pair in rename]
     if twice := [name for name in old_names if old_names.count(name) > 1]:
-        raise RetortError(f"--rename {twice[0]!r} is given twice; expected one new name for a column")
+        raise RetortError(f"--rename {twice[0]!r} is given twice, expected one new name per column; remove one")
     options = ReaderOptions(parts=parts, lexicon=lexicon, rename=dict(pair.split("=") for pair in rename))
     card = read_corpus(reader, root, out, options=options, skip_bad=skip_bad)
     splits = ", ".join(f"{count} {split}" for split, count in card["splits"].items())

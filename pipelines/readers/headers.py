@@ -1,9 +1,9 @@
-"""Lengths that an audio file declares, compared with the bytes that are there.
+"""Checks of the length that the header of an audio file declares against the bytes of the file.
 
-libsndfile shortens a truncated WAV, AIFF, AU or NIST file to its bytes, ends a truncated MP3 or Ogg stream early, and
-reports neither. `read_header` finds such damage without decoding: by the chunk sizes of RIFF, RF64 and AIFF, the byte
-count of AU, the sample count of NIST, the page checksums of Ogg and the frame headers of MPEG audio. FLAC has
-checksums that libsndfile verifies, and an MD5 of all samples that the decoder compares (`Header.flac_md5`).
+libsndfile reads a truncated WAV, AIFF, AU, NIST, MP3 or Ogg file to its end without an error. `read_header` finds such
+damage without decoding: by the chunk sizes of RIFF, RF64 and AIFF, the byte count of AU, the sample count of NIST, the
+page checksums of Ogg and the frame headers of MPEG audio. libsndfile verifies the checksums of FLAC, and decode.py its
+MD5 of all samples (`Header.flac_md5`).
 """
 
 import io
@@ -21,12 +21,12 @@ from pipelines.readers.mpeg import walk_mpeg
 class Header:
     """Findings about one file.
 
-    damage: the reason why the file can't be used; empty if nothing was found.
-    notes: what is odd and does not change the samples.
-    patches: (offset, bytes) to put over the file's own bytes, where libsndfile does not understand a streamed header.
-    flac_md5: the MD5 of all samples, and the bits of a sample, of a FLAC file that has it.
-    counted: the samples of an MP3 that does not declare them, by its frames; libsndfile estimates them.
-    checked: whether this module knows the format; libsndfile's own log is all there is for others.
+    damage: the reason why the file can't be used; empty without damage.
+    notes: oddities that do not change the samples.
+    patches: (offset, bytes) that replace bytes of the file, where libsndfile does not support a streamed header.
+    flac_md5: the MD5 of all samples and the bits per sample of a FLAC file that has it.
+    counted: the number of samples of an MP3 that does not declare it, from its frames; libsndfile estimates it.
+    checked: whether this module supports the format; for others there is only libsndfile's log.
     """
 
     damage: str = ""
@@ -38,21 +38,21 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Compare what the header of a file declares with the file. Raises OSError where it can't be read."""
+    """Compare the header of a file with its bytes. Raises OSError where it can't be read."""
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         start = _id3_bytes(file)
         magic = _at(file, start, 4)
         if magic in _FORMATS:
             return _FORMATS[magic](file, start, size)
-        if magic[:2] >= b"\xff\xe0":
+        if magic[:2] >= b"\xff\xe0":  # the sync word of MPEG audio
             damage, notes, counted = walk_mpeg(file, start, size)
             return Header(damage=damage, notes=notes, counted=counted)
         return Header(checked=False)
 
 
 class Patched(io.FileIO):
-    """A file with some of its bytes replaced, for reading."""
+    """A file opened for reading with some of its bytes replaced."""
 
     def __init__(self, path: Path, patches: tuple[tuple[int, bytes], ...]) -> None:
         super().__init__(path, "rb")
@@ -82,25 +82,27 @@ def _id3_bytes(file: BinaryIO) -> int:
     return 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
 
 
-def _short(there: int, declared: int, frame_bytes: int) -> str:
-    """Return the reason for a file with `there` of `declared` bytes of audio; frame_bytes is 0 if compressed."""
+def _truncated(present: int, declared: int, frame_bytes: int) -> str:
+    """Return the damage of a file with `present` of `declared` bytes of audio; frame_bytes is 0 if compressed."""
     if frame_bytes:
-        return f"truncated: {there // frame_bytes:,} of {declared // frame_bytes:,} samples"
-    return f"truncated: {there:,} of {declared:,} bytes of audio"
+        return f"truncated: {present // frame_bytes:,} of {declared // frame_bytes:,} samples"
+    return f"truncated: {present:,} of {declared:,} bytes of audio"
 
 
-# Sizes that a writer leaves when it can't seek back to its header: 0 and all ones (ffmpeg), the largest of 31 bits less
-# a header (sox), 2^31 (arecord).
 def _is_unknown(length: int, bits: int = 32) -> bool:
+    """Return whether a size is one that a writer leaves when it can't seek back to its header.
+
+    Such sizes are all ones (ffmpeg), the largest of 31 bits less a header (sox) and 2^31 (arecord). 0 is ambiguous.
+    """
     return length >= (1 << bits) - 256 or 0x7FFF_F000 <= length <= 0x8000_0000
 
 
-_LINEAR_WAV = (1, 3, 6, 7)  # PCM, float, A-law, mu-law: a fixed number of bytes a sample
-_MOST_BYTES = 0xFFFF_FFFF
+_LINEAR_WAV = (1, 3, 6, 7)  # PCM, float, A-law, mu-law: a fixed number of bytes per sample
+_MOST_BYTES = 0xFFFF_FFFF  # in RF64: the size is in the chunk ds64
 
 
 def _riff(file: BinaryIO, start: int, size: int) -> Header:
-    """Check WAV, RIFX and RF64: the size of the chunk `data`, of `ds64` in RF64, and the chunks behind it."""
+    """Check WAV, RIFX and RF64: the size of the chunk `data` (in RF64, in `ds64`), and the chunks after it."""
     magic = _at(file, start, 4)
     order: Any = "big" if magic == b"RIFX" else "little"
     form_bytes = int.from_bytes(_at(file, start + 4, 4), order)
@@ -117,28 +119,28 @@ def _riff(file: BinaryIO, start: int, size: int) -> Header:
         place += 8 + length + length % 2
     else:
         return Header(checked=False)
-    begin, there, bits = place + 8, size - place - 8, 32
+    begin, present, bits = place + 8, size - place - 8, 32
     sizes = [(start + 4, 4), (place + 4, 4)]
     if magic == b"RF64" and long_size is not None and length == _MOST_BYTES:
         length, bits, sizes = long_size[1], 64, [(long_size[0], 8)]
-    # An empty file that was closed says so in both sizes; one that was not closed has bytes that no size counts.
-    if _is_unknown(length, bits) or (length == 0 and there > 1 and start + 8 + form_bytes < size):
-        return _streamed_riff(file, there, size, frame_bytes, sizes, order)
-    if there < length:
-        return Header(_short(there, length, frame_bytes))
+    # A size of 0 is that of an empty file, unless the file has bytes that neither of its two sizes counts.
+    if _is_unknown(length, bits) or (length == 0 and present > 1 and start + 8 + form_bytes < size):
+        return _streamed_riff(file, present, size, frame_bytes, sizes, order)
+    if present < length:
+        return Header(_truncated(present, length, frame_bytes))
     if frame_bytes and length % frame_bytes:
-        return Header(f"its {length:,} bytes of audio are not a multiple of {frame_bytes}, the bytes of a sample")
-    return _chunks_behind(file, begin + length + length % 2, size, order)
+        return Header(f"its {length:,} bytes of audio are not a multiple of {frame_bytes}, the bytes per sample")
+    return _chunks_after(file, begin + length + length % 2, size, order)
 
 
 def _streamed_riff(
-    file: BinaryIO, there: int, size: int, frame_bytes: int, sizes: list[tuple[int, int]], order: Any
+    file: BinaryIO, present: int, size: int, frame_bytes: int, sizes: list[tuple[int, int]], order: Any
 ) -> Header:
     """Patch the sizes of a WAV whose length its writer did not know, so that libsndfile reads the rest of the file."""
-    over = there % frame_bytes if frame_bytes else 0
+    over = present % frame_bytes if frame_bytes else 0
     if over > 1 or (over and _at(file, size - 1, 1) != b"\0"):  # one zero byte is padding
         return Header(f"truncated: ends inside a sample, {over} bytes of {frame_bytes}")
-    values = [there - over] if len(sizes) == 1 else [size - 8, there - over]
+    values = [present - over] if len(sizes) == 1 else [size - 8, present - over]
     patches = [
         (place, min(value, _MOST_BYTES - 1).to_bytes(count, order))
         for (place, count), value in zip(sizes, values, strict=True)
@@ -147,28 +149,29 @@ def _streamed_riff(
 
 
 def _wav_frame_bytes(fields: bytes, order: Any) -> int:
-    """Return the bytes of a sample of all channels, or 0 for a compressed format."""
+    """Return the bytes of one sample of all channels, or 0 for a compressed format."""
     tag = int.from_bytes(fields[:2], order)
     if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the sub-format begins with the tag
         tag = int.from_bytes(fields[24:26], order)
     return int.from_bytes(fields[12:14], order) if tag in _LINEAR_WAV else 0
 
 
-def _chunks_behind(file: BinaryIO, place: int, size: int, order: Any) -> Header:
-    """Check the end of the file behind the audio: more chunks, or bytes that no size counts."""
+def _chunks_after(file: BinaryIO, place: int, size: int, order: Any) -> Header:
+    """Check the end of the file after the audio: more chunks, or bytes that no size counts."""
     while place + 8 <= size:
         head = _at(file, place, 8)
         length = int.from_bytes(head[4:], order)
         if head[:4] == b"data":
-            return Header("has a second chunk of audio, which no decoder reads; join the two")
+            return Header("has a second chunk of audio, which decoders ignore; join the two")
         if not head[:4].isascii() or not head[:4].decode().isprintable() or place + 8 + length > size:
             break
         place += 8 + length + length % 2
     if left := _at(file, place, 1 << 16).strip(b"\0"):
-        return Header(notes=("bytes behind the samples that no chunk holds",) if len(left) > 1 else ())
+        return Header(notes=("bytes after the samples that belong to no chunk",) if len(left) > 1 else ())
     return Header()
 
 
+# Encoding of AIFF-C -> bytes per sample; 0: from the bits in COMM
 _AIFF_BYTES = {
     b"NONE": 0, b"twos": 0, b"sowt": 0, b"in24": 3, b"in32": 4, b"fl32": 4, b"FL32": 4, b"fl64": 8, b"FL64": 8,
     b"raw ": 1, b"ulaw": 1, b"ULAW": 1, b"alaw": 1, b"ALAW": 1,
@@ -178,7 +181,7 @@ _AIFF_BYTES = {
 def _aiff(file: BinaryIO, start: int, size: int) -> Header:
     """Check AIFF and AIFF-C: the frames of `COMM` and the size of `SSND` against the bytes."""
     kind, place, declared, frame_bytes, audio = _at(file, start + 8, 4), start + 12, 0, 0, None
-    if kind not in (b"AIFF", b"AIFC"):  # 8SVX
+    if kind not in (b"AIFF", b"AIFC"):  # such as 8SVX
         return Header(checked=False)
     while len(head := _at(file, place, 8)) == 8:
         name, length = head[:4], int.from_bytes(head[4:], "big")
@@ -194,13 +197,13 @@ def _aiff(file: BinaryIO, start: int, size: int) -> Header:
     if audio is None or audio[0] < 0:
         return Header(checked=False)
     if audio[1] < audio[0] and not _is_unknown(audio[0] + 8):
-        return Header(_short(max(audio[1], 0), audio[0], frame_bytes))
+        return Header(_truncated(max(audio[1], 0), audio[0], frame_bytes))
     if frame_bytes and declared and audio[1] < declared * frame_bytes:
-        return Header(_short(max(audio[1], 0), declared * frame_bytes, frame_bytes))
+        return Header(_truncated(max(audio[1], 0), declared * frame_bytes, frame_bytes))
     return Header()
 
 
-_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # bytes a sample by encoding
+_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # encoding -> bytes per sample
 
 
 def _au(file: BinaryIO, start: int, size: int) -> Header:
@@ -208,9 +211,9 @@ def _au(file: BinaryIO, start: int, size: int) -> Header:
     order: Any = "big" if _at(file, start, 4) == b".snd" else "little"
     fields = _at(file, start, 24)
     offset, declared, encoding, _, channels = (int.from_bytes(fields[at : at + 4], order) for at in range(4, 24, 4))
-    there = max(size - start - offset, 0)
-    if declared < _MOST_BYTES and there < declared:
-        return Header(_short(there, declared, channels * _AU_BYTES.get(encoding, 0)))
+    present = max(size - start - offset, 0)
+    if declared < _MOST_BYTES and present < declared:  # all ones: unknown
+        return Header(_truncated(present, declared, channels * _AU_BYTES.get(encoding, 0)))
     return Header()
 
 
@@ -222,17 +225,18 @@ def _nist(file: BinaryIO, start: int, size: int) -> Header:
     if "sample_count" not in fields or len(lines) < 2 or not lines[1].strip().isdigit():
         return Header(checked=False)
     frame_bytes = int(fields.get("sample_n_bytes", 2)) * int(fields.get("channel_count", 1))
-    there, declared = size - start - int(lines[1]), int(fields["sample_count"]) * frame_bytes
-    return Header(_short(max(there, 0), declared, frame_bytes)) if there < declared else Header()
+    present, declared = size - start - int(lines[1]), int(fields["sample_count"]) * frame_bytes
+    return Header(_truncated(max(present, 0), declared, frame_bytes)) if present < declared else Header()
 
 
 def _flac(file: BinaryIO, start: int, size: int) -> Header:
-    """Read STREAMINFO's MD5 of all samples, which is 0 where the encoder left it out."""
+    """Read STREAMINFO's MD5 of all samples, which is 0 where the encoder omitted it."""
     info = _at(file, start + 8, 34)
     bits = ((info[12] & 1) << 4 | info[13] >> 4) + 1 if len(info) == 34 else 0
     return Header(flac_md5=(info[18:], bits) if bits in (8, 16, 24) and any(info[18:]) else None)
 
 
+# Bytes with their bits in reverse order
 _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
@@ -249,8 +253,8 @@ def _ogg(file: BinaryIO, start: int, size: int) -> Header:
             return Header(f"truncated: ends inside an Ogg page at byte {place:,}")
         if head[:4] != b"OggS":
             return Header(f"damaged: no Ogg page at byte {place:,}")
-        page[22:26] = bytes(4)
-        # The checksum takes the highest bit first, zlib's the lowest; both begin at 0 here.
+        page[22:26] = bytes(4)  # the checksum is computed with its own field set to 0
+        # Ogg's checksum processes the highest bit first, zlib's the lowest; both start at 0 here.
         crc = zlib.crc32(bytes(page).translate(_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
         if int(f"{crc:032b}"[::-1], 2) != int.from_bytes(head[22:26], "little"):
             return Header(f"damaged: wrong checksum of the Ogg page at byte {place:,}")

@@ -1,68 +1,87 @@
-"""LibriMix for diarisation: two-speaker mixtures, and the Kaldi data folders that say who speaks when."""
+"""Reader of LibriMix for diarisation: two-speaker mixtures, and Kaldi data folders with the turns of the speakers."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 from extract.base.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, check_any_there, layout_error, read_lines
+from pipelines.readers.listing import Layout, ListedUtterance, ReaderOptions, line_error, read_lines
+
+Turn = tuple[str, float, float]  # speaker, start and end in seconds
+_KALDI_FILES = ("wav.scp", "segments", "utt2spk", "rttm", "reco2dur")
+_LAYOUT = Layout(
+    "LibriMix",
+    "data/{train,dev,test}/{wav.scp,segments,utt2spk,rttm,reco2dur} "
+    "and Libri2Mix/wav16k/max/{train-100,dev,test}/{mix_both,s1,s2}/*.wav",
+)
 
 
-def read_librimix(root: Path, options: ReaderOptions) -> list[Source]:
-    """Libri2Mix, 16 kHz, max, by its Kaldi folders data/{train,dev,test}; labels `segments` and `rttm`.
+def list_librimix(root: Path, options: ReaderOptions) -> list[ListedUtterance]:
+    """List Libri2Mix, 16 kHz, max, by its Kaldi folders data/{train,dev,test}; labels `segments` and `rttm`.
 
-    Both labels are lists of turns, `SPEAKER START END; …` in seconds: `segments` (with utt2spk) are what SUPERB's SD
-    trains on, `rttm` is what it is scored against. Recordings are those of wav.scp, whose paths may be of another
-    machine: what follows Libri2Mix/ in them is looked up below the folder given.
+    Both labels are lists of turns, `SPEAKER START END; …` in seconds: SUPERB's SD trains on `segments` (with utt2spk)
+    and scores against `rttm`. Recordings are those of wav.scp, whose paths may be of another machine: their part from
+    Libri2Mix/ on is then taken relative to `root`.
     """
-    sources: list[Source] = []
+    listed: list[ListedUtterance] = []
     for split in ("train", "dev", "test"):
         folder = root / "data" / split
-        for name in ("wav.scp", "segments", "utt2spk", "rttm", "reco2dur"):
-            if not (folder / name).is_file():
-                raise layout_error(root, "LibriMix", f"data/{split}/{name}", _TREE)
-        segments, rttm = _read_segments(folder), _read_rttm(folder / "rttm")
-        listed: list[Source] = []
+        _LAYOUT.require(root, *(folder / name for name in _KALDI_FILES))
+        turns = {"segments": _read_segments(folder), "rttm": _read_rttm(folder / "rttm")}
+        mixtures = []
         for line in read_lines(folder / "wav.scp"):
             recording, *rest = line.strip().split(maxsplit=1)
-            if not rest:
-                raise RetortError(f"{folder / 'wav.scp'}: line {line!r} is not `RECORDING PATH`")
-            for file, turns in (("segments", segments), ("rttm", rttm)):
-                if recording not in turns:
-                    raise RetortError(f"{folder / file} has no turn of recording {recording!r}, which wav.scp lists")
-            if rest[0].endswith("|"):
-                raise RetortError(f"{folder / 'wav.scp'}: {recording} is read from a command, expected a path")
-            listed.append(
-                Source(
+            if not rest or rest[0].endswith("|"):  # Kaldi's form of a command whose output is the audio
+                raise line_error(folder / "wav.scp", line, "`RECORDING PATH`, not a command")
+            for name, of_recording in turns.items():
+                if recording not in of_recording:
+                    raise RetortError(
+                        f"{folder / name}: recording {recording!r} of wav.scp not found; add its turns, or remove it"
+                    )
+            mixtures.append(
+                ListedUtterance(
                     file=_find(root, rest[0]),
                     id=f"{split}/{recording}",
                     split=split,
                     speaker=recording,
-                    labels={"segments": _as_label(segments[recording]), "rttm": _as_label(rttm[recording])},
+                    labels={name: _as_label(of_recording[recording]) for name, of_recording in turns.items()},
                 )
             )
-        check_any_there(listed, root, "LibriMix", f"data/{split}/wav.scp", _TREE)
-        sources += listed
-    return sources
-
-
-Turn = tuple[str, float, float]  # speaker, start and end in seconds
-_TREE = (
-    "data/{train,dev,test}/{wav.scp,segments,utt2spk,rttm,reco2dur} "
-    "and Libri2Mix/wav16k/max/{train-100,dev,test}/{mix_both,s1,s2}/*.wav"
-)
+        _LAYOUT.require_any(root, mixtures, f"data/{split}/wav.scp")
+        listed += mixtures
+    return listed
 
 
 def _read_segments(folder: Path) -> dict[str, list[Turn]]:
-    """`segments` (UTTERANCE RECORDING START END) with the speakers of `utt2spk`: recording -> turns."""
-    speaker_of = {fields[0]: fields[1] for fields in _fields(folder / "utt2spk", 2, "UTTERANCE SPEAKER")}
+    """Read `segments` with the speakers of `utt2spk`: recording -> turns."""
+    speaker_of = dict(_read_fields(folder / "utt2spk", 2, "`UTTERANCE SPEAKER`"))
     turns = defaultdict(list)
-    for utterance, recording, start, end in _fields(folder / "segments", 4, "UTTERANCE RECORDING START END"):
+    expected = "`UTTERANCE RECORDING START END`"
+    for utterance, recording, start, end in _read_fields(folder / "segments", 4, expected):
         if utterance not in speaker_of:
-            raise RetortError(f"{folder / 'utt2spk'} does not name the speaker of {utterance!r}, a line of segments")
+            raise RetortError(f"{folder / 'utt2spk'}: utterance {utterance!r} of segments not found; add its speaker")
         turns[recording].append((speaker_of[utterance], _seconds(start, folder), _seconds(end, folder)))
     return turns
+
+
+def _read_rttm(path: Path) -> dict[str, list[Turn]]:
+    turns = defaultdict(list)
+    for line in read_lines(path):
+        fields = line.split()
+        if fields[0] != "SPEAKER" or len(fields) < 8:
+            raise line_error(path, line, "`SPEAKER RECORDING 1 START DURATION <NA> <NA> SPEAKER …`")
+        start = _seconds(fields[3], path)
+        turns[fields[1]].append((fields[7], start, start + _seconds(fields[4], path)))
+    return turns
+
+
+def _read_fields(path: Path, count: int, expected: str) -> Iterator[list[str]]:
+    for line in read_lines(path):
+        fields = line.split()
+        if len(fields) != count:
+            raise line_error(path, line, expected)
+        yield fields
 
 
 def _seconds(text: str, where: Path) -> float:
@@ -70,34 +89,13 @@ def _seconds(text: str, where: Path) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise RetortError(f"{where}: {text!r} is no time in seconds")
+    if not 0 <= value < math.inf:  # also false for NaN
+        raise RetortError(f"{where}: got time {text!r}, expected seconds of at least 0")
     return value
 
 
-def _read_rttm(path: Path) -> dict[str, list[Turn]]:
-    turns = defaultdict(list)
-    for fields in (line.split() for line in read_lines(path)):
-        if fields[0] != "SPEAKER" or len(fields) < 8:
-            raise RetortError(
-                f"{path}: line {' '.join(fields)!r} is no turn; expected "
-                "`SPEAKER RECORDING 1 START DURATION <NA> <NA> SPEAKER …`"
-            )
-        start = _seconds(fields[3], path)
-        turns[fields[1]].append((fields[7], start, start + _seconds(fields[4], path)))
-    return turns
-
-
-def _fields(path: Path, count: int, names: str) -> Iterable[tuple[str, ...]]:
-    for line in read_lines(path):
-        fields = tuple(line.split())
-        if len(fields) != count:
-            raise RetortError(f"{path}: line {line!r} has {len(fields)} fields; expected {names}")
-        yield fields
-
-
 def _find(root: Path, path: str) -> Path:
-    """Return the file that wav.scp names, or its place below the folder given, where it may be absent."""
+    """Return the file that wav.scp names, or its path below `root`, where it may be missing."""
     named = root / path
     return named if named.is_file() else root / path[max(path.find("Libri2Mix/"), 0) :].lstrip("/")
 

@@ -1,50 +1,50 @@
-"""LibriSpeech: transcripts and, with a lexicon, phones."""
+"""Reader of LibriSpeech: transcripts and, with a lexicon, phones."""
 
 from pathlib import Path
 
 from extract.base.errors import RetortError
-from pipelines.readers.source import (
+from pipelines.readers.listing import (
+    Layout,
+    ListedUtterance,
     ReaderOptions,
-    Source,
     audio_file,
-    layout_error,
+    line_error,
     read_lines,
     visible,
     visible_audio,
 )
 
+_SPLITS = ("train", "dev", "test")  # the first word of a part's name
+_LAYOUT = Layout(
+    "LibriSpeech",
+    "LibriSpeech/{train-clean-100,dev-clean,test-clean}/SPEAKER/CHAPTER/{ID.flac,SPEAKER-CHAPTER.trans.txt}",
+    top="LibriSpeech",
+)
 
-def read_librispeech(root: Path, options: ReaderOptions) -> list[Source]:
-    """LibriSpeech: PART/SPEAKER/CHAPTER/ID.flac with its .trans.txt; labels `text` and, with a lexicon, `phones`.
 
-    A corpus that was converted to WAV is read too. Parts train-*, dev-clean and test-clean unless `parts` names others.
-    The lexicon (WORD<TAB>PH PH …, the first pronunciation of a word counts) is `lexicon` or
-    ROOT/librispeech-lexicon.txt if it is there.
+def list_librispeech(root: Path, options: ReaderOptions) -> list[ListedUtterance]:
+    """List PART/SPEAKER/CHAPTER/ID.flac (or .wav) with its .trans.txt; labels `text` and, with a lexicon, `phones`.
+
+    Parts are `options.parts`, by default all train-*, dev-clean and test-clean. The lexicon is `options.lexicon`, by
+    default ROOT/librispeech-lexicon.txt if it exists: lines of WORD<TAB>PH PH …, of which the first of a word counts.
     """
-    base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    there = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name.split("-")[0] in _LIBRISPEECH)
-    wanted = tuple(dict.fromkeys(part.strip("/") for part in options.parts)) or tuple(
-        part for part in there if not part.endswith("-other")
-    )
-    _check_parts(root, wanted, there)
+    base = _LAYOUT.base(root)
+    present = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name.split("-")[0] in _SPLITS)
+    parts = tuple(dict.fromkeys(part.strip("/") for part in options.parts))
+    parts = parts or tuple(part for part in present if not part.endswith("-other"))
+    _check_parts(root, parts, present)
     lexicon_path = options.lexicon or root / "librispeech-lexicon.txt"
     lexicon = _read_lexicon(lexicon_path) if options.lexicon or lexicon_path.is_file() else None
-    sources = []
-    for part in wanted:
-        transcripts = visible(base / part, "*/*/*.trans.txt")
-        if not transcripts:
-            raise layout_error(
-                base / part, "LibriSpeech", "SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt", _LIBRISPEECH_TREE
-            )
-        _check_chapters(base / part, {transcript.parent for transcript in transcripts})
-        for transcript in transcripts:
+    listed = []
+    for part in parts:
+        for transcript in _transcripts(base / part):
             for line in read_lines(transcript):
                 name, *text = line.split(maxsplit=1)
                 labels = {"text": "".join(text).strip()}
                 if lexicon is not None:
                     labels["phones"] = _pronounce(labels["text"], lexicon, where=f"{transcript}: {name}")
-                sources.append(
-                    Source(
+                listed.append(
+                    ListedUtterance(
                         file=audio_file(transcript.parent / name, (".flac", ".wav")),
                         id=name,
                         split=part.split("-")[0],
@@ -52,46 +52,43 @@ def read_librispeech(root: Path, options: ReaderOptions) -> list[Source]:
                         labels=labels,
                     )
                 )
-    return sources
+    return listed
 
 
-_LIBRISPEECH = ("train", "dev", "test")
-_LIBRISPEECH_TREE = (
-    "LibriSpeech/{train-clean-100,dev-clean,test-clean}/SPEAKER/CHAPTER/{ID.flac,SPEAKER-CHAPTER.trans.txt}"
-)
-
-
-def _check_parts(root: Path, wanted: tuple[str, ...], there: list[str]) -> None:
-    """Raise RetortError for a part that is not there: with the parts that are, and the option that chooses them."""
-    missing = sorted({*wanted, *([] if wanted else ["train-clean-100"])} - set(there))
-    if missing and there:
-        choice = " ".join(f"--part {part}" for part in there)
-        raise RetortError(
-            f"{root} is not laid out as LibriSpeech: {missing[0]}/ is missing; the parts there are {', '.join(there)}: "
-            f"choose with {choice}, or expected {_LIBRISPEECH_TREE}"
-        )
+def _check_parts(root: Path, parts: tuple[str, ...], present: list[str]) -> None:
+    """Raise RetortError for a missing part, with the parts that exist and the option that chooses them."""
+    missing = sorted({*parts, *([] if parts else ["train-clean-100"])} - set(present))
+    if missing and present:
+        choice = " ".join(f"--part {part}" for part in present)
+        raise RetortError(f"{root}: {missing[0]}/ not found; it has {', '.join(present)}: choose with {choice}")
     if missing:
-        raise layout_error(root, "LibriSpeech", f"{missing[0]}/", _LIBRISPEECH_TREE)
+        raise _LAYOUT.error(root, f"{missing[0]}/")
 
 
-def _check_chapters(part: Path, with_transcript: set[Path]) -> None:
-    """Raise RetortError for chapters whose audio has no transcript: they would be left out."""
-    chapters = [path for path in visible(part, "*/*") if path.is_dir() and path not in with_transcript]
+def _transcripts(part: Path) -> list[Path]:
+    """Return the transcripts of a part. Raises RetortError for chapters of audio without one: they would be lost."""
+    transcripts = visible(part, "*/*/*.trans.txt")
+    if not transcripts:
+        raise _LAYOUT.error(part, "SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt")
+    transcribed = {transcript.parent for transcript in transcripts}
+    chapters = [path for path in visible(part, "*/*") if path.is_dir() and path not in transcribed]
     if lost := [path.name for path in chapters if visible_audio(path, "*")]:
         raise RetortError(
             f"{part}: {len(lost)} chapters have audio and no transcript: {', '.join(lost[:10])}; expected "
             "SPEAKER-CHAPTER.trans.txt in each; add them, or move these folders away"
         )
+    return transcripts
 
 
 def _read_lexicon(path: Path) -> dict[str, str]:
+    expected = "WORD<TAB>PHONE PHONE …"
     if not path.is_file():
-        raise RetortError(f"lexicon {path} does not exist; expected lines of WORD<TAB>PHONE PHONE …")
+        raise RetortError(f"lexicon {path} not found; expected a file with lines of {expected}")
     lexicon: dict[str, str] = {}
     for line in read_lines(path):
-        word, *phones = line.split() or [""]
+        word, *phones = line.split()
         if not phones:
-            raise RetortError(f"{path}: line {line!r} is not WORD<TAB>PHONE PHONE …")
+            raise line_error(path, line, expected)
         lexicon.setdefault(word, " ".join(phones))
     return lexicon
 

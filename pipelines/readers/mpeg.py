@@ -1,23 +1,24 @@
-"""Frames of MPEG audio (MP3), walked by their headers: the decoder resynchronises after damage without an error."""
+"""Checks of the frame headers of MPEG audio (MP3): after damage, the decoder continues without an error."""
 
 from typing import BinaryIO
 
+# (version, layer) -> bit rates in kbit/s by index 1 to 14 (ISO 11172-3, 13818-3)
 _KBITS = {
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),  # version, layer
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_RATES_HZ = (44_100, 48_000, 32_000)
-_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")  # what may follow the last frame
-_XING_FRAMES = 1
+_RATES_HZ = (44_100, 48_000, 32_000)  # of version 1; half of them in version 2, a quarter in 2.5
+_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")  # that may follow the last frame
+_XING_FRAMES = 1  # flag: the number of frames is present
 
 
 def walk_mpeg(file: BinaryIO, start: int, size: int) -> tuple[str, tuple[str, ...], int | None]:
-    """Walk all frames of layers II and III: the reason why the file can't be used, or "", notes, and a sample count.
+    """Walk all frames of layers II and III; return the damage (or ""), notes, and a number of samples.
 
-    The first frame may hold the number of frames that follow (Xing, Info), which shows a truncation. Without it the
-    samples are counted here: the decoder knows the length of the file by an estimate alone.
+    The first frame may hold the number of the frames that follow (Xing, Info), which reveals a truncation. Without it
+    the samples are counted here: the decoder only estimates the length of such a file.
     """
     place, frames, samples, declared, counted = start, 0, 0, None, 0
     while place < size:
@@ -26,7 +27,7 @@ def walk_mpeg(file: BinaryIO, start: int, size: int) -> tuple[str, tuple[str, ..
         length, in_frame = _frame(head)
         if not length:
             if frames == 0:
-                return "", (), None  # layer I, a free bit rate, or no MPEG audio: left to the decoder
+                return "", (), None  # layer I, a free bit rate, or not MPEG audio: left to the decoder
             file.seek(place)
             rest = file.read(1 << 16)
             if rest.startswith(_TAGS) or not rest.strip(b"\0"):
@@ -38,16 +39,16 @@ def walk_mpeg(file: BinaryIO, start: int, size: int) -> tuple[str, tuple[str, ..
             break
         frames, samples, counted = frames + 1, in_frame, counted + in_frame
         place += length
-    there = frames - (declared is not None)
-    if declared is not None and there + 1 < declared:  # some encoders count the frame that holds the number
-        return f"truncated: {there * samples:,} of {declared * samples:,} samples", (), None
+    present = frames - (declared is not None)  # the frame with the number has no audio
+    if declared is not None and present + 1 < declared:  # some encoders count that frame too
+        return f"truncated: {present * samples:,} of {declared * samples:,} samples", (), None
     notes = ("ends inside an MPEG frame",) if place < size and length else ()
     return "", notes, counted if declared is None else None
 
 
 def _frame(head: bytes) -> tuple[int, int]:
-    """Return the bytes and the samples of the frame with this header of 4 bytes; 0 bytes for none that is known."""
-    if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
+    """Return the bytes and the samples of the frame with this header of 4 bytes; 0 bytes for an unknown one."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:  # the sync word: 11 bits
         return 0, 0
     version, layer = {3: 1, 2: 2, 0: 4}.get(head[1] >> 3 & 3, 0), 4 - (head[1] >> 1 & 3)  # 4 is MPEG 2.5
     kbits, rate = head[2] >> 4, head[2] >> 2 & 3
@@ -55,7 +56,8 @@ def _frame(head: bytes) -> tuple[int, int]:
         return 0, 0
     samples = 576 if layer == 3 and version > 1 else 1152
     bit_rate = 1000 * _KBITS[min(version, 2), layer][kbits - 1]
-    return samples // 8 * bit_rate // (_RATES_HZ[rate] // version) + (head[2] >> 1 & 1), samples
+    padding = head[2] >> 1 & 1  # bytes
+    return samples // 8 * bit_rate // (_RATES_HZ[rate] // version) + padding, samples
 
 
 def _declared_frames(frame: bytes) -> int | None:

@@ -1,4 +1,4 @@
-"""QUESST 2014 (quesst14Database), English: spoken documents, spoken queries, and which document holds which query."""
+"""Reader of QUESST 2014 (quesst14Database), English: documents, queries, and the documents that match each query."""
 
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
@@ -7,101 +7,94 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, check_any_there, layout_error, read_lines, visible
+from pipelines.readers.listing import Layout, ListedUtterance, ReaderOptions, line_error, read_lines, visible
 
-LANGUAGE = "nnenglish"
+LANGUAGE = "nnenglish"  # SUPERB's QbE uses the (non-native) English part
 KEYS = {"docs": "utterances", "dev": "dev", "test": "eval"}  # split -> scoring/language_key_*.lst
 GROUND_TRUTH = {"dev": "groundtruth_quesst14_dev", "test": "groundtruth_quesst14_eval"}
-
-
-def read_quesst14(root: Path, options: ReaderOptions) -> list[Source]:
-    """QUESST 2014's English part: splits `docs`, `dev` and `test` (its eval queries); label `documents`.
-
-    The label of a query names the documents that hold it, by id, with spaces between; a document's is empty.
-    """
-    base = _base(root)
-    holding = {split: _holding(base, folder) for split, folder in GROUND_TRUTH.items()}
-    sources = []
-    for split in KEYS:
-        listed = []
-        for name, language in _language_key(base, split):
-            if language != LANGUAGE:
-                continue
-            file = base / name
-            found = " ".join(sorted(holding[split][file.stem])) if split in holding else ""
-            listed.append(Source(file=file, id=file.stem, split=split, speaker="unknown", labels={"documents": found}))
-        check_any_there(listed, root, "QUESST 2014", f"scoring/{_key_name(split)}", _TREE)
-        sources += listed
-    return sources
-
-
-def read_scope(root: Path) -> dict[str, Any]:
-    """What the published scoring covers beside English, as the corpus's metadata.
-
-    `documents`: of all languages. `queries`: by split, of all languages, those that some document holds; the scoring
-    tool leaves the others out, and counts what a system says nothing of as missed.
-    """
-    base = _base(root)
-    return {
-        "documents": len(_language_key(base, "docs")),
-        "queries": {split: len(_holding(base, folder)) for split, folder in GROUND_TRUTH.items()},
-    }
-
-
-def scope_without(metadata: dict[str, Any], dropped: Sequence[Source]) -> dict[str, Any]:
-    """Return the metadata with the number of `dropped` utterances by split, which the scoring counts as missed."""
-    return metadata | {"dropped": dict(Counter(source.split for source in dropped))}
-
-
-_TREE = (
+_LAYOUT = Layout(
+    "QUESST 2014",
     "quesst14Database/{Audio,dev_queries,eval_queries}/*.wav, "
     "quesst14Database/scoring/language_key_{utterances,dev,eval}.lst "
-    "and quesst14Database/scoring/groundtruth_quesst14_{dev,eval}/*.{rttm,tlist.xml}"
+    "and quesst14Database/scoring/groundtruth_quesst14_{dev,eval}/*.{rttm,tlist.xml}",
+    top="quesst14Database",
 )
 
 
-def _base(root: Path) -> Path:
-    base = root / "quesst14Database" if (root / "quesst14Database").is_dir() else root
+def list_quesst14(root: Path, options: ReaderOptions) -> list[ListedUtterance]:
+    """List the English part: splits `docs`, `dev` and `test` (its eval queries); label `documents`.
+
+    The label of a query holds the ids of the documents that match it, separated by spaces; a document's is empty.
+    """
+    base = _LAYOUT.base(root)
+    _LAYOUT.require(root, *(_key_path(base, split) for split in KEYS))
+    matches = {split: _read_matches(root, base, folder) for split, folder in GROUND_TRUTH.items()}
+    listed = []
     for split in KEYS:
-        if not (base / "scoring" / _key_name(split)).is_file():
-            raise layout_error(root, "QUESST 2014", f"scoring/{_key_name(split)}", _TREE)
-    return base
+        utterances = []
+        for name, language in _read_key(base, split):
+            if language == LANGUAGE:
+                file = base / name
+                documents = " ".join(sorted(matches[split][file.stem])) if split in matches else ""
+                labels = {"documents": documents}
+                utterances.append(
+                    ListedUtterance(file=file, id=file.stem, split=split, speaker="unknown", labels=labels)
+                )
+        _LAYOUT.require_any(root, utterances, f"scoring/{_key_path(base, split).name}")
+        listed += utterances
+    return listed
 
 
-def _key_name(split: str) -> str:
-    return f"language_key_{KEYS[split]}.lst"
+def read_scope(root: Path) -> dict[str, Any]:
+    """Return the metadata of the corpus: the numbers that the published scoring counts over all languages.
+
+    `documents`: of all languages. `queries`: by split, of all languages, those that match some document. The scoring
+    tool ignores the others, and counts every pair without a score as missed.
+    """
+    base = _LAYOUT.base(root)
+    return {
+        "documents": len(_read_key(base, "docs")),
+        "queries": {split: len(_read_matches(root, base, folder)) for split, folder in GROUND_TRUTH.items()},
+    }
 
 
-def _language_key(base: Path, split: str) -> list[tuple[str, str]]:
-    """Lines of `quesst14Database/FOLDER/NAME.wav LANGUAGE` -> path below the base, language."""
-    path = base / "scoring" / _key_name(split)
+def scope_without(metadata: dict[str, Any], dropped: Sequence[ListedUtterance]) -> dict[str, Any]:
+    """Return the metadata with the number of `dropped` utterances by split, which the scoring counts as missed."""
+    return metadata | {"dropped": dict(Counter(utterance.split for utterance in dropped))}
+
+
+def _key_path(base: Path, split: str) -> Path:
+    return base / "scoring" / f"language_key_{KEYS[split]}.lst"
+
+
+def _read_key(base: Path, split: str) -> list[tuple[str, str]]:
+    """Read lines of `quesst14Database/FOLDER/NAME.wav LANGUAGE` as (path below the base, language)."""
     rows = []
-    for line in read_lines(path):
+    for line in read_lines(_key_path(base, split)):
         fields = line.split()
         if len(fields) != 2 or "/" not in fields[0]:
-            raise RetortError(f"{path}: line {line!r} is not `quesst14Database/FOLDER/NAME.wav LANGUAGE`")
+            raise line_error(_key_path(base, split), line, "`quesst14Database/FOLDER/NAME.wav LANGUAGE`")
         rows.append((fields[0].partition("/")[2], fields[1]))
     return rows
 
 
-def _holding(base: Path, folder: str) -> dict[str, set[str]]:
-    """Query -> the documents that hold it. The RTTM names a query by its text, the term list says whose text it is."""
-    rttms, lists = (visible(base / "scoring" / folder, pattern) for pattern in ("*.rttm", "*.tlist.xml"))
-    if not rttms or not lists:
-        missing = f"scoring/{folder}/*.{'tlist.xml' if rttms else 'rttm'}"
-        raise layout_error(base, "QUESST 2014", missing, _TREE)
+def _read_matches(root: Path, base: Path, folder: str) -> dict[str, set[str]]:
+    """Read query -> ids of matching documents. The RTTM has the text of a query, the term list the query's id."""
+    files = {}
+    for suffix in ("rttm", "tlist.xml"):
+        if not (found := visible(base / "scoring" / folder, f"*.{suffix}")):
+            raise _LAYOUT.error(root, f"scoring/{folder}/*.{suffix}")
+        files[suffix] = found[0]
     try:
-        terms = ElementTree.parse(lists[0]).getroot().iter("term")
+        terms = ElementTree.parse(files["tlist.xml"]).getroot().iter("term")
         query_of = {term.findtext("termtext", default=""): term.attrib["termid"] for term in terms}
     except (ElementTree.ParseError, KeyError, ValueError) as error:
-        raise RetortError(f"{lists[0]} is no list of terms ({error}); expected NIST's tlist.xml") from None
-    holding: dict[str, set[str]] = defaultdict(set)
-    for fields in (line.split() for line in read_lines(rttms[0])):
-        if fields and fields[0] == "LEXEME":
+        raise RetortError(f"{files['tlist.xml']}: not a list of terms ({error}); expected NIST's tlist.xml") from None
+    matches: dict[str, set[str]] = defaultdict(set)
+    for line in read_lines(files["rttm"]):
+        fields = line.split()
+        if fields[0] == "LEXEME":
             if len(fields) < 6:
-                raise RetortError(
-                    f"{rttms[0]}: line {' '.join(fields)!r} is no occurrence; expected "
-                    "`LEXEME DOCUMENT 1 START DURATION QUERY …`"
-                )
-            holding[query_of.get(fields[5], fields[5])].add(fields[1])
-    return holding
+                raise line_error(files["rttm"], line, "`LEXEME DOCUMENT 1 START DURATION QUERY …`")
+            matches[query_of.get(fields[5], fields[5])].add(fields[1])
+    return matches

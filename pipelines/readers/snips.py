@@ -1,59 +1,55 @@
-"""Audio SNIPS: requests to an assistant, with the slot of every word."""
+"""Reader of Audio SNIPS: requests to an assistant, with the slot of every word."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from extract.base.errors import RetortError
-from pipelines.readers.source import ReaderOptions, Source, audio_file, layout_error, read_lines
+from pipelines.readers.listing import Layout, ListedUtterance, ReaderOptions, audio_file, line_error, read_lines
+
+# The speakers of each split in s3prl's configuration, downstream/ctc/snips.yaml.
+SPEAKERS = {
+    "train": ("Ivy", "Joanna", "Joey", "Justin", "Kendra", "Kimberly", "Matthew", "Salli"),
+    "valid": ("Aditi", "Amy", "Geraint", "Nicole"),
+    "test": ("Brian", "Emma", "Raveena", "Russell"),
+}
+_LAYOUT = Layout("SNIPS", "SNIPS/{all.iob.snips.txt,{train,valid,test}/SPEAKER-snips-SPLIT-N.{wav,mp3}}", top="SNIPS")
 
 
-def read_snips(root: Path, options: ReaderOptions) -> list[Source]:
-    """Audio SNIPS as SUPERB's SF: SPLIT/SPEAKER-snips-SPLIT-N.mp3 (or .wav) and all.iob.snips.txt; labels `text`,
-    `slots` (one a word: its slot's type, or O) and `intent`.
+def list_snips(root: Path, options: ReaderOptions) -> list[ListedUtterance]:
+    """List SUPERB's SF: SPLIT/SPEAKER-snips-SPLIT-N.mp3 (or .wav) and all.iob.snips.txt.
 
-    The published folder has every speaker in every split. Only the reference's speakers of each split are read, so
-    that no speaker is in two.
+    Labels `text`, `slots` (one per word: the type of its slot, or O) and `intent`. The published folder has every
+    speaker in every split. Only SUPERB's speakers of each split are listed, so that no speaker is in two.
     """
-    base = root / "SNIPS" if (root / "SNIPS").is_dir() else root
+    base = _LAYOUT.base(root)
     table = base / "all.iob.snips.txt"
-    if not table.is_file():
-        raise layout_error(root, "SNIPS", table.name, _SNIPS_TREE)
-    sources = [
-        Source(
+    _LAYOUT.require(root, table)
+    listed = [
+        ListedUtterance(
             file=audio_file(base / part / name, (".mp3", ".wav"), absent=".wav"),
             id=name,
             split="dev" if part == "valid" else part,
             speaker=speaker,
             labels=labels,
         )
-        for name, speaker, part, labels in _annotations(table)
+        for name, speaker, part, labels in _read_annotations(table)
         if speaker in SPEAKERS.get(part, ())
     ]
     for part, speakers in SPEAKERS.items():
-        if not any(source.file.exists() for source in sources if source.file.parent == base / part):
-            raise layout_error(root, "SNIPS", f"{part}/{speakers[0]}-snips-{part}-*", _SNIPS_TREE)
-    return sources
+        if not any(utterance.file.exists() for utterance in listed if utterance.file.parent == base / part):
+            raise _LAYOUT.error(root, f"{part}/{speakers[0]}-snips-{part}-*")
+    return listed
 
 
-# The lists of the reference toolkit's configuration, downstream/ctc/snips.yaml.
-SPEAKERS = {
-    "train": ("Ivy", "Joanna", "Joey", "Justin", "Kendra", "Kimberly", "Matthew", "Salli"),
-    "valid": ("Aditi", "Amy", "Geraint", "Nicole"),
-    "test": ("Brian", "Emma", "Raveena", "Russell"),
-}
-_SNIPS_TREE = "SNIPS/{all.iob.snips.txt,{train,valid,test}/SPEAKER-snips-SPLIT-N.{wav,mp3}}"
-
-
-def _annotations(table: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
-    """Id, speaker, part and labels of every line: ID BOS WORD … EOS<TAB>O SLOT … INTENT."""
+def _read_annotations(table: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+    """Yield id, speaker, part and labels of every line: ID BOS WORD … EOS<TAB>O SLOT … INTENT."""
     for line in read_lines(table):
-        said, _, slots = line.strip().partition("\t")
-        name, *words = said.split() or [""]
+        sentence, _, slots = line.strip().partition("\t")
+        name, *words = sentence.split() or [""]
         *tags, intent = slots.split() or [""]
+        # BOS has the first tag; the intent is in the place of a tag of EOS.
         if len(words) != len(tags) + 1 or len(words) < 2 or len(parts := name.split("-")) != 4:
-            raise RetortError(
-                f"{table}: line {line!r} is not SPEAKER-snips-SPLIT-N BOS WORD … EOS<TAB>O SLOT … INTENT "
-                "with a slot (or O) for every word"
+            raise line_error(
+                table, line, "`SPEAKER-snips-SPLIT-N BOS WORD … EOS<TAB>O SLOT … INTENT` with a slot (or O) per word"
             )
         labels = {"text": " ".join(words[1:-1]), "slots": " ".join(tags[1:]), "intent": intent}
         yield name, parts[0], parts[2], labels
