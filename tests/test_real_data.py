@@ -13,8 +13,9 @@ from evaluate.run import run_task
 from evaluate.scorefile import ScoreFile
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
+from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from pipelines.readers import ReaderOptions, read_corpus
 from tests.evaluate_stores import Quiet
 from tests.real_speech import DATA, an4_rows, fsdd_rows, write_folder
@@ -52,7 +53,7 @@ def census(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features(upstream: Path | str, corpus: Path, folder: Path, **changes: Any) -> Path:
-    settings = Settings(
+    settings = ExtractConfig(
         upstream=str(upstream),
         corpus=corpus,
         manifest=folder / f"{Path(upstream).name}-{corpus.stem}.json",

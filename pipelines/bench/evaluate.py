@@ -39,8 +39,9 @@ from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from pipelines.bench import material
 from pipelines.bench.material import Lengths
 from pipelines.bench.measure import by_clocks, check_asked, headed
@@ -120,7 +121,7 @@ def prepare(bench: Bench) -> dict[str, float]:
         write_corpus(corpus, name=task, reader=material.NOISE, utterances=_utterances(task, lengths, asked.batch_size))
         start = time.perf_counter()
         extract(
-            Settings(
+            ExtractConfig(
                 upstream=str(bench.folder / "upstream"),
                 corpus=corpus,
                 manifest=bench.folder / f"{task}-manifest.json",
