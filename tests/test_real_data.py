@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from evaluate.run import run_task
+
 from evaluate.scorefile import ScoreFile
 from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS

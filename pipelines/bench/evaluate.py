@@ -27,12 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.features import Source
-from evaluate.frames import FrameReader
+from evaluate.batches import FrameReader
+from evaluate.jobs import open_features
 from evaluate.pooled import pooled_problem, read_pooled
-from evaluate.recipe import Recipe
-from evaluate.run import open_source
 from evaluate.sweep import begin
+from evaluate.task import Features, Recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.pr import problem as pr_problem
 from extract.base.errors import RetortError, unknown
@@ -83,8 +82,8 @@ class Bench:
     asked: EvaluateBench
     folder: Path
 
-    def source(self, task: str) -> Source:
-        return open_source(TASKS[task], manifest=self.folder / f"{task}-manifest.json", corpus=self._corpus(task))
+    def source(self, task: str) -> Features:
+        return open_features(TASKS[task], manifest=self.folder / f"{task}-manifest.json", corpus=self._corpus(task))
 
     def recipe(self, task: str) -> Recipe:
         recipe: Recipe = replace(TASKS[task].recipe(), learning_rates=(LR,), batch_size=self.asked.batch_size)
@@ -249,7 +248,7 @@ class OnlineUpstream:
 class OnlineFrames(FrameReader):
     """In the place of the store's frames."""
 
-    def __init__(self, source: Source, listener: OnlineUpstream) -> None:
+    def __init__(self, source: Features, listener: OnlineUpstream) -> None:
         super().__init__(source.reader, memory_gb=1)
         self.listener = listener
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from evaluate.batches import FrameReader
 from evaluate.ctc import Transcription
-from evaluate.frames import FrameReader
 from evaluate.heads import Head, LinearHead
 from evaluate.pooled import PooledClassification
-from evaluate.sweep import Adam, begin
+from evaluate.sweep import begin
 from extract.base.files import sha256_file
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
@@ -304,8 +304,8 @@ def scoring(bench: Bench, *, task: str, steps: int) -> TimedSteps:
         Part("loss: CTC", functional.ctc_loss, loss),
         Part(loss, type(problem).loss),
         Part("backward", torch.Tensor.backward),
-        Part("clipping", Adam.clip),
-        Part("optimiser", Adam.step),
+        Part("clipping", torch.nn.utils.clip_grad_norm_),
+        Part("optimiser", torch.optim.AdamW.step),
     ]
     assert isinstance(problem, PooledClassification | Transcription)
     step(1)
