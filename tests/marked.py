@@ -62,11 +62,12 @@ def mark_train() -> None:
 
 
 def mark_evaluate() -> None:
-    from evaluate import checkpoint, many, run
+    from evaluate import checkpoint, jobs
+    from evaluate.scorefile import ScoreFile
 
-    marked(run, "_measure", "work")
-    marked(run, "write_json", "closing")
-    marked(many, "score", "before", "done")
+    marked(jobs, "measure", "work")
+    marked(ScoreFile, "write", "closing")
+    marked(jobs, "score", "before", "done")
     checkpoint.EVERY_S, checkpoint._SHARE = 0.2, 1.0
 
 
