@@ -171,7 +171,7 @@ def test_asv_refuses_what_it_cannot_score(tmp_path: Path) -> None:
     two = ["a", "a", "b", "b"] * 2 + ["c", "d"]
     with pytest.raises(RetortError, match="has no trials in its metadata; make it with"):
         run("asv", stored("a", 20, {}, two))
-    with pytest.raises(RetortError, match="'utt0000', which a trial of corpus tiny names"):
+    with pytest.raises(RetortError, match="'utt0000', an utterance of a trial of corpus tiny"):
         run("asv", stored("b", 20, {"trials": [[1, "utt0008", "utt0000"]]}, two))
     with pytest.raises(RetortError, match="'utt0000' of corpus tiny has 15 frames; asv needs more than 15"):
         run("asv", stored("c", CONTEXT_FRAMES, trials, two))
