@@ -150,18 +150,18 @@ def evaluation_of(wav: Path) -> str:
 
 
 def test_command_speakers_are_in_one_split_and_every_split_has_all_intents(tmp_path: Path) -> None:
-    assert len(intents()) == len({said[0].text for said in intents()}) == 31
-    assert {(s.action, s.object, s.location) for said in intents() for s in said} == {
-        (said[0].action, said[0].object, said[0].location) for said in intents()
+    assert len(intents()) == len({phrasings[0].text for phrasings in intents()}) == 31
+    assert {(one.action, one.object, one.location) for phrasings in intents() for one in phrasings} == {
+        (phrasings[0].action, phrasings[0].object, phrasings[0].location) for phrasings in intents()
     }
     jobs = plan_corpora(DemoConfig(), tmp_path)["fluent"]
     by_split = {split: [job for job in jobs if job.split == split] for split in ("train", "valid", "test")}
     voices = [{(job.speaker_id, job.voice) for job in some} for some in by_split.values()]
     assert len(set.union(*voices)) == sum(map(len, voices)) == 24
     for some in by_split.values():
-        asked = Counter((s.action, s.object, s.location) for job in some for s in job.commands)
-        assert len(asked) == 31
-        assert max(asked.values()) - min(asked.values()) <= 1
+        counts = Counter((one.action, one.object, one.location) for job in some for one in job.commands)
+        assert len(counts) == 31
+        assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_evaluations_cover_the_dialog_in_order(tree: Path) -> None:
@@ -179,8 +179,8 @@ def test_scripted_dialogs_share_their_sentences_and_improvised_ones_do_not(tmp_p
     scripts = {kind: {job.script_seed for job in jobs if kind in job.name} for kind in ("script", "impro")}
     assert (len(scripts["script"]), len(scripts["impro"])) == (1, 5)
     assert len({voice for job in jobs for voice in job.voices}) == 10
-    felt = Counter(EMOTIONS.get(emotion, "left out") for job in jobs for emotion in job.emotions)
-    assert felt == {"neu": 60, "hap": 60, "ang": 60, "sad": 60, "left out": 10}
+    classes = Counter(EMOTIONS.get(emotion, "left out") for job in jobs for emotion in job.emotions)
+    assert classes == {"neu": 60, "hap": 60, "ang": 60, "sad": 60, "left out": 10}
 
 
 def test_emotions_differ_in_mean_prosody_and_overlap_turn_by_turn() -> None:
@@ -198,13 +198,19 @@ def test_emotions_differ_in_mean_prosody_and_overlap_turn_by_turn() -> None:
 def test_snips_has_the_references_speakers_and_no_sentence_in_two_splits(tree: Path, tmp_path: Path) -> None:
     jobs = plan_corpora(DemoConfig(), tmp_path)["snips"]
     assert {split: tuple(job.name for job in jobs if job.split == split) for split in SPEAKERS} == SPEAKERS
-    said: dict[str, set[tuple[str, ...]]] = {split: set() for split in SPEAKERS}
+    sentences: dict[str, set[tuple[str, ...]]] = {split: set() for split in SPEAKERS}
     numbers: dict[str, list[int]] = {split: [] for split in SPEAKERS}
     for job in jobs:
-        said[job.split] |= {request.words for request in job.requests}
+        sentences[job.split] |= {request.words for request in job.requests}
         numbers[job.split] += [request.number for request in job.requests]
-    assert not said["train"] & said["valid"] | said["train"] & said["test"] | said["valid"] & said["test"]
-    assert {word for words in said["test"] for word in words} <= {word for words in said["train"] for word in words}
+    assert (
+        not sentences["train"] & sentences["valid"]
+        | sentences["train"] & sentences["test"]
+        | sentences["valid"] & sentences["test"]
+    )
+    assert {word for words in sentences["test"] for word in words} <= {
+        word for words in sentences["train"] for word in words
+    }
     assert all(some == list(range(len(some))) for some in numbers.values())
     listed = (tree / "snips/SNIPS/slots.txt").read_text().split("\n")
     assert listed[0] == "O"
@@ -245,23 +251,23 @@ def test_mixtures_are_their_sources_and_turns_cover_the_speech(tree: Path) -> No
         for line in (kaldi / "rttm").read_text().splitlines():
             _, name, _, start, duration, _, _, who, *_ = line.split()
             turns.setdefault(name, {}).setdefault(who, []).append((float(start), float(start) + float(duration)))
-        speakers[split] = {who for said in turns.values() for who in said}
+        speakers[split] = {who for of_mixture in turns.values() for who in of_mixture}
         for index in range(len(theirs)):
             rate, mixture, sources = theirs.get_metadata(index)
             name = Path(mixture).stem
             assert files[name] == f"Libri2Mix/{mixture}"
             base = tree / "librimix" / "Libri2Mix"
-            mixed, *apart = (soundfile.read(base / path)[0] for path in (mixture, *sources))
-            assert (rate, len(mixed)) == (16_000, len(apart[0]))
-            noise = mixed - sum(apart)
+            mixed, *separate = (soundfile.read(base / path)[0] for path in (mixture, *sources))
+            assert (rate, len(mixed)) == (16_000, len(separate[0]))
+            noise = mixed - sum(separate)
             assert 0 < np.std(noise) < np.std(mixed) / 2
             assert list(turns[name]) == [part.split("-")[0] for part in name.split("_")]
-            for samples, said in zip(apart, turns[name].values(), strict=True):
-                spoken = np.zeros(len(samples), dtype=bool)
-                for start, end in said:
-                    spoken[int(start * rate) : int(end * rate)] = True
-                assert np.mean(samples[spoken] ** 2) > 20 * np.mean(samples[: int(said[0][0] * rate)] ** 2)
-                assert np.sum(samples[spoken] ** 2) > 0.8 * np.sum(samples**2)  # the rest is reverberation
+            for samples, own_turns in zip(separate, turns[name].values(), strict=True):
+                active = np.zeros(len(samples), dtype=bool)
+                for start, end in own_turns:
+                    active[int(start * rate) : int(end * rate)] = True
+                assert np.mean(samples[active] ** 2) > 20 * np.mean(samples[: int(own_turns[0][0] * rate)] ** 2)
+                assert np.sum(samples[active] ** 2) > 0.8 * np.sum(samples**2)  # the rest is reverberation
         assert {line.split()[1] for line in (kaldi / "utt2spk").read_text().splitlines()} == speakers[split]
     assert not (speakers["train"] & speakers["dev"]) | (speakers["train"] & speakers["test"])
 
@@ -282,8 +288,8 @@ def test_queries_match_documents_in_other_voices(tree: Path) -> None:
         folder = tree / "quesst14/quesst14Database/scoring" / f"groundtruth_quesst14_{subset}"
         (rttm,) = folder.glob("*.rttm")
         found = {(line.split()[1], line.split()[5]) for line in rttm.read_text().splitlines()}
-        said = {name: f" {text.replace('. ', ' . ')} " for name, text in text_of.items()}
-        expected = {(d, q) for d in queries["docs"] for q in queries[subset] if said[q] in said[d]}
+        padded = {name: f" {text.replace('. ', ' . ')} " for name, text in text_of.items()}
+        expected = {(d, q) for d in queries["docs"] for q in queries[subset] if padded[q] in padded[d]}
         assert found == expected
         assert {query for _, query in found} == queries[subset]
     words = [{word for name in queries[subset] for word in text_of[name].split()} for subset in ("dev", "eval")]

@@ -14,7 +14,7 @@ from torchaudio_readers import same_as_torchaudio
 
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from pipelines.readers import READERS, ReaderOptions, read_corpus
+from pipelines.readers import ReaderOptions, read_corpus
 
 
 def tone(seconds: float = 0.5, rate: int = 16_000, channels: int = 1) -> np.ndarray:
@@ -286,16 +286,3 @@ def test_all_bad_files_are_in_one_error_or_dropped_and_recorded(tmp_path: Path) 
     assert len(card["record"]["dropped"]) == 5
     assert Corpus.open(tmp_path / "c.json").ids == ["good"]
     assert json.loads((tmp_path / "c.json").read_text()) == card
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_the_error_for_another_layout_has_the_expected_tree(reader: str, tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match=r" not found; expected the layout of .+: "):
-        read_corpus(reader, tmp_path, tmp_path / "c.h5")
-
-
-def test_errors_of_wrong_names_list_the_valid_ones(tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match="unknown reader 'musan': expected one of fluent, folder, iemocap"):
-        read_corpus("musan", tmp_path, tmp_path / "c.h5")
-    with pytest.raises(RetortError, match="nowhere not found; give the folder"):
-        read_corpus("folder", tmp_path / "nowhere", tmp_path / "c.h5")

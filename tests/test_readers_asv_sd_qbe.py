@@ -83,9 +83,9 @@ def test_silence_is_cut_where_it_lasts() -> None:
     def quiet(seconds: float) -> np.ndarray:
         return np.zeros(int(seconds * rate), dtype=np.float32)
 
-    spoken = np.concatenate([quiet(0.5), sound(1.0), quiet(0.05), sound(0.5), quiet(0.4), sound(0.03), quiet(0.3)])
+    audio = np.concatenate([quiet(0.5), sound(1.0), quiet(0.05), sound(0.5), quiet(0.4), sound(0.03), quiet(0.3)])
     # The pause of 50 ms is kept, the click of 30 ms is removed, and the window adds 20 ms at the end.
-    assert len(without_silence(spoken, rate)) == pytest.approx(1.55 * rate, abs=0.025 * rate)
+    assert len(without_silence(audio, rate)) == pytest.approx(1.55 * rate, abs=0.025 * rate)
     assert len(without_silence(quiet(1.0), rate)) == 0
     assert len(without_silence(quiet(0.0), rate)) == 0
     loud = sound(1.0)
@@ -125,18 +125,7 @@ def test_mixtures_and_their_turns_from_kaldi_folders(librimix: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        (
-            "data/dev/rttm",
-            "SPEAKER x 1 0\n",
-            "dev/rttm: got line 'SPEAKER x 1 0', expected `SPEAKER RECORDING 1 START DURATION",
-        ),
         ("data/dev/rttm", "", "rttm: recording '1-dev_2-dev'"),
-        (
-            "data/dev/segments",
-            "1_x 1-dev_2-dev 0.1\n",
-            "segments: got line '1_x 1-dev_2-dev 0.1', expected `UTTERANCE RECORDING START END`",
-        ),
-        ("data/dev/utt2spk", "1_x 1\n", "utt2spk: utterance '2_x'"),
         ("data/dev/wav.scp", "1-dev_2-dev Libri2Mix/no.wav\n", "all files of data/dev/wav.scp, such as Libri2Mix/no"),
         ("data/dev/wav.scp", "1-dev_2-dev sph2pipe x.sph |\n", "wav.scp: got line '1-dev_2-dev sph2pipe x.sph |'"),
     ],
@@ -193,18 +182,11 @@ def test_english_queries_and_the_documents_that_match_them(quesst: Path, tmp_pat
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("language_key_dev.lst", "q1.wav\n", "language_key_dev.lst: got line 'q1.wav', expected"),
         (
             "language_key_dev.lst",
             "x/dev_queries/no.wav nnenglish\n",
             "all files of scoring/language_key_dev.lst, such as quesst14Database/dev_queries/no.wav",
         ),
-        (
-            "groundtruth_quesst14_dev/x.rttm",
-            "LEXEME d1 1\n",
-            "x.rttm: got line 'LEXEME d1 1', expected `LEXEME DOCUMENT",
-        ),
-        ("groundtruth_quesst14_dev/x.tlist.xml", "<termlist>", "x.tlist.xml: not a list of terms"),
         ("groundtruth_quesst14_dev/x.tlist.xml", "<a><term/></a>", "x.tlist.xml: not a list of terms"),
     ],
 )
