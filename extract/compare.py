@@ -7,57 +7,17 @@ of utterances, spread over the split, and of frames, spread over each utterance,
 any size. Shapes: S student layers, L teacher layers, N frames, D and E features.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.base.errors import RetortError
-from extract.base.record import Record
 from extract.cka import linear_cka
 from extract.corpus import Corpus
+from extract.measures import CompareFile
 from extract.store.reader import StoreReader
 
 NUM_UTTERANCES, FRAMES_EACH = 32, 128  # 4,096 frames: 164 MB for 13 layers of 768 features
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareFile(Record):
-    """Similarity of two stores: measures/compare/STUDENT.json.
-
-    `linear_cka` has a row for each student layer and a column for each teacher layer; None for a layer that is constant
-    over the frames. If the stores can't be compared, `problem` gives the reason and `linear_cka` is empty.
-    """
-
-    REMEDY = "`python -m extract compare`"
-
-    teacher: str
-    student: str
-    teacher_digest: str  # of the stores
-    student_digest: str
-    teacher_layers: tuple[int, ...]
-    student_layers: tuple[int, ...]
-    corpus: str
-    split: str
-    num_utterances: int
-    num_frames: int
-    linear_cka: tuple[tuple[float | None, ...], ...]
-    problem: str | None
-
-    def __post_init__(self) -> None:
-        expected = [] if self.problem else [len(self.teacher_layers)] * len(self.student_layers)
-        if [len(row) for row in self.linear_cka] != expected:
-            raise RetortError("linear_cka: expected a row for each student layer, a value for each teacher layer")
-
-    def describe(self) -> str:
-        """Return the result as one line of text."""
-        if self.problem:
-            return f"{self.student} and {self.teacher} can't be compared: {self.problem}"
-        return (
-            f"{len(self.student_layers)} layers of {self.student} with {len(self.teacher_layers)} of {self.teacher}, "
-            f"{self.num_frames:,} frames of {self.num_utterances} utterances of {self.corpus}, split {self.split}"
-        )
 
 
 def compare_stores(teacher_path: Path, student_path: Path, corpus_path: Path, split: str) -> CompareFile:

@@ -3,9 +3,8 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,11 @@ from numpy.typing import NDArray
 from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
 from extract.base.files import write_json
 from extract.base.machine import describe_machine
-from pipelines.report import report_command, speed
-from pipelines.report.speed import Speed
+from extract.base.timing import Range
+from extract.compare import compare_stores
+from extract.measures import SpeedFile, UpstreamSpeed
+from extract.store.manifest import Manifest
+from pipelines.report import report_command
 from tests.evaluate_stores import make_corpus, make_store
 from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
 
@@ -63,16 +65,13 @@ STUDENTS = {
 PARAMS = {"teacher": 4_100_000, "fbank": 0} | {name: params for name, (_, params, _) in STUDENTS.items()}
 NOTE = "The demo teacher was taught from the synthesiser's own time line & its speech is <synthetic>."
 FINGERPRINT = "f1" * 32
+STORE_DIGEST = "ab" * 32
 
 
 def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]]] = TASKS) -> Path:
     """A folder as all stages would leave it, without stores; returns params.yaml."""
-    write_json(
-        root / "manifests/distill/teacher.json",
-        {"fingerprint": FINGERPRINT, "digest": "d1" * 32, "layers": [4, 8, 12], "codec": "int8",
-         "upstream": {"id": "pipelines/teacher/model", "revision": None, "name": "teacher", "note": NOTE},
-         "corpus": {"name": "distill", "digest": "c0" * 32}, "versions": {"torch": "2.11.0"}},
-    )  # fmt: skip
+    write_json(root / "manifests/targets/distill.json", targets().to_dict())
+    invented_speed().write(root / "measures/speed.json")
     for task, (metric, higher, tests) in tasks.items():
         for name, test in tests.items():
             score(task, metric, higher, name, test).write(root / "scores" / name / f"{task}.json")
@@ -83,9 +82,9 @@ def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]
     make_corpus(root / "corpora", labels={}, splits=splits, num_frames=frames, name="speech")
     params = {
         "students": list(STUDENTS),
+        "upstreams": {name: {"source": name} for name in PARAMS},
         "tasks": {"speech": list(tasks)},
-        "report": {"speed": {"corpus": str(root / "corpora/speech.json"), "split": "test", "audio_seconds": 2.0,
-                             "threads": 1, "rounds": 2}},
+        "report": {"speed": {"threads": 1}},  # of `extract speed`, not of the report
     }  # fmt: skip
     path = root / "params.yaml"
     path.write_text("# made for a test <b>\n" + yaml.safe_dump(params, sort_keys=False))
@@ -111,7 +110,7 @@ def score(task: str, metric: str, higher: bool, name: str, test: float) -> Score
                           seed=0),
         dev=test - 0.4, chosen_lr=chosen_lr, grid=tuple(grid), seed=7, layers=tuple(range(layers)),
         layer_weights=tuple((weights / weights.sum()).tolist()), num_test=320, fingerprint=f"{name}-features",
-        store_digest="ab" * 32, corpus="speech", corpus_digest="cd" * 32, labels_digest="ef" * 32,
+        store_digest=STORE_DIGEST, corpus="speech", corpus_digest="cd" * 32, labels_digest="ef" * 32,
         recipe={"steps": 400}, code="0c" * 32, versions={"torch": "2.11.0"}, notes=("400 steps instead of 200,000",),
         seconds=4.2,
     )  # fmt: skip
@@ -141,18 +140,44 @@ def write_tsv(path: Path, points: list[tuple[int, float]]) -> None:
     path.write_text(f"step\t{path.stem}\n" + "".join(f"{step}\t{value}\n" for step, value in points))
 
 
-def invented_speed() -> Speed:
-    rtf = {name: 0.002 + params / 4e8 for name, params in PARAMS.items()} | {"fbank": 0.0004}
-    macs = {name: 60 * params + 20_000_000 for name, params in PARAMS.items()}
-    return Speed(rtf=rtf, params=dict(PARAMS), macs_per_audio_s=macs, audio_seconds=20.4, num_utterances=5,
-                 corpus="speech", threads=1, rounds=5, machine=describe_machine())  # fmt: skip
+def targets() -> Manifest:
+    """Return the manifest of the features that the students were trained from."""
+    return Manifest(
+        format_version=2, complete=True, fingerprint=FINGERPRINT, digest="d1" * 32,
+        upstream={"id": "pipelines/teacher/model", "revision": None, "name": "teacher", "note": NOTE,
+                  "num_parameters": PARAMS["teacher"], "weights_sha256": "a0" * 32, "normalise": False},
+        layers=(4, 8, 12), dim=12, convention="as in transformers", hop_samples=320, receptive_samples=400,
+        keep=("frames", "pooled"), codec="int8", codec_error={}, dtype="fp32", dtype_error={}, threads=1,
+        attention="eager",
+        plan={"pack_frames": 128, "shard_packs": 2, "num_packs": 1, "num_shards": 1, "num_frames": 100},
+        corpus={"name": "distill", "digest": "c0" * 32, "num_utterances": 3}, dropped=(),
+        store={"root": "stores", "path": "teacher/distill"}, objects={"rows/00000.npy": [1, "0a" * 32]},
+        versions={"torch": "2.11.0"},
+    )  # fmt: skip
 
 
-def write_stores(root: Path) -> None:
-    """Stores of the corpus for the teacher and its students; the layers of each are the sum of two signals' shares.
+def invented_speed(**others: UpstreamSpeed) -> SpeedFile:
+    """Return a speed record of all upstreams of this world, and of `others`."""
+    upstreams = {
+        name: UpstreamSpeed(
+            source=name, params=params, macs_per_audio_s=60 * params + 20_000_000,
+            rtf=Range.of([0.0004 if name == "fbank" else 0.002 + params / 4e8]), latency_s=Range.of([0.01]),
+            peak_bytes=2**29, peak_gpu_bytes=None,
+        )
+        for name, params in PARAMS.items()
+    }  # fmt: skip
+    return SpeedFile(
+        upstreams=upstreams | others, corpus="speech", split="test", audio_seconds=20.4, num_utterances=5,
+        utterance_s=4.1, device="cpu", threads=1, rounds=5, machine=describe_machine(),
+    )  # fmt: skip
 
-    The first layer of each is all of the first signal, the last all of the second; demo-gendistiller keeps no frames.
+
+def write_comparisons(root: Path) -> None:
+    """Compare stores of the teacher and its students; the layers of each are sums of two signals' shares.
+
+    The first layer of each is the first signal, the last layer the second; demo-gendistiller keeps no frames.
     """
+    card, manifests = root / "corpora/speech.json", {}
     for name in ("teacher", *STUDENTS):
         num_layers = 13 if name == "teacher" else STUDENTS[name][2][-1][1] + 1
         dim = 12 if name == "teacher" else 8
@@ -165,9 +190,11 @@ def write_stores(root: Path) -> None:
             return layers.astype(np.float32)
 
         keep = ("pooled",) if name == "demo-gendistiller" else ("frames", "pooled")
-        made = make_store(root / name, root / "corpora/speech.json", hidden, keep=keep)
-        (root / "manifests/speech").mkdir(parents=True, exist_ok=True)
-        shutil.copy(made, root / f"manifests/speech/{name}.json")
+        manifests[name] = make_store(root / name, card, hidden, keep=keep)
+    for name in STUDENTS:
+        found = compare_stores(manifests["teacher"], manifests[name], card, "test")
+        # the scores of this world are invented: their store has a digest of its own
+        replace(found, student_digest=STORE_DIGEST).write(root / f"measures/compare/{name}.json")
 
 
 def write_pipeline(root: Path) -> None:
@@ -175,9 +202,9 @@ def write_pipeline(root: Path) -> None:
     Repo.init(str(root), no_scm=True).close()
     stages = {
         "corpus": {"foreach": ["speech", "words"], "do": {"cmd": "x", "outs": ["c/${item}"], "desc": "reads <audio>"}},
-        "distil": {"matrix": {"student": list(STUDENTS)}, "cmd": "x", "deps": ["c/speech"],
+        "train": {"matrix": {"student": list(STUDENTS)}, "cmd": "x", "deps": ["c/speech"],
                    "outs": ["s/${item.student}"], "desc": "makes a student"},
-        "score": {"cmd": "x", "deps": ["s", "c"], "outs": ["scored"]},
+        "evaluate": {"cmd": "x", "deps": ["s", "c"], "outs": ["scored"]},
         "show": {"cmd": "x", "deps": ["scored", "c/words"], "desc": "this page"},
     }  # fmt: skip
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
@@ -197,9 +224,9 @@ class Made:
 
 
 def make_whole(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]]]) -> Made:
-    """The report of a folder with everything in it: results, stores and a pipeline."""
+    """Return the report of a folder with all records and a pipeline."""
     write_results(root, tasks)
-    write_stores(root)
+    write_comparisons(root)
     write_pipeline(root)
     return made_in(root)
 
@@ -209,7 +236,6 @@ def made_in(root: Path) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("COLUMNS", "40")
-        patch.setattr(speed, "measure_speed", lambda *args, **kwargs: invented_speed())
         result = CliRunner().invoke(report_command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return Made(root, (root / "report/index.html").read_text(), result.output)

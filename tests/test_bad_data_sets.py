@@ -15,6 +15,7 @@ MINE, TABLE, ONE = (
     "data/mine/metadata.csv",
     "data/mine/one.wav",
 )
+MANIFEST = "manifests/teacher.json"
 BYTES = b"\xff\xfe\xfa"
 TRANSCRIPT = "LibriSpeech/train-clean-100/1/2/1-2.trans.txt"
 LIBRIMIX = {
@@ -207,26 +208,33 @@ OTHERS = [
     asked("pipelines study stacking --out corpora", "--out corpora .* holds something else"),
     asked("pipelines study stacking --out params.yaml/x", "params.yaml "),
     asked("pipelines study stacking --base none", "unknown study 'none'"),
-    asked("pipelines study stacking", "params.yaml: section .upstreams. is "),
+    Row(
+        "study upstreams",
+        "pipelines study stacking",
+        "params.yaml: section .upstreams. is ",
+        change_params("upstreams: {fbank: {source: fbank}, teacher: {source: teacher}}", "upstreams: [fbank]"),
+    ),
     asked("pipelines report --config none", "none does not exist; give the params file"),
-    asked("pipelines report", "manifests/distill/teacher.json is missing; `dvc repro"),
+    asked("pipelines report", "manifests/targets/distill.json is missing.*dvc repro"),
     asked("pipelines report --out params.yaml", "'params.yaml' is a file"),
     Row("report section", "pipelines report", "has no section `report`", change_params("report:", "repot:")),
-    Row("report key", "pipelines report", "unknown key .*'audio'", change_params("audio_seconds: 1", "audio: 1")),
-    Row(
-        "report value",
-        "pipelines report",
-        "rounds: got 0, expected more than 0",
-        change_params("rounds: 1", "rounds: 0"),
-    ),
+    Row("report key", "pipelines report", "unknown key .*'spead'", change_params("  speed: {", "  spead: {")),
+    asked("extract speed --config none", "none does not exist; give the params file"),
+    asked("extract speed --out corpora", "--out corpora is a folder"),
+    Row("speed key", "extract speed", "unknown key .*'audio'", change_params("audio_seconds: 1", "audio: 1")),
+    Row("speed value", "extract speed", "rounds: got 0, expected more than 0", change_params("rounds: 1", "rounds: 0")),
+    asked("extract speed --upstream fbank", "--upstream 'fbank': expected NAME=SOURCE"),
+    asked(f"extract compare {MANIFEST} none.json --corpus corpora/tiny.json --out x.json", "none.json does not exist"),
+    asked(f"extract compare {MANIFEST} {MANIFEST} --corpus corpora/other.json --out x.json", "corpus"),
+    asked(f"extract compare {MANIFEST} {MANIFEST} --corpus corpora/tiny.json --split no --out x.json", "no split 'no'"),
     Row(
         "report students",
         "pipelines report",
         "`students` is 'tiny'",
         change_params("students: [tiny]", "students: tiny"),
     ),
-    Row("report manifest", "pipelines report", "is not JSON", write("manifests/distill/teacher.json", "{")),
-    Row("report fields", "pipelines report", "field `upstream` is None", write("manifests/distill/teacher.json", "{}")),
+    Row("report manifest", "pipelines report", "is not JSON", write("manifests/targets/distill.json", "{")),
+    Row("report fields", "pipelines report", "format_version", write("manifests/targets/distill.json", "{}")),
     asked("pipelines bench nothing", "No such command 'nothing'"),
     asked("pipelines bench extract --seconds nan", "--seconds nan: expected more than 0"),
     asked("pipelines bench extract --rounds 0", "--rounds 0: expected more than 0"),

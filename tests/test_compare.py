@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from extract import compare
 from extract.__main__ import main
 from extract.base.errors import RetortError
-from extract.compare import CompareFile, choose_utterances, cka_of_frames, compare_stores, read_frames
+from extract.compare import choose_utterances, cka_of_frames, compare_stores, read_frames
 from extract.corpus import Corpus
+from extract.measures import CompareFile
 from extract.stats import measure
 from extract.store.reader import StoreReader
 from tests.evaluate_stores import Hidden, make_corpus, make_store

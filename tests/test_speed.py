@@ -14,7 +14,8 @@ from extract.__main__ import main
 from extract.base.errors import RetortError
 from extract.base.files import write_json
 from extract.corpus import Corpus, Utterance, write_corpus
-from extract.speed import SpeedConfig, SpeedFile, SpeedRequest, choose_waveforms, count_sizes, read_speed_config
+from extract.measures import SpeedFile
+from extract.speed import SpeedConfig, SpeedRequest, choose_waveforms, count_sizes, read_speed_config
 from extract.upstream.configured import read_upstreams
 
 SHAPE = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (20, 16), "hidden_size": 16,

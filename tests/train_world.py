@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from extract.config import ExtractConfig
 from extract.corpus import Utterance, write_corpus
-from extract.run import extract
+from extract.run import Settings, extract
 from extract.store.reader import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse
 from train.distributed import SINGLE_PROCESS, ProcessGroup
@@ -94,7 +93,7 @@ def make_world(
     manifest = folder / "manifests" / "teacher.json"
     with contextlib.redirect_stderr(io.StringIO()):
         extract(
-            ExtractConfig(
+            Settings(
                 upstream=str(teacher),
                 corpus=corpus,
                 manifest=manifest,

@@ -1,9 +1,8 @@
-"""The report's charts: matplotlib draws them, the page's style sheet colours them.
+"""Charts of the report: drawn by matplotlib, coloured by the page's style sheet.
 
-Matplotlib is given sentinel colours, and every sentinel is replaced by a CSS variable in the SVG that it
-writes. So one drawing serves a light and a dark page, text stays text in the page's own type, and a legend in
-HTML shares the colours. Sizes are points, which are CSS pixels at full size; a chart is drawn about as wide
-as a phone, so that it is legible on one, and a laptop shows two beside each other.
+Drawings use sentinel colours, which are replaced by CSS variables in the SVG. One drawing therefore serves the light
+and the dark page, text stays text in the font of the page, and legends in HTML share the colours. Sizes are points,
+which are CSS pixels at full size. A chart is about as wide as a phone, so that a laptop shows two side by side.
 """
 
 import io
@@ -21,9 +20,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from evaluate.scorefile import ScoreFile
 from train.metrics import GrowthStep
 
-# sentinel -> what the page puts in its place; no drawing uses these near-blacks for themselves
+# Sentinel colours -> CSS variables. No drawing uses these near-blacks as colours.
 INK, MUTED, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
-NUM_COLOURS = 8  # the style sheet names --series-0 … --series-7
+NUM_COLOURS = 8  # the style sheet defines --series-0 to --series-7
 SERIES = tuple(f"#0102{index:02x}" for index in range(NUM_COLOURS))
 CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", SURFACE: "var(--surface)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)
@@ -59,18 +58,19 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one upstream is drawn everywhere: a colour and a marker, so that colour is never alone."""
+    """Colour and marker of one upstream in all charts; the marker serves readers who can't tell the colours apart."""
 
     colour: str  # a sentinel
     marker: str
 
     @property
     def css(self) -> str:
+        """Colour as a CSS variable."""
         return CSS[self.colour]
 
     @property
     def glyph(self) -> str:
-        """The marker as a character, for legends in text."""
+        """Marker as a character, for legends in text."""
         return MARKERS[self.marker]
 
 
@@ -78,14 +78,15 @@ TEACHER_LOOK, BASELINE_LOOK = Look(SERIES[0], "o"), Look(SERIES[1], "X")
 
 
 def student_look(number: int) -> Look:
-    """The look of the `number`-th student: colours and markers repeat in different rhythms."""
+    """Return the look of the `number`-th student."""
+    # 6 colours and 5 markers have no common divisor: the first 30 looks differ.
     colours, markers = SERIES[2:], [marker for marker in MARKERS if marker not in "oX"]
     return Look(colours[number % len(colours)], markers[number % len(markers)])
 
 
 @dataclass(frozen=True)
 class Point:
-    """One upstream in a scatter plot; `tip` is what a pointer over it shows."""
+    """One upstream in a scatter plot; `tip` is its tooltip."""
 
     name: str
     x: float
@@ -95,9 +96,9 @@ class Point:
 
 
 def scatter(points: Sequence[Point], *, key: str, title: str, description: str, x_label: str) -> str:
-    """Relative score (y) against a cost (x): every point named, the frontier drawn in."""
+    """Return an SVG of relative score (y) against a cost (x), with names and the Pareto frontier."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(width=300, height=270)  # a laptop shows three beside each other
+        figure, axes = _figure(width=300, height=270)  # a laptop shows three side by side
         width = max(point.x for point in points) or 1.0
         axes.set_xlim(-0.06 * width, 1.08 * width)
         low, high = min(0.0, *(point.y for point in points)), max(1000.0, *(point.y for point in points))
@@ -128,7 +129,7 @@ def scatter(points: Sequence[Point], *, key: str, title: str, description: str, 
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats in both directions, from the cheapest on."""
+    """Return the points that no other point beats in both directions, cheapest first."""
     ordered = sorted(points, key=lambda point: (point.x, -point.y))
     front: list[Point] = []
     for point in ordered:
@@ -138,7 +139,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """Write each name beside its point, towards the middle, clear of the frontier, pushed up where names overlap."""
+    """Write each name beside its point, towards the middle and off the frontier; move names up that overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     line = 0.062 * (high - low)
@@ -146,7 +147,7 @@ def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) ->
     for point in sorted(points, key=lambda point: point.y):
         on_the_left = point.x > left + 0.6 * (right - left)
         aside = -1 if on_the_left else 1
-        # the frontier rises to the right: names on its right lie below it, those on its left above
+        # The frontier rises to the right: a name on its right goes below the line, one on its left above.
         wanted = point.y - (aside * 0.5 * line if point in front else 0)
         x, y = point.x + aside * 0.035 * (right - left), wanted
         for other_x, other_y in sorted(placed, key=lambda place: place[1]):
@@ -167,7 +168,7 @@ def loss_curves(
     key: str,
     title: str,
 ) -> str:
-    """One student's loss over its optimiser steps, training pale, dev strong, a line where it grew."""
+    """Return an SVG of one student's loss over optimiser steps: training pale, dev strong, a line at each growth."""
     train, dev = curves.get("train/loss", ()), curves.get("dev/loss", ())
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure()
@@ -182,15 +183,15 @@ def loss_curves(
         axes.set_ylabel("loss")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(y=0.14)
-        tips = {"tip-dev": f"dev loss, {dev[0][1]:.3f} at first, {dev[-1][1]:.3f} at last" if dev else "dev loss"}
+        tips = {"tip-dev": f"dev loss, first {dev[0][1]:.3f}, last {dev[-1][1]:.3f}" if dev else "dev loss"}
         grown = ", ".join(f"{stage.layers} layers from step {stage.step}" for stage in growth)
         described = f"{tips['tip-dev']}. {grown}." if grown else f"{tips['tip-dev']}."
         return _inline(figure, key, title, described, tips)
 
 
 def _mark_growth(axes: Axes, growth: Sequence[GrowthStep]) -> None:
-    """A line where the student grew, and its depth from there on, written where there is room for it."""
-    written_to = -1.0
+    """Draw a line at each growth step, with the depth from there on if there is room for it."""
+    written_to = -1.0  # right end of the last label, as a share of the axis
     for stage in growth if len(growth) > 1 else ():
         if stage.step > 0:
             axes.axvline(stage.step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), gid=f"grown-{stage.step}")
@@ -215,7 +216,7 @@ def _mark_growth(axes: Axes, growth: Sequence[GrowthStep]) -> None:
 def dev_search(
     scores: Mapping[str, ScoreFile], looks: Mapping[str, Look], *, key: str, title: str, y_label: str
 ) -> str:
-    """One task's search on dev: the metric of each learning rate (or layer), a line an upstream, the chosen filled."""
+    """Return an SVG of one task's dev metric by learning rate (or layer), one line per upstream, the chosen filled."""
     layers = any(score.chosen_lr is None for score in scores.values())
     searched = "layer" if layers else "learning rate"
     with matplotlib.rc_context(_STYLE):
@@ -261,7 +262,7 @@ def dev_search(
 
 
 def _figure(width: int = WIDTH, height: int = HEIGHT) -> tuple[Figure, Axes]:
-    # 72 points an inch: one point of the drawing is one unit of the SVG's view box
+    # 72 points per inch: one point of the drawing is one unit of the SVG's view box.
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.subplots()
 
@@ -271,9 +272,9 @@ def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _inline(figure: Figure, key: str, title: str, description: str, tips: Mapping[str, str]) -> str:
-    """The figure as an `<svg>`: named for screen readers, tips as `<title>`, colours as CSS variables."""
+    """Return the figure as `<svg>`: with title and description for screen readers, tooltips and CSS colours."""
     buffer = io.BytesIO()
-    # the salt makes the ids of clip paths and markers unique on the page, and the same in every run
+    # The salt makes ids of clip paths and markers unique on the page, and equal in every run.
     with matplotlib.rc_context({"svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(buffer.getvalue())
@@ -298,7 +299,7 @@ def _inline(figure: Figure, key: str, title: str, description: str, tips: Mappin
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     svg = ElementTree.tostring(root, encoding="unicode")
-    # the page's own type; size and alignment stay as drawn
+    # The font is the page's; size and alignment stay.
     svg = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", svg)
     for sentinel, variable in CSS.items():
         svg = svg.replace(sentinel, variable)

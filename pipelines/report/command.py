@@ -1,62 +1,60 @@
-"""`python -m pipelines report --config params.yaml --out report`: the results, as a table and as one page.
+"""`python -m pipelines report --config params.yaml --out report`: the results, as tables and as one page.
 
-Reads what the stages left behind (results.py) and how they follow from each other (graph.py), compares layers
-(similarity.py), measures speed (speed.py), and writes to the folder given: index.html (page.py), results.md and
-results.json, a flat DVC metric. Every import that costs seconds is late, since
-this module is loaded with every `python -m pipelines …`.
+Reads the records of all stages (results.py) and the pipeline's graph (graph.py), and writes index.html (page.py),
+results.md (markdown.py) and results.json, a flat DVC metric. It measures nothing and imports no torch. Slow imports are
+late, because every `python -m pipelines …` loads this module.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from evaluate.task import corpus_of_tasks
+from evaluate.corpora import corpus_of_tasks
 from extract.base.errors import RetortError
 from extract.base.files import check_out
 from extract.base.params import read_params, read_section
 from extract.base.validate import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from pipelines.report.results import Results, Upstream
 
-    from pipelines.report.results import Results
-    from pipelines.report.speed import Speed, SpeedConfig
-    from pipelines.report.table import Column, Row
+
+@dataclass(frozen=True)
+class ReportSection:
+    """Section `report` of params.yaml."""
+
+    speed: dict[str, Any] = field(default_factory=dict)  # for `extract speed`
+    official: bool = False  # the scores are of SUPERB's own corpora and splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What the report needs of params.yaml: which students and tasks there are, and section `report`."""
+    """Rows and columns of the report."""
 
     students: tuple[str, ...]
+    models: tuple[str, ...]  # upstreams that are neither students nor the teacher nor fbank
     tasks: tuple[str, ...]
-    speed: "SpeedConfig"
-    official: bool  # whether the scores are of SUPERB's own corpora and splits
-    text: str  # params.yaml verbatim
+    official: bool
+    text: str  # content of params.yaml
 
 
 def read_config(path: Path) -> ReportConfig:
     """Parse params.yaml. Raises RetortError for a missing or unknown key, or a value of the wrong type."""
-    from pipelines.report.speed import SpeedConfig
+    from pipelines.report.results import BASELINE, TEACHER
 
-    section = read_section(path, "report")
-    if section.keys() - {"official"} != {"speed"} or not isinstance(section.get("official", False), bool):
-        raise RetortError(
-            f"{path}: section `report` has keys {', '.join(section) or '(none)'}, expected `speed`, and `official` "
-            "(true or false) if you like"
-        )
+    section = parse(ReportSection, read_section(path, "report"), where=f"{path}: report")
     params = read_params(path)
     students = params.get("students")
     if not isinstance(students, list) or not all(isinstance(name, str) for name in students):
         raise RetortError(f"{path}: `students` is {students!r}, expected a list of names")
     return ReportConfig(
         students=tuple(students),
+        models=tuple(name for name in read_section(path, "upstreams") if name not in {TEACHER, BASELINE, *students}),
         tasks=tuple(corpus_of_tasks(params, path)),
-        speed=parse(SpeedConfig, section["speed"], where=f"{path}: report.speed"),
-        official=section.get("official", False),
+        official=section.official,
         text=path.read_text(encoding="utf-8"),
     )
 
@@ -67,7 +65,7 @@ def read_config(path: Path) -> ReportConfig:
     type=click.Path(path_type=Path),
     default=Path("params.yaml"),
     show_default=True,
-    help="The settings: which students and tasks, and how to measure speed.",
+    help="The settings: students, upstreams and tasks.",
 )
 @click.option(
     "--out",
@@ -77,10 +75,9 @@ def read_config(path: Path) -> ReportConfig:
     help="Folder for index.html, results.md and results.json.",
 )
 def report_command(config: Path, out: Path) -> None:
-    """Print the results table and write it as one self-contained HTML page.
+    """Print the results table and write it as a self-contained HTML page.
 
-    Reads students/, runs/, scores/ and manifests/ below the current folder, compares layers from the stores that the
-    manifests name, and measures the speed of every upstream on this machine.
+    Reads students/, runs/, scores/, measures/ and the teacher's manifest below the current folder.
     """
     settings = read_config(config)
     check_out(out / "index.html", "--out")
@@ -88,75 +85,60 @@ def report_command(config: Path, out: Path) -> None:
 
 
 def make_report(root: Path, config: ReportConfig, out: Path) -> None:
-    """Read, measure, print, write. Raises RetortError naming the stage that makes what is missing."""
-    from rich.console import Console
-
+    """Read the records below `root`, print the tables, write the files. Raises RetortError for a missing record."""
     from extract.base.files import write_json, written_aside
-    from extract.corpus import Corpus
     from pipelines.report.graph import read_stages
     from pipelines.report.markdown import render_markdown
     from pipelines.report.page import render_page
     from pipelines.report.results import read_results
-    from pipelines.report.similarity import measure_similarity
-    from pipelines.report.speed import measure_speed
-    from pipelines.report.table import make_columns, make_rows
+    from pipelines.report.table import make_columns
 
-    results = read_results(root, config.students, config.tasks, official=config.official)
-    with Console(stderr=True).status("comparing layers") as status:
-        corpus = Corpus.open(Path(config.speed.corpus))
-        manifests = root / "manifests" / Path(config.speed.corpus).stem
-        similarities = measure_similarity(manifests, config.students, corpus, config.speed.split)
-        speed = measure_speed(results.upstreams, config.speed, progress=status.update)
-    rows, columns = make_rows(results, speed), make_columns(results)
+    results = read_results(root, config.students, config.tasks, models=config.models, official=config.official)
+    columns = make_columns(results)
     made_at = datetime.now(UTC).strftime("%Y-%m-%d, %H:%M UTC")
     texts = {
-        "index.html": render_page(
-            results, rows, columns, speed, similarities, read_stages(root), params_text=config.text, made_at=made_at
-        ),
-        "results.md": render_markdown(results, rows, columns, speed),
+        "index.html": render_page(results, columns, read_stages(root), params_text=config.text, made_at=made_at),
+        "results.md": render_markdown(results, columns),
     }
-    for name, text in texts.items():
+    for name, content in texts.items():
         with written_aside(out / name) as aside:
-            aside.write_text(text, encoding="utf-8")
-    write_json(out / "results.json", {"upstreams": {row.name: _metric(row, results.tasks) for row in rows}})
-    _print(results, rows, columns, speed)
-    Console(highlight=False, markup=False).print(f"\nThe page: {out / 'index.html'}", soft_wrap=True)
+            aside.write_text(content, encoding="utf-8")
+    write_json(out / "results.json", {"upstreams": {one.name: _metrics(one) for one in results.upstreams}})
+    _print(results, out / "index.html")
 
 
-def _print(results: "Results", rows: "Sequence[Row]", columns: "Sequence[Column]", speed: "Speed") -> None:
-    """The tables and sentences, for the terminal."""
+def _print(results: "Results", page: Path) -> None:
+    """Print tables and sentences."""
     from rich.console import Console
 
-    from pipelines.report import words
-    from pipelines.report.spread import find_repeats, spread_columns, spread_terminal
-    from pipelines.report.table import terminal_table
+    from pipelines.report import text
+    from pipelines.report.table import make_columns, results_table, seed_table
 
-    tables = {"": terminal_table(rows, columns)}
-    if repeats := find_repeats(rows):
-        tables["\nMean ± standard deviation over seeds:\n\n"] = spread_terminal(
-            repeats, spread_columns(columns, repeats)
-        )
-    # a terminal narrower than a table wraps its lines, which is better than numbers cut off
+    tables = {"": results_table(results, make_columns(results)).terminal()}
+    if seeds := seed_table(results):
+        tables["\nMean ± standard deviation over seeds:\n\n"] = seeds.terminal()
+    # A terminal narrower than a table wraps its lines; rich alone would cut numbers off.
     console = Console(highlight=False, markup=False)
     wide = Console(width=1000)
     console.width = max(console.width, *(wide.measure(table).maximum for table in tables.values()))
     for heading, table in tables.items():
         console.print(heading, end="")
         console.print(table)
-    sentences = [words.verdict(rows), words.by_task(results), results.teacher_note, words.speed_sentence(speed)]
-    for line in filter(None, sentences):
+    note = results.teacher.upstream["note"]
+    sentences = [text.ranking(results), text.by_task(results), note, text.speed_sentence(results)]
+    for line in filter(None, [*sentences, *results.measure_notes, f"The page: {page}"]):
         console.print("\n" + line, soft_wrap=True)
 
 
-def _metric(row: "Row", tasks: tuple[str, ...]) -> dict[str, Any]:
-    """One upstream's flat numbers, as `dvc metrics show` prints them."""
-    scores = {task: round(row.upstream.scores[task].test, 4) for task in tasks}
-    relative = None if row.relative is None else round(row.relative, 1)
+def _metrics(upstream: "Upstream") -> dict[str, Any]:
+    """Return the flat numbers of one upstream, as `dvc metrics show` prints them."""
+    measured: dict[str, Any] = {}
+    if (speed := upstream.speed) is not None:
+        measured = {"params": speed.params, "macs_per_audio_s": speed.macs_per_audio_s}
+        measured["rtf"] = round(speed.rtf.median, 6)
     return {
-        "kind": row.upstream.kind,
-        "params": row.params,
-        "macs_per_audio_s": row.macs_per_audio_s,
-        "relative_score": relative,
-        "rtf": round(row.rtf, 6),
-        **scores,
+        "kind": upstream.kind,
+        "relative_score": None if upstream.relative is None else round(upstream.relative, 1),
+        **measured,
+        **{task: round(score.test, 4) for task, score in upstream.scores.items()},
     }

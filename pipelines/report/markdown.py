@@ -1,85 +1,74 @@
-"""report/results.md: the table with what it was made from, ready to stand in RESULTS.md."""
+"""report/results.md: the results and the settings that produced them, ready to be copied into RESULTS.md."""
 
 from collections.abc import Sequence
 
-from evaluate.scorefile import ScoreFile
-from pipelines.report import words
-from pipelines.report.published import place, shown_terms, term_title
+from pipelines.report import text
+from pipelines.report.published import published_table
 from pipelines.report.results import Results, merged_versions
-from pipelines.report.speed import Speed
-from pipelines.report.spread import find_repeats, spread_columns, spread_markdown
-from pipelines.report.table import TASK_TITLES, Column, Row, interval_table, markdown_table, write_relative
+from pipelines.report.table import (
+    NONE,
+    Cell,
+    Column,
+    TextTable,
+    interval_table,
+    results_table,
+    seed_table,
+    task_title,
+)
 
 
-def render_markdown(results: Results, rows: Sequence[Row], columns: Sequence[Column], speed: Speed) -> str:
-    """The table, the verdict, the caveats and the settings, in Markdown."""
-    machine, repeats = speed.machine, find_repeats(rows)
+def render_markdown(results: Results, columns: Sequence[Column]) -> str:
+    """Return the tables, the ranking, the caveats and the settings as Markdown."""
+    seeds, placed = seed_table(results), published_table(results)
     parts = [
-        markdown_table(rows, columns),
+        results_table(results, columns).markdown(),
         "Bold: the best student of a column. ↓ lower is better, ↑ higher is better.",
-        words.verdict(rows),
-        words.by_task(results),
-        spread_markdown(repeats, spread_columns(columns, repeats)),
-        results.teacher_note or "",
-        words.speed_sentence(speed),
-        "\n".join(f"- {line}" for line in words.caveats(results, rows)),
-        "How the tasks were run, where that is not SUPERB's own way:\n\n"
-        + "\n".join(f"- {line}" for line in words.task_notes(results)),
-        "Test scores with their 95% bootstrap intervals, and what was measured beside them:\n\n" + _intervals(results),
-        _placed(results, rows),
-        "Settings of the students:\n\n" + _trainings(results),
-        "Learning rates chosen on dev:\n\n" + _chosen_rates(results),
-        f"Teacher `{results.teacher_id}`, features {results.teacher_fingerprint[:12]}. {machine['cores']} cores, "
-        f"{machine['memory']}, {machine['system']}, Python {machine['python']}; "
-        + ", ".join(f"{name} {version}" for name, version in merged_versions(results).items())
-        + ".",
+        text.ranking(results),
+        text.by_task(results),
+        seeds.markdown() if seeds else "",
+        results.teacher.upstream["note"] or "",
+        text.speed_sentence(results),
+        "\n".join(f"- {line}" for line in text.caveats(results)),
+        "Deviations from SUPERB's own recipes:\n\n" + "\n".join(f"- {line}" for line in text.task_notes(results)),
+        "Test scores with 95% bootstrap intervals, and further metrics:\n\n" + interval_table(results).markdown(),
+        f"Among published models (ours in bold). {text.CONSTANTS}\n\n{placed.markdown()}"
+        if placed
+        else text.NOT_OFFICIAL,
+        "Settings of the students:\n\n" + _training_table(results).markdown(),
+        "Learning rates chosen on dev:\n\n" + _rate_table(results).markdown(),
+        _provenance(results),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _trainings(results: Results) -> str:
-    lines = ["| student | family | seed | steps | passes | seconds | dev loss |", "|---|---|--:|--:|--:|--:|--:|"]
-    for upstream in results.by_kind("student"):
-        training = upstream.training
-        assert training is not None
-        dev_loss = "–" if training.loss.dev is None else f"{training.loss.dev:.3f}"
-        lines.append(
-            f"| {upstream.name} | {training.family} | {training.seed} | {training.steps} | {training.epochs:.1f} "
-            f"| {training.seconds:.0f} | {dev_loss} |"
-        )
-    return "\n".join(lines)
+def _training_table(results: Results) -> TextTable:
+    heads = [(title, "") for title in ("student", "family", "seed", "steps", "passes", "seconds", "dev loss")]
+    rows = []
+    for upstream, run in results.students:
+        dev_loss = NONE if run.loss.dev is None else f"{run.loss.dev:.3f}"
+        cells = [upstream.name, run.family, str(run.seed), str(run.steps), f"{run.epochs:.1f}", f"{run.seconds:.0f}"]
+        rows.append([Cell(cell) for cell in (*cells, dev_loss)])
+    return TextTable(heads, rows, num_names=2)
 
 
-def _chosen_rates(results: Results) -> str:
-    heads = " | ".join(TASK_TITLES.get(task, task) for task in results.tasks)
-    lines = [f"| upstream | {heads} |", "|---|" + "--:|" * len(results.tasks)]
+def _rate_table(results: Results) -> TextTable:
+    """Return the learning rate that dev chose, by upstream and task; a task without a head chooses a layer."""
+    rows = []
     for upstream in results.upstreams:
-        rates = " | ".join(_chosen(upstream.scores[task]) for task in results.tasks)
-        lines.append(f"| {upstream.name} | {rates} |")
-    return "\n".join(lines)
+        scores = [upstream.scores[task] for task in results.tasks]
+        chosen = [f"{'layer ' if score.chosen_lr is None else ''}{score.chosen:g}" for score in scores]
+        rows.append([Cell(cell) for cell in (upstream.name, *chosen)])
+    return TextTable([("upstream", ""), *((task_title(task), "") for task in results.tasks)], rows)
 
 
-def _chosen(score: ScoreFile) -> str:
-    return f"layer {score.chosen:g}" if score.chosen_lr is None else f"{score.chosen:g}"
-
-
-def _intervals(results: Results) -> str:
-    heads, lines = interval_table(results)
-    return "\n".join(
-        ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1), *(f"| {' | '.join(r)} |" for r in lines)]
+def _provenance(results: Results) -> str:
+    """Return one sentence with teacher, machine and library versions."""
+    teacher = results.teacher
+    machine = results.speed.machine if results.speed else {}
+    hardware = (
+        f" {machine['cores']} cores, {machine['memory']}, {machine['system']}, Python {machine['python']};"
+        if machine
+        else ""
     )
-
-
-def _placed(results: Results, rows: Sequence[Row]) -> str:
-    if results.official is None:
-        return words.NOT_OFFICIAL
-    lines = place({row.name: (row.params / 1e6, results.official[row.name]) for row in rows})
-    terms = shown_terms(lines)
-    heads = ["model", "M", "superb_s", *map(term_title, terms)]
-    table = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
-    for line in lines:
-        one = "–" if line.superb_s is None else write_relative(line.superb_s)
-        name = f"**{line.name}**" if line.ours else line.name
-        cells = [name, f"{line.params_m:.2f}", one, *(f"{line.values[term]:.2f}" for term in terms)]
-        table.append("| " + " | ".join(cells) + " |")
-    return f"Among published models (ours in bold). {words.CONSTANTS}\n\n" + "\n".join(table)
+    versions = ", ".join(f"{name} {version}" for name, version in merged_versions(results).items())
+    return f"Teacher `{teacher.upstream['id']}`, features {teacher.fingerprint[:12]}.{hardware} {versions}."

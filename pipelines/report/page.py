@@ -1,6 +1,6 @@
-"""The page: one self-contained HTML file, charts inlined, no request to anywhere.
+"""report/index.html: a self-contained HTML page with inlined charts and no network requests.
 
-What it says is put together here; how it looks stands in page.html and page.css.
+This module prepares the values; page.html and page.css lay them out.
 """
 
 import re
@@ -9,33 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines.report import charts, words
+from extract.measures import CompareFile, UpstreamSpeed
+from pipelines.report import charts, text
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
 from pipelines.report.graph import Stage, draw_stages
-from pipelines.report.published import place, shown_terms, term_title
-from pipelines.report.results import Results, Upstream, merged_versions
-from pipelines.report.similarity import LayerSimilarity, Similarities
-from pipelines.report.speed import Speed
-from pipelines.report.spread import find_repeats, rank_students, spread_cell, spread_columns, write_mean
-from pipelines.report.table import TASK_NAMES, TASK_TITLES, Column, Row, interval_table, metric_label, write_relative
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the headline table."""
-
-    text: str
-    best: bool
-    tip: str = ""
+from pipelines.report.published import published_table
+from pipelines.report.results import COMPARE, Results, Upstream, merged_versions
+from pipelines.report.table import (
+    NONE,
+    TASKS,
+    Cell,
+    Column,
+    interval_table,
+    metric_label,
+    rank_students,
+    results_table,
+    seed_table,
+    task_title,
+    write_mean,
+    write_relative,
+)
+from train.metrics import RunMetrics
 
 
 @dataclass(frozen=True)
 class Heat:
-    """One cell of a heat map: its number as text, and how strongly it is shaded (0 to 100)."""
+    """One cell of a heat map: its number as text, and the strength of its shade, 0 to 100."""
 
     text: str
     shade: int
@@ -43,18 +45,10 @@ class Heat:
 
 
 def render_page(
-    results: Results,
-    rows: Sequence[Row],
-    columns: Sequence[Column],
-    speed: Speed,
-    similarities: Similarities,
-    stages: Sequence[Stage],
-    *,
-    params_text: str,
-    made_at: str,
+    results: Results, columns: Sequence[Column], stages: Sequence[Stage], *, params_text: str, made_at: str
 ) -> str:
-    """The whole page as HTML. `params_text` is params.yaml verbatim."""
-    looks = {upstream.name: look for upstream, look in zip(results.upstreams, _looks(results), strict=True)}
+    """Return the page as HTML. `params_text` is the content of params.yaml."""
+    looks = choose_looks(results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,133 +57,113 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = _unbroken
-    repeats = find_repeats(rows)
     return environment.get_template("page.html").render(
         results=results,
         looks=looks,
-        task_titles=TASK_TITLES,
-        task_names=TASK_NAMES,
-        verdict=words.verdict(rows),
+        text=text,
+        task_title=task_title,
+        task_names={task: name for task, (_, name) in TASKS.items()},
         names=[upstream.name for upstream in results.upstreams],
-        by_task=words.by_task(results),
-        caveats=words.caveats(results, rows),
-        task_notes=words.task_notes(results),
-        repeats=repeats,
-        spread_columns=spread_columns(columns, repeats),
-        spread_cell=spread_cell,
-        speed_sentence=words.speed_sentence(speed),
-        highlights=_highlights(rows),
         columns=columns,
-        table=_table(rows, columns),
-        trade_offs=_trade_offs(rows, looks) if any(row.relative is not None for row in rows) else [],
-        trainings=[_training(upstream, looks[upstream.name]) for upstream in results.by_kind("student")],
-        closeness=_closeness(results),
-        similarities=similarities,
-        similarity_maps=[
-            _similarity_map(upstream, similarities.by_student[upstream.name])
-            for upstream in results.by_kind("student")
-            if upstream.name in similarities.by_student
-        ],
-        heat_maps=[_heat_map(upstream, results.tasks) for upstream in results.upstreams],
-        sweeps=[_sweep(results, task, looks) for task in results.tasks],
-        provenance=_provenance(results),
+        table=_headline(results, columns),
+        seeds=seed_table(results),
         intervals=interval_table(results),
-        placed=_placed(results, rows),
-        not_official=words.NOT_OFFICIAL,
-        constants=words.CONSTANTS,
-        write_points=write_relative,
+        placed=published_table(results),
+        highlights=_highlights(results),
+        trade_offs=_trade_offs(results, looks),
+        trainings=[_training(upstream, training, looks[upstream.name]) for upstream, training in results.students],
+        closeness=_closeness(results),
+        similarity=_similarity(results),
+        heat_maps=[_heat_map(upstream, results.tasks) for upstream in results.upstreams],
+        searches=[_search(results, task, looks) for task in results.tasks],
         stages=stages,
         graph=draw_stages(stages) if stages else None,
-        versions=merged_versions(results),
-        machine=speed.machine,
+        teacher=_teacher_facts(results),
+        environment=_environment(results),
         params_text=params_text,
         made_at=made_at,
     )
 
 
-def _unbroken(text: str, names: Sequence[str]) -> Markup:
-    """The text, escaped, in which no upstream's name breaks over two lines at its hyphen."""
+def _headline(results: Results, columns: Sequence[Column]) -> list[tuple[Upstream, Sequence[Cell]]]:
+    """Return the rows of the main table without name and kind, which share the row's header cell."""
+    rows = results_table(results, columns).rows
+    return [(upstream, row[2:]) for upstream, row in zip(results.upstreams, rows, strict=True)]
+
+
+def _unbroken(sentence: str, names: Sequence[str]) -> Markup:
+    """Return the sentence, escaped, with every upstream name kept on one line despite its hyphens."""
     either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    parts = re.split(rf"({either})", text)
+    parts = re.split(rf"({either})", sentence)
     return Markup("").join(
         Markup('<span class="name">{}</span>').format(part) if part in names else part for part in parts
     )
 
 
-def _looks(results: Results) -> list[Look]:
+def choose_looks(results: Results) -> dict[str, Look]:
+    """Return colour and marker by upstream name: fixed ones for teacher and baseline, the others by number."""
     fixed = {"teacher": TEACHER_LOOK, "baseline": BASELINE_LOOK}
-    students = iter(range(len(results.upstreams)))
-    return [fixed.get(upstream.kind) or student_look(next(students)) for upstream in results.upstreams]
+    numbers = iter(range(len(results.upstreams)))
+    return {one.name: fixed.get(one.kind) or student_look(next(numbers)) for one in results.upstreams}
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> list[tuple[Row, list[Cell]]]:
-    best = [column.best(rows) for column in columns]
-    return [
-        (
-            row,
-            [Cell(column.text(row), row.name in names) for column, names in zip(columns, best, strict=True)],
-        )
-        for row in rows
-    ]
-
-
-def _highlights(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Three figures of the winning student: (number, what it is)."""
-    ranked = rank_students(rows)
-    if not ranked:
+def _highlights(results: Results) -> list[tuple[str, str]]:
+    """Return up to three figures of the best student: (number, meaning)."""
+    if not (ranked := rank_students(results)):
         return []
-    best, winner = ranked[0], ranked[0].rows[0]
-    teacher = next(row for row in rows if row.upstream.kind == "teacher")
-    return [
-        (write_mean(best.relative, write_relative), f"relative score of {best.name}, of its teacher’s 1000"),
-        (f"{teacher.params / winner.params:.1f}×", "smaller than its teacher, in parameters"),
-        (f"{teacher.rtf / winner.rtf:.1f}×", "as fast as its teacher, on this machine"),
-    ]
+    best, student = ranked[0], ranked[0].upstreams[0].speed
+    found = [(write_mean(best.relative, write_relative), f"relative score of {best.name}; its teacher has 1000")]
+    teacher = results.upstreams[0].speed
+    if teacher and student:
+        found += [
+            (f"{teacher.params / student.params:.1f}×", "smaller than its teacher, in parameters"),
+            (f"{teacher.rtf.median / student.rtf.median:.1f}×", "as fast as its teacher, on this machine"),
+        ]
+    return found
 
 
-def _tip(row: Row) -> str:
-    score = "no relative score" if row.relative is None else f"relative score {row.relative:.0f}"
-    return (
-        f"{row.name}: {score}, {row.params / 1e6:.3f} M parameters, {row.macs_per_audio_s / 1e9:.3f} G MACs a second, "
-        f"real-time factor {row.rtf:.4f}"
+def _trade_offs(results: Results, looks: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """Return charts of the relative score against each cost; up and to the left is better in all of them."""
+    costs: tuple[tuple[str, str, str, Callable[[UpstreamSpeed], float]], ...] = (
+        ("params", "parameters", "parameters, millions", lambda speed: speed.params / 1e6),
+        ("macs", "MACs", "MACs for one second of audio, 10⁹", lambda speed: speed.macs_per_audio_s / 1e9),
+        ("rtf", "real-time factor", "real-time factor", lambda speed: speed.rtf.median),
     )
-
-
-def _trade_offs(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[dict[str, Any]]:
-    """The relative score against each cost; all three read alike, up and to the left is better."""
-    costs: tuple[tuple[str, str, str, Callable[[Row], float]], ...] = (
-        ("params", "parameters", "parameters, millions", lambda row: row.params / 1e6),
-        ("macs", "MACs", "MACs for a second of audio, 10⁹", lambda row: row.macs_per_audio_s / 1e9),
-        ("rtf", "real-time factor", "real-time factor, s for a second of audio", lambda row: row.rtf),
-    )
-    scored = [(row, row.relative) for row in rows if row.relative is not None]
-    charts_of = []
-    for key, name, x_label, cost in costs:
-        title = f"Relative score against {name}"
-        points = [Point(row.name, cost(row), score, looks[row.name], _tip(row)) for row, score in scored]
-        description = "; ".join(point.tip for point in points) + "."
+    measured = [(one, one.relative, one.speed) for one in results.upstreams if one.relative is not None and one.speed]
+    found = []
+    for key, name, x_label, cost in costs if measured else ():
+        points = [
+            Point(one.name, cost(speed), relative, looks[one.name], _tip(one.name, relative, speed))
+            for one, relative, speed in measured
+        ]
+        title, description = f"Relative score against {name}", "; ".join(point.tip for point in points) + "."
         svg = charts.scatter(points, key=f"by-{key}", title=title, description=description, x_label=x_label)
-        charts_of.append({"title": f"Against {name}", "svg": Markup(svg)})
-    return charts_of
+        found.append({"title": f"Against {name}", "svg": Markup(svg)})
+    return found
 
 
-def _training(upstream: Upstream, look: Look) -> dict[str, Any]:
-    training = upstream.training
-    assert training is not None
+def _tip(name: str, relative: float, speed: UpstreamSpeed) -> str:
+    return (
+        f"{name}: relative score {relative:.0f}, {speed.params / 1e6:.3f} M parameters, "
+        f"{speed.macs_per_audio_s / 1e9:.3f} G MACs a second, real-time factor {speed.rtf.median:.4f}"
+    )
+
+
+def _training(upstream: Upstream, run: RunMetrics, look: Look) -> dict[str, Any]:
     svg = charts.loss_curves(
-        upstream.curves, training.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
+        upstream.curves, run.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
     )
     facts = [
-        ("family", training.family),
-        ("steps", f"{training.steps:,}"),
-        ("passes", f"{training.epochs:.1f}"),
-        ("time", _duration(training.seconds)),
-        ("speed", f"{training.audio_seconds_per_second:,.0f} s of audio a second"),
-        ("dev loss", "–" if training.loss.dev is None else f"{training.loss.dev:.3f}"),
+        ("family", run.family),
+        ("steps", f"{run.steps:,}"),
+        ("passes", f"{run.epochs:.1f}"),
+        ("time", _duration(run.seconds)),
+        ("speed", f"{run.audio_seconds_per_second:,.0f} s of audio per second"),
+        ("dev loss", NONE if run.loss.dev is None else f"{run.loss.dev:.3f}"),
     ]
-    if training.exposure_bias is not None:
-        facts.append(("exposure bias", f"{training.exposure_bias:+.3f}".replace("-", "−")))
-    return {"upstream": upstream, "look": look, "facts": facts, "svg": Markup(svg)}
+    if run.exposure_bias is not None:
+        facts.append(("exposure bias", f"{run.exposure_bias:+.3f}".replace("-", "−")))
+    return {"upstream": upstream, "facts": facts, "svg": Markup(svg)}
 
 
 def _duration(seconds: float) -> str:
@@ -199,89 +173,97 @@ def _duration(seconds: float) -> str:
 
 
 def _closeness(results: Results) -> dict[str, Any]:
-    """How close each student comes to the teacher's hidden states on the held-out split, layer by layer."""
-    students = [(upstream, upstream.training) for upstream in results.by_kind("student") if upstream.training]
-    layers = sorted({layer for _, training in students for layer in training.dev_by_layer})
-    measures = ("cosine", "l1", "mse") if layers else ()
-    lines = []
-    for upstream, training in students:
-        cells = []
-        for measure in measures:
-            for layer in layers:
-                error = training.dev_by_layer.get(layer)
-                cells.append("–" if error is None else f"{getattr(error, measure):.3f}")
-        lines.append((upstream, cells))
-    return {"layers": layers, "measures": measures, "lines": lines}
+    """Return the distances of students' predictions from the teacher's hidden states, by measure and layer."""
+    layers = sorted({layer for _, run in results.students for layer in run.dev_by_layer})
+    measures = (("cosine", "cosine"), ("l1", "L1"), ("mse", "MSE"))  # fields of LayerError, titles
+    rows = []
+    for upstream, run in results.students:
+        errors = [(run.dev_by_layer.get(layer), field) for field, _ in measures for layer in layers]
+        rows.append((upstream, [NONE if error is None else f"{getattr(error, field):.3f}" for error, field in errors]))
+    return {"layers": layers, "measures": [title for _, title in measures], "rows": rows}
+
+
+def _similarity(results: Results) -> dict[str, Any]:
+    """Return a heat map of linear CKA for each student, notes on students without one, and the frames used."""
+    maps, notes, basis = [], [], ""
+    for upstream, run in results.students:
+        found = upstream.comparison
+        if found is None:
+            notes.append(f"{upstream.name}: not compared; make it with `dvc repro {COMPARE / upstream.name}.json`")
+        elif found.problem:
+            notes.append(f"{upstream.name} can’t be compared with its teacher: {found.problem}")
+        else:
+            maps.append({"upstream": upstream, "layers": found.teacher_layers, "learned": set(run.dev_by_layer),
+                         "rows": _similarity_rows(found)})  # fmt: skip
+            basis = (
+                f"{found.num_frames:,} frames of {found.num_utterances} utterances of {found.corpus}, "
+                f"split {found.split}"
+            )
+    return {"maps": maps, "notes": notes, "basis": basis}
+
+
+def _similarity_rows(found: CompareFile) -> list[tuple[int, list[Heat]]]:
+    """Return one row for each student layer, CKA in hundredths.
+
+    Most values lie between 0.5 and 0.9: the square as shade separates them better.
+    """
+    rows = []
+    for layer, cka_L in zip(found.student_layers, found.linear_cka, strict=True):
+        top = max((cka for cka in cka_L if cka is not None), default=0.0)
+        cells = [
+            Heat(NONE, 0, False) if cka is None else Heat(f"{100 * cka:.0f}", round(100 * cka**2), cka == top)
+            for cka in cka_L
+        ]
+        rows.append((layer, cells))
+    return rows
 
 
 def _heat_map(upstream: Upstream, tasks: Sequence[str]) -> dict[str, Any]:
-    """One upstream's layer weights: shaded by how far above or below an even share of the layers they lie."""
-    layers = next(iter(upstream.scores.values())).layers
-    lifts = [weight * len(layers) for score in upstream.scores.values() for weight in score.layer_weights]
-    strongest = max(2.0, *lifts)
-    lines = []
+    """Return the layer weights of all tasks; the shade compares a weight with equal weights of all layers."""
+    layers = upstream.scores[tasks[0]].layers if tasks else ()
+    lifts = [weight * len(layers) for task in tasks for weight in upstream.scores[task].layer_weights]
+    strongest = max(2.0, *lifts)  # at least 2, so that nearly equal weights look nearly equal
+    rows = []
     for task in tasks:
         weights = upstream.scores[task].layer_weights
-        top = max(weights)
-        cells = [
-            Heat(f"{100 * weight:.0f}", round(100 * weight * len(layers) / strongest), weight == top)
-            for weight in weights
-        ]
-        lines.append((task, cells))
-    return {"upstream": upstream, "layers": layers, "lines": lines}
+        shades = [round(100 * weight * len(layers) / strongest) for weight in weights]
+        pairs = zip(weights, shades, strict=True)
+        rows.append((task, [Heat(f"{100 * weight:.0f}", shade, weight == max(weights)) for weight, shade in pairs]))
+    return {"upstream": upstream, "layers": layers, "rows": rows}
 
 
-def _similarity_map(upstream: Upstream, found: LayerSimilarity) -> dict[str, Any]:
-    """One student's CKA in hundredths, a line for each of its layers; the teacher's layers that it learned are marked.
-
-    Most values are between 0.5 and 0.9: shading by the square tells them apart.
-    """
-    lines = []
-    for layer, cka_L in zip(found.layers, found.cka_SL, strict=True):
-        top = np.nanmax(cka_L, initial=0.0)
-        cells = [Heat("–", 0, top=False) if np.isnan(cka) else Heat(f"{100 * cka:.0f}", round(100 * cka**2), cka == top)
-                 for cka in cka_L.tolist()]  # fmt: skip
-        lines.append((layer, cells))
-    learned = set(upstream.training.dev_by_layer) if upstream.training else set()
-    return {"upstream": upstream, "layers": found.teacher_layers, "learned": learned, "lines": lines}
-
-
-def _sweep(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str, Any]:
+def _search(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str, Any]:
+    """Return chart and table of the values that one task tried on dev: learning rates, or layers without a head."""
     scores = {upstream.name: upstream.scores[task] for upstream in results.upstreams}
-    first = results.scores_of(task)[0]
-    title = f"{TASK_TITLES.get(task, task)}, {TASK_NAMES.get(task, task)}"
-    rates = sorted({point.at for score in scores.values() for point in score.grid})
-    lines = []
+    first = results.score_of_teacher(task)
+    title = ", ".join(TASKS.get(task, (task,)))
+    tried = sorted({point.at for score in scores.values() for point in score.grid})
+    rows = []
     for name, score in scores.items():
         devs = {point.at: point.dev for point in score.grid}
-        cells = [Cell(f"{devs[rate]:.2f}" if rate in devs else "–", rate == score.chosen) for rate in rates]
-        lines.append((name, cells))
+        rows.append((name, [Cell(f"{devs[at]:.2f}" if at in devs else NONE, at == score.chosen) for at in tried]))
     searched = "Layers" if first.chosen_lr is None else "Learning rates"
     svg = charts.dev_search(
-        scores, looks, key=f"sweep-{task}", title=f"{searched} of {title}", y_label=f"dev {metric_label(first)}"
+        scores, looks, key=f"search-{task}", title=f"{searched} of {title}", y_label=f"dev {metric_label(first)}"
     )
+    metric = metric_label(first)
+    return {"title": title, "svg": Markup(svg), "tried": [f"{at:g}" for at in tried], "rows": rows, "metric": metric}
+
+
+def _environment(results: Results) -> dict[str, str]:
+    """Return the machine that measured speed, and library versions by name."""
+    machine = results.speed.machine if results.speed else {}
+    return machine | {name: version for name, version in merged_versions(results).items() if name not in machine}
+
+
+def _teacher_facts(results: Results) -> dict[str, str]:
+    teacher = results.teacher
     return {
-        "title": title,
-        "svg": Markup(svg),
-        "rates": [f"{rate:g}" for rate in rates],
-        "lines": lines,
-        "metric": metric_label(first),
+        "teacher": teacher.upstream["id"],
+        "fingerprint": teacher.fingerprint,
+        "store digest": teacher.digest,
+        "layers kept": ", ".join(map(str, teacher.layers)),
+        "codec": teacher.codec,
+        "corpus": teacher.corpus["name"],
+        "corpus digest": teacher.corpus["digest"],
     }
-
-
-def _placed(results: Results, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Ours among the published models; None where the scores are not official."""
-    if results.official is None:
-        return None
-    lines = place({row.name: (row.params / 1e6, results.official[row.name]) for row in rows})
-    terms = shown_terms(lines)
-    return {"lines": lines, "terms": [(term, term_title(term)) for term in terms]}
-
-
-def _provenance(results: Results) -> list[dict[str, Any]]:
-    """For every score: seed, chosen rate and the digests of what it was made from."""
-    return [
-        {"upstream": upstream, "score": score, "task": TASK_TITLES.get(task, task)}
-        for upstream in results.upstreams
-        for task, score in upstream.scores.items()
-    ]

@@ -1,13 +1,15 @@
-"""The place of official scores among published models.
+"""Table of official scores among published models.
 
 Figures are those of the models' own papers and of SUPERB's leaderboard: percent, lower is better for PR, ASR, ASV, SD
 and SF's CER; QbE is MTWV x 100. superb_s is computed from them as from ours (`evaluate.table`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluate.table import SUPERB_CONSTANTS, superb_s
+from pipelines.report.results import Results
+from pipelines.report.table import NONE, Cell, TextTable, write_relative
 
 TERMS = ("pr", "asr", "ks", "ic", "sid", "asv", "sd", "er", "sf_f1", "sf_cer", "qbe")
 TERM_TITLES = {"sf_f1": "SF F1", "sf_cer": "SF CER", "qbe": "QbE"}
@@ -27,35 +29,39 @@ PUBLISHED = {name: (params, dict(zip(TERMS, values, strict=True))) for name, (pa
 
 @dataclass(frozen=True)
 class Placed:
-    """One line: a model, published or ours, with its terms; `superb_s` is None without all ten tasks."""
+    """One model, published or ours. `superb_s` is None without all ten tasks, `params_m` if it was not measured."""
 
     name: str
     ours: bool
-    params_m: float
-    values: Mapping[str, float]
+    params_m: float | None
+    values: Mapping[str, float]  # term -> percent
     superb_s: float | None
 
+    def cells(self, terms: list[str]) -> list[Cell]:
+        """Return the row of the model; only the name of ours is bold."""
+        params = NONE if self.params_m is None else f"{self.params_m:.2f}"
+        score = NONE if self.superb_s is None else write_relative(self.superb_s)
+        return [Cell(self.name, bold=self.ours), *map(Cell, (params, score, *(f"{self.values[t]:.2f}" for t in terms)))]
 
-def place(ours: Mapping[str, tuple[float, Mapping[str, float]]]) -> list[Placed]:
-    """Ours among the published, best first by superb_s, or by name where there is none.
 
-    ours: name -> parameters in millions, terms in percent.
+def published_table(results: Results) -> TextTable | None:
+    """Return ours among the published models, best superb_s first, or by name if a model has no superb_s.
+
+    None if the scores are not official. The columns are the terms that ours have.
     """
-    lines = [
-        Placed(name, mine, params_m, values, superb_s(values) if values.keys() == SUPERB_CONSTANTS.keys() else None)
-        for mine, models in ((True, ours), (False, PUBLISHED))
-        for name, (params_m, values) in models.items()
-    ]
-    if any(line.superb_s is None for line in lines):
-        return sorted(lines, key=lambda line: (not line.ours, line.name))
-    return sorted(lines, key=lambda line: -(line.superb_s or 0.0))
+    if results.official is None:
+        return None
+    params = {one.name: one.speed.params / 1e6 if one.speed else None for one in results.upstreams}
+    models = [_placed(name, True, params[name], values) for name, values in results.official.items()]
+    models += [_placed(name, False, params_m, values) for name, (params_m, values) in PUBLISHED.items()]
+    if any(model.superb_s is None for model in models):
+        models.sort(key=lambda model: (not model.ours, model.name))
+    else:
+        models.sort(key=lambda model: -(model.superb_s or 0.0))
+    terms = [term for term in TERMS if all(term in values for values in results.official.values())]
+    titles = ["model", "M", "superb_s", *(TERM_TITLES.get(term, term.upper()) for term in terms)]
+    return TextTable([(title, "") for title in titles], [model.cells(terms) for model in models])
 
 
-def shown_terms(lines: Sequence[Placed]) -> list[str]:
-    """The terms that ours have."""
-    ours = [line.values for line in lines if line.ours]
-    return [term for term in TERMS if all(term in values for values in ours)]
-
-
-def term_title(term: str) -> str:
-    return TERM_TITLES.get(term, term.upper())
+def _placed(name: str, ours: bool, params_m: float | None, values: Mapping[str, float]) -> Placed:
+    return Placed(name, ours, params_m, values, superb_s(values) if values.keys() == SUPERB_CONSTANTS.keys() else None)

@@ -1,156 +1,122 @@
-"""What the stages left behind, read into typed values: scores, trainings, the teacher's manifest.
+"""Records of all stages, read into one value: scores, training runs, the teacher's manifest, measurements.
 
-Everything is parsed here and trusted afterwards. A missing file is an error that says what makes
-it; so is a file made from another teacher or corpus than its neighbours, for a table of such numbers lies.
+All files are parsed here and trusted afterwards. A missing score or run is an error that names the command that makes
+it. So are files of different teachers or corpora, because their numbers are not comparable. Measurements of speed and
+of layers may be missing: the report then states so.
 """
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from evaluate.scorefile import ScoreFile
 from evaluate.table import Scores, check_sizes, gather, summarise, terms_of, without_scale
 from extract.base.errors import RetortError
-from extract.base.files import read_json
+from extract.measures import CompareFile, SpeedFile, UpstreamSpeed
+from extract.store.manifest import Manifest
 from train.metrics import RunMetrics
 
-Kind = Literal["teacher", "student", "baseline"]
+Kind = Literal["teacher", "student", "model", "baseline"]  # a model is any other upstream of params.yaml
 TEACHER, BASELINE = "teacher", "fbank"
-MANIFEST = Path("manifests/distill/teacher.json")
-CURVES = ("train/loss", "dev/loss", "train/lr", "train/depth")
+TARGETS = Path("manifests/targets/distill.json")  # of the teacher's features that students train from
+SPEED, COMPARE = Path("measures/speed.json"), Path("measures/compare")
+CURVES = ("train/loss", "dev/loss")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """One row of the table: its scores by task, and for a student how it was trained."""
+    """One row of the tables."""
 
     name: str
     kind: Kind
-    source: str  # folder or hub id, as `extract.upstream.card` finds it
-    revision: str | None
-    scores: dict[str, ScoreFile]
-    training: RunMetrics | None = None
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # of training: metric -> (step, value)
+    scores: dict[str, ScoreFile]  # by task
+    relative: float | None  # relative score: fbank is 0, the teacher 1000
+    speed: UpstreamSpeed | None = None
+    training: RunMetrics | None = None  # of a student, like `curves` and `comparison`
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric -> (step, value)
+    comparison: CompareFile | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
-    """All of it. `upstreams` runs teacher, students, baseline; `tasks` keeps the order asked for."""
+    """All records. `upstreams` are in table order: teacher, students, models, baseline."""
 
     upstreams: tuple[Upstream, ...]
-    tasks: tuple[str, ...]
-    relative: dict[str, float | None]  # upstream -> relative score
+    tasks: tuple[str, ...]  # in the order of params.yaml
     score_notes: tuple[str, ...]  # on the relative score
-    official: dict[str, dict[str, float]] | None  # upstream -> term -> percent, of scores said to be SUPERB's own
-    teacher_id: str
-    teacher_note: str | None
-    teacher_fingerprint: str
-    manifest: dict[str, Any]
+    official: dict[str, dict[str, float]] | None  # upstream -> term -> percent, if the corpora are SUPERB's own
+    teacher: Manifest
+    speed: SpeedFile | None
+    measure_notes: tuple[str, ...]  # on missing measurements
 
     def by_kind(self, kind: Kind) -> tuple[Upstream, ...]:
-        """The upstreams of one kind, in table order."""
+        """Return the upstreams of one kind, in table order."""
         return tuple(upstream for upstream in self.upstreams if upstream.kind == kind)
 
-    def scores_of(self, task: str) -> tuple[ScoreFile, ...]:
-        """One task's scores, in table order."""
-        return tuple(upstream.scores[task] for upstream in self.upstreams)
+    @property
+    def students(self) -> tuple[tuple[Upstream, RunMetrics], ...]:
+        """Students with their training runs, in table order."""
+        return tuple((upstream, upstream.training) for upstream in self.upstreams if upstream.training)
+
+    def score_of_teacher(self, task: str) -> ScoreFile:
+        """Return the teacher's score: metric, unit and direction are the same for all upstreams of a task."""
+        return self.upstreams[0].scores[task]
 
 
-class _Record:
-    """A JSON object whose fields are taken by name and type; errors name file and field."""
+def read_results(
+    root: Path, students: Iterable[str], tasks: Iterable[str], *, models: Iterable[str] = (), official: bool = False
+) -> Results:
+    """Read the records below `root` on the teacher, `students`, `models` and fbank, for `tasks`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_file():
-            raise RetortError(f"{path} is missing; `dvc repro {path}` makes it")
-        self.values = read_json(path)
-
-    def get(self, name: str, *types: type) -> Any:
-        value = self.values.get(name)
-        if name not in self.values or not isinstance(value, types):
-            expected = " or ".join(kind.__name__ for kind in types)
-            raise RetortError(
-                f"{self.path}: field `{name}` is {value!r}, expected {expected}; make the file again with "
-                f"`dvc repro -f -s {self.path}`"
-            )
-        return value
-
-    def number(self, name: str) -> float:
-        return float(self.get(name, float, int))
-
-
-def read_results(root: Path, students: Iterable[str], tasks: Iterable[str], *, official: bool = False) -> Results:
-    """Read what `root` holds on fbank, the teacher and `students`, for `tasks`. `official`: on SUPERB's own corpora.
-
-    Raises RetortError when a file is missing or damaged, or when files do not belong together.
+    official: the corpora and splits are SUPERB's own. Raises RetortError if a file is missing or invalid, or if files
+    do not belong together.
     """
     tasks = tuple(tasks)
-    record = _Record(root / MANIFEST)
-    card: dict[str, Any] = record.get("upstream", dict)
-    fingerprint: str = record.get("fingerprint", str)
-    source, revision = str(card.get("id", TEACHER)), card.get("revision")
-    upstreams = [
-        Upstream(TEACHER, "teacher", source, revision, _read_scores(root, TEACHER, tasks)),
-    ]
-    for name in students:
-        folder = root / "students" / name
-        if not (folder / "config.json").is_file():
-            raise RetortError(f"{folder} is missing; `dvc repro {folder}` makes it")
-        run = root / "runs" / name
-        if not (run / "metrics.json").is_file():
-            raise RetortError(f"{run / 'metrics.json'} is missing; `dvc repro {run / 'metrics.json'}` makes it")
-        training = RunMetrics.read(run / "metrics.json")
-        if training.teacher != fingerprint:
-            raise RetortError(
-                f"student {name} was trained from teacher store {training.teacher[:12]}, {MANIFEST} names "
-                f"{fingerprint[:12]}: run `dvc repro distil@{name}`"
-            )
-        scores = _read_scores(root, name, tasks)
-        curves = {curve: read_curve(run / "plots" / "metrics" / f"{curve}.tsv") for curve in CURVES}
-        upstreams.append(Upstream(name, "student", str(folder), None, scores, training, curves))
-    upstreams.append(Upstream(BASELINE, "baseline", BASELINE, None, _read_scores(root, BASELINE, tasks)))
-    table = gather([root / "scores" / upstream.name / f"{task}.json" for upstream in upstreams for task in tasks])
-    relative, score_notes = _relative(table, upstreams, tasks)
+    teacher = Manifest.read(_existing(root / TARGETS))
+    rows: list[tuple[Kind, Iterable[str]]] = [
+        ("teacher", [TEACHER]), ("student", students), ("model", models), ("baseline", [BASELINE]),
+    ]  # fmt: skip
+    kinds = {name: kind for kind, names in rows for name in names}
+    scores = {name: {task: _read_score(root, name, task) for task in tasks} for name in kinds}
+    runs = {name: _read_run(root, name, teacher) for name, kind in kinds.items() if kind == "student"}
+    table = gather([root / "scores" / name / f"{task}.json" for name in kinds for task in tasks])
+    relative, score_notes = _relative(table, tasks)
     if official:
         check_sizes(table)
+    speed, comparisons, measure_notes = _read_measures(root, list(kinds), scores)
     return Results(
-        upstreams=tuple(upstreams),
+        upstreams=tuple(
+            Upstream(
+                name=name,
+                kind=kind,
+                scores=scores[name],
+                relative=relative[name],
+                speed=speed.upstreams.get(name) if speed else None,
+                training=runs.get(name),
+                curves=_read_curves(root / "runs" / name) if name in runs else {},
+                comparison=comparisons.get(name),
+            )
+            for name, kind in kinds.items()
+        ),
         tasks=tasks,
-        relative=relative,
         score_notes=score_notes,
         official=summarise(table).values if official else None,
-        teacher_id=source,
-        teacher_note=card.get("note"),
-        teacher_fingerprint=fingerprint,
-        manifest=record.values,
+        teacher=teacher,
+        speed=speed,
+        measure_notes=measure_notes,
     )
 
 
-def _relative(
-    table: Scores, upstreams: Sequence[Upstream], tasks: Sequence[str]
-) -> tuple[dict[str, float | None], tuple[str, ...]]:
-    """Each upstream's relative score, and the notes on it."""
-    low, high = (
-        {term: value for task in tasks for term, (value, _) in terms_of(table[name][task]).items()}
-        for name in (BASELINE, TEACHER)
-    )
-    if len(without_scale(fbank=low, teacher=high)) == len(tasks):
-        # the tables and charts of everything else are still worth having
-        note = "no relative score: on no task is the teacher better than fbank"
-        return {upstream.name: None for upstream in upstreams}, (note,)
-    summary = summarise(table, fbank=BASELINE, teacher=TEACHER)
-    return summary.one_score, summary.notes
-
-
-def _read_scores(root: Path, upstream: str, tasks: tuple[str, ...]) -> dict[str, ScoreFile]:
-    return {task: _read_score(root / "scores" / upstream / f"{task}.json", upstream, task) for task in tasks}
-
-
-def _read_score(path: Path, upstream: str, task: str) -> ScoreFile:
+def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise RetortError(f"{path} is missing; `dvc repro {path}` makes it")
+        raise RetortError(f"{path} is missing; make it with `dvc repro {path}`")
+    return path
+
+
+def _read_score(root: Path, upstream: str, task: str) -> ScoreFile:
+    path = _existing(root / "scores" / upstream / f"{task}.json")
     score = ScoreFile.read(path)
     for name, expected in (("task", task), ("upstream", upstream)):
         if (found := getattr(score, name)) != expected:
@@ -158,27 +124,73 @@ def _read_score(path: Path, upstream: str, task: str) -> ScoreFile:
     return score
 
 
+def _read_run(root: Path, student: str, teacher: Manifest) -> RunMetrics:
+    _existing(root / "students" / student / "config.json")
+    run = RunMetrics.read(_existing(root / "runs" / student / "metrics.json"))
+    if run.teacher != teacher.fingerprint:
+        raise RetortError(
+            f"student {student} was trained from teacher store {run.teacher[:12]}, {TARGETS} names "
+            f"{teacher.fingerprint[:12]}; train it again with `dvc repro train@{student}`"
+        )
+    return run
+
+
+def _read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    return {curve: read_curve(run / "plots" / "metrics" / f"{curve}.tsv") for curve in CURVES}
+
+
 def read_curve(path: Path) -> list[tuple[int, float]]:
-    """A DVCLive TSV as (step, value) points; an absent file is an empty curve, as for a metric never logged."""
+    """Read a DVCLive TSV as (step, value) points; a missing file is an empty curve: the metric was never logged."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    name = path.stem
     try:
-        return [(int(row["step"]), float(row[name])) for row in rows]
+        return [(int(row["step"]), float(row[path.stem])) for row in rows]
     except (KeyError, ValueError) as error:
-        raise RetortError(f"{path} is no DVCLive curve with columns step and {name} ({error})") from None
+        raise RetortError(f"{path} is not a DVCLive curve with columns step and {path.stem} ({error})") from None
+
+
+def _relative(table: Scores, tasks: tuple[str, ...]) -> tuple[Mapping[str, float | None], tuple[str, ...]]:
+    """Return the relative score by upstream, and the notes on it."""
+    low, high = (
+        {term: value for task in tasks for term, (value, _) in terms_of(table[name][task]).items()}
+        for name in (BASELINE, TEACHER)
+    )
+    if len(without_scale(fbank=low, teacher=high)) == len(tasks):
+        # Not an error: the other tables and charts are still useful.
+        return dict.fromkeys(table), ("no relative score: on no task is the teacher better than fbank",)
+    summary = summarise(table, fbank=BASELINE, teacher=TEACHER)
+    return summary.one_score, summary.notes
+
+
+def _read_measures(
+    root: Path, names: list[str], scores: Mapping[str, Mapping[str, ScoreFile]]
+) -> tuple[SpeedFile | None, dict[str, CompareFile], tuple[str, ...]]:
+    """Return speed, comparisons by student, and a note for each that is missing or out of date."""
+    notes = []
+    speed = SpeedFile.read(root / SPEED) if (root / SPEED).is_file() else None
+    if missing := names if speed is None else [name for name in names if name not in speed.upstreams]:
+        notes.append(f"no speed of {', '.join(missing)}: measure it with `dvc repro {SPEED}`")
+    comparisons = {}
+    for path in sorted((root / COMPARE).glob("*.json")):
+        found = CompareFile.read(path)
+        digests = {score.store_digest for score in scores.get(path.stem, {}).values() if score.corpus == found.corpus}
+        if digests and found.student_digest not in digests:
+            notes.append(f"{COMPARE / path.name} is out of date: make it again with `dvc repro {COMPARE / path.name}`")
+        else:
+            comparisons[path.stem] = found
+    return speed, comparisons, tuple(notes)
 
 
 def merged_versions(results: Results) -> dict[str, str]:
-    """Library versions over all runs; where runs differ, all of them, so that a mixture shows."""
+    """Return library versions over all records; several versions of a library show a mixture."""
     seen: dict[str, set[str]] = {}
-    sources: list[Mapping[str, str]] = [results.manifest.get("versions", {})]
+    sources: list[Mapping[str, str]] = [results.teacher.versions]
     for upstream in results.upstreams:
         sources += [score.versions for score in upstream.scores.values()]
         sources += [upstream.training.versions] if upstream.training else []
     for versions in sources:
         for library, version in versions.items():
-            seen.setdefault(library, set()).add(str(version))
+            seen.setdefault(library, set()).add(version)
     return {library: ", ".join(sorted(versions)) for library, versions in sorted(seen.items())}

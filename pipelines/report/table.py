@@ -1,10 +1,12 @@
-"""The results table, made once and shown three times: in the terminal, in Markdown and on the page.
+"""Tables of the report, built once as text cells and rendered in the terminal, in Markdown and on the page.
 
-Bold marks the best *student* of a column: the teacher is what they are measured against, not a competitor.
+Bold marks the best student of a column: the teacher is the reference, not a competitor.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from rich import box
@@ -12,205 +14,261 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluate.scorefile import ScoreFile
+from extract.measures import UpstreamSpeed
+from pipelines.markdown_table import markdown_table
 from pipelines.report.results import Results, Upstream
-from pipelines.report.speed import Speed
 
-TASK_TITLES = {
-    "pr": "PR",
-    "asr": "ASR",
-    "ks": "KS",
-    "ic": "IC",
-    "sid": "SID",
-    "asv": "ASV",
-    "sd": "SD",
-    "er": "ER",
-    "sf": "SF",
-    "qbe": "QbE",
+TASKS = {  # task -> title, name
+    "pr": ("PR", "phoneme recognition"),
+    "asr": ("ASR", "speech recognition"),
+    "ks": ("KS", "keyword spotting"),
+    "ic": ("IC", "intent classification"),
+    "sid": ("SID", "speaker identification"),
+    "asv": ("ASV", "speaker verification"),
+    "sd": ("SD", "speaker diarisation"),
+    "er": ("ER", "emotion recognition"),
+    "sf": ("SF", "slot filling"),
+    "qbe": ("QbE", "query by example"),
 }
-TASK_NAMES = {
-    "pr": "phoneme recognition",
-    "asr": "speech recognition",
-    "ks": "keyword spotting",
-    "ic": "intent classification",
-    "sid": "speaker identification",
-    "asv": "speaker verification",
-    "sd": "speaker diarisation",
-    "er": "emotion recognition",
-    "sf": "slot filling",
-    "qbe": "query by example",
-}
-METRIC_TITLES = {
-    "per": "PER",
-    "wer": "WER",
-    "cer": "CER",
-    "accuracy": "acc.",
-    "acc": "acc.",
-    "f1": "F1",
-    "eer": "EER",
-    "der": "DER",
-    "mtwv": "MTWV",
-}
+METRIC_TITLES = {"per": "PER", "wer": "WER", "cer": "CER", "accuracy": "acc.", "acc": "acc.", "f1": "F1", "eer": "EER",
+                 "der": "DER", "mtwv": "MTWV"}  # fmt: skip
+NONE = "–"  # cell without a value
 
 
 @dataclass(frozen=True)
-class Row:
-    """One upstream's line. `rtf`: seconds of computing for a second of audio; `relative`: fbank 0, teacher 1000."""
+class Cell:
+    """Text of one cell. Dim cells are those of the teacher and the baseline."""
 
-    upstream: Upstream
-    params: int
-    macs_per_audio_s: int
-    rtf: float
-    relative: float | None
+    text: str
+    bold: bool = False
+    dim: bool = False
 
-    @property
-    def name(self) -> str:
-        return self.upstream.name
 
-    @property
-    def megabytes(self) -> float:
-        """Size of the weights as float32, in units of 10^6 bytes."""
-        return self.params * 4 / 1e6
+@dataclass(frozen=True)
+class TextTable:
+    """A table as text. `heads` are (title, unit); the first `num_names` columns hold names and are aligned left."""
+
+    heads: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[Cell]]
+    num_names: int = 1
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        header = [" ".join(filter(None, head)) for head in self.heads]
+        rows = [[f"**{cell.text}**" if cell.bold else cell.text for cell in row] for row in self.rows]
+        return markdown_table(header, rows, align="l" * self.num_names + "r" * (len(header) - self.num_names))
+
+    def terminal(self) -> Table:
+        """Return the table for rich."""
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, collapse_padding=True,
+            header_style="none",
+        )  # fmt: skip
+        for number, (title, unit) in enumerate(self.heads):
+            heading = Text.assemble(title, "\n" if unit else "", (unit.replace(" ", "\n", 1), "dim"))
+            justify: Literal["left", "right"] = "left" if number < self.num_names else "right"
+            table.add_column(heading, justify=justify, no_wrap=True, vertical="bottom")
+        for row in self.rows:
+            table.add_row(*(Text(cell.text, style="bold" if cell.bold else "dim" if cell.dim else "") for cell in row))
+        return table
 
 
 @dataclass(frozen=True)
 class Column:
-    """One measured column: how to read it off a row, how to write it, and which direction is good."""
+    """One measured column: its value for an upstream, its format, and the direction that is better."""
 
     title: str
-    hint: str
+    unit: str
     better: Literal["low", "high"]
-    value: Callable[[Row], float | None]
+    value: Callable[[Upstream], float | None]
     write: Callable[[float], str]
 
-    def text(self, row: Row) -> str:
-        value = self.value(row)
-        return "–" if value is None else self.write(value)
+    def text(self, upstream: Upstream) -> str:
+        """Return the cell of an upstream."""
+        value = self.value(upstream)
+        return NONE if value is None else self.write(value)
 
-    def best(self, rows: Sequence[Row]) -> frozenset[str]:
-        """The names of the students that write the best value: two that print the same number share it."""
-        students = [(row, self.value(row)) for row in rows if row.upstream.kind == "student"]
-        known = [(row, value) for row, value in students if value is not None]
+    def best(self, upstreams: Sequence[Upstream]) -> frozenset[str]:
+        """Return the names of the best students; students with equal text share the place."""
+        students = (one for one in upstreams if one.kind == "student")
+        known = [(one, value) for one in students if (value := self.value(one)) is not None]
         if not known:
             return frozenset()
-        choose = min if self.better == "low" else max
-        winner = choose(value for _, value in known)
-        return frozenset(row.name for row, value in known if self.write(value) == self.write(winner))
-
-
-def make_rows(results: Results, speed: Speed) -> tuple[Row, ...]:
-    """One row an upstream, in the order teacher, students, baseline."""
-    return tuple(
-        Row(
-            upstream,
-            params=speed.params[upstream.name],
-            macs_per_audio_s=speed.macs_per_audio_s[upstream.name],
-            rtf=speed.rtf[upstream.name],
-            relative=results.relative[upstream.name],
-        )
-        for upstream in results.upstreams
-    )
+        winner = (min if self.better == "low" else max)(value for _, value in known)
+        return frozenset(one.name for one, value in known if self.write(value) == self.write(winner))
 
 
 def make_columns(results: Results) -> tuple[Column, ...]:
-    """The one score, then the tasks, then size and speed: what matters most stands first on a narrow screen."""
-    columns = [Column("relative", "score", "high", lambda row: row.relative, write_relative)]
-    for task in results.tasks:
-        score = results.scores_of(task)[0]
-        columns.append(
-            Column(
-                TASK_TITLES.get(task, task),
-                metric_label(score),
-                "high" if score.higher_is_better else "low",
-                lambda row, task=task: row.upstream.scores[task].test,  # type: ignore[misc]
-                lambda value: f"{value:.2f}",
-            )
+    """Return the relative score, the tasks, then size and speed if they were measured.
+
+    The most important column comes first, because a narrow screen shows the first columns only.
+    """
+    columns = [Column("relative", "score", "high", lambda upstream: upstream.relative, write_relative)]
+    columns += [
+        Column(
+            task_title(task),
+            metric_label(results.score_of_teacher(task)),
+            "high" if results.score_of_teacher(task).higher_is_better else "low",
+            partial(_test_score, task=task),
+            lambda value: f"{value:.2f}",
         )
+        for task in results.tasks
+    ]
+    if results.speed is None:
+        return tuple(columns)
     return (
         *columns,
-        Column("params", "M", "low", lambda row: row.params / 1e6, _write_size),
-        Column("size", "MB, fp32", "low", lambda row: row.megabytes, _write_size),
-        Column("MACs", "G/s", "low", lambda row: row.macs_per_audio_s / 1e9, _write_size),
-        Column("speed", "× real time", "high", lambda row: 1 / row.rtf, lambda value: f"{value:,.0f}"),
+        Column("params", "M", "low", _of_speed(lambda speed: speed.params / 1e6), _write_size),
+        Column("size", "MB, fp32", "low", _of_speed(lambda speed: 4 * speed.params / 1e6), _write_size),
+        Column("MACs", "G/s", "low", _of_speed(lambda speed: speed.macs_per_audio_s / 1e9), _write_size),
+        Column("speed", "× real time", "high", _of_speed(lambda speed: 1 / speed.rtf.median), lambda x: f"{x:,.0f}"),
     )
+
+
+def _test_score(upstream: Upstream, *, task: str) -> float:
+    return upstream.scores[task].test
+
+
+def _of_speed(figure: Callable[[UpstreamSpeed], float]) -> Callable[[Upstream], float | None]:
+    return lambda upstream: None if upstream.speed is None else figure(upstream.speed)
 
 
 def _write_size(value: float) -> str:
     return f"{value:.2f}" if value else "0"
 
 
+def task_title(task: str) -> str:
+    """Return the abbreviation of a task."""
+    return TASKS.get(task, (task, task))[0]
+
+
 def metric_label(score: ScoreFile) -> str:
-    """A task's metric with its unit and an arrow in the direction that is better."""
+    """Return a task's metric with its unit and an arrow in the direction that is better."""
     metric = METRIC_TITLES.get(score.metric, score.metric)
     unit = f"{metric} %" if score.unit == "percent" else f"{metric}, {score.unit}"
     return f"{unit} {'↑' if score.higher_is_better else '↓'}"
 
 
 def write_relative(value: float) -> str:
-    """A relative score as a whole number, with a real minus sign and no negative zero."""
+    """Format a relative score as a whole number, with a minus sign (U+2212) and without a negative zero."""
     return f"{round(value)}".replace("-", "−")
 
 
-def terminal_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
-    """The table for rich: best student in bold, the teacher and the baseline set off in grey."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        collapse_padding=True,
-        header_style="none",
-    )
-    table.add_column("upstream", no_wrap=True, vertical="bottom")
-    table.add_column("kind", no_wrap=True)
-    for column in columns:
-        table.add_column(
-            Text.assemble(column.title, "\n", (column.hint.replace(" ", "\n", 1), "dim")), justify="right", no_wrap=True
-        )
-    best = [column.best(rows) for column in columns]
-    for row in rows:
-        plain = "" if row.upstream.kind == "student" else "dim"
-        cells = [
-            Text(column.text(row), style="bold" if row.name in names else plain)
-            for column, names in zip(columns, best, strict=True)
-        ]
-        table.add_row(Text(row.name, style=plain), Text(row.upstream.kind, style=plain), *cells)
-    return table
-
-
-def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """The same table in Markdown."""
-    heads = ["upstream", "kind", *(f"{column.title} {column.hint}" for column in columns)]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "--:|" * len(columns)]
-    best = [column.best(rows) for column in columns]
-    for row in rows:
-        cells = [
-            f"**{column.text(row)}**" if row.name in names else column.text(row)
-            for column, names in zip(columns, best, strict=True)
-        ]
-        lines.append("| " + " | ".join([row.name, row.upstream.kind, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def interval_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of every test score with its 95% interval and what was measured beside it."""
-    heads = ["upstream"]
-    for task in results.tasks:
-        score = results.scores_of(task)[0]
-        title = TASK_TITLES.get(task, task)
-        heads += [f"{title} {metric_label(score)}", *(f"{title} {_beside(name)}" for name in score.also)]
-    lines = []
+def results_table(results: Results, columns: Sequence[Column]) -> TextTable:
+    """Return the main table: one row for each upstream."""
+    best = [column.best(results.upstreams) for column in columns]
+    rows = []
     for upstream in results.upstreams:
-        line = [upstream.name]
+        dim = upstream.kind != "student"
+        names = [Cell(upstream.name, dim=dim), Cell(upstream.kind, dim=dim)]
+        pairs = zip(columns, best, strict=True)
+        rows.append(names + [Cell(column.text(upstream), upstream.name in winners, dim) for column, winners in pairs])
+    return TextTable([("upstream", ""), ("kind", ""), *((one.title, one.unit) for one in columns)], rows, num_names=2)
+
+
+def interval_table(results: Results) -> TextTable:
+    """Return test scores with 95% intervals, and the further metrics of each task."""
+    heads = [("upstream", "")]
+    for task in results.tasks:
+        score, title = results.score_of_teacher(task), task_title(task)
+        heads += [(title, metric_label(score)), *((title, _further_title(name)) for name in score.also)]
+    rows = []
+    for upstream in results.upstreams:
+        cells = [Cell(upstream.name)]
         for task in results.tasks:
             score = upstream.scores[task]
-            interval = score.interval.test
-            ends = "" if interval is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
-            line += [f"{score.test:.2f}{ends}", *(f"{value:.2f}" for value in score.also.values())]
-        lines.append(line)
-    return heads, lines
+            ends = "" if score.interval.test is None else " ({:.2f}–{:.2f})".format(*score.interval.test)
+            cells += [Cell(f"{score.test:.2f}{ends}"), *(Cell(f"{value:.2f}") for value in score.also.values())]
+        rows.append(cells)
+    return TextTable(heads, rows)
 
 
-def _beside(name: str) -> str:
-    """What was measured beside a task's metric, such as `cer`, or `eer_test_selected`: the reference's way."""
-    metric, _, how = name.partition("_")
-    return METRIC_TITLES.get(metric, metric) + (f", {how.replace('_', ' ')}" if how else "")
+def _further_title(name: str) -> str:
+    """Return the title of a further metric, such as `cer` or `eer_test_selected` (selected on test)."""
+    metric, _, way = name.partition("_")
+    return METRIC_TITLES.get(metric, metric) + (f", {way.replace('_', ' ')}" if way else "")
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Students that differ in their seed alone: the range between them is the noise of a comparison."""
+
+    name: str
+    upstreams: tuple[Upstream, ...]
+
+    @property
+    def relative(self) -> list[float]:
+        """Return the relative scores that exist."""
+        return [one.relative for one in self.upstreams if one.relative is not None]
+
+
+def find_seed_groups(results: Results) -> tuple[SeedGroup, ...]:
+    """Return students trained with several seeds and otherwise equal settings, in table order.
+
+    They are named NAME-s1, NAME-s2, … after their seeds.
+    """
+    found: dict[tuple[str, str], list[Upstream]] = {}
+    for upstream, training in results.students:
+        if upstream.name.endswith(suffix := f"-s{training.seed}"):
+            settings = {key: value for key, value in training.config.items() if key != "seed"}
+            found.setdefault((upstream.name.removesuffix(suffix), repr(settings)), []).append(upstream)
+    return tuple(SeedGroup(name, tuple(group)) for (name, _), group in found.items() if len(group) > 1)
+
+
+def rank_students(results: Results) -> list[SeedGroup]:
+    """Return students by relative score, best first; those without one are left out.
+
+    Students of several seeds count once, with their mean: the best of three seeds has an advantage by chance.
+    """
+    groups = find_seed_groups(results)
+    grouped = {one.name for group in groups for one in group.upstreams}
+    single = [SeedGroup(one.name, (one,)) for one, _ in results.students if one.name not in grouped]
+    known = [group for group in (*single, *groups) if len(group.relative) == len(group.upstreams)]
+    return sorted(known, key=lambda group: -statistics.mean(group.relative))
+
+
+def write_mean(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """Format one value as it is, several as mean ± standard deviation (n - 1)."""
+    mean = write(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {write(statistics.stdev(values))}"
+
+
+def seed_table(results: Results) -> TextTable | None:
+    """Return mean ± standard deviation over seeds; None if no student has several seeds."""
+    if not (groups := find_seed_groups(results)):
+        return None
+    columns = _seed_columns(results, groups)
+    rows = [
+        [Cell(group.name), Cell(str(len(group.upstreams))), *(Cell(_seed_text(group, column)) for column in columns)]
+        for group in groups
+    ]
+    return TextTable([("student", ""), ("seeds", ""), *((one.title, one.unit) for one in columns)], rows)
+
+
+def _seed_columns(results: Results, groups: Sequence[SeedGroup]) -> list[Column]:
+    """Return the columns that depend on the seed: scores, and figures of the training runs.
+
+    Dev losses are comparable within a family only, the squared error of a layer between all students.
+    """
+    runs = {upstream.name: training for upstream, training in results.students}
+    members = [one.name for group in groups for one in group.upstreams]
+    layers = sorted({layer for name in members for layer in runs[name].dev_by_layer})
+
+    def squared_error(upstream: Upstream, *, layer: int) -> float | None:
+        error = runs[upstream.name].dev_by_layer.get(layer)
+        return None if error is None else error.mse
+
+    def write(value: float) -> str:
+        return f"{value:.3f}"
+
+    return [
+        *make_columns(results)[: 1 + len(results.tasks)],
+        Column("dev loss", "own", "low", lambda upstream: runs[upstream.name].loss.dev, write),
+        *(Column(f"layer {layer}", "dev MSE", "low", partial(squared_error, layer=layer), write) for layer in layers),
+        Column("training", "s", "low", lambda upstream: runs[upstream.name].seconds, lambda value: f"{value:.0f}"),
+    ]
+
+
+def _seed_text(group: SeedGroup, column: Column) -> str:
+    values = [value for one in group.upstreams if (value := column.value(one)) is not None]
+    return NONE if len(values) < len(group.upstreams) else write_mean(values, column.write)

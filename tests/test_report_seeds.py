@@ -1,4 +1,4 @@
-"""Students that differ in their seed alone become one line with mean and standard deviation."""
+"""Students that differ in their seed alone are one row with mean and standard deviation."""
 
 import shutil
 import statistics
@@ -8,13 +8,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pipelines.report import report_command, speed
+from pipelines.report import report_command
 from pipelines.report.results import read_results
-from pipelines.report.speed import Speed
-from pipelines.report.spread import find_repeats, spread_cell, spread_columns
-from pipelines.report.table import make_columns, make_rows
-from pipelines.report.words import verdict
-from tests.report_world import TASKS, change, invented_speed, write_results
+from pipelines.report.table import find_seed_groups, seed_table
+from pipelines.report.text import ranking
+from tests.report_world import TASKS, change, write_results
 
 SEEDS = {1: 20.0, 2: 23.0, 4: 21.5}  # seed -> phone error rate
 
@@ -37,49 +35,45 @@ def copy_student(root: Path, name: str, *, seed: int, per: float, config: dict[s
         change(root / "scores" / name / f"{task}.json", upstream=name, **({"test": per} if task == "pr" else {}))
 
 
-def speed_of(students: list[str]) -> Speed:
-    made = invented_speed()
-    for name in students:
-        made.rtf[name], made.params[name], made.macs_per_audio_s[name] = 0.004, 963_040, 5_000_000
-    return made
-
-
-def test_seeds_of_one_setting_are_one_line_with_their_spread(tree: Path) -> None:
+def test_seeds_of_one_setting_are_one_row_with_their_deviation(tree: Path) -> None:
     students = ["demo-distilhubert", *(f"deep-s{seed}" for seed in (*SEEDS, 9))]
     results = read_results(tree, students, TASKS)
-    rows, columns = make_rows(results, speed_of(students)), make_columns(results)
-    (deep,) = find_repeats(rows)
+    (deep,) = find_seed_groups(results)
     assert deep.name == "deep"
-    assert [row.name for row in deep.rows] == ["deep-s1", "deep-s2", "deep-s4"]
-    cells = {column.title: spread_cell(deep, column) for column in spread_columns(columns, [deep])}
+    assert [one.name for one in deep.upstreams] == ["deep-s1", "deep-s2", "deep-s4"]
+    table = seed_table(results)
+    assert table is not None and len(table.rows) == 1
+    cells = {title: cell.text for (title, _), cell in zip(table.heads, table.rows[0], strict=True)}
     mean, deviation = statistics.mean(SEEDS.values()), statistics.stdev(SEEDS.values())
     assert cells["PR"] == f"{mean:.2f} ± {deviation:.2f}" == "21.50 ± 1.50"
+    assert cells["student"] == "deep" and cells["seeds"] == "3"
     assert cells["KS"].endswith("± 0.00")
     assert "speed" not in cells and "dev loss" in cells
     assert [cells[f"layer {layer}"] for layer in (4, 8, 12)] == ["0.200 ± 0.000"] * 3
 
 
-def test_a_student_of_several_seeds_wins_or_loses_by_their_mean(tree: Path) -> None:
+def test_a_student_of_several_seeds_is_ranked_by_their_mean(tree: Path) -> None:
     students = ["demo-distilhubert", *(f"deep-s{seed}" for seed in SEEDS)]
-    rows = make_rows(read_results(tree, students, TASKS), speed_of(students))
-    relative = {row.name: row.relative or 0.0 for row in rows}
+    results = read_results(tree, students, TASKS)
+    relative = {one.name: one.relative or 0.0 for one in results.upstreams}
     deep = [relative[name] for name in students[1:]]
     mean, deviation = statistics.mean(deep), statistics.stdev(deep)
     assert max(deep) > mean > relative["demo-distilhubert"]
-    assert verdict(rows) == (
-        f"deep came first with a relative score of {mean:.0f} ± {deviation:.0f} (fbank 0, teacher 1000); "
-        f"demo-distilhubert ({relative['demo-distilhubert']:.0f}) lost to it; ± is over seeds."
-    )
+    sentence = ranking(results)
+    assert sentence.startswith(f"deep came first with a relative score of {mean:.0f} ± {deviation:.0f} ")
+    assert f"demo-distilhubert ({relative['demo-distilhubert']:.0f})" in sentence
 
 
-def test_the_spread_is_printed_and_stands_on_the_page(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deviations_are_in_the_terminal_in_markdown_and_on_the_page(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     students = [f"deep-s{seed}" for seed in SEEDS]
     params = yaml.safe_load((tree / "params.yaml").read_text()) | {"students": students}
+    params["upstreams"] = {name: {"source": name} for name in ("fbank", "teacher", *students)}
     (tree / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tree)
-    monkeypatch.setattr(speed, "measure_speed", lambda *args, **kwargs: speed_of(students))
     done = CliRunner().invoke(report_command, catch_exceptions=False)
     assert done.exit_code == 0
     for text in (done.output, *((tree / "report" / name).read_text() for name in ("results.md", "index.html"))):
         assert "21.50 ± 1.50" in text
-        assert "no spread over seeds is known" not in text
+        assert "variation between seeds is unknown" not in text

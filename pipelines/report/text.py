@@ -1,0 +1,113 @@
+"""Sentences of the report: the ranking, and the facts that limit the meaning of its numbers."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from evaluate.table import CONSTANTS_NOTE
+from pipelines.report.results import Results
+from pipelines.report.table import SeedGroup, find_seed_groups, rank_students, task_title, write_mean, write_relative
+
+NOT_OFFICIAL = (
+    "These scores can’t be compared with published models, because their corpora are not SUPERB’s own. For scores of "
+    "SUPERB’s own corpora, set official: true in section report of params.yaml."
+)
+MACS = (
+    "MACs are multiply-accumulate operations for one second of audio, counted by torch in matrix products and "
+    "convolutions. Fourier transforms count as zero, so the figure of fbank is close to zero."
+)
+CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
+
+
+def ranking(results: Results) -> str:
+    """Return one sentence with every student and its relative score, best first."""
+    if not results.students:
+        return "No student is configured: only the teacher and the fbank baseline were scored."
+    if not (ranked := rank_students(results)):
+        return "There is no ranking: on no task is the teacher better than fbank, so the relative score has no scale."
+    winner, others = ranked[0], ranked[1:]
+    first = (
+        f"{winner.name} came first with a relative score of {write_mean(winner.relative, write_relative)} "
+        f"(fbank 0, teacher 1000){_beyond_scale(winner)}"
+    )
+    seeds = "; ± is the standard deviation over seeds" if any(len(one.upstreams) > 1 for one in ranked) else ""
+    if not others:
+        return f"{first}; it is the only student{seeds}."
+    rest = [f"{one.name} ({write_mean(one.relative, write_relative)}{_beyond_scale(one)})" for one in others]
+    return f"{first}, followed by {_listed(rest)}{seeds}."
+
+
+def _beyond_scale(student: SeedGroup) -> str:
+    if (score := mean(student.relative)) < 0:
+        return ", worse than fbank"
+    return ", better than its teacher" if score > 1000 else ""
+
+
+def by_task(results: Results) -> str:
+    """Return one sentence with the tasks on which each student is the best; empty without students."""
+    won: dict[str, list[str]] = {}
+    for task in results.tasks if results.students else ():
+        scores = [(upstream.scores[task].test, upstream.name) for upstream, _ in results.students]
+        best = (max if results.score_of_teacher(task).higher_is_better else min)(scores)[0]
+        for value, name in scores:
+            if f"{value:.2f}" == f"{best:.2f}":
+                won.setdefault(name, []).append(task_title(task))
+    listed = "; ".join(f"{name} on {_listed(tasks)}" for name, tasks in won.items())
+    return f"Best student by task: {listed}." if listed else ""
+
+
+def caveats(results: Results) -> list[str]:
+    """Return sentences on seeds, on the size of the test sets, on the relative score and on missing measurements."""
+    seeds = ", ".join(
+        map(str, sorted({one.seed for upstream in results.upstreams for one in upstream.scores.values()}))
+    )
+    lines = [
+        f"Standard deviations are over seeds of the students. Heads have seed {seeds}; teacher and fbank ran once."
+        if find_seed_groups(results)
+        else f"Every result is one run with seed {seeds}: the variation between seeds is unknown."
+    ]
+    widths = []
+    for task in results.tasks:
+        score = results.score_of_teacher(task)
+        if score.interval.test is not None:
+            low, high = score.interval.test
+            widths.append(f"{(high - low) / 2:.1f} on {task_title(task)} ({score.num_test})")
+    if widths:
+        lines.append(
+            f"The size of the test sets alone makes scores uncertain by about ± {_listed(widths)}: points, half the "
+            "width of the teacher’s 95% bootstrap intervals, with the number of test utterances in brackets."
+        )
+    return lines + [f"{note[0].upper()}{note[1:]}." for note in (*results.score_notes, *results.measure_notes)]
+
+
+def task_notes(results: Results) -> list[str]:
+    """Return the notes of the score files, one line for all tasks and upstreams that share them."""
+    tasks_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # note and upstreams -> tasks
+    for task in results.tasks:
+        upstreams_of: dict[str, list[str]] = {}
+        for upstream in results.upstreams:
+            for note in upstream.scores[task].notes:
+                upstreams_of.setdefault(note.rstrip("."), []).append(upstream.name)
+        for note, names in upstreams_of.items():
+            tasks_of.setdefault((note, tuple(names)), []).append(task_title(task))
+    notes_of: dict[str, list[str]] = {}
+    for (note, holders), tasks in tasks_of.items():
+        # Names are listed only if the note does not hold for all upstreams.
+        only = "" if len(holders) == len(results.upstreams) else f" ({', '.join(sorted(holders))})"
+        notes_of.setdefault(f"{', '.join(tasks)}{only}", []).append(note)
+    return [f"{subject}: {'; '.join(notes)}." for subject, notes in notes_of.items()]
+
+
+def speed_sentence(results: Results) -> str:
+    """Return the conditions of the speed and MAC columns; empty if speed was not measured."""
+    if (speed := results.speed) is None:
+        return ""
+    threads = "one thread" if speed.threads == 1 else f"{speed.threads} threads"
+    return (
+        f"Speed is that of forward passes over {speed.audio_seconds:.1f} s of audio ({speed.num_utterances} utterances "
+        f"of {speed.corpus}, one at a time) with {threads} on {speed.device}, interleaved, median of {speed.rounds} "
+        f"rounds, {speed.machine['processor']}. {MACS}"
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
