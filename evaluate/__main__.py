@@ -1,4 +1,4 @@
-"""`python -m evaluate run` scores one task of one upstream, `many` all of them, `score` makes one table."""
+"""Command line of evaluate: `run` scores one task of one upstream, `many` all of them, `score` makes one table."""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
@@ -16,7 +16,7 @@ from extract.base.params import read_section
 
 @click.group(cls=CommandGroup)
 def main() -> None:
-    """SUPERB tasks from a feature store: heads are trained on cached features, no upstream is loaded."""
+    """SUPERB tasks from a feature store: heads train on stored features, no upstream is loaded."""
 
 
 @main.command()
@@ -29,16 +29,15 @@ def main() -> None:
 def run(name: str, config: Path | None, upstream: str | None, manifest: Path, corpus: Path, out: Path) -> None:
     """Train a task's heads over a grid of learning rates; choose on dev, report test once.
 
-    A killed run leaves a checkpoint; the same command goes on from there.
+    A killed run leaves a checkpoint, from which the same command resumes.
     """
     settings = read_section(config, "evaluate") if config else {}
-    # Here, not at the top: torch takes seconds to import, and --help and a mistyped path need none of it.
-    from evaluate.jobs import job_of, score_here
-    from evaluate.run import settle_torch
+    # Imported here: torch takes seconds to import, and --help and a mistyped path need none of it.
+    from evaluate.jobs import configure_torch, job_of, score_here
 
-    settle_torch()
+    configure_torch()
     upstream = upstream or out.resolve().parent.name
-    job = job_of(name, settings, config=config, upstream=upstream, manifest=manifest, corpus=corpus, out=out)
+    job = job_of(name, settings, config, upstream=upstream, manifest=manifest, corpus=corpus, out=out)
     click.echo(score_here(job))
 
 
@@ -49,22 +48,23 @@ _folder = click.Path(path_type=Path, file_okay=False)
 @click.option("--config", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
 @click.option("--task", "tasks", multiple=True, help="Only this one of `tasks`; repeatable.")
 @click.option("--upstream", "upstreams", multiple=True, help="Only this one of `upstreams`; repeatable.")
-@click.option("--manifests", type=_folder, default=Path("manifests"), show_default=True, help="CORPUS/UPSTREAM.json")
+@click.option("--manifests", type=_folder, default=Path("manifests"), show_default=True, help="UPSTREAM/CORPUS.json")
 @click.option("--corpora", type=_folder, default=Path("corpora"), show_default=True, help="CORPUS.json")
 @click.option("--out", type=_folder, default=Path("scores"), show_default=True, help="UPSTREAM/TASK.json are written.")
-@click.option("--workers", default=0, show_default=True, help="Processes of a Dask cluster here; 0 is this one alone.")
-@click.option("--scheduler", metavar="ADDRESS", help="Dask cluster that is running, such as tcp://10.0.0.1:8786.")
+@click.option("--workers", default=0, show_default=True, help="Processes of a local Dask cluster; 0: this process.")
+@click.option("--scheduler", metavar="ADDRESS", help="Running Dask cluster, such as tcp://10.0.0.1:8786.")
 def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> None:
     """Score every upstream on every task of the config, in parallel: one score is one Dask task.
 
-    `upstreams` and `tasks` of the config say which; its section `evaluate` has the recipes. Scores that are there and
-    were made from the same features, labels and recipe by the same code are kept; delete one to make it again.
+    The config's sections `upstreams` and `tasks` name them, `evaluate` has the recipes. Scores that were made from the
+    same features, labels and recipe by the same code are skipped; delete one to make it again.
     """
     if workers < 0 or (workers and scheduler):
-        raise RetortError("--workers N starts a cluster of its own, --scheduler ADDRESS uses one: give one, N above 0")
+        raise RetortError("--workers N starts a local cluster, --scheduler ADDRESS uses a running one: give one, N > 0")
     from evaluate.jobs import jobs_of, score_all
 
-    score_all(jobs_of(config, **asked), workers=workers, scheduler=scheduler, say=click.echo)
+    for line in score_all(jobs_of(config, **asked), workers=workers, scheduler=scheduler):
+        click.echo(line)
 
 
 @main.command()
@@ -74,11 +74,11 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
 @click.option(
     "--official",
     is_flag=True,
-    help="These are SUPERB's ten tasks on their own corpora and splits, which no file can prove: give superb_s.",
+    help="Give superb_s. Asserts that these are SUPERB's ten tasks on their own corpora, which no file can prove.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON to write.")
 def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, official: bool, out: Path) -> None:
-    """One table of SCORES (files, or folders of them), with one score an upstream."""
+    """Make one table of SCORES (files or folders), with one score for each upstream."""
     from evaluate.table import gather, show, summarise
 
     check_out(out, "--out")

@@ -1,33 +1,113 @@
-"""Which utterances a training step sees: a function of the seed and the step alone.
+"""Batches of utterances: their order, and their frames from the store.
 
-So a killed run that goes on from step 1000 sees the batches that it would have seen, and no generator has to be kept.
+The batch of a training step is a function of the seed and the step alone. A run that was killed after step 1000 thus
+goes on with the batches it would have seen, and a checkpoint needs no generator state.
+
+Packs hold utterances of similar length, and so do batches: a batch touches one or two packs. Packs stay in memory in
+the codec's stored form up to a limit, so that a small corpus is read once and a large one is streamed.
+
+Shapes: L layers, F frames of all utterances concatenated, D features.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.store.reader import Pack, StoreReader
 
 T = TypeVar("T")
 
 
 def generator_of(seed: int, *position: int) -> torch.Generator:
-    """A generator of its own for every position, such as an epoch, or an epoch and a batch in it."""
+    """Return the generator of a position, such as (epoch,) or (epoch, batch); streams are independent."""
     sequence = np.random.SeedSequence(seed, spawn_key=position)
+    # torch takes a signed 64-bit seed, so the unsigned one loses its lowest bit.
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
 def steps_from(
     first: int, seed: int, draw_epoch: Callable[[torch.Generator], Sequence[T]]
 ) -> Iterator[tuple[T, torch.Generator]]:
-    """The steps from `first` (from 0 on), without end: what each one takes, and a generator for its own noise.
+    """Yield the batches from step `first` (counted from 0) on, without end, each with a generator for its noise.
 
-    draw_epoch: puts the training split into batches, the same number of them every time.
+    draw_epoch: divides the training split into batches; their number must not depend on the generator.
     """
-    epoch, place = divmod(first, len(draw_epoch(generator_of(seed, 0))))
+    epoch, begin = divmod(first, len(draw_epoch(generator_of(seed, 0))))
     while True:
         batches = draw_epoch(generator_of(seed, epoch))
-        for number in range(place, len(batches)):
+        for number in range(begin, len(batches)):
             yield batches[number], generator_of(seed, epoch, number)
-        epoch, place = epoch + 1, 0
+        epoch, begin = epoch + 1, 0
+
+
+def bucket(rows: NDArray[np.int64], num_frames: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Return corpus indices in batches of similar length, longest first; ties in corpus order (deterministic)."""
+    order = rows[np.argsort(-num_frames[rows], kind="stable")]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def shuffled(
+    rows: NDArray[np.int64], pack_of: NDArray[np.int64], batch_size: int, generator: torch.Generator
+) -> list[NDArray[np.int64]]:
+    """Return one epoch over corpus indices: packs in random order, and random order within each pack.
+
+    Batches of a fully random order would touch as many packs as they have utterances.
+    """
+    pack_at = torch.randperm(int(pack_of.max()) + 1, generator=generator).numpy()[pack_of[rows]]
+    within = torch.randperm(len(rows), generator=generator).numpy()
+    order = rows[np.lexsort((within, pack_at))]  # sorts by pack_at, then by within
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@dataclass
+class FrameReader:
+    """Reader of utterances' frames, decoded to float32 into one buffer that the next `read` overwrites."""
+
+    reader: StoreReader
+    memory_gb: float  # limit for packs in memory, in their stored form
+
+    def __post_init__(self) -> None:
+        self._packs: OrderedDict[int, Pack] = OrderedDict()  # least recently used first
+        self._buffer = torch.empty(0)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Return all kept layers of the utterances at corpus `indices`, concatenated: float32 (L, F, D)."""
+        counts = [int(self.reader.num_frames[index]) for index in indices]
+        num_layers, dim = len(self.reader.layers), self.reader.dim
+        size = num_layers * sum(counts) * dim
+        if self._buffer.numel() < size:
+            # Reused: the page faults of a fresh block of this size cost more than the copy into it.
+            self._buffer = torch.empty(size)
+        hidden_LFD = self._buffer[:size].view(num_layers, sum(counts), dim)
+        start = 0
+        for index, count in zip(indices, counts, strict=True):
+            pack = self._pack(int(self.reader.pack_of[index]))
+            first = int(self.reader.first_frame[index])
+            scale, row = self.reader.codec.span(pack.scale, first, count)
+            self.reader.codec.decode_into(
+                hidden_LFD[:, start : start + count],
+                torch.from_numpy(pack.codes_LFW[:, first : first + count]),
+                None if scale is None else torch.from_numpy(scale),
+                torch.arange(row, row + count),
+            )
+            start += count
+        return hidden_LFD
+
+    def _pack(self, index: int) -> Pack:
+        """Return one pack, from memory if possible; the least recently used packs make room."""
+        if index in self._packs:
+            self._packs.move_to_end(index)
+            return self._packs[index]
+        pack = self.reader.pack(index)
+        size = self.reader.codec.nbytes(len(self.reader.layers), self.reader.pack_frames, self.reader.dim)
+        room = max(1, int(self.memory_gb * 1e9 // size))
+        while len(self._packs) >= room:
+            self._packs.popitem(last=False)
+        self._packs[index] = pack
+        return pack

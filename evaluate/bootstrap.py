@@ -1,16 +1,18 @@
-"""How far a test score would move on other test sets of the same kind: bootstrap intervals.
+"""Metrics with bootstrap intervals: the variation of a test score over other test sets of the same kind.
 
-A metric hands over what it was made from (`rate`, or a `Measured` of its own), and `interval` measures it again on
-resamples of the test set: as many units as there are, drawn with replacement, the whole metric anew on each, and
-between the percentiles lies the interval (Efron 1979; for word error rates Bisani and Ney, ICASSP 2004). A unit is what
-is drawn: an utterance, unless its metric pairs utterances. All scores of as many units see the same draws.
+A `Metric` holds its value and a function that computes it again on a resample of the test set. `interval` draws
+resamples of as many units as the test set has, with replacement, and takes percentiles of the metric over them (Efron
+1979; for word error rates Bisani and Ney, ICASSP 2004). A unit is an utterance unless the metric's `units` differ. All
+metrics with the same number of units get the same draws.
 
-What the interval does not know: the head's seed, the students' seed, and that utterances of one speaker resemble each
-other. At 0 and at 100% every resample agrees, and the interval is that one point.
+The interval does not cover the seeds of heads and students, nor the similarity of utterances of one speaker. At 0% and
+100% all resamples agree, and the interval is a single point.
+
+Shapes: U units of the test set.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,77 +23,79 @@ LEVEL_PERCENT = 95
 RESAMPLES = 1000
 SEED = 0
 UTTERANCES = "utterances"
-Counts = NDArray[np.int64]  # (units,): how often each unit was drawn
+Counts = NDArray[np.int64]  # (U,): number of times that each unit was drawn
 
 
-class Measured(float):
-    """A metric's value, in percent, that can be measured again on resamples of its test set.
+@dataclass(frozen=True)
+class Metric:
+    """Value of a metric in percent, with its computation on resamples of the test set."""
 
-    A plain number wherever one is wanted; arithmetic forgets where it came from.
-    """
-
-    again: Callable[[Counts], float]
+    value: float
+    resampled: Callable[[Counts], float]  # counts (U,) -> value, NaN where it is not defined
     num_units: int
     units: str
 
-    def __new__(cls, again: Callable[[Counts], float], num_units: int, units: str = UTTERANCES) -> Self:
-        """again: counts (units,) -> the metric with unit u taken counts[u] times, NaN where it is not defined."""
-        made = super().__new__(cls, again(np.ones(num_units, dtype=np.int64)))
-        made.again, made.num_units, made.units = again, num_units, units
-        return made
+    @classmethod
+    def of(cls, resampled: Callable[[Counts], float], num_units: int, units: str = UTTERANCES) -> "Metric":
+        """Return the metric whose value is that of the test set itself: every unit once."""
+        return cls(resampled(np.ones(num_units, dtype=np.int64)), resampled, num_units, units)
+
+    def __float__(self) -> float:
+        return self.value
 
 
-def rate(numerators_U: ArrayLike, denominators_U: ArrayLike | None = None, *, units: str = UTTERANCES) -> Measured:
-    """100 x sum of numerators / sum of denominators, one of each a unit; without denominators the mean.
+def rate(numerators_U: ArrayLike, denominators_U: ArrayLike | None = None, *, units: str = UTTERANCES) -> Metric:
+    """Return 100 x sum of numerators / sum of denominators, both (U,); without denominators 100 x the mean.
 
-    Hits for an accuracy; edits and reference lengths for an error rate; missed, false and confused time and spoken time
-    for a diarisation error rate. Raises ValueError where the denominators sum to 0.
+    Accuracy: hits. Error rate: edits and reference lengths. Diarisation error rate: wrong seconds (missed, false and
+    confused speech) and seconds of speech. Raises ValueError for different shapes and if the denominators sum to 0.
     """
-    over = np.asarray(numerators_U, dtype=np.float64)
-    under = np.ones_like(over) if denominators_U is None else np.asarray(denominators_U, dtype=np.float64)
-    if over.shape != under.shape or over.ndim != 1:
-        raise ValueError(f"{over.shape} numerators and {under.shape} denominators: one of each a unit is needed")
-    if not under.sum():
+    over_U = np.asarray(numerators_U, dtype=np.float64)
+    under_U = np.ones_like(over_U) if denominators_U is None else np.asarray(denominators_U, dtype=np.float64)
+    if over_U.shape != under_U.shape or over_U.ndim != 1:
+        raise ValueError(f"{over_U.shape} numerators and {under_U.shape} denominators: expected one of each per unit")
+    if not under_U.sum():
         raise ValueError("a rate whose denominators sum to 0 is not defined")
 
-    def again(counts_U: Counts) -> float:
-        total = float(counts_U @ under)
-        return 100 * float(counts_U @ over) / total if total else np.nan
+    def resampled(counts_U: Counts) -> float:
+        total = float(counts_U @ under_U)
+        return 100 * float(counts_U @ over_U) / total if total else np.nan
 
-    return Measured(again, len(over), units)
-
-
-def mean_of(parts: Sequence[Measured]) -> Measured:
-    """The mean of several metrics with units of their own, such as the folds of a cross-validation."""
-    ends = np.cumsum([part.num_units for part in parts])
-
-    def again(counts_U: Counts) -> float:
-        return float(np.mean([part.again(own) for part, own in zip(parts, np.split(counts_U, ends[:-1]), strict=True)]))
-
-    return Measured(again, int(ends[-1]), parts[0].units)
+    return Metric.of(resampled, len(over_U), units)
 
 
-def interval(measured: Measured) -> tuple[float, float]:
-    """The LEVEL_PERCENT interval, low and high, in percent. Resamples without a defined metric are left out."""
+def mean_of(parts: Sequence[Metric]) -> Metric:
+    """Return the mean of metrics that each have their own units, such as cross-validation folds."""
+    ends = np.cumsum([part.num_units for part in parts])  # the parts' units lie one after another
+
+    def resampled(counts_U: Counts) -> float:
+        own = zip(parts, np.split(counts_U, ends[:-1]), strict=True)
+        return float(np.mean([part.resampled(counts) for part, counts in own]))
+
+    return Metric.of(resampled, int(ends[-1]), parts[0].units)
+
+
+def interval(metric: Metric) -> tuple[float, float]:
+    """Return the LEVEL_PERCENT interval, low and high, in percent. Resamples with an undefined metric are left out."""
     generator = np.random.default_rng(SEED)
-    num = measured.num_units
+    num = metric.num_units
     values = [
-        measured.again(np.bincount(generator.integers(num, size=num), minlength=num).astype(np.int64))
+        metric.resampled(np.bincount(generator.integers(num, size=num), minlength=num).astype(np.int64))
         for _ in range(RESAMPLES)
     ]
-    outside = (100 - LEVEL_PERCENT) / 2
-    low, high = np.nanpercentile(values, [outside, 100 - outside])
+    tail = (100 - LEVEL_PERCENT) / 2  # percent outside on each side
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 
-def intervals_of(test: Mapping[str, float], metric: str) -> Interval:
+def intervals_of(test: Mapping[str, Metric | float], metric: str) -> Interval:
     """Return the intervals of a score file: of `metric` and of the other test metrics that have one."""
-    found = {name: interval(value) for name, value in test.items() if isinstance(value, Measured)}
+    found = {name: interval(value) for name, value in test.items() if isinstance(value, Metric)}
     chosen = test[metric]
     return Interval(
         test=found.pop(metric, None),
         also=found,
-        of=chosen.units if isinstance(chosen, Measured) else None,
+        of=chosen.units if isinstance(chosen, Metric) else None,
         level_percent=LEVEL_PERCENT,
         resamples=RESAMPLES,
         seed=SEED,

@@ -1,10 +1,10 @@
-"""Transcription tasks: CTC on the frames of the store, decoded greedily.
+"""Transcription tasks (PR, ASR, SF): CTC on frames of the store, greedy decoding, no language model.
 
-Blank = pad = 0, end of sequence = 1, unknown = 2, then the symbols. Labels end in the end-of-sequence symbol, which is
-dropped from hypotheses, as in the reference toolkit.
+Blank = pad = 0, end of sequence = 1, unknown = 2, then the symbols, as in the reference toolkit. Labels end with the
+end-of-sequence symbol, which is dropped from hypotheses. ASR and SF add the recurrent head, dropout and SpecAugment.
 
-Shapes: B utterances, T frames of the longest, F frames end to end, D features, C symbols, S labels of the
-longest, H units.
+Shapes: B utterances, T frames of the longest, F frames of all utterances concatenated, D features, C symbols, S labels
+of the longest, H units, M masks.
 """
 
 import itertools
@@ -19,27 +19,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.batches import steps_from
-from evaluate.features import Source
-from evaluate.frames import FrameReader, bucket
-from evaluate.heads import Head, Ragged
-from evaluate.sweep import HeadPool
+from evaluate.batches import FrameReader, bucket, steps_from
+from evaluate.heads import Head, Ragged, RecurrentHead
+from evaluate.sweep import HeadPool, Metrics
+from evaluate.task import Features, Recipe
 from extract.base.errors import RetortError
 
 BLANK, END, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
+WITHOUT_WARPING = "SpecAugment without time warping"  # deviation of tasks with the recurrent head
+Texts = list[Sequence[str]]  # symbols of each utterance
 H = TypeVar("H", bound=Head)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The symbols of a task; indices 0 to 2 are pad (blank), eos and unk."""
+    """Symbols of a task; indices 0 to 2 are pad (blank), eos and unk."""
 
     symbols: tuple[str, ...]
 
     @classmethod
     def of(cls, transcripts: Iterable[Sequence[str]]) -> "Vocabulary":
-        """All symbols of the transcripts, sorted."""
+        """Return the vocabulary of all symbols in the transcripts, sorted."""
         found = {symbol for transcript in transcripts for symbol in transcript}
         return cls((*_SPECIAL, *sorted(found - set(_SPECIAL))))
 
@@ -48,18 +49,18 @@ class Vocabulary:
         return {symbol: index for index, symbol in enumerate(self.symbols)}
 
     def encode(self, transcript: Sequence[str]) -> list[int]:
-        """Symbols -> indices; unknown ones become `<unk>`, and `<eos>` ends the list."""
+        """Return the indices of symbols, with `<unk>` for unknown ones and `<eos>` at the end."""
         return [*(self._index_of.get(symbol, UNKNOWN) for symbol in transcript), END]
 
     def decode(self, best_T: Tensor) -> list[str]:
-        """The best symbol of each frame -> symbols: collapse repeats, drop blank and eos. `<unk>` stays, an error."""
+        """Decode the best index of each frame: collapse repeats, drop blank and eos. `<unk>` stays, as an error."""
         collapsed = torch.unique_consecutive(best_T).tolist()
         return [self.symbols[index] for index in collapsed if index not in (BLANK, END)]
 
 
 @dataclass(frozen=True)
 class Transcripts:
-    """One split: corpus indices in batches of similar length, and every utterance's transcript and encoded labels."""
+    """One split: corpus indices in batches of similar length, and by corpus index the transcript and its indices."""
 
     batches: list[NDArray[np.int64]]
     references: Mapping[int, Sequence[str]]
@@ -67,29 +68,29 @@ class Transcripts:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Random draws for one training batch; evaluation has none."""
+
+    features_FD: Tensor | None = None  # 0 where SpecAugment masks, else 1
+    kept_BTH: tuple[Tensor, ...] = ()  # for each LSTM the dropout mask, 0 or 1 / (1 - p)
+
+
+@dataclass(frozen=True)
 class CtcBatch:
-    """Utterances end to end, hidden (L, F, D), and their labels, padded (B, S). `noise` is the task's own."""
+    """Concatenated utterances with padded labels and the noise of the batch."""
 
     hidden_LFD: Tensor
     frames: Ragged
     labels_BS: Tensor
     num_labels_B: Tensor
-    noise: "Noise"
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What training draws at random for a batch; evaluation draws nothing."""
-
-    features_FD: Tensor | None = None  # 0 where SpecAugment masks, else 1
-    kept_BTH: tuple[Tensor, ...] = ()  # for each LSTM what dropout leaves: 0 or 1 / (1 - p)
+    noise: Noise
 
 
 class Transcription(Generic[H]):
-    """Speech into symbols by one head a learning rate; see `sweep.Problem`.
+    """Transcription of speech into symbols; see `sweep.Problem`.
 
-    rates: hypotheses, references -> metrics. logits: a head on its weighted sums, (F, D) -> (B, T // stack, C). noise:
-    what training draws for a batch of frame counts (B,). stack: frames of the store in one frame of the logits.
+    rates: hypotheses, references -> metrics. logits: a head on weighted sums, (F, D) -> (B, T // stack, C). noise:
+    draws for a batch of frame counts (B,). stack: frames of the store per frame of the logits.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Transcription(Generic[H]):
         vocabulary: Vocabulary,
         *,
         metric: str,
-        rates: Callable[[list[Sequence[str]], list[Sequence[str]]], dict[str, float]],
+        rates: Callable[[Texts, Texts], Metrics],
         new_head: Callable[[], H],
         logits: Callable[[H, Tensor, Ragged, Noise], Tensor],
         higher_is_better: bool = False,
@@ -113,7 +114,7 @@ class Transcription(Generic[H]):
         self.notes: Sequence[str] = infeasible_note(splits["train"], reader, stack)
 
     def batches(self, seed: int, first: int) -> Iterator[CtcBatch]:
-        """Epochs over the buckets in random order."""
+        """Yield the buckets in random order, epoch after epoch."""
         train = self.splits["train"]
 
         def draw_epoch(generator: torch.Generator) -> Sequence[int]:
@@ -134,12 +135,15 @@ class Transcription(Generic[H]):
             )
 
     def loss(self, head: H, batch: CtcBatch) -> Tensor:
-        """CTC as the reference has it: by label, then the mean over the batch; an infeasible utterance counts 0."""
+        """Return the reference's CTC loss: divided by the number of labels, then the mean over the batch.
+
+        An utterance without a CTC path counts 0. Source: Graves et al., ICML 2006.
+        """
         mixed_FD = head.sum_layers(batch.hidden_LFD)
         if batch.noise.features_FD is not None:
             mixed_FD = mixed_FD * batch.noise.features_FD
         return F.ctc_loss(
-            self.logits(head, mixed_FD, batch.frames, batch.noise).log_softmax(-1).transpose(0, 1),
+            self.logits(head, mixed_FD, batch.frames, batch.noise).log_softmax(-1).transpose(0, 1),  # (T, B, C)
             batch.labels_BS,
             batch.frames.num_frames_B // self.stack,
             batch.num_labels_B,
@@ -147,36 +151,35 @@ class Transcription(Generic[H]):
             zero_infinity=True,
         )
 
-    def measure(self, heads: Sequence[H], split: str, team: HeadPool) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[H], split: str, pool: HeadPool) -> list[Metrics]:
         data = self.splits[split]
-        hypotheses: list[list[Sequence[str]]] = [[] for _ in heads]
-        references: list[Sequence[str]] = []
+        hypotheses: list[Texts] = [[] for _ in heads]
+        references: Texts = []
         for rows_B in data.batches:
-            num_frames_B = torch.from_numpy(self.reader.reader.num_frames[rows_B])
-            frames = Ragged.of(num_frames_B)
+            frames = Ragged.of(torch.from_numpy(self.reader.reader.num_frames[rows_B]))
             hidden_LFD = self.reader.read(rows_B.tolist())
             references += [data.references[row] for row in rows_B.tolist()]
             decode = partial(self._decode, hidden_LFD=hidden_LFD, frames=frames)
-            for all_said, said in zip(hypotheses, team.each(decode, heads), strict=True):
-                all_said += said
-        return [self.rates(said, references) for said in hypotheses]
+            for own, decoded in zip(hypotheses, pool.each(decode, heads), strict=True):
+                own += decoded
+        return [self.rates(own, references) for own in hypotheses]
 
-    @torch.no_grad()
+    @torch.no_grad()  # applies to this thread only, hence not around the pool's work
     def _decode(self, head: H, *, hidden_LFD: Tensor, frames: Ragged) -> list[list[str]]:
-        """What the head hears in each utterance."""
+        """Return the head's hypothesis for each utterance."""
         best_BT = self.logits(head, head.sum_layers(hidden_LFD), frames, Noise()).argmax(-1)
         counts = (frames.num_frames_B // self.stack).tolist()
         return [self.vocabulary.decode(best_T[:count]) for best_T, count in zip(best_BT, counts, strict=True)]
 
 
 def infeasible(labels: Sequence[int], num_frames: int) -> bool:
-    """Whether no CTC path says these labels in so few frames: one each, and one more between equal neighbours."""
+    """Return True if no CTC path fits: it needs one frame a label, and a blank between equal neighbours."""
     repeats = sum(a == b for a, b in itertools.pairwise(labels))
     return num_frames < len(labels) + repeats
 
 
 def infeasible_note(train: Transcripts, frames: FrameReader, stack: int) -> list[str]:
-    """The note that counts and names training utterances without a CTC path; none if there are none."""
+    """Return a note that counts and names training utterances without a CTC path; empty if there are none."""
     store = frames.reader
     short = [
         store.ids[row]
@@ -193,28 +196,137 @@ def infeasible_note(train: Transcripts, frames: FrameReader, stack: int) -> list
 
 
 def read_transcripts(
-    source: Source, labels: Sequence[str], symbols: Callable[..., list[str]], batch_size: int
+    features: Features, labels: Sequence[str], symbols: Callable[..., list[str]], batch_size: int
 ) -> tuple[Vocabulary, dict[str, Transcripts]]:
-    """The vocabulary of the training split, and each split encoded with it and put in batches.
+    """Return the vocabulary of the training split, and each split encoded with it and divided into batches.
 
     symbols: an utterance's labels -> its symbols. Raises RetortError for a split whose transcripts are all empty.
     """
-    rows = source.train_dev_test()
+    rows = features.train_dev_test()
     references: dict[str, dict[int, list[str]]] = {}
     for split, indices in rows.items():
-        columns = [source.labels(label, indices) for label in labels]
+        columns = [features.labels(label, indices) for label in labels]
         references[split] = {row: symbols(*values) for row, *values in zip(indices.tolist(), *columns, strict=True)}
         if not any(references[split].values()):
             raise RetortError(
-                f"corpus {source.corpus.name}: label {labels[0]!r} is empty for the whole split {split!r}"
+                f"corpus {features.corpus.name}: label {labels[0]!r} is empty for the whole split {split!r}"
             )
     vocabulary = Vocabulary.of(references["train"].values())
     splits = {
         split: Transcripts(
-            bucket(rows[split], source.reader.num_frames, batch_size),
-            said,
-            {row: vocabulary.encode(symbols) for row, symbols in said.items()},
+            bucket(rows[split], features.reader.num_frames, batch_size),
+            transcripts,
+            {row: vocabulary.encode(transcript) for row, transcript in transcripts.items()},
         )
-        for split, said in references.items()
+        for split, transcripts in references.items()
     }
     return vocabulary, splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentRecipe(Recipe):
+    """Recipe of ASR and SF.
+
+    `head_hop_samples`: concatenate neighbouring frames up to this hop (640 = 40 ms); 0 keeps the upstream's hop.
+    SpecAugment on the features, masked to 0: `time_masks` of up to `time_mask_frames` frames and `feature_masks` of up
+    to `feature_mask_width` features an utterance. `time_mask_ratio` above 0 makes it adaptive (Park et al., arXiv
+    1912.05533): that share of a batch's longest utterance is the number of time masks, at most `most_time_masks`, and
+    their largest width, at most `time_mask_frames`.
+    """
+
+    projection: int = 1024
+    hidden: int = 1024
+    depth: int = 2
+    dropout: float = 0.2
+    head_hop_samples: int = 0
+    time_masks: int = 2
+    time_mask_frames: int = 40
+    time_mask_ratio: float = 0.0
+    most_time_masks: int = 20
+    feature_masks: int = 4
+    feature_mask_width: int = 50
+    memory_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise RetortError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+
+    def time_masking(self, num_frames: int) -> tuple[int, int]:
+        """Return number and largest width of the time masks of a batch whose longest utterance has `num_frames`."""
+        if not self.time_mask_ratio:
+            return self.time_masks, self.time_mask_frames
+        share = int(self.time_mask_ratio * num_frames)
+        return min(share, self.most_time_masks), min(share, self.time_mask_frames)
+
+
+def recurrent_problem(
+    features: Features,
+    recipe: RecurrentRecipe,
+    *,
+    labels: Sequence[str],
+    symbols: Callable[..., list[str]],
+    metric: str,
+    rates: Callable[[Texts, Texts], Metrics],
+    higher_is_better: bool = False,
+) -> Transcription[RecurrentHead]:
+    """Return the problem of CTC with the recurrent head. `symbols`: an utterance's `labels` -> target symbols."""
+    vocabulary, splits = read_transcripts(features, labels, symbols, recipe.batch_size)
+    reader = features.reader
+    stack = max(1, round(recipe.head_hop_samples / reader.hop_samples))
+    return Transcription(
+        FrameReader(reader, recipe.memory_gb),
+        splits,
+        vocabulary,
+        metric=metric,
+        rates=rates,
+        higher_is_better=higher_is_better,
+        new_head=lambda: RecurrentHead(
+            num_layers=len(reader.layers),
+            dim=reader.dim,
+            projection=recipe.projection,
+            hidden=recipe.hidden,
+            depth=recipe.depth,
+            classes=len(vocabulary.symbols),
+            stack=stack,
+        ),
+        logits=lambda head, mixed_FD, frames, noise: head(mixed_FD, frames, noise.kept_BTH),
+        noise=partial(draw_noise, recipe=recipe, dim=reader.dim, stack=stack),
+        stack=stack,
+    )
+
+
+def masked(lengths_B: Tensor, size: int, *, masks: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return SpecAugment's masks along one axis: bool (B, size), True inside one of `masks` spans.
+
+    A span's width is uniform in 0..width - 1, its start uniform among those that fit into lengths_B (Park et al.,
+    Interspeech 2019; sizes as the reference toolkit's).
+    """
+    shape = (len(lengths_B), masks)
+    span_BM = (torch.rand(shape, generator=generator) * width).floor().minimum(lengths_B[:, None])
+    start_BM = (torch.rand(shape, generator=generator) * (lengths_B[:, None] - span_BM + 1)).floor()
+    place_T = torch.arange(size)
+    inside_BMT = (place_T >= start_BM[..., None]) & (place_T < (start_BM + span_BM)[..., None])
+    return inside_BMT.any(1)
+
+
+def draw_noise(
+    num_frames_B: Tensor, generator: torch.Generator, *, recipe: RecurrentRecipe, dim: int, stack: int
+) -> Noise:
+    """Draw SpecAugment's masks and dropout for one batch; they are the same for all heads."""
+    longest = int(num_frames_B.max())
+    masks, width = recipe.time_masking(longest)
+    time_BT = masked(num_frames_B, longest, masks=masks, width=width, generator=generator)
+    feature_BD = masked(
+        torch.full_like(num_frames_B, dim),
+        dim,
+        masks=recipe.feature_masks,
+        width=recipe.feature_mask_width,
+        generator=generator,
+    )
+    own_BT = torch.arange(longest) < num_frames_B[:, None]  # without padding: selects the F frames in order
+    features_FD = (~(time_BT[..., None] | feature_BD[:, None])[own_BT]).float()
+    shape = (len(num_frames_B), longest // stack, 2 * recipe.hidden)
+    keep = 1 - recipe.dropout
+    kept = tuple((torch.rand(shape, generator=generator) < keep) / keep for _ in range(recipe.depth))
+    return Noise(features_FD, kept)

@@ -1,147 +1,263 @@
-"""Tasks x upstreams: which scores are asked for, and how they are made, here or on many processes.
+"""Scoring jobs: one task of one upstream each, from params.yaml to score files, in this process or on Dask workers.
 
-    python -m evaluate many --workers 8       every upstream and task of params.yaml, on a Dask cluster of this machine
+    python -m evaluate many --workers 8       all upstreams and tasks of params.yaml, on a Dask cluster of this machine
 
-Scores depend on nothing but their own job, so that they are the same however many are made at once.
+A score depends on nothing but its own job, so scores are the same however many jobs run at once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evaluate.corpora import corpus_of_tasks
-from evaluate.run import Job, code_digest, open_source, score, session_of, settle_torch
+import torch
+
+from evaluate.bootstrap import intervals_of
+from evaluate.checkpoint import FORMAT_VERSION, TaskSession
 from evaluate.scorefile import ScoreFile
-from evaluate.task import parse_recipe
+from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences
 from evaluate.tasks import TASKS
 from extract.base.errors import RetortError, unknown
+from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
+from extract.base.malloc import keep_freed_blocks
 from extract.base.params import read_params, read_section
 from extract.base.progress import ProgressBar
 from extract.base.validate import check_name
+from extract.corpus import Corpus
+from extract.store.reader import StoreReader
+
+ROOT = Path(__file__).parents[1]
+CODE = ("evaluate/**/*.py", "extract/store/**/*.py", "extract/corpus.py")  # a change of it makes scores out of date
+CHECKPOINTS = Path("checkpoints/evaluate")
 
 
-def job_of(
-    name: str, settings: dict[str, Any], *, config: Path | None, upstream: str, manifest: Path, corpus: Path, out: Path
-) -> Job:
-    """The job of a task by name. settings: section `evaluate` of `config`. Raises RetortError for an unknown name."""
+@dataclass(frozen=True, kw_only=True)
+class ScoringJob:
+    """One score to make: a task on the features of one upstream."""
+
+    task: Task[Any]
+    recipe: Settings
+    upstream: str
+    manifest: Path
+    corpus: Path
+    out: Path
+
+    def open(self) -> Features:
+        """Open corpus and store. Raises RetortError as `open_features`."""
+        return open_features(self.task, manifest=self.manifest, corpus=self.corpus)
+
+    def session(self, features: Features, bar: ProgressBar | None = None) -> TaskSession:
+        """Return the job's session in this process, with the checkpoints that interrupted runs left."""
+        corpus = features.corpus
+        made_from = (asdict(self.recipe), features.reader.digest, corpus.digest, corpus.labels_digest)
+        key = sha256_json([FORMAT_VERSION, self.task.name, *made_from])
+        # The upstream's name in the folder is for readers; the key decides.
+        folder = in_main_tree(CHECKPOINTS / f"{self.upstream}-{self.task.name}-{key[:16]}")
+        return TaskSession(bar, folder=folder, key=key)
+
+
+def job_of(name: str, settings: Mapping[str, Any], config: Path | None, **paths: Any) -> ScoringJob:
+    """Return the job of a task by name. settings: section `evaluate` of `config`; paths: other fields of the job.
+
+    Raises RetortError for an unknown task, an unknown key and an invalid value.
+    """
     for key in (name, *settings):
         if key not in TASKS:
             raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)
-    check_name(upstream, where="--upstream")  # checkpoints lie below a folder of this name
-    task = TASKS[name]
-    recipe = parse_recipe(task, settings.get(name), where=f"evaluate.{name}" + (f" of {config}" if config else ""))
-    return Job(task=task, recipe=recipe, upstream=upstream, manifest=manifest, corpus=corpus, out=out)
+    check_name(paths["upstream"], where="--upstream")  # part of the path of its checkpoints
+    where = f"evaluate.{name}" + (f" of {config}" if config else "")
+    return ScoringJob(task=TASKS[name], recipe=TASKS[name].parse_recipe(settings.get(name), where=where), **paths)
 
 
 def jobs_of(
     config: Path, *, tasks: Sequence[str], upstreams: Sequence[str], manifests: Path, corpora: Path, out: Path
-) -> list[Job]:
-    """The jobs of params.yaml, or of the tasks and upstreams named. Raises RetortError for one that it has not."""
+) -> list[ScoringJob]:
+    """Return the jobs of params.yaml, all or those of the named tasks and upstreams.
+
+    Raises RetortError that lists the valid names for an unknown one.
+    """
     params, settings = read_params(config), read_section(config, "evaluate")
     corpus_of = corpus_of_tasks(params, config)
-    known = params.get("upstreams")
-    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-        raise RetortError(f"{config}: `upstreams` is {known!r}, expected a list of names")
-    for what, asked, valid in (("task", tasks, corpus_of), ("upstream", upstreams, known)):
+    configured = params.get("upstreams")
+    if not isinstance(configured, dict) or not all(isinstance(name, str) for name in configured):
+        raise RetortError(f"{config}: `upstreams` is {configured!r}, expected a section with one key for each upstream")
+    for kind, asked, valid in (("task", tasks, corpus_of), ("upstream", upstreams, configured)):
         for name in asked:
             if name not in valid:
-                raise unknown(f"{what} of {config}", name, valid)
+                raise unknown(f"{kind} of {config}", name, valid)
     return [
         job_of(
             task,
             settings,
-            config=config,
+            config,
             upstream=upstream,
-            manifest=manifests / corpus / f"{upstream}.json",
+            manifest=manifests / upstream / f"{corpus}.json",
             corpus=corpora / f"{corpus}.json",
             out=out / upstream / f"{task}.json",
         )
         for task, corpus in corpus_of.items()
         if not tasks or task in tasks
-        for upstream in upstreams or known
+        for upstream in upstreams or configured
     ]
 
 
-def score_all(jobs: Sequence[Job], *, workers: int, scheduler: str | None, say: Callable[[str], None]) -> None:
-    """Make the scores that are not there yet; the first error is raised and ends the others.
+def score_all(jobs: Sequence[ScoringJob], *, workers: int, scheduler: str | None) -> Iterator[str]:
+    """Make the scores that are missing or out of date; yield one line for each. The first error ends all.
 
-    Raises RetortError before any work where a job cannot be done.
+    Raises RetortError before any work if a job cannot be done.
     """
-    left = [job for job in jobs if not _is_made(job)]
+    left = [job for job in jobs if not is_made(job)]
     if len(left) < len(jobs):
-        say(f"{len(jobs) - len(left)} of {len(jobs)} scores are there already, from the same features and recipes")
+        yield f"{len(jobs) - len(left)} of {len(jobs)} scores are up to date (same features, recipe and code)"
     if not workers and scheduler is None:
-        settle_torch()
-        for job in left:
-            say(score_here(job))
+        configure_torch()
+        yield from map(score_here, left)
         return
     if not left:
         return
     from extract.base.dask_pool import DaskPool  # late: dask takes a second to import
 
+    # Workers of a running cluster may have another working folder.
+    sent = [
+        replace(job, manifest=job.manifest.resolve(), corpus=job.corpus.resolve(), out=job.out.resolve())
+        for job in left
+    ]
     with (
-        DaskPool(number=workers, address=scheduler, threads=1, piece="score") as cluster,
+        DaskPool(number=workers, address=scheduler, threads=1, piece="score") as pool,
         ProgressBar("evaluate", total=len(left), unit="scores") as bar,
     ):
-        for job, line in cluster.each(_score_silently, [_absolute(job) for job in left]):
+        for job, line in pool.each(_score_on_worker, sent):
             bar.advance(1, detail=f"{job.upstream} {job.task.name}")
-            say(line)
+            yield line
 
 
-def score_here(job: Job) -> str:
-    """Make one score in this process, shown step by step; the line that says what it is."""
+def score_here(job: ScoringJob) -> str:
+    """Make one score in this process with a progress bar; return its line."""
     with ProgressBar(f"{job.upstream} {job.task.name}", total=job.recipe.amount, unit="steps") as bar:
         return _line(job, score(job, bar))
 
 
-def _score_silently(job: Job) -> str:
-    """On a worker."""
-    settle_torch()
-    return _line(job, score(job, _Silent()))
+def _score_on_worker(job: ScoringJob) -> str:
+    configure_torch()
+    return _line(job, score(job))
 
 
-class _Silent:
-    def advance(self, amount: float, *, detail: str = "") -> None:
-        pass
+def score(job: ScoringJob, bar: ProgressBar | None = None) -> ScoreFile:
+    """Make a score, write it to `out` and return it; resume if the same job was interrupted before.
 
-    def skip(self, amount: float) -> None:
-        pass
-
-
-def _is_made(job: Job) -> bool:
-    """Whether the job's score is there, of what it would be made from now. Raises RetortError as `open_source`.
-
-    The checkpoints of a run that was killed once its score was written are removed.
+    Raises RetortError if store and corpus do not match, or if the store or a label that the task needs is missing.
     """
-    source = open_source(job.task, manifest=job.manifest, corpus=job.corpus)
+    check_out(job.out, "--out")
+    features = job.open()
+    session = job.session(features, bar)
+    made = measure(job, features, session)
+    made.write(job.out)
+    session.finish()
+    return made
+
+
+def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreFile:
+    """Train and measure a job's heads; return the record of the score without writing it."""
+    task, reader, corpus = job.task, features.reader, features.corpus
+    result = task.score(features, job.recipe, session)
+    dropped = [f"{len(reader.manifest.dropped)} utterances are not in the store"] if reader.manifest.dropped else []
+    return ScoreFile(
+        task=task.name,
+        upstream=job.upstream,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        unit="percent",
+        test=float(result.test[task.metric]),
+        also={name: float(value) for name, value in result.test.items() if name != task.metric},
+        interval=intervals_of(result.test, task.metric),
+        dev=result.dev,
+        chosen_lr=result.chosen_lr,
+        grid=result.grid,
+        seed=job.recipe.seed,
+        layers=tuple(reader.layers),
+        layer_weights=result.layer_weights,
+        num_test=result.num_test,
+        fingerprint=reader.fingerprint,
+        store_digest=reader.digest,
+        corpus=corpus.name,
+        corpus_digest=corpus.digest,
+        labels_digest=corpus.labels_digest,
+        recipe=asdict(job.recipe),
+        code=code_digest(),
+        versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
+        notes=(*task.deviations, *differences(job.recipe), *result.notes, *dropped),
+        seconds=round(session.seconds, 2),
+    )
+
+
+def is_made(job: ScoringJob) -> bool:
+    """Return True if the job's score file exists and is up to date. Raises RetortError as `open_features`.
+
+    Removes the checkpoints of a run that was killed after its score was written.
+    """
+    features = job.open()
     if not job.out.is_file():
         return False
     try:
-        score = ScoreFile.read(job.out)
-    except RetortError:  # damaged or of another format: score again
+        made = ScoreFile.read(job.out)
+    except RetortError:  # damaged, or of another format: made again
         return False
     wanted = {
         "task": job.task.name,
         "upstream": job.upstream,
         "recipe": asdict(job.recipe),
-        "store_digest": source.reader.digest,
-        "corpus_digest": source.corpus.digest,
-        "labels_digest": source.corpus.labels_digest,
+        "store_digest": features.reader.digest,
+        "corpus_digest": features.corpus.digest,
+        "labels_digest": features.corpus.labels_digest,
         "code": code_digest(),
     }
-    if any(getattr(score, name) != value for name, value in wanted.items()):
+    if any(getattr(made, name) != value for name, value in wanted.items()):
         return False
-    session_of(job, source, _Silent()).finish()
+    job.session(features).finish()
     return True
 
 
-def _absolute(job: Job) -> Job:
-    """DaskPool of a cluster that runs may have another working folder."""
-    return replace(job, manifest=job.manifest.resolve(), corpus=job.corpus.resolve(), out=job.out.resolve())
+def open_features(task: Task[Any], *, manifest: Path, corpus: Path) -> Features:
+    """Open corpus and store, and check that they belong together and hold what the task needs.
+
+    Raises RetortError if they do not match, if a label is missing, or if the store lacks the array that the task reads.
+    """
+    opened = Corpus.open(corpus)
+    for label in task.labels:
+        if label != SPEAKER:
+            opened.label(label)
+        elif not all(opened.speakers):
+            raise RetortError(
+                f"corpus {opened.name} ({opened.path}) has utterances without a speaker: {task.name} needs one for all"
+            )
+    reader = StoreReader.open(manifest, opened)
+    if task.reads not in reader.keep:
+        raise RetortError(
+            f"{manifest} keeps {', '.join(sorted(reader.keep))}, task {task.name} reads {task.reads}: extract again "
+            f"with `python -m extract run … --keep {','.join(sorted(reader.keep | {task.reads}))}`"
+        )
+    return Features(reader, opened)
 
 
-def _line(job: Job, made: ScoreFile) -> str:
+def configure_torch() -> None:
+    """Configure torch for heads, in this thread and the threads it starts."""
+    keep_freed_blocks()
+    torch.set_num_threads(1)  # see evaluate/sweep.py for the reason
+    # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
+    # fbank). Threads inherit this setting.
+    torch.set_flush_denormal(True)
+
+
+@cache
+def code_digest() -> str:
+    """Return the digest of the code that makes a score; a score of other code is out of date."""
+    return sha256_matching(ROOT, CODE)
+
+
+def _line(job: ScoringJob, made: ScoreFile) -> str:
     """Return a score in one line."""
     ends, units = made.interval.test, made.interval.of or "utterances"
     interval = f", {made.interval.level_percent}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""

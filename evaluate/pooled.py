@@ -1,10 +1,10 @@
-"""Tasks whose head is linear up to the time mean: they train from `pooled` alone, a few MB of store.
+"""Utterance classification from time means: KS, SID, IC and ER train from `pooled` alone, a few MB of the store.
 
-The layer sum, both linear layers and the mean over time commute, so the mean of each layer, (layers, dim) numbers an
-utterance, gives the same logits, loss and gradients as all of its frames. Read with `StoreReader.pooled`.
+The layer sum, both linear layers and the mean over time commute. The mean of each layer over time, L x D numbers an
+utterance, thus gives the same logits, loss and gradients as all frames.
 
-Shapes: U utterances of the corpus, N of them in a split, B in a batch, L layers, D features, C classes, G labels of an
-utterance (IC has three, the others one).
+Shapes: U utterances of the corpus, N utterances of a split, B utterances of a batch, L layers, D features, C classes,
+G labels of an utterance (three for IC, else one).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
-from evaluate.checkpoint import Progress
-from evaluate.features import Source
+from evaluate.checkpoint import TaskSession
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
-from evaluate.recipe import Recipe
-from evaluate.sweep import HeadPool, SweepResult, sweep
+from evaluate.sweep import HeadPool, Metrics, SweepResult, sweep
+from evaluate.task import Features, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class PooledRecipe(Recipe):
-    """`balanced`: draw training utterances so that every class comes equally often, with replacement."""
+    """Recipe of pooled tasks. `balanced`: draw classes equally often, with replacement within the training split."""
 
     projection: int = 256
     balanced: bool = False
@@ -35,28 +34,25 @@ class PooledRecipe(Recipe):
 
 @dataclass(frozen=True)
 class PooledSplit:
-    """One split: its rows among all utterances, int64 (N,), and their classes, int64 (N, G).
+    """One split. A class is -1 if training has no utterance of it."""
 
-    A class is -1 where training never had it.
-    """
-
-    rows_N: Tensor
-    classes_NG: Tensor
+    rows_N: Tensor  # int64, into the U utterances
+    classes_NG: Tensor  # int64
 
 
 @dataclass(frozen=True)
 class PooledBatch:
-    """hidden (L, B, D) and classes int64 (B, G)."""
+    """Time means and classes of a batch."""
 
-    hidden_LBD: Tensor
-    classes_BG: Tensor
+    hidden_LBD: Tensor  # float32
+    classes_BG: Tensor  # int64
 
 
 class PooledClassification:
-    """Utterances into classes by one head a learning rate; see `sweep.Problem`.
+    """Classification of utterances; see `sweep.Problem`.
 
-    An utterance may have several labels: the head's output then holds the classes of one after those of another, the
-    loss is the sum of their cross-entropies, and an utterance is right where all of its labels are.
+    With several labels the head's output is the concatenation of their classes, the loss is the sum of their
+    cross-entropies, and an utterance is correct if all of its labels are.
     """
 
     metric = "acc"
@@ -80,16 +76,16 @@ class PooledClassification:
         return LinearHead(num_layers=num_layers, dim=dim, projection=self.recipe.projection, classes=classes)
 
     def batches(self, seed: int, first: int) -> Iterator[PooledBatch]:
-        """Epochs in random order; the last batch of each may be smaller."""
+        """Yield epochs in random order; the last batch of each may be smaller."""
         for (rows_B, classes_BG), _ in steps_from(first, seed, self._draw_epoch):
             yield PooledBatch(self.pooled_ULD[rows_B].transpose(0, 1), classes_BG)
 
     def _draw_epoch(self, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor]]:
-        """Rows and classes of the training split in batches."""
+        """Return rows and classes of the training split in batches."""
         train = self.splits["train"]
         if self.recipe.balanced:
             _, kind_N, count = torch.unique(train.classes_NG, dim=0, return_inverse=True, return_counts=True)
-            share_N = 1 / count.to(torch.float64)[kind_N]
+            share_N = 1 / count.to(torch.float64)[kind_N]  # proportional to the probability of each utterance
             order_N = torch.multinomial(share_N, len(share_N), replacement=True, generator=generator)
         else:
             order_N = torch.randperm(len(train.rows_N), generator=generator)
@@ -102,49 +98,49 @@ class PooledClassification:
         logits_BC = head(head.sum_layers(batch.hidden_LBD))
         return summed_cross_entropy(logits_BC, batch.classes_BG, self.num_classes_G)
 
-    def measure(self, heads: Sequence[LinearHead], split: str, team: HeadPool) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[LinearHead], split: str, pool: HeadPool) -> list[Metrics]:
         data = self.splits[split]
         hidden_LND = self.pooled_ULD[data.rows_N].transpose(0, 1)
         actual = data.classes_NG.tolist()
 
-        @torch.no_grad()
-        def one(head: LinearHead) -> dict[str, float]:
+        @torch.no_grad()  # applies to this thread only, hence inside the work
+        def accuracy_of(head: LinearHead) -> Metrics:
             groups = torch.split(head(head.sum_layers(hidden_LND)), self.num_classes_G, dim=-1)
             return {"acc": accuracy(torch.stack([logits.argmax(-1) for logits in groups], -1).tolist(), actual)}
 
-        return team.each(one, heads)
+        return pool.each(accuracy_of, heads)
 
 
 def summed_cross_entropy(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: Sequence[int]) -> Tensor:
-    """The sum over labels of the cross-entropy of each one's own part of the logits, a mean over the batch."""
+    """Return the sum over labels of the cross-entropy of their part of the logits, each a mean over the batch."""
     groups = torch.split(logits_BC, list(num_classes_G), dim=-1)
     losses = [F.cross_entropy(logits, classes_B) for logits, classes_B in zip(groups, classes_BG.T, strict=True)]
     return torch.stack(losses).sum()
 
 
-def classify(source: Source, labels: Sequence[str], recipe: PooledRecipe, progress: Progress) -> SweepResult:
-    """Score the classification of utterances by `labels`, all of which must be right."""
-    problem = pooled_problem(source, read_pooled(source), labels, source.train_dev_test(), recipe)
-    return sweep(problem, recipe, progress)
+def classify(features: Features, recipe: PooledRecipe, session: TaskSession, *, labels: Sequence[str]) -> SweepResult:
+    """Score the classification of utterances by `labels`, all of which must be correct."""
+    problem = pooled_problem(features, read_pooled(features), labels, features.train_dev_test(), recipe)
+    return sweep(problem, recipe, session)
 
 
-def read_pooled(source: Source) -> Tensor:
-    """The time means of all utterances, float32 (U, L, D)."""
-    return torch.from_numpy(source.reader.pooled())
+def read_pooled(features: Features) -> Tensor:
+    """Return the time means of all utterances, float32 (U, L, D)."""
+    return torch.from_numpy(features.reader.pooled())
 
 
 def pooled_problem(
-    source: Source,
+    features: Features,
     pooled_ULD: Tensor,
     labels: Sequence[str],
     rows: Mapping[str, NDArray[np.int64]],
     recipe: PooledRecipe,
 ) -> PooledClassification:
-    """The problem of one train, dev and test: the corpus indices in `rows`. The classes are those of train."""
+    """Return the problem of one train, dev and test split. rows: corpus indices of each; classes are those of train."""
     classes: dict[str, list[list[int]]] = {split: [] for split in rows}
     num_classes_G, notes = [], []
     for label in labels:
-        names = {split: source.labels(label, rows[split]) for split in rows}
+        names = {split: features.labels(label, rows[split]) for split in rows}
         class_of = {name: index for index, name in enumerate(sorted(set(names["train"])))}
         num_classes_G.append(len(class_of))
         for split in rows:

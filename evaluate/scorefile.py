@@ -85,7 +85,7 @@ class ScoreFile:
     corpus: str
     corpus_digest: str
     labels_digest: str
-    recipe: dict[str, Any]
+    recipe: dict[str, bool | int | float | tuple[float, ...]]
     code: str  # digest of the code that made the score
     versions: dict[str, str]
     notes: tuple[str, ...]  # deviations from the reference recipe

@@ -1,11 +1,12 @@
-"""A grid of learning rates, all trained in one pass over the data.
+"""Sweep over learning rates: one head for each rate, all trained in one pass over the data.
 
-Every rate has a head of its own; all start from the same numbers and see the same batches, masks and dropout, so a
-head of a grid equals the same head trained alone. Dev chooses the checkpoint of each head and then the rate; test is
-measured once, with the chosen head.
+All heads start from the same parameters and get the same batches, masks and dropout, so a head of a grid equals the
+same head trained alone. Dev chooses the checkpoint of each head and then the rate; test is measured once, with the
+chosen head.
 
-Heads are trained side by side, each in one thread: heads have small operations, which torch's own threads speed up
-little on an idle machine and slow down tenfold on a busy one. So the result does not depend on the number of cores.
+Each head is trained in one thread of its own. The operations of heads are small: torch's internal threads speed them up
+little on an idle machine and slow them down tenfold on a busy one. With one thread each, results do not depend on the
+number of cores.
 """
 
 import copy
@@ -19,22 +20,22 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
-from evaluate.bootstrap import Measured, mean_of
-from evaluate.checkpoint import Checkpoint, Progress
+from evaluate.bootstrap import Metric, mean_of
+from evaluate.checkpoint import TaskSession
 from evaluate.heads import Head
-from evaluate.recipe import Recipe
 from evaluate.scorefile import GridPoint, LayerPoint
+from evaluate.task import Recipe
 from extract.base.errors import RetortError
 
 H = TypeVar("H", bound=Head)
 Batch = TypeVar("Batch")
 Out = TypeVar("Out")
+Metrics = Mapping[str, Metric | float]  # by name, in percent; a plain number has no bootstrap interval
 
 
 class Problem(Protocol[H, Batch]):
-    """What a task gives the sweep. All randomness of training is in the batches, so that it is one for all heads."""
+    """Interface of a task to the sweep. All randomness of training is in the batches, hence the same for all heads."""
 
     metric: str
     higher_is_better: bool
@@ -42,30 +43,30 @@ class Problem(Protocol[H, Batch]):
     notes: Sequence[str]
 
     def new_head(self) -> H:
-        """A head at the reference's initialisation; the sweep sets the seed around the call."""
+        """Return a head at the reference's initialisation; the sweep sets the seed around the call."""
         ...
 
     def batches(self, seed: int, first: int) -> Iterator[Batch]:
-        """The training batches of the steps from `first` (from 0) on, without end.
+        """Yield the training batches of the steps from `first` (counted from 0) on, without end.
 
-        Each is a function of seed and step (`evaluate.batches`), so that a killed run goes on with the same ones.
+        Each is a function of seed and step (`evaluate.batches`), so that an interrupted run resumes with the same ones.
         """
         ...
 
     def loss(self, head: H, batch: Batch) -> Tensor:
-        """The head's loss on the batch, a scalar. Called for several heads at once, from as many threads."""
+        """Return the head's loss on the batch, a scalar. Called for several heads at once, in as many threads."""
         ...
 
-    def measure(self, heads: Sequence[H], split: str, team: "HeadPool") -> list[dict[str, float]]:
-        """Each head's metrics on "dev" or "test", `metric` among them; `team` works on several heads at once.
+    def measure(self, heads: Sequence[H], split: str, pool: "HeadPool") -> list[Metrics]:
+        """Return each head's metrics on "dev" or "test", `metric` among them; `pool` runs several heads at once.
 
-        What is measured on "dev" beside `metric` chooses nothing; it is in the result's `checkpoints`.
+        On "dev" only `metric` chooses; all metrics are kept in the result's `checkpoints`.
         """
         ...
 
 
 class HeadPool:
-    """Works on heads side by side, in threads that torch does not multiply. Results come in the heads' order."""
+    """Threads that run one head each, with torch's own threads off. Results come in the order of the heads."""
 
     def __init__(self, num_workers: int) -> None:
         self._pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -77,21 +78,21 @@ class HeadPool:
         self._pool.shutdown(cancel_futures=True)
 
     def each(self, work: Callable[..., Out], *columns: Iterable[Any]) -> list[Out]:
-        """`work` on every row of the columns, as map does; raises what it raises."""
+        """Return `work` of every row of the columns, as `map` does; raises what it raises."""
         return list(self._pool.map(work, *columns))
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What was chosen on dev, and its test metrics.
+    """Choice made on dev, and its test metrics.
 
-    A task without a head has no learning rate: its grid has the layers, and the chosen one has all the weight.
-    `checkpoints`: what every head measured on dev, at every evaluation.
+    A task without a head has no learning rate: its grid holds the layers, and the chosen one has all the weight.
+    `checkpoints` holds the metrics of every head at every dev evaluation.
     """
 
     chosen_lr: float | None
     dev: float
-    test: Mapping[str, float]
+    test: Metrics
     grid: tuple[GridPoint, ...] | tuple[LayerPoint, ...]
     layer_weights: tuple[float, ...]
     num_test: int
@@ -99,226 +100,193 @@ class SweepResult:
     checkpoints: tuple[Mapping[str, float], ...] = ()
 
 
-class Adam:
-    """torch's Adam (betas .9 and .999), AdamW where weights decay, without its `Optimizer` class.
+@dataclass
+class Selection:
+    """Best checkpoint of a head so far, by its dev metric."""
 
-    The first `torch.optim.Optimizer` of a process imports torch.compile's machinery, which takes as long as importing
-    torch: half the time of scoring a pooled task.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
-        self.lr, self.weight_decay = lr, weight_decay
-        self.parameters = list(parameters)
-        self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.steps = [torch.zeros(()) for _ in self.parameters]
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-
-    @torch.no_grad()
-    def clip(self, norm: float) -> None:
-        """Scale all gradients so that together their norm is at most `norm`.
-
-        The sums of torch.nn.utils.clip_grad_norm_, bit for bit, without its search for parameters, devices and kinds,
-        which was a tenth of a step of a head on time means.
-        """
-        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients)))
-        torch._foreach_mul_(self.gradients, (norm / (total + 1e-6)).clamp(max=1.0))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters from their gradients, and forget the gradients."""
-        adam(
-            list[Tensor](self.parameters),
-            self.gradients,
-            self.means,
-            self.squares,
-            [],
-            self.steps,
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            decoupled_weight_decay=True,
-            eps=1e-8,
-            maximize=False,
-        )
-        for parameter in self.parameters:
-            parameter.grad = None
+    dev: float  # of the best checkpoint; the worst possible value before the first evaluation
+    steps: int = 0  # at the best checkpoint
+    best: dict[str, Tensor] | None = None  # the head's parameters there
+    seen: list[Mapping[str, float]] = field(default_factory=list)  # dev metrics of every evaluation
+    diverged: int | None = None  # step whose loss was not finite
 
 
 @dataclass
-class Runner(Generic[H]):
-    """One learning rate under way: its head and the best state that dev has seen."""
+class HeadTraining(Generic[H]):
+    """Training of one head at one learning rate."""
 
     lr: float
     head: H
-    optimiser: Adam
-    dev: float
-    steps: int = 0
-    best: dict[str, Tensor] | None = None
-    seen: list[Mapping[str, float]] = field(default_factory=list)
-    diverged: int | None = None  # the step whose loss was not finite
+    optimiser: torch.optim.AdamW
+    selection: Selection
 
     def step(self, problem: Problem[H, Any], batch: Any, step: int, clip_norm: float) -> None:
-        """Train on one batch; stop for good at a loss that is not finite."""
+        """Train on one batch; a loss that is not finite ends this head's training."""
         loss = problem.loss(self.head, batch)
         if not loss.isfinite():
-            self.diverged = step
+            self.selection.diverged = step
             return
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.clip(clip_norm)
+        nn.utils.clip_grad_norm_(self.head.parameters(), clip_norm)
         self.optimiser.step()
+        self.optimiser.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        """All of it, as tensors and plain values; `take_up` gives it back, to a runner of the same rate."""
-        optimiser = {name: getattr(self.optimiser, name) for name in ("means", "squares", "steps")}
-        own = {name: getattr(self, name) for name in ("dev", "steps", "best", "seen", "diverged")}
-        return {"lr": self.lr, "head": self.head.state_dict(), "optimiser": optimiser, "own": own}
+        """Return the state for a checkpoint as tensors and plain values."""
+        return {
+            "lr": self.lr,
+            "head": self.head.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "selection": dict(vars(self.selection)),
+        }
 
-    def take_up(self, state: dict[str, Any]) -> None:
-        assert state["lr"] == self.lr, "the checkpoint's key holds the rates"
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        assert state["lr"] == self.lr, "the checkpoint's key covers the rates"
         self.head.load_state_dict(state["head"])
-        vars(self.optimiser).update(state["optimiser"])
-        vars(self).update(state["own"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.selection = Selection(**state["selection"])
 
     def consider(self, value: float, step: int, *, higher_is_better: bool) -> None:
-        """Keep the head's state if dev is strictly better than before."""
-        if self.best is None or _better(value, self.dev, higher_is_better):
-            self.dev, self.steps = value, step
-            self.best = copy.deepcopy(self.head.state_dict())
+        """Keep the head's parameters if dev is strictly better than before."""
+        kept = self.selection
+        if kept.best is None or _better(value, kept.dev, higher_is_better):
+            kept.dev, kept.steps = value, step
+            kept.best = copy.deepcopy(self.head.state_dict())
 
 
-def sweep(problem: Problem[H, Batch], recipe: Recipe, progress: Progress) -> SweepResult:
-    """Train a head for every learning rate of the recipe, choose on dev, measure test once.
-
-    Among rates with the same dev metric the lowest is chosen; within a rate the earliest checkpoint. Goes on from where
-    an earlier sitting was killed, if `progress` kept that.
-    """
-    return cross_validate([problem], recipe, progress)
-
-
-def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, progress: Progress) -> SweepResult:
-    """`sweep` over folds: one rate for all of them, by the mean of their dev metrics, a checkpoint for each on its dev.
-
-    Metrics and layer weights are means over the folds.
-    """
-    with HeadPool(min(len(recipe.learning_rates), os.cpu_count() or 1)) as team:
-        trained = [_train(problem, recipe, progress, team, 1 / len(folds)) for problem in folds]
-        return _conclude(folds, trained, team)
-
-
-def _train(
-    problem: Problem[H, Batch], recipe: Recipe, progress: Progress, team: HeadPool, share: float
-) -> list[Runner[H]]:
-    """Every rate trained, ascending, each with its best checkpoint on dev. `share`: of the whole progress."""
-    runners = [begin(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
-    kept = progress.next_sweep()
-    done = _take_up(runners, kept)
-    progress.skip(share * done)
-    batches = problem.batches(recipe.seed, done)
-    for step in range(done + 1, recipe.steps + 1):
-        active = [runner for runner in runners if runner.diverged is None]
-        if not active:
-            break
-        batch = next(batches)
-        team.each(lambda runner, at=step, on=batch: runner.step(problem, on, at, recipe.clip_norm), active)
-        if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
-            _evaluate(problem, runners, step, team)
-        progress.advance(share, detail=_status(problem, runners))
-        if kept is not None and kept.due():
-            kept.save({"step": step, "runners": [runner.state() for runner in runners]})
-    return runners
-
-
-def _take_up(runners: Sequence[Runner[H]], kept: "Checkpoint | None") -> int:
-    """Put the runners where an earlier sitting left them; the steps that it took."""
-    found = None if kept is None else kept.load()
-    if found is None:
-        return 0
-    for runner, state in zip(runners, found["runners"], strict=True):
-        runner.take_up(state)
-    return int(found["step"])
-
-
-def begin(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> Runner[H]:
-    """A new head for one learning rate."""
-    # torch.nn initialises from the global generator: fork it, so that nothing outside is changed or read.
+def begin(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> HeadTraining[H]:
+    """Return a new head for one learning rate."""
+    # torch.nn initialises from the global generator: fork it, so that nothing outside is read or changed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         head = problem.new_head()
-    optimiser = Adam(head.parameters(), lr, recipe.weight_decay)
-    return Runner(lr, head, optimiser, dev=-math.inf if problem.higher_is_better else math.inf)
+    # AdamW with weight decay 0 is Adam. Fused: one kernel for all parameters.
+    optimiser = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
+    worst = -math.inf if problem.higher_is_better else math.inf
+    return HeadTraining(lr, head, optimiser, Selection(worst))
 
 
-def _evaluate(problem: Problem[H, Batch], runners: Sequence[Runner[H]], step: int, team: HeadPool) -> None:
-    active = [runner for runner in runners if runner.diverged is None]
+def sweep(problem: Problem[H, Batch], recipe: Recipe, session: TaskSession) -> SweepResult:
+    """Train a head for every learning rate of the recipe, choose on dev, measure test once.
+
+    Of rates with the same dev metric the lowest is chosen; of a rate's checkpoints the earliest. Resumes from the
+    session's checkpoint if there is one. Raises RetortError if every rate diverges.
+    """
+    return cross_validate([problem], recipe, session)
+
+
+def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, session: TaskSession) -> SweepResult:
+    """Run `sweep` over folds: one rate for all, by the mean of their dev metrics; each fold has its own checkpoint.
+
+    Metrics and layer weights are means over the folds.
+    """
+    with HeadPool(min(len(recipe.learning_rates), os.cpu_count() or 1)) as pool:
+        trained = [_train(problem, recipe, session, pool, 1 / len(folds)) for problem in folds]
+        return _conclude(folds, trained, pool)
+
+
+def _train(
+    problem: Problem[H, Batch], recipe: Recipe, session: TaskSession, pool: HeadPool, share: float
+) -> list[HeadTraining[H]]:
+    """Train every rate, in ascending order. `share`: part of the task's progress that a step of this fold counts."""
+    trainings = [begin(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
+    checkpoint = session.next_sweep()
+    done = 0
+    if checkpoint is not None and (found := checkpoint.load()) is not None:
+        for training, state in zip(trainings, found["heads"], strict=True):
+            training.load_state(state)
+        done = int(found["step"])
+    session.skip(share * done)
+    batches = problem.batches(recipe.seed, done)
+    for step in range(done + 1, recipe.steps + 1):
+        active = [training for training in trainings if training.selection.diverged is None]
+        if not active:
+            break
+        batch = next(batches)
+        pool.each(lambda training, at=step, on=batch: training.step(problem, on, at, recipe.clip_norm), active)
+        # Dev evaluations are evenly spaced: one whenever step * evaluations / steps passes a whole number.
+        if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
+            _evaluate(problem, trainings, step, pool)
+        session.advance(share, detail=_status(problem, trainings))
+        if checkpoint is not None and checkpoint.due():
+            checkpoint.save({"step": step, "heads": [training.state() for training in trainings]})
+    return trainings
+
+
+def _evaluate(problem: Problem[H, Batch], trainings: Sequence[HeadTraining[H]], step: int, pool: HeadPool) -> None:
+    active = [training for training in trainings if training.selection.diverged is None]
     if not active:
         return
-    for runner, measured in zip(active, problem.measure([r.head for r in active], "dev", team), strict=True):
-        runner.seen.append({name: float(value) for name, value in measured.items()})
-        runner.consider(runner.seen[-1][problem.metric], step, higher_is_better=problem.higher_is_better)
+    measured = problem.measure([training.head for training in active], "dev", pool)
+    for training, metrics in zip(active, measured, strict=True):
+        training.selection.seen.append({name: float(value) for name, value in metrics.items()})
+        dev = float(metrics[problem.metric])
+        training.consider(dev, step, higher_is_better=problem.higher_is_better)
 
 
 def _conclude(
-    folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[Runner[H]]], team: HeadPool
+    folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[HeadTraining[H]]], pool: HeadPool
 ) -> SweepResult:
-    """Choose among the rates (ascending, so that the lowest of equals wins) and measure test with those heads."""
-    rates = list(zip(*trained, strict=True))  # of each rate its runner in every fold
-    finished = [rate for rate in rates if all(runner.best is not None for runner in rate)]
+    """Choose a rate (the lowest of equals, as rates ascend) and measure test with its heads."""
+    rates = list(zip(*trained, strict=True))  # for each rate its training in every fold
+    finished = [rate for rate in rates if all(training.selection.best is not None for training in rate)]
     if not finished:
         raise RetortError(
             f"every learning rate diverged ({', '.join(f'{rate[0].lr:g}' for rate in rates)}): lower `learning_rates`, "
             "or look at the features (`python -m extract stats`)"
         )
     grid = tuple(
-        GridPoint(rate[0].lr, fmean(r.dev for r in rate), round(fmean(r.steps for r in rate))) for rate in finished
+        GridPoint(rate[0].lr, fmean(t.selection.dev for t in rate), round(fmean(t.selection.steps for t in rate)))
+        for rate in finished
     )
     best = 0
-    for place, point in enumerate(grid):
+    for index, point in enumerate(grid):
         if _better(point.dev, grid[best].dev, folds[0].higher_is_better):
-            best = place
+            best = index
     chosen = finished[best]
-    for runner in chosen:
-        assert runner.best is not None
-        runner.head.load_state_dict(runner.best)
-    tests = [problem.measure([runner.head], "test", team)[0] for problem, runner in zip(folds, chosen, strict=True)]
-    own = [f"learning rate {r.lr:g} diverged at step {r.diverged}" for rate in rates for r in rate if r.diverged]
+    for training in chosen:
+        assert training.selection.best is not None
+        training.head.load_state_dict(training.selection.best)
+    tests = [problem.measure([training.head], "test", pool)[0] for problem, training in zip(folds, chosen, strict=True)]
+    notes = [
+        f"learning rate {training.lr:g} diverged at step {step}"
+        for rate in rates
+        for training in rate
+        if (step := training.selection.diverged)
+    ]
     if len(rates) > 1 and chosen in (rates[0], rates[-1]):
         end = "lowest" if chosen is rates[0] else "highest"
-        own.append(f"the chosen learning rate {grid[best].lr:g} is the {end} of the grid: a wider one may do better")
+        notes.append(f"the chosen learning rate {grid[best].lr:g} is the {end} of the grid: a wider one may do better")
+    weights = zip(*(training.head.layer_weights for training in chosen), strict=True)
     return SweepResult(
         chosen_lr=grid[best].lr,
         dev=grid[best].dev,
         test={name: _mean([test[name] for test in tests]) for name in tests[0]},
         grid=grid,
-        layer_weights=tuple(fmean(weights) for weights in zip(*(r.head.layer_weights for r in chosen), strict=True)),
+        layer_weights=tuple(fmean(layer) for layer in weights),
         num_test=sum(problem.num_test for problem in folds),
-        notes=(*dict.fromkeys(note for problem in folds for note in problem.notes), *own),
-        checkpoints=tuple(measured for rate in rates for runner in rate for measured in runner.seen),
+        notes=(*dict.fromkeys(note for problem in folds for note in problem.notes), *notes),
+        checkpoints=tuple(metrics for rate in rates for training in rate for metrics in training.selection.seen),
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean over folds, which knows its test sets if each of them does."""
+def _mean(values: Sequence[Metric | float]) -> Metric | float:
+    """Return the mean over folds, as a metric with an interval if each of the values is one."""
     if len(values) == 1:
         return values[0]
-    parts = [value for value in values if isinstance(value, Measured)]
-    return mean_of(parts) if len(parts) == len(values) else fmean(values)
+    metrics = [value for value in values if isinstance(value, Metric)]
+    return mean_of(metrics) if len(metrics) == len(values) else fmean(map(float, values))
 
 
 def _better(value: float, than: float, higher_is_better: bool) -> bool:
     return value > than if higher_is_better else value < than
 
 
-def _status(problem: Problem[H, Batch], runners: Sequence[Runner[H]]) -> str:
-    """The best dev metric so far, for the progress line."""
-    seen = [runner for runner in runners if runner.best is not None]
-    if not seen:
+def _status(problem: Problem[H, Batch], trainings: Sequence[HeadTraining[H]]) -> str:
+    """Return the best dev metric so far, for the progress line."""
+    measured = [training for training in trainings if training.selection.best is not None]
+    if not measured:
         return ""
-    best = (max if problem.higher_is_better else min)(seen, key=lambda runner: runner.dev)
-    return f"dev {problem.metric} {best.dev:.2f} at learning rate {best.lr:g}"
+    best = (max if problem.higher_is_better else min)(measured, key=lambda training: training.selection.dev)
+    return f"dev {problem.metric} {best.selection.dev:.2f} at learning rate {best.lr:g}"

@@ -1,41 +1,164 @@
-"""What a task is: its labels, what it reads of the store, its metric, its recipe, and the function that scores it.
+"""Definition of a task: its record, its recipe, the features it reads, and the task section of params.yaml.
 
-A new task is one new file in evaluate/tasks/ and one line in the dict there.
+A new task is one new file in evaluate/tasks/ and one line in the dict there. This module imports no torch, whose import
+takes seconds that --help, the report and error lines do not need.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from evaluate.features import Source
-from evaluate.recipe import Settings
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.base.errors import RetortError
 from extract.base.validate import parse
 
-if TYPE_CHECKING:  # both need torch, whose import takes seconds; --help and error lines do not
-    from evaluate.checkpoint import Progress
+if TYPE_CHECKING:
+    from evaluate.checkpoint import TaskSession
     from evaluate.sweep import SweepResult
+    from extract.corpus import Corpus
+    from extract.store.reader import StoreReader
 
-R = TypeVar("R", bound=Settings)
+SPEAKER = "speaker"
+RUN_ONLY = frozenset({"memory_gb"})  # recipe fields that change the use of memory, not the score
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Generic[R]):
-    """One SUPERB task. `score` trains and measures; everything else is fact about it."""
+class Settings:
+    """Recipe fields of every task; those of trained tasks are in `Recipe`. Defaults are the reference's values."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise RetortError(f"seed is {self.seed}, expected 0 or more")
+
+    @property
+    def amount(self) -> float:
+        """Return the total of the task's progress: optimiser steps, or 1 for a task without a head."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """Recipe fields of trained tasks: Adam (AdamW with `weight_decay`), no schedule, best checkpoint on dev.
+
+    A batch holds `batch_size` whole utterances.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+    steps: int = 200_000
+    batch_size: int = 32
+    dev_evaluations: int = 100  # evenly spaced over the steps, the last one at the end
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise RetortError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise RetortError("learning_rates must be a list of one or more numbers above 0")
+        if len(set(self.learning_rates)) != len(self.learning_rates):
+            raise RetortError("learning_rates names a rate twice")
+        if self.weight_decay < 0:
+            raise RetortError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+
+    @property
+    def amount(self) -> float:
+        return self.steps
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one upstream for one corpus, with the corpus's labels."""
+
+    reader: "StoreReader"
+    corpus: "Corpus"
+
+    def select(self, split: str) -> NDArray[np.int64]:
+        """Return corpus indices of a split's utterances that are in the store, int64 (utterances,).
+
+        Raises RetortError if the store holds none of them.
+        """
+        chosen = self.corpus.select(split)
+        kept = chosen[self.reader.pack_of[chosen] >= 0]
+        if not len(kept):
+            raise RetortError(
+                f"{self.reader.source} holds no utterance of split {split!r} of corpus {self.corpus.name}: all were "
+                "dropped as longer than a pack or shorter than a frame; extract again with a larger --pack-frames"
+            )
+        return kept
+
+    def train_dev_test(self) -> dict[str, NDArray[np.int64]]:
+        """Return `select` of each of the three splits."""
+        return {split: self.select(split) for split in ("train", "dev", "test")}
+
+    def labels(self, name: str, indices: NDArray[np.int64]) -> list[str]:
+        """Return one label of the utterances at `indices`; `speaker` is a column of every corpus.
+
+        Raises RetortError that lists the corpus's labels if it lacks this one.
+        """
+        column = self.corpus.speakers if name == SPEAKER else self.corpus.label(name)
+        return [column[index] for index in indices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[S]):
+    """One SUPERB task. `score` trains heads and measures them."""
 
     name: str
     title: str
-    metric: str  # the metric that selects on dev and is reported on test, in percent
+    metric: str  # in percent; chooses on dev and is reported on test
     higher_is_better: bool
-    labels: tuple[str, ...]  # of every utterance; `speaker` is a column that every corpus has
-    reads: Literal["pooled", "frames"]
-    recipe: type[R]
-    score: "Callable[[Source, R, Progress], SweepResult]"
+    labels: tuple[str, ...]  # columns that the corpus must have; `speaker` is in every corpus
+    reads: Literal["pooled", "frames"]  # array of the store
+    recipe: type[S]
+    score: "Callable[[Features, S, TaskSession], SweepResult]"
     deviations: tuple[str, ...] = ()  # from the reference, whatever the recipe
 
+    def parse_recipe(self, section: object, *, where: str) -> S:
+        """Parse the task's section of params.yaml; None and missing keys keep the reference's values.
 
-def parse_recipe(task: Task[R], section: object, *, where: str) -> R:
-    """One task's section of params.yaml -> its recipe; None and missing keys keep the reference's values.
+        Raises RetortError that names the key, its value, the expected type and the valid keys.
+        """
+        return parse(self.recipe, {} if section is None else section, where=where)
 
-    Raises RetortError that names the key, what it is, what was expected and the valid keys.
+
+def differences(recipe: Settings) -> list[str]:
+    """Return one note for each field of the recipe that differs from the reference's value."""
+    reference = type(recipe)()
+    return [
+        f"{field.name} {_plain(getattr(recipe, field.name))} (reference {_plain(getattr(reference, field.name))})"
+        for field in fields(recipe)
+        if field.name not in {"seed", *RUN_ONLY} and getattr(recipe, field.name) != getattr(reference, field.name)
+    ]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f"{item:g}" for item in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def corpus_of_tasks(params: dict[str, Any], path: Path) -> dict[str, str]:
+    """Return the corpus of each task, in the order of section `tasks` of params.yaml.
+
+    Raises RetortError unless `tasks` gives each corpus a list of tasks, and each task one corpus.
     """
-    return parse(task.recipe, {} if section is None else section, where=where)
+    section = params.get("tasks")
+    if not isinstance(section, dict) or not all(
+        isinstance(tasks, list) and all(isinstance(task, str) for task in tasks) for tasks in section.values()
+    ):
+        raise RetortError(f"{path}: `tasks` is {section!r}, expected a list of tasks for each corpus")
+    pairs = [(task, corpus) for corpus, tasks in section.items() for task in tasks]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RetortError(f"{path}: `tasks` names a task twice; each is scored on one corpus")
+    return found

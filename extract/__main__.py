@@ -1,18 +1,22 @@
-"""Stage one's commands: `python -m extract plan | run | verify | info | stats | mirror | compare | speed`."""
+"""Commands of stage one: `python -m extract run | many | plan | verify | info | stats | mirror | compare | speed`."""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
 # isort: split
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from extract.base.errors import CommandGroup, RetortError, shared_options
 
 if TYPE_CHECKING:
-    from extract.store.reader import Manifest
+    from extract.config import ExtractConfig
+    from extract.store.manifest import Manifest
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(cls=CommandGroup, help="Stage one: run an upstream once and keep its hidden states in a Zarr store.")
@@ -26,143 +30,145 @@ def _layers(text: str | None, option: str = "--layers") -> tuple[int, ...] | Non
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise RetortError(
-            f"{option} {text!r}: expected `all` or numbers with commas between them, such as 4,8,12"
-        ) from None
+        raise RetortError(f"{option} {text!r}: expected `all` or numbers separated by commas, such as 4,8,12") from None
 
 
-def _parts(keep: str) -> frozenset[str]:
-    return frozenset(filter(None, keep.split(",")))
+def _path(*names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, type=click.Path(path_type=Path), **settings)
 
 
-_what_to_extract = shared_options(  # said alike to `plan` and to `run`
+_how_to_run = shared_options(
+    click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack, and record them."),
+    click.option("--drop-short", is_flag=True, help="Drop utterances shorter than one frame, and record them."),
+    click.option(
+        "--normalise/--no-normalise",
+        default=None,
+        help="Waveforms to zero mean, unit variance [default: the checkpoint's setting].",
+    ),
+    click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
+    click.option("--trust-remote-code", is_flag=True, help="Run the modelling code in an upstream's folder."),
+)
+_what_to_extract = shared_options(
     click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id."),
+    _path("--corpus", required=True, help="corpora/NAME.json or .h5."),
+    click.option(
+        "--store",
+        default="stores",
+        show_default=True,
+        help="ROOT of all stores: a folder, or a URL such as s3://bucket/prefix.",
+    ),
     click.option("--revision", help="Revision of a hub id."),
     click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all]."),
+    click.option(
+        "--keep",
+        default="frames,pooled",
+        show_default=True,
+        help="What to store: pooled, and with commas frames and stem. With `stem` (the convolution stem's output) "
+        "students train without waveforms.",
+    ),
     click.option(
         "--codec", default="int8", show_default=True, help="float16, int8 or int4: 2, 1 or 0.625 bytes a value."
     ),
     click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch)."),
     click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work)."),
-    click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack and record them."),
-    click.option(
-        "--drop-short", is_flag=True, help="Drop utterances too short for one frame of the upstream and record them."
-    ),
-    click.option(
-        "--normalise/--no-normalise",
-        default=None,
-        help="Waveforms to zero mean, unit variance [default: the checkpoint's].",
-    ),
-    click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast."),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
-    click.option("--trust-remote-code", is_flag=True, help="Run the modelling code that an upstream's folder brings."),
+    _how_to_run,
 )
+_where_to_run = shared_options(
+    click.option("--threads", default=0, show_default=True, help="torch threads of a process; 0: torch's choice."),
+    click.option("--workers", default=0, show_default=True, help="Start a Dask cluster of this many processes here."),
+    click.option("--scheduler", help="Address of a running Dask cluster's scheduler, such as tcp://10.0.0.1:8786."),
+)
+
+
+def _config(*, layers: str | None, keep: str, **options: Any) -> "ExtractConfig":
+    from extract.config import ExtractConfig
+
+    return ExtractConfig(layers=_layers(layers), keep=frozenset(filter(None, keep.split(","))), **options)
 
 
 @main.command()
 @_what_to_extract
-@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="corpora/NAME.json or .h5.")
-@click.option("--store", default="stores", show_default=True, help="ROOT of all stores: is there room?")
-@click.option("--keep", default="frames,pooled", show_default=True, help="What to store; see `run`.")
-@click.option(
-    "--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: not at all."
-)
-@click.option("--rate", type=float, help="Seconds of audio a second, measured elsewhere; nothing is timed then.")
-@click.option("--read-mb-s", default=500.0, show_default=True, help="MB/s that training reads the store at.")
-@click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s that extraction writes the store at.")
+@click.option("--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: none.")
+@click.option("--rate", type=float, help="Seconds of audio per second, measured elsewhere, in place of timing.")
+@click.option("--read-mb-s", default=500.0, show_default=True, help="MB/s at which training reads the store.")
+@click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s at which extraction writes the store.")
 @click.option("--student-layers", help="Layers that a student reads every epoch [default: all kept].")
 @click.option("--student-epochs", default=0, show_default=True, help="Also compare the hours of so many epochs.")
-def plan(layers: str | None, keep: str, student_layers: str | None, **options: Any) -> None:
-    """Say what an extraction would cost: bytes by codec, hours, and when the cache has paid for itself.
+def plan(
+    sample_s: float,
+    rate: float | None,
+    read_mb_s: float,
+    write_mb_s: float,
+    student_layers: str | None,
+    student_epochs: int,
+    **options: Any,
+) -> None:
+    """Estimate the cost of an extraction: bytes by codec, hours, and the epochs after which the cache has paid.
 
     The two MB/s are assumptions, the slow end of one process with uncompressed chunks on a local disk; give your own.
     """
     from rich.console import Console
 
-    from extract.cost import Request, plan_cost
+    from extract.cost import CostConfig, plan_cost
 
-    request = Request(
-        layers=_layers(layers), keep=_parts(keep), student_layers=_layers(student_layers, "--student-layers"), **options
+    config = CostConfig(
+        extract=_config(**options),
+        sample_s=sample_s,
+        rate=rate,
+        read_mb_s=read_mb_s,
+        write_mb_s=write_mb_s,
+        student_layers=_layers(student_layers, "--student-layers"),
+        student_epochs=student_epochs,
     )
-    plan_cost(request, Console())
+    plan_cost(config, Console())
 
 
 @main.command()
 @_what_to_extract
-@click.option(
-    "--corpus",
-    "corpora",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="corpora/NAME.json or .h5.",
-)
-@click.option(
-    "--manifest", "manifests", type=click.Path(path_type=Path), multiple=True, required=True, help="The JSON to write."
-)
-@click.option(
-    "--store",
-    default="stores",
-    show_default=True,
-    help="ROOT of all stores: a folder, or a URL such as s3://bucket/prefix.",
-)
-@click.option("--name", help="What to call the upstream [default: the last part of --upstream].")
-@click.option(
-    "--keep",
-    "keeps",
-    multiple=True,
-    default=("frames,pooled",),
-    show_default=True,
-    help="What to store: frames, pooled and stem, with commas between them; pooled always. Once for all corpora, or "
-    "once for each. With `stem` (the convolution stem's output) students train without waveforms.",
-)
-@click.option("--threads", default=0, show_default=True, help="torch threads a process; 0: torch's own choice.")
-@click.option("--workers", default=0, show_default=True, help="Start a Dask cluster of this many processes here.")
-@click.option(
-    "--scheduler", help="Use the Dask cluster whose scheduler is at this address, such as tcp://10.0.0.1:8786."
-)
+@_where_to_run
+@_path("--manifest", required=True, help="The JSON to write.")
+@click.option("--name", help="Name of the upstream in results [default: the last part of --upstream].")
 @click.option(
     "--initial-blocks",
     default=0,
     show_default=True,
-    help="Also write the stem and this many first blocks for students.",
+    help="Also write initial weights for students: the convolution stem and this many first blocks.",
 )
-def run(
-    layers: str | None,
-    corpora: tuple[Path, ...],
-    manifests: tuple[Path, ...],
-    keeps: tuple[str, ...],
-    **options: Any,
-) -> None:
-    """Run an upstream over a corpus; leave a store and its manifest.
-
-    Several corpora in one go: give --corpus and --manifest once for each, in the same order.
-    """
-    if len(manifests) != len(corpora) or len(keeps) not in (1, len(corpora)):
-        raise RetortError(
-            f"got {len(corpora)} --corpus, {len(manifests)} --manifest and {len(keeps)} --keep; "
-            "give one --manifest for each --corpus, and one --keep for all or for each"
-        )
+def run(**options: Any) -> None:
+    """Run an upstream over a corpus; leave a store and its manifest."""
     from extract.base.malloc import keep_freed_blocks
-    from extract.run import Settings, extract
+    from extract.run import extract
 
     keep_freed_blocks()
-    kept = [_parts(keep) for keep in keeps]
-    common = {"layers": _layers(layers), **options}
-    for settings in [
-        Settings(corpus=corpus, manifest=manifest, keep=keep, **common)
-        for corpus, manifest, keep in zip(corpora, manifests, kept * (len(corpora) // len(kept)), strict=True)
-    ]:
-        _say(settings.manifest, *extract(settings))
+    config = _config(**options)
+    _print_made(config.manifest, *extract(config))
 
 
-def _say(path: Path, manifest: "Manifest", worked: bool) -> None:
-    plan = manifest.plan
+@main.command()
+@_path("--config", required=True, help="params.yaml, with the sections upstreams, features and store.")
+@click.option("--upstream", required=True, help="Name in the section upstreams.")
+@_path("--corpora", default="corpora", show_default=True, help="Folder of the corpora, NAME.json each.")
+@_path("--out", default="manifests", show_default=True, help="Folder of the manifests, UPSTREAM/CORPUS.json each.")
+@_how_to_run
+@_where_to_run
+def many(config: Path, upstream: str, corpora: Path, out: Path, **options: Any) -> None:
+    """Run one upstream, loaded once, over every corpus of the section features of a params file."""
+    from extract.base.malloc import keep_freed_blocks
+    from extract.many import read_configs
+    from extract.run import extract_all
+
+    keep_freed_blocks()
+    configs = read_configs(config, upstream, corpora=corpora, out=out, **options)
+    for one, made in zip(configs, extract_all(configs), strict=True):
+        _print_made(one.manifest, *made)
+
+
+def _print_made(path: Path, manifest: "Manifest", worked: bool) -> None:
     click.echo(
-        f"{path}: {manifest.upstream['name']} on {manifest.corpus['name']}, "
-        f"{manifest.corpus['num_utterances']} utterances, {plan['num_frames']} frames, {len(manifest.layers)} layers "
-        f"x {manifest.dim}, {_megabytes(manifest.objects):.1f} MB "
-        + ("written" if worked else "were there already: nothing to do")
+        f"{path}: {manifest.upstream['name']} on {manifest.corpus['name']}, {manifest.corpus['num_utterances']} "
+        f"utterances, {manifest.plan['num_frames']} frames, {len(manifest.layers)} layers x {manifest.dim}, "
+        f"{_megabytes(manifest.objects):.1f} MB " + ("written" if worked else "were there already: nothing to do")
     )
 
 

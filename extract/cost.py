@@ -1,36 +1,36 @@
-"""What extraction will cost, said beforehand: bytes by codec, hours, and when the cache has paid for itself.
+"""Cost of an extraction, before it runs: bytes by codec, hours, and the epochs after which the cache has paid.
 
-`python -m extract plan --upstream U --corpus C` prints it. Sizes follow from lengths, the upstream's config.json and
-the codecs alone. Hours follow from a rate, in seconds of audio a second, that `--rate` gives or a short sample of the
-corpus measures (`--sample-s`); only the sample loads the upstream.
+`python -m extract plan --upstream U --corpus C` prints it. Sizes follow from the lengths of the utterances, the
+upstream's config.json and the codecs alone. Hours follow from a rate, in seconds of audio per second, which `--rate`
+gives or a short sample of the corpus measures (`--sample-s`); only the sample loads the upstream.
 
-The model of the break-even, all times over the whole corpus:
+Model of the break-even, all times over the whole corpus:
 
-    an epoch with an online teacher   teacher   = audio / rate: its forward pass, every epoch
-    an epoch from the cache           reading   = bytes of the student's layers / reading rate
-    making the cache, once            extraction = max(audio / rate, bytes on disk / writing rate)
-    break-even epochs                 extraction / (teacher - reading), or never if reading is no faster
+    teacher    = audio / rate                                     an epoch with an online teacher: its forward pass
+    reading    = bytes of the student's layers / reading rate     an epoch from the cache
+    extraction = max(audio / rate, bytes on disk / writing rate)  making the cache, once: writing overlaps the model
+    break-even = extraction / (teacher - reading)                 in epochs; never if reading is not faster
 
-The student's own work is the same either way and is left out. Nothing is taken to overlap with reading, which makes
-the cache look worse than it is; writing overlaps with the forward pass, as it does in `extract run`.
+The student's own work is the same in both cases and is left out. Nothing overlaps with reading in this model, which is
+the worst case for the cache.
 """
 
 import shutil
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.base.errors import RetortError, unknown
+from extract.base.errors import RetortError
 from extract.base.files import in_main_tree
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.shards import LocalRunner, pack_corpus
 from extract.store.codec import CODECS
-from extract.store.packing import Packing, count_frames, pack_utterances, spread_packs
-from extract.store.reader import KEEP_DEFAULT, check_keep
+from extract.store.packing import Packing, spread_packs
 from extract.upstream.card import UpstreamShape, check_layers, check_stem, find_upstream, read_shape
 
 if TYPE_CHECKING:
@@ -38,39 +38,22 @@ if TYPE_CHECKING:
 
     from extract.upstream.forward import Upstream
 
-_SAMPLED_PACKS = 4  # at the least: long utterances and short ones run at different rates
+_SAMPLED_PACKS = 4  # at least: long and short utterances run at different rates
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `extract plan` was asked. `layers` None: all; `student_layers` None: every kept one; `rate` None: sample."""
+class CostConfig:
+    """What `extract plan` estimates: an extraction, and the assumptions about rates and the student."""
 
-    upstream: str
-    corpus: Path
-    store: str = "stores"
-    revision: str | None = None
-    layers: tuple[int, ...] | None = None
-    codec: str = "int8"
-    keep: frozenset[str] = KEEP_DEFAULT
-    pack_frames: int = 8192
-    shard_packs: int = 4
-    drop_long: bool = False
-    drop_short: bool = False
-    normalise: bool | None = None
-    dtype: str = "fp32"
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    sample_s: float = 60.0
-    rate: float | None = None
+    extract: ExtractConfig
+    sample_s: float = 60.0  # seconds of audio to time the upstream on; 0 for no timing
+    rate: float | None = None  # seconds of audio per second; None to time a sample
     read_mb_s: float = 500.0
     write_mb_s: float = 200.0
-    student_layers: tuple[int, ...] | None = None
+    student_layers: tuple[int, ...] | None = None  # that a student reads every epoch; None for all kept ones
     student_epochs: int = 0
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise unknown("codec", self.codec, CODECS)
-        check_keep(self.keep)
         for name in ("rate", "read_mb_s", "write_mb_s"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise RetortError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
@@ -80,74 +63,63 @@ class Request:
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to extract and to keep: exact, from lengths alone."""
+    """Amounts of audio, frames and bytes of an extraction: exact, from lengths alone."""
 
-    plan: Packing
+    packing: Packing
     shape: UpstreamShape
     layers: tuple[int, ...]
     keep: frozenset[str]
-    pack_audio_s: NDArray[np.float64]  # (packs,) seconds of audio
+    audio_s: float  # of the utterances that are kept
+    mean_pack_s: float
 
     @classmethod
-    def of(cls, request: Request, corpus: Corpus) -> "Size":
-        """Raises RetortError for an upstream, a layer or a plan that can't be."""
-        shape = read_shape(request.upstream, revision=request.revision)
-        check_stem(request.keep, shape.stem_dim, request.upstream)
-        plan = pack_utterances(
-            count_frames(corpus.num_samples, hop_samples=shape.hop_samples, receptive_samples=shape.receptive_samples),
-            ids=corpus.ids,
-            pack_frames=request.pack_frames,
-            shard_packs=request.shard_packs,
-            drop_long=request.drop_long,
-            drop_short=request.drop_short,
-        )
-        kept = plan.pack >= 0
-        samples = np.bincount(plan.pack[kept], weights=corpus.num_samples[kept], minlength=plan.num_packs)
-        layers = check_layers(request.layers, shape.num_layers, request.upstream)
-        return cls(plan, shape, layers, request.keep, samples / SAMPLE_RATE_HZ)
-
-    @property
-    def audio_s(self) -> float:
-        return float(self.pack_audio_s.sum())
+    def of(cls, config: ExtractConfig, corpus: Corpus) -> "Size":
+        """Pack the corpus. Raises RetortError as `Extraction.open` does for an upstream, a layer or a packing."""
+        shape = read_shape(config.upstream, revision=config.revision)
+        check_stem(config.keep, shape.stem_dim, config.upstream)
+        packing = pack_corpus(config, corpus, shape)
+        audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ
+        layers = check_layers(config.layers, shape.num_layers, config.upstream)
+        return cls(packing, shape, layers, config.keep, audio_s, audio_s / max(1, packing.num_packs))
 
     @cached_property
     def num_utterances(self) -> int:
-        return int((self.plan.pack >= 0).sum())
+        return int((self.packing.pack >= 0).sum())
 
     @cached_property
     def num_frames(self) -> int:
-        return int(self.plan.num_frames[self.plan.pack >= 0].sum())
+        return int(self.packing.num_frames[self.packing.pack >= 0].sum())
 
     @property
     def fill(self) -> float:
-        """The share of the packs' rows that are an utterance's frames."""
-        return self.num_frames / max(1, self.plan.num_packs * self.plan.pack_frames)
+        """Share of the rows of all packs that hold an utterance's frame."""
+        return self.num_frames / max(1, self.packing.num_packs * self.packing.pack_frames)
 
     def layer_bytes(self, codec: str) -> int:
-        """One layer's hidden states and scales; every layer takes the same."""
-        return self.plan.num_packs * CODECS[codec].nbytes(1, self.plan.pack_frames, self.shape.dim)
+        """Return the bytes of one layer's hidden states with their scales; every layer takes the same."""
+        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.shape.dim)
 
     def stem_bytes(self, codec: str) -> int:
-        """The convolution stem's output and its scales; 0 where it is not kept."""
+        """Return the bytes of the convolution stem's output with its scales; 0 if it is not kept."""
         if "stem" not in self.keep or self.shape.stem_dim is None:
             return 0
-        return self.plan.num_packs * CODECS[codec].nbytes(1, self.plan.pack_frames, self.shape.stem_dim)
+        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.shape.stem_dim)
 
     @property
     def pooled_bytes(self) -> int:
-        """Float32 means, twice: in `pooled`, and in the shards' `rows` that it is made from."""
-        rows = len(self.plan.pack) + self.num_utterances
+        """Bytes of the float32 means, stored twice: in `pooled`, and in the `rows` of shards that it is made from."""
+        rows = len(self.packing.pack) + self.num_utterances
         return 4 * rows * len(self.layers) * self.shape.dim
 
     def disk_bytes(self, codec: str) -> int:
-        """What the store takes: kept layers and stem, with scales, and pooled; the index is some MB more."""
+        """Return the bytes of the store: kept layers, stem, scales and means. The index, some MB, is not counted."""
         frames = len(self.layers) * self.layer_bytes(codec) if "frames" in self.keep else 0
         return frames + self.stem_bytes(codec) + self.pooled_bytes
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds over the whole corpus; the module's docstring says what is counted."""
+    """Seconds over the whole corpus, as the docstring of the module defines them."""
 
     teacher_s: float
     extraction_s: float
@@ -162,26 +134,26 @@ class Times:
 
     @property
     def break_even_epochs(self) -> float | None:
-        """Student epochs until the cache has paid for itself; None if it never does."""
+        """Student epochs after which the cache has paid for itself; None if it never does."""
         saved_s = self.teacher_s - self.reading_s
         return self.extraction_s / saved_s if saved_s > 0 else None
 
     def after(self, epochs: int) -> tuple[float, float]:
-        """Seconds of teacher's forward passes online, and of extraction and reading, for so many epochs."""
+        """Return the seconds of so many epochs: of an online teacher, and of extraction and reading."""
         return epochs * self.teacher_s, self.extraction_s + epochs * self.reading_s
 
 
 def sample_batches(size: Size, num_samples: NDArray[np.int64], sample_s: float) -> list[NDArray[np.int64]]:
-    """Parts of packs spread over the lengths, together about `sample_s` of audio: corpus indices, longest first.
+    """Choose parts of packs, evenly spaced over the lengths, of about `sample_s` of audio together, longest first.
 
-    At least four packs take part, with at least one utterance each, or every pack of a smaller corpus.
+    Return the corpus indices of each part. At least four packs take part, with at least one utterance each, or every
+    pack of a smaller corpus.
     """
-    pack_s = max(1.0, float(size.pack_audio_s.mean()))
-    chosen = spread_packs(size.plan.num_packs, max(_SAMPLED_PACKS, round(sample_s / pack_s)))
+    chosen = spread_packs(size.packing.num_packs, max(_SAMPLED_PACKS, round(sample_s / max(1.0, size.mean_pack_s))))
     share_s = sample_s / max(1, len(chosen))
     batches = []
     for pack in chosen:
-        members = size.plan.by_pack[pack]
+        members = size.packing.by_pack[pack]
         until_s = np.cumsum(num_samples[members]) / SAMPLE_RATE_HZ
         batches.append(members[: int(np.abs(until_s - share_s).argmin()) + 1])
     return batches
@@ -190,9 +162,9 @@ def sample_batches(size: Size, num_samples: NDArray[np.int64], sample_s: float) 
 def measure_rate(
     upstream: "Upstream", corpus: Corpus, layers: tuple[int, ...], batches: list[NDArray[np.int64]]
 ) -> float:
-    """Seconds of audio a second of the forward pass, over batches of corpus indices; the last one runs once untimed."""
+    """Return the seconds of audio per second of the forward pass, over batches of corpus indices."""
     waveforms = [[corpus.waveform(int(index)) for index in batch] for batch in batches]
-    upstream.hidden_states(waveforms[-1], layers)  # kernels are chosen and memory is taken at the first call
+    upstream.hidden_states(waveforms[-1], layers)  # untimed: the first call chooses kernels and allocates memory
     started = time.perf_counter()
     for batch in waveforms:
         upstream.hidden_states(batch, layers)
@@ -201,7 +173,7 @@ def measure_rate(
 
 
 def free_bytes(root: str) -> int | None:
-    """Free space where the stores' root lies or will lie; None where it is no folder (`s3://…`)."""
+    """Return the free space at the root of all stores, which need not exist; None for a URL."""
     if "://" in root:
         return None
     folder = in_main_tree(root).absolute()
@@ -210,75 +182,62 @@ def free_bytes(root: str) -> int | None:
     return shutil.disk_usage(folder).free
 
 
-def plan_cost(request: Request, console: "Console") -> None:
-    """Work out what `request` would cost and print it. Raises RetortError where `extract run` would at its start."""
-    corpus = Corpus.open(request.corpus)
-    size = Size.of(request, corpus)
-    _check_student(request, size)
-    rate, source = _find_rate(request, corpus, size)
-    _print_size(console, request, corpus, size)
-    _print_codecs(console, request, size, rate)
-    _print_model(console, request, size, rate, source)
-    _print_space(console, request, size)
-
-
-def _check_student(request: Request, size: Size) -> None:
-    if missing := [layer for layer in request.student_layers or () if layer not in size.layers]:
+def plan_cost(config: CostConfig, console: "Console") -> None:
+    """Estimate the cost of an extraction and print it. Raises RetortError where `extract run` would at its start."""
+    corpus = Corpus.open(config.extract.corpus)
+    size = Size.of(config.extract, corpus)
+    if missing := [layer for layer in config.student_layers or () if layer not in size.layers]:
         raise RetortError(
             f"--student-layers: layer {missing[0]} is not among the kept ones, {', '.join(map(str, size.layers))}"
         )
+    rate, source = _find_rate(config, corpus, size)
+    _print_size(console, config.extract, corpus, size)
+    _print_codecs(console, config, size, rate)
+    console.out(*_model_lines(config, size, rate, source), *_space_lines(config, size), sep="\n", highlight=False)
 
 
-def _find_rate(request: Request, corpus: Corpus, size: Size) -> tuple[float | None, str]:
-    """The rate and where it comes from, in words."""
-    if request.rate is not None:
-        return request.rate, "given by --rate"
-    if not request.sample_s or not size.plan.num_packs:
+def _find_rate(config: CostConfig, corpus: Corpus, size: Size) -> tuple[float | None, str]:
+    """Return the rate, and its source as text."""
+    if config.rate is not None:
+        return config.rate, "given by --rate"
+    if not config.sample_s or not size.packing.num_packs:
         return None, "not timed: give --rate, or --sample-s above 0"
-    # Late: torch takes seconds to import, and sizes need none of it.
     from extract.base.malloc import keep_freed_blocks
-    from extract.upstream.forward import load_upstream
 
     keep_freed_blocks()
-    card = find_upstream(request.upstream, revision=request.revision, normalise=request.normalise)
-    upstream = load_upstream(
-        card,
-        device=request.device,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        layers=size.layers,
-    )
-    batches = sample_batches(size, corpus.num_samples, request.sample_s)
+    asked = config.extract
+    card = find_upstream(asked.upstream, revision=asked.revision, normalise=asked.normalise)
+    batches = sample_batches(size, corpus.num_samples, config.sample_s)
     sampled_s = sum(corpus.num_samples[batch].sum() for batch in batches) / SAMPLE_RATE_HZ
-    rate = measure_rate(upstream, corpus, size.layers, batches)
-    return rate, f"timed on {sampled_s:.0f} s out of {len(batches)} packs, {request.device}, {request.dtype}"
+    rate = measure_rate(LocalRunner(asked, card).upstream, corpus, size.layers, batches)
+    return rate, f"timed on {sampled_s:.0f} s out of {len(batches)} packs, {asked.device}, {asked.dtype}"
 
 
-def _times(request: Request, size: Size, codec: str, rate: float) -> Times:
-    layers = size.layers if request.student_layers is None else request.student_layers
+def _times(config: CostConfig, size: Size, codec: str, rate: float) -> Times:
+    layers = size.layers if config.student_layers is None else config.student_layers
     return Times.of(
         audio_s=size.audio_s,
         rate=rate,
         disk_bytes=size.disk_bytes(codec),
         read_bytes=len(layers) * size.layer_bytes(codec) + size.stem_bytes(codec),
-        read_mb_s=request.read_mb_s,
-        write_mb_s=request.write_mb_s,
+        read_mb_s=config.read_mb_s,
+        write_mb_s=config.write_mb_s,
     )
 
 
-def _print_size(console: "Console", request: Request, corpus: Corpus, size: Size) -> None:
+def _print_size(console: "Console", config: ExtractConfig, corpus: Corpus, size: Size) -> None:
     from rich.table import Table
 
-    plan, dropped = size.plan, len(corpus) - size.num_utterances
-    table = Table(title=f"{request.upstream} on {corpus.name}", show_header=False, title_justify="left")
+    packing, dropped = size.packing, len(corpus) - size.num_utterances
+    table = Table(title=f"{config.upstream} on {corpus.name}", show_header=False, title_justify="left")
     rows = {
         "utterances": f"{size.num_utterances:,}"
         + (f" ({dropped:,} longer than a pack or shorter than a frame are dropped)" if dropped else ""),
         "audio": f"{size.audio_s / 3600:,.2f} h",
         "frames": f"{size.num_frames:,} of {size.shape.dim} features every {size.shape.hop_samples} samples",
         "layers": f"{len(size.layers)} of {size.shape.num_layers}: {', '.join(map(str, size.layers))}",
-        "packs": f"{plan.num_packs:,} of {plan.pack_frames:,} frames, {100 * size.fill:.1f}% filled",
-        "shards": f"{plan.num_shards:,} of {plan.shard_packs} packs",
+        "packs": f"{packing.num_packs:,} of {packing.pack_frames:,} frames, {100 * size.fill:.1f}% filled",
+        "shards": f"{packing.num_shards:,} of {packing.shard_packs} packs",
         "pooled": f"{as_bytes(size.pooled_bytes)}, whatever the codec",
     }
     for name, value in rows.items():
@@ -286,70 +245,69 @@ def _print_size(console: "Console", request: Request, corpus: Corpus, size: Size
     console.print(table)
 
 
-def _print_codecs(console: "Console", request: Request, size: Size, rate: float | None) -> None:
+def _print_codecs(console: "Console", config: CostConfig, size: Size, rate: float | None) -> None:
     from rich.table import Table
 
-    title = f"keeping {', '.join(sorted(request.keep))}; reading is an epoch's, break-even is in student epochs"
-    stem = ("the stem",) if "stem" in request.keep else ()
-    headings = ("codec", "one layer", *stem, "on disk", "a shard", "extraction", "reading", "break-even")
-    table = Table(*headings, title=title, title_justify="left")
+    frames, stem = "frames" in size.keep, "stem" in size.keep
+    title = f"keeping {', '.join(sorted(size.keep))}; reading is an epoch's, break-even is in student epochs"
+    columns = ("one layer", *["the stem"] * stem, "on disk", "a shard", "extraction", "reading", "break-even")
+    table = Table("codec", *columns, title=title, title_justify="left")
     for codec in CODECS:
-        layer, disk = size.layer_bytes(codec) if "frames" in request.keep else 0, size.disk_bytes(codec)
-        stems = [size.stem_bytes(codec)] * len(stem)
-        sizes = [as_bytes(value) for value in (layer, *stems, disk, disk // max(1, size.plan.num_shards))]
-        table.add_row(codec, *sizes, *_in_words(None if rate is None else _times(request, size, codec, rate), request))
+        disk = size.disk_bytes(codec)
+        sizes = [size.layer_bytes(codec) if frames else 0, *[size.stem_bytes(codec)] * stem, disk]
+        cells = [as_bytes(count) for count in (*sizes, disk // max(1, size.packing.num_shards))]
+        if rate is None:
+            cells += ["?", "?", "?"]
+        else:
+            times = _times(config, size, codec, rate)
+            epochs = "never" if times.break_even_epochs is None else f"{times.break_even_epochs:.2f}"
+            # No student trains from means alone.
+            cells += [as_time(times.extraction_s), *((as_time(times.reading_s), epochs) if frames else ("-", "-"))]
+        table.add_row(codec, *cells)
     console.print(table)
 
 
-def _in_words(times: Times | None, request: Request) -> tuple[str, str, str]:
-    if times is None:
-        return "?", "?", "?"
-    if "frames" not in request.keep:
-        return as_time(times.extraction_s), "-", "-"  # no student trains from means alone
-    epochs = times.break_even_epochs
-    return as_time(times.extraction_s), as_time(times.reading_s), "never" if epochs is None else f"{epochs:.2f}"
-
-
-def _print_model(console: "Console", request: Request, size: Size, rate: float | None, source: str) -> None:
-    say = console.out  # plain: no colour on numbers, no wrapping
-    say(f"rate: {'unknown' if rate is None else f'{rate:,.1f} s of audio a second'} ({source})", highlight=False)
+def _model_lines(config: CostConfig, size: Size, rate: float | None, source: str) -> list[str]:
+    """Return the lines that name the rate and explain the columns of times."""
     if rate is None:
-        return
-    count = len(size.layers if request.student_layers is None else request.student_layers)
-    student = f"{count} layers" + (" and the stem" if "stem" in request.keep else "")
-    say(
+        return [f"rate: unknown ({source})"]
+    count = len(size.layers if config.student_layers is None else config.student_layers)
+    student = f"{count} layers" + (" and the stem" if "stem" in size.keep else "")
+    lines = [
+        f"rate: {rate:,.1f} s of audio a second ({source})",
         "model: an epoch with an online teacher costs its forward pass, audio / rate = "
-        f"{as_time(size.audio_s / rate)};\n"
-        f"  one from the cache costs reading the student's {student} at --read-mb-s {request.read_mb_s:g};\n"
-        f"  the cache costs one forward pass, or writing at --write-mb-s {request.write_mb_s:g} if that takes longer;\n"
+        f"{as_time(size.audio_s / rate)};",
+        f"  one from the cache costs reading the student's {student} at --read-mb-s {config.read_mb_s:g};",
+        f"  the cache costs one forward pass, or writing at --write-mb-s {config.write_mb_s:g} if that takes longer;",
         "  break-even = extraction / (online epoch - reading), the student's own work being the same either way",
-        highlight=False,
-    )
-    if request.student_epochs and "frames" in request.keep:
-        online_s, cached_s = _times(request, size, request.codec, rate).after(request.student_epochs)
-        say(
-            f"{request.student_epochs} student epochs: {as_time(online_s)} of an online teacher, "
-            f"{as_time(cached_s)} of extraction and reading ({request.codec})",
-            highlight=False,
+    ]
+    if config.student_epochs and "frames" in size.keep:
+        codec = config.extract.codec
+        online_s, cached_s = _times(config, size, codec, rate).after(config.student_epochs)
+        lines.append(
+            f"{config.student_epochs} student epochs: {as_time(online_s)} of an online teacher, "
+            f"{as_time(cached_s)} of extraction and reading ({codec})"
         )
+    return lines
 
 
-def _print_space(console: "Console", request: Request, size: Size) -> None:
-    free, need = free_bytes(request.store), size.disk_bytes(request.codec)
+def _space_lines(config: CostConfig, size: Size) -> list[str]:
+    """Return the lines on free space, with a warning if the store does not fit."""
+    root, codec = str(config.extract.store), config.extract.codec
+    free, need = free_bytes(root), size.disk_bytes(codec)
     if free is None:
-        console.out(f"free at {request.store}: unknown, it is no local folder", highlight=False)
-        return
-    console.out(f"free at {request.store}: {as_bytes(free)}", highlight=False)
+        return [f"free at {root}: unknown, it is not a local folder"]
+    lines = [f"free at {root}: {as_bytes(free)}"]
     if need > free:
-        console.out(
-            f"warning: {as_bytes(need)} in {request.codec} do not fit in {as_bytes(free)} at {request.store}; "
-            "keep fewer --layers, another --codec, or give another --store",
-            highlight=False,
+        lines.append(
+            f"warning: {as_bytes(need)} in {codec} do not fit in {as_bytes(free)} at {root}; "
+            "keep fewer --layers, another --codec, or give another --store"
         )
+    return lines
 
 
 def as_bytes(count: float) -> str:
-    """Bytes in decimal units, three digits: 1.73 TB."""
+    """Format bytes in decimal units with three digits: 1.73 TB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -358,7 +316,7 @@ def as_bytes(count: float) -> str:
 
 
 def as_time(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

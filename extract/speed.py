@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
-from extract.base.files import read_json
 from extract.base.machine import describe_machine
 from extract.base.params import read_section
 from extract.base.timing import (
@@ -33,14 +32,13 @@ from extract.base.validate import parse
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.macs import count_macs
 from extract.measures import SpeedFile, UpstreamSpeed
-from extract.upstream.card import UpstreamCard, find_upstream
+from extract.upstream.card import find_upstream
+from extract.upstream.configured import STUDENT_CODE, brings_own_code
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from extract.upstream.forward import Upstream  # imports torch, which only the measuring processes need
-
-STUDENT_CODE = Path(__file__).parents[1] / "train/modeling_retort.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,27 +162,13 @@ def load(request: SpeedRequest, name: str, *, check: bool) -> "Upstream":
     from extract.upstream.forward import load_upstream
 
     card = find_upstream(request.sources[name], name=name)
-    trusted = request.trust_remote_code or brings_own_code(card)
+    trusted = request.trust_remote_code or brings_own_code(card.folder)
     if card.family == "retort-student" and not trusted:
         raise RetortError(
             f"upstream {name}: {card.folder} brings other code than this repository's {STUDENT_CODE.name}; train the "
             "student again, or read its code and give --trust-remote-code"
         )
     return load_upstream(card, device=request.device, trust_remote_code=trusted, check=check)
-
-
-def brings_own_code(card: UpstreamCard) -> bool:
-    """Return whether the only code in a folder is this repository's student code, byte for byte."""
-    if card.folder is None:
-        return False
-    code = {file.relative_to(card.folder).as_posix(): file.read_bytes() for file in card.folder.rglob("*.py")}
-    named = read_json(card.folder / "config.json").get("auto_map")
-    return (
-        code == {STUDENT_CODE.name: STUDENT_CODE.read_bytes()}
-        and isinstance(named, dict)
-        # A name such as OWNER/REPO--MODULE.CLASS would load code from the hub.
-        and all(str(name).startswith(f"{STUDENT_CODE.stem}.") for name in named.values())
-    )
 
 
 def table_of(speed: SpeedFile, *, reference: str) -> "Table":

@@ -39,7 +39,7 @@ from train.student_folder import save_student
 ROOMS = {"extract": extract_main, "train": train_main, "evaluate": evaluate_main, "pipelines": pipelines_main}
 PARAMS = """\
 students: [tiny]
-upstreams: {fbank: {source: fbank}, teacher: {source: teacher}}
+upstreams: {fbank: {source: fbank, watch: params.yaml}, teacher: {source: teacher, watch: teacher}}
 tasks: {tiny: [ks]}
 demo: {scale: 0.02}
 train:

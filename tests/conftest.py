@@ -16,8 +16,8 @@ import torch
 from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2FeatureExtractor, logging
 
 import tests.processes  # noqa: F401  # says what a fork server imports
+from extract.config import ExtractConfig
 from extract.corpus import Corpus, Utterance, write_corpus
-from extract.run import Settings
 
 if TYPE_CHECKING:
     from tests.report_world import Made
@@ -28,11 +28,11 @@ torch.set_num_threads(1)
 
 
 LONGEST = (
-    "test_train_ranks.py",
-    "test_place.py",
+    "test_train_distributed.py",
+    "test_location.py",
     "test_real_data.py",
-    "test_cluster.py",
-    "test_soak.py",
+    "test_dask_runner.py",
+    "test_crash.py",
     "test_bench.py",
 )
 
@@ -118,8 +118,8 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> "Made":
 
 
 @pytest.fixture
-def settings(teacher: Path, corpus: Corpus, tmp_path: Path) -> Settings:
-    return Settings(
+def config(teacher: Path, corpus: Corpus, tmp_path: Path) -> ExtractConfig:
+    return ExtractConfig(
         upstream=str(teacher),
         corpus=corpus.path,
         store=tmp_path / "stores",

@@ -95,7 +95,11 @@ def params_of(size: Size) -> dict[str, Any]:
     return {
         "demo": {"scale": 0.001, "utterances_a_video": 1} | size.demo,
         "students": list(size.students),
-        "upstreams": list(size.upstreams),
+        "upstreams": {
+            name: {"source": str(TEACHER) if name == "teacher" else f"students/{name}"} for name in size.upstreams
+        },
+        "features": {name: "pooled" if name in ("voxceleb1", "iemocap") else "frames,pooled" for name in TASKS},
+        "store": {"root": "stores", "codec": "int8", "pack_frames": 1024, "shard_packs": 1},
         "tasks": scored,
         "train": {name: students[name] for name in size.students},
         "evaluate": size.evaluate,
@@ -103,31 +107,26 @@ def params_of(size: Size) -> dict[str, Any]:
 
 
 def steps_of(size: Size) -> list[Step]:
-    """The three stages: the teacher's features, students, everyone's features, scores."""
-    plan = ("--store", "stores", "--codec", "int8", "--pack-frames", "1024", "--shard-packs", "1", "--threads", "1")
-    teacher = ("--upstream", str(TEACHER), "--name", "teacher")
-    many = (0, 2, 1, 3)
+    """Return the steps of the three stages: the teacher's features, students, features of every upstream, scores."""
+    many = (0, 2, 1, 3)  # workers of one life of a command after another
 
     def features(upstream: str) -> Step:
-        who = teacher if upstream == "teacher" else ("--upstream", f"students/{upstream}", "--trust-remote-code")
-        corpora: list[str] = []
-        for corpus in TASKS:
-            kept = "pooled" if corpus in ("voxceleb1", "iemocap") else "frames,pooled"
-            manifest = f"manifests/{corpus}/{upstream}.json"
-            corpora += ["--corpus", f"corpora/{corpus}.json", "--manifest", manifest, "--keep", kept]
-        return Step("extract", f"{upstream} on all", ("run", *who, *plan, *corpora), many, len(TASKS))
+        arguments = ("many", "--config", "params.yaml", "--upstream", upstream, "--threads", "1")
+        return Step("extract", f"{upstream} on all", arguments, many, len(TASKS))
+
+    inputs = ("--manifest", "manifests/targets/distill.json", "--corpus", "corpora/distill.json")
 
     def training(student: str) -> Step:
-        inputs = ("--manifest", "manifests/distill/teacher.json", "--corpus", "corpora/distill.json")
         outputs = ("--out", f"students/{student}", "--run", f"runs/{student}", "--device", "cpu")
         return Step("train", student, ("run", "--student", student, "--config", "params.yaml", *inputs, *outputs))
 
-    distil = ("--corpus", "corpora/distill.json", "--manifest", "manifests/distill/teacher.json")
+    layout = ("--store", "stores", "--codec", "int8", "--pack-frames", "1024", "--shard-packs", "1", "--threads", "1")
     asked = ("--layers", "4,8,12", "--keep", "frames,pooled,stem", "--initial-blocks", "2")
     last = size.upstreams[-1]
-    one = ("--manifest", f"manifests/librispeech/{last}.json", "--corpus", "corpora/librispeech.json")
+    one = ("--manifest", f"manifests/{last}/librispeech.json", "--corpus", "corpora/librispeech.json")
     return [
-        Step("extract", "teacher on distill", ("run", *teacher, *plan, *distil, *asked), many),
+        Step("extract", "teacher on distill",
+             ("run", "--upstream", str(TEACHER), "--name", "teacher", *layout, *inputs, *asked), many),
         *map(training, size.students),
         *map(features, size.upstreams),
         Step("evaluate", f"{last} pr",

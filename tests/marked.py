@@ -42,14 +42,15 @@ def mark_extract() -> None:
     from extract.shards import LocalRunner
     from extract.store.writer import StoreWriter
 
-    marked(run, "extract", "before", "done")
-    marked(run, "_write_initial_weights", "work")
+    marked(run, "_extract", "before", "done")
+    marked(LocalRunner, "write_initial_weights", "work")
     marked(LocalRunner, "write", "work")
     marked(StoreWriter, "finish", "closing")
     if "--workers" in sys.argv:
         from extract.dask_runner import DaskRunner
 
         marked(DaskRunner, "write", "work")
+        marked(DaskRunner, "write_initial_weights", "work")
 
 
 def mark_train() -> None:
@@ -61,11 +62,12 @@ def mark_train() -> None:
 
 
 def mark_evaluate() -> None:
-    from evaluate import checkpoint, many, run
+    from evaluate import checkpoint, jobs
+    from evaluate.scorefile import ScoreFile
 
-    marked(run, "_measure", "work")
-    marked(run, "write_json", "closing")
-    marked(many, "score", "before", "done")
+    marked(jobs, "measure", "work")
+    marked(ScoreFile, "write", "closing")
+    marked(jobs, "score", "before", "done")
     checkpoint.EVERY_S, checkpoint._SHARE = 0.2, 1.0
 
 

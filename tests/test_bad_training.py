@@ -30,6 +30,7 @@ EXPORT, TABLE = "train export student --out student.onnx", "evaluate score score
 MADE = "manifests/teacher.json"
 MANY = "evaluate many --manifests nowhere --corpora corpora --out made"
 RUN = f"{SCORE} --out made/ks.json"
+UPSTREAMS = "{fbank: {source: fbank, watch: params.yaml}, teacher: {source: teacher, watch: teacher}}"
 
 
 @pytest.fixture(autouse=True)
@@ -239,13 +240,13 @@ SCORES = [
     asked("not official", f"{TABLE} --official", "ks: 1 test .* 3081 .*official"),
     asked("table a folder", "evaluate score scores --out corpora", "--out corpora is a folder; give a file"),
     asked("table below a file", "evaluate score scores --out params.yaml/x", "params.yaml is no folder"),
-    asked("workers", f"{MANY} --workers -1", "give one, N above 0"),
-    asked("two clusters", f"{MANY} --workers 1 --scheduler tcp://127.0.0.1:9", "give one, N above 0"),
-    asked("no manifests", MANY, "nowhere/tiny/fbank.json does not exist"),
+    asked("workers", f"{MANY} --workers -1", "give one, N > 0"),
+    asked("two clusters", f"{MANY} --workers 1 --scheduler tcp://127.0.0.1:9", "give one, N > 0"),
+    asked("no manifests", MANY, "nowhere/fbank/tiny.json does not exist"),
     asked("one task", f"{MANY} --task pr", "unknown task of params.yaml 'pr': expected one of ks"),
     asked("one upstream", f"{MANY} --upstream nobody", "unknown upstream of params.yaml 'nobody'"),
-    Row("upstreams", MANY, "`upstreams` is 3, expected a list", change_params("[fbank, teacher]", "3")),
-    Row("upstream's path", MANY, "got '../x', expected a plain name", change_params("[fbank, teacher]", "[../x]")),
+    Row("upstreams", MANY, "`upstreams` is 3, expected a section", change_params(UPSTREAMS, "3")),
+    Row("upstream's path", MANY, "got '../x', expected a plain name", change_params(UPSTREAMS, "{../x: {}}")),
     Row("tasks", MANY, "expected a list of tasks for each corpus", change_params("{tiny: [ks]}", "[ks]")),
     Row("task twice", MANY, "`tasks` names a task twice", change_params("{tiny: [ks]}", "{tiny: [ks], other: [ks]}")),
     Row("odd task", MANY, "unknown task 'zz': expected one of asr", change_params("{tiny: [ks]}", "{tiny: [zz]}")),

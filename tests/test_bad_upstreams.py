@@ -133,7 +133,6 @@ OPTIONS = [
     asked("device beyond", "--device cuda:77", "--device cuda:77: this machine has . CUDA devices"),
     asked("blocks below", "--initial-blocks -1", "--initial-blocks -1: expected 0 or more"),
     asked("blocks beyond", "--initial-blocks 99", "--initial-blocks 99: the upstream has 4 blocks"),
-    asked("two corpora", "--corpus corpora/other.json", "give one --manifest for each --corpus"),
     asked("store a file", "--store params.yaml", "--store .*params.yaml is a file; give a folder"),
     asked("store below a file", "--store params.yaml/x", "params.yaml is no folder, so nothing can be written"),
     asked("store nowhere", "--store ''", "the ROOT of all stores is empty"),
@@ -149,7 +148,7 @@ OPTIONS = [
         EXTRACT.replace("teacher", "fbank").replace("0,2,4", "0") + " --keep pooled,stem --drop-long",
         "upstream fbank has no convolution stem; keep frames,pooled",
     ),
-    instead("fbank's blocks", "teacher", "fbank --initial-blocks 1", "upstream fbank has no blocks to seed"),
+    instead("fbank's blocks", "teacher", "fbank --initial-blocks 1", "upstream fbank has no blocks"),
     Row("plan: rate", "extract plan --upstream teacher --corpus corpora/tiny.json --rate nan", "--rate nan: expected"),
     Row(
         "plan: sample", "extract plan --upstream teacher --corpus corpora/tiny.json --sample-s -1", "expected 0 or more"
@@ -272,7 +271,12 @@ CHECKED = [
         both(remove(PREPROCESSOR), write(PROCESSOR, '{"feature_extractor": {"sampling_rate": 8000}}')),
     ),
     configured("quantization_config", {"load_in_8bit": True}, "has a quantization_config, .*quantised from"),
-    configured("num_hidden_layers", 3, "the weights hold 16 that config.json has no place for, such as encoder.layers"),
+    Row(
+        "num_hidden_layers 3",
+        EXTRACT.replace("0,2,4", "0,2,3"),
+        "the weights hold 16 that config.json has no place for, such as encoder.layers",
+        change_json("teacher/config.json", "num_hidden_layers", to=3),
+    ),
     configured("attn_implementation", "attention_of_another", "`attn_implementation`, out of config.json"),
     configured("transformers_weights", "../student/model.safetensors", "expected a plain name"),
     configured("transformers_weights", "other.safetensors", "holds no weights; expected one of other.safetensors"),

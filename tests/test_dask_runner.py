@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from extract.base.errors import RetortError
+from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import Manifest
 from tests.conftest import noise_utterances
 from tests.processes import Command, run_command
@@ -27,8 +28,8 @@ def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture
-def settings(teacher: Path, long_corpus: Corpus, tmp_path: Path) -> Settings:
-    return Settings(
+def config(teacher: Path, long_corpus: Corpus, tmp_path: Path) -> ExtractConfig:
+    return ExtractConfig(
         upstream=str(teacher),
         corpus=long_corpus.path,
         store=tmp_path / "alone",
@@ -39,17 +40,17 @@ def settings(teacher: Path, long_corpus: Corpus, tmp_path: Path) -> Settings:
     )
 
 
-def elsewhere(settings: Settings, name: str, **changes: object) -> Settings:
-    folder = settings.manifest.parent
-    return replace(settings, store=folder / name, manifest=folder / f"{name}.json", **changes)  # type: ignore[arg-type]
+def elsewhere(config: ExtractConfig, name: str, **changes: object) -> ExtractConfig:
+    folder = config.manifest.parent
+    return replace(config, store=folder / name, manifest=folder / f"{name}.json", **changes)  # type: ignore[arg-type]
 
 
-def command(settings: Settings) -> list[str]:
+def command(config: ExtractConfig) -> list[str]:
     return [
-        *("extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
-        *("--store", str(settings.store), "--manifest", str(settings.manifest), "--threads", str(settings.threads)),
-        *("--pack-frames", str(settings.pack_frames), "--shard-packs", str(settings.shard_packs)),
-        *(["--scheduler", settings.scheduler] if settings.scheduler else ["--workers", str(settings.workers)]),
+        *("extract", "run", "--upstream", config.upstream, "--corpus", str(config.corpus)),
+        *("--store", str(config.store), "--manifest", str(config.manifest), "--threads", str(config.threads)),
+        *("--pack-frames", str(config.pack_frames), "--shard-packs", str(config.shard_packs)),
+        *(["--scheduler", config.scheduler] if config.scheduler else ["--workers", str(config.workers)]),
     ]
 
 
@@ -95,23 +96,23 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made.stop()
 
 
-def finished_shards(settings: Settings) -> list[Path]:
-    return sorted(settings.store.glob("*/*/shards/*.json"))
+def finished_shards(config: ExtractConfig) -> list[Path]:
+    return sorted(config.store.glob("*/*/shards/*.json"))
 
 
-def wait_for_shards(settings: Settings, count: int, process: Command) -> None:
-    while len(finished_shards(settings)) < count:
+def wait_for_shards(config: ExtractConfig, count: int, process: Command) -> None:
+    while len(finished_shards(config)) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
 
 
-def start(settings: Settings) -> Command:
-    return Command(*command(settings))
+def start(config: ExtractConfig) -> Command:
+    return Command(*command(config))
 
 
-def test_two_workers_write_what_one_process_writes(settings: Settings) -> None:
-    alone, _ = extract(settings)
-    shared = elsewhere(settings, "shared", workers=2)
+def test_two_workers_write_what_one_process_writes(config: ExtractConfig) -> None:
+    alone, _ = extract(config)
+    shared = elsewhere(config, "shared", workers=2)
     run = run_command(*command(shared), check=True)
     together = Manifest.read(shared.manifest)
     assert together.objects == alone.objects
@@ -120,9 +121,9 @@ def test_two_workers_write_what_one_process_writes(settings: Settings) -> None:
     assert run.stderr.splitlines()[-1].startswith("extract teacher0 on long:")  # progress, nothing of Dask's
 
 
-def test_a_worker_killed_in_mid_shard_loses_nothing(settings: Settings, cluster: Cluster) -> None:
-    alone, _ = extract(settings)
-    shared = elsewhere(settings, "killed", scheduler=cluster.address)
+def test_a_worker_killed_in_mid_shard_loses_nothing(config: ExtractConfig, cluster: Cluster) -> None:
+    alone, _ = extract(config)
+    shared = elsewhere(config, "killed", scheduler=cluster.address)
     process = start(shared)
     wait_for_shards(shared, 2, process)
     os.kill(cluster.processes[-1].pid, signal.SIGKILL)
@@ -132,10 +133,10 @@ def test_a_worker_killed_in_mid_shard_loses_nothing(settings: Settings, cluster:
 
 
 def test_a_cluster_that_dies_costs_unfinished_shards_alone(
-    settings: Settings, cluster: Cluster, tmp_path: Path
+    config: ExtractConfig, cluster: Cluster, tmp_path: Path
 ) -> None:
-    alone, _ = extract(settings)
-    shared = elsewhere(settings, "restarted", scheduler=cluster.address)
+    alone, _ = extract(config)
+    shared = elsewhere(config, "restarted", scheduler=cluster.address)
     process = start(shared)
     wait_for_shards(shared, 3, process)
     cluster.stop()
@@ -156,12 +157,14 @@ def test_a_cluster_that_dies_costs_unfinished_shards_alone(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_errors_of_a_worker_are_one_line(settings: Settings, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_worker_are_one_line(
+    config: ExtractConfig, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("extract.base.dask_pool._CONNECT_S", 1)
-    wrong = elsewhere(settings, "wrong", scheduler=cluster.address, layers=(99,))
+    wrong = elsewhere(config, "wrong", scheduler=cluster.address, layers=(99,))
     with pytest.raises(RetortError, match="has no layer 99; it has 0 to 4"):
         extract(wrong)
     with pytest.raises(RetortError, match="no Dask scheduler answers there"):
-        extract(elsewhere(settings, "nowhere", scheduler="tcp://127.0.0.1:9"))
+        extract(elsewhere(config, "nowhere", scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(RetortError, match="give one of them"):
-        elsewhere(settings, "both", workers=1, scheduler="tcp://127.0.0.1:9")
+        elsewhere(config, "both", workers=1, scheduler="tcp://127.0.0.1:9")

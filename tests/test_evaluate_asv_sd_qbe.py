@@ -1,7 +1,6 @@
 """ASV, SD and QbE on tiny real stores: that they learn, what they choose and report, and what they refuse."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from evaluate_stores import Quiet, make_corpus, make_store
+from evaluate_stores import make_corpus, make_store, score_task, without_seconds
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from evaluate.__main__ import main
+from evaluate.bootstrap import Metric
 from evaluate.diarization import frame_labels
 from evaluate.heads import Ragged
-from evaluate.run import open_source, run_task
+from evaluate.jobs import open_features
 from evaluate.scorefile import ScoreFile
 from evaluate.sweep import HeadPool
-from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.asv import CONTEXT_FRAMES, AsvRecipe, Verification, XVectorHead, dev_trials
 from evaluate.tasks.qbe import search
@@ -44,15 +43,7 @@ Stored = tuple[Path, Path]
 
 
 def run(task: str, stored: Stored, **changes: Any) -> ScoreFile:
-    recipe = parse_recipe(TASKS[task], SHORT[task] | changes, where="test")
-    progress = Quiet()
-    score = run_task(TASKS[task], recipe, upstream="hand", manifest=stored[0], corpus=stored[1], progress=progress)
-    assert progress.steps == pytest.approx(recipe.amount)
-    return score
-
-
-def without_seconds(score: ScoreFile) -> ScoreFile:
-    return replace(score, seconds=0.0)
+    return score_task(task, *stored, SHORT[task] | changes)
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +94,12 @@ def test_the_test_selected_rate_is_the_lowest_of_all_checkpoints(
     seen: list[float] = []
     measure = Verification._rates
 
-    def listening(self: Verification, heads: Any, split: str, team: HeadPool) -> list[float]:
-        rates = measure(self, heads, split, team)
-        seen.extend(rates if split == "test" else [])
+    def recorded(self: Verification, heads: Any, split: str, pool: HeadPool) -> list[Metric]:
+        rates = measure(self, heads, split, pool)
+        seen.extend(map(float, rates) if split == "test" else [])
         return rates
 
-    monkeypatch.setattr(Verification, "_rates", listening)
+    monkeypatch.setattr(Verification, "_rates", recorded)
     score = run("asv", voices)
     assert len(seen) == 4 * 2 + 1
     assert score.also["eer_test_selected"] == min(seen[:-1])
@@ -116,13 +107,13 @@ def test_the_test_selected_rate_is_the_lowest_of_all_checkpoints(
 
 
 def test_dev_trials_are_all_targets_and_as_many_impostors(voices: Stored) -> None:
-    source = open_source(TASKS["asv"], manifest=voices[0], corpus=voices[1])
-    trials = dev_trials(source)
-    speakers = np.array(source.corpus.speakers)[trials.pairs_N2]
+    features = open_features(TASKS["asv"], manifest=voices[0], corpus=voices[1])
+    trials = dev_trials(features)
+    speakers = np.array(features.corpus.speakers)[trials.pairs_N2]
     assert trials.targets_N.sum() == (~trials.targets_N).sum() == 3 * 10
     np.testing.assert_array_equal(speakers[:, 0] == speakers[:, 1], trials.targets_N)
     assert len({tuple(pair) for pair in trials.pairs_N2.tolist()}) == 60
-    assert set(np.array(source.corpus.splits)[trials.pairs_N2].flat) == {"dev"}
+    assert set(np.array(features.corpus.splits)[trials.pairs_N2].flat) == {"dev"}
 
 
 def test_an_utterance_of_a_batch_is_embedded_as_by_itself() -> None:
@@ -146,8 +137,8 @@ def test_an_utterance_of_a_batch_is_embedded_as_by_itself() -> None:
 
 
 def test_the_loss_is_am_softmax(voices: Stored) -> None:
-    source = open_source(TASKS["asv"], manifest=voices[0], corpus=voices[1])
-    problem = Verification(source, parse_recipe(TASKS["asv"], SHORT["asv"], where="test"))
+    features = open_features(TASKS["asv"], manifest=voices[0], corpus=voices[1])
+    problem = Verification(features, TASKS["asv"].parse_recipe(SHORT["asv"], where="test"))
     head = problem.new_head()
     batch = next(problem.batches(0, 0))
     assert batch.frames.num_frames_B.max() == 20  # 0.4 s
@@ -180,7 +171,7 @@ def test_asv_refuses_what_it_cannot_score(tmp_path: Path) -> None:
     two = ["a", "a", "b", "b"] * 2 + ["c", "d"]
     with pytest.raises(RetortError, match="has no trials in its metadata; make it with"):
         run("asv", stored("a", 20, {}, two))
-    with pytest.raises(RetortError, match="'utt0000', which a trial of corpus tiny names"):
+    with pytest.raises(RetortError, match="'utt0000', an utterance of a trial of corpus tiny"):
         run("asv", stored("b", 20, {"trials": [[1, "utt0008", "utt0000"]]}, two))
     with pytest.raises(RetortError, match="'utt0000' of corpus tiny has 15 frames; asv needs more than 15"):
         run("asv", stored("c", CONTEXT_FRAMES, trials, two))
@@ -244,8 +235,8 @@ def test_the_loss_takes_the_better_order_of_each_recording() -> None:
 
 
 def diarization(mixtures: Stored, **changes: Any) -> Diarization:
-    source = open_source(TASKS["sd"], manifest=mixtures[0], corpus=mixtures[1])
-    return Diarization(source, SdRecipe(batch_size=6, **changes))
+    features = open_features(TASKS["sd"], manifest=mixtures[0], corpus=mixtures[1])
+    return Diarization(features, SdRecipe(batch_size=6, **changes))
 
 
 def test_frames_are_as_many_as_labels_and_chunks_cut_both_alike(mixtures: Stored) -> None:
@@ -365,20 +356,20 @@ def test_queries_are_found_by_the_layer_that_dev_chooses(spoken: Stored) -> None
 
 
 def test_scores_of_a_query_have_mean_zero_and_a_short_one_has_none(spoken: Stored) -> None:
-    source = open_source(TASKS["qbe"], manifest=spoken[0], corpus=spoken[1])
-    scores = search(source, "dev", [0, 1])
+    features = open_features(TASKS["qbe"], manifest=spoken[0], corpus=spoken[1])
+    scores = search(features, "dev", [0, 1])
     assert scores.shape == (2, QUERIES, DOCUMENTS)
     np.testing.assert_allclose(scores.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose(scores[:, :-1].std(-1), 1, atol=1e-6)
     assert (scores[:, -1] == 0).all()  # 4 frames
-    np.testing.assert_array_equal(scores[1:], search(source, "dev", [1]))
+    np.testing.assert_array_equal(scores[1:], search(features, "dev", [1]))
 
 
 def test_blocks_change_nothing(spoken: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(TASKS["qbe"], manifest=spoken[0], corpus=spoken[1])
-    at_once = search(source, "test", [1])
+    features = open_features(TASKS["qbe"], manifest=spoken[0], corpus=spoken[1])
+    at_once = search(features, "test", [1])
     monkeypatch.setattr("evaluate.tasks.qbe.BLOCK_FRAMES", 1)
-    np.testing.assert_allclose(search(source, "test", [1]), at_once, atol=1e-4)
+    np.testing.assert_allclose(search(features, "test", [1]), at_once, atol=1e-4)
 
 
 def test_queries_that_no_document_holds_are_an_error(tmp_path: Path) -> None:
@@ -403,4 +394,4 @@ def test_recipes_are_the_references() -> None:
     assert (asv.batch_size, asv.steps, asv.clip_norm, asv.weight_decay) == (50, 200_000, 1000, 0.01)
     assert (sd.hidden, sd.chunk_frames, sd.batch_size, sd.steps, sd.clip_norm) == (512, 2000, 32, 30_000, 1)
     with pytest.raises(RetortError, match="unknown key in p 'steps': expected one of seed"):
-        parse_recipe(TASKS["qbe"], {"steps": 3}, where="p")
+        TASKS["qbe"].parse_recipe({"steps": 3}, where="p")

@@ -109,7 +109,7 @@ def test_an_interrupted_run_leaves_an_earlier_score_as_it_was(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evaluate.sweep.Adam.step", stop)
+    monkeypatch.setattr("evaluate.sweep.HeadTraining.step", stop)
     result = command("run", "--task", "ks", *ready)
     assert result.exit_code == 1
     assert "interrupted" in result.stderr
@@ -128,5 +128,5 @@ def test_help_and_the_table_need_no_torch_and_scoring_no_transformers() -> None:
         "import evaluate.__main__, evaluate.table, sys; print('no' if 'torch' not in sys.modules else 'torch')"
     )
     heavy = "{'transformers', 'torchaudio', 'scipy', 'torch._dynamo', 'matplotlib', 'pandas'}"
-    code = f"import evaluate.tasks, evaluate.run, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import evaluate.tasks, evaluate.jobs, sys; print(sorted({heavy} & set(sys.modules)))"
     assert run_python(code).strip() == "[]"

@@ -8,7 +8,7 @@ from scipy.interpolate import interp1d
 from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
 
-from evaluate.detection import FALSE_ALARM_WEIGHT, equal_error_rate, max_term_weighted_value
+from evaluate.metrics import FALSE_ALARM_WEIGHT, equal_error_rate, max_term_weighted_value
 
 # Few values, so that scores tie often.
 trials = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
@@ -27,7 +27,7 @@ def scikit_learns(scores: list[float], targets: list[bool]) -> float:
 def test_equal_error_rate_is_where_scikit_learns_roc_crosses(some: list[tuple[int, bool]]) -> None:
     scores, targets = [float(score) for score, _ in some], [target for _, target in some]
     false_alarms, hits, _ = roc_curve(targets, scores, drop_intermediate=False)
-    rate = equal_error_rate(scores, targets) / 100
+    rate = equal_error_rate(scores, targets).value / 100
     # On a vertical stretch of the ROC interpolation has several values: ours lies between its ends.
     before, after = np.searchsorted(false_alarms, [rate - 1e-9, rate + 1e-9])
     near = hits[max(0, before - 1) : after + 1]
@@ -41,7 +41,7 @@ def test_equal_error_rate_of_many_trials_is_the_references() -> None:
     for decimals in (1, 6):  # with many ties and with none
         targets = generator.random(500) < 0.4
         scores = np.round(generator.normal(size=500) + targets, decimals)
-        assert equal_error_rate(scores, targets) == pytest.approx(scikit_learns(scores, targets), abs=1e-6)
+        assert equal_error_rate(scores, targets).value == pytest.approx(scikit_learns(scores, targets), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_equal_error_rate_of_many_trials_is_the_references() -> None:
     ],
 )
 def test_equal_error_rate_by_hand(scores: list[float], targets: list[int], rate: float) -> None:
-    assert equal_error_rate(scores, targets) == pytest.approx(rate)
+    assert equal_error_rate(scores, targets).value == pytest.approx(rate)
 
 
 def test_equal_error_rate_needs_both_classes_and_finite_scores() -> None:
@@ -92,8 +92,10 @@ def test_max_term_weighted_value_is_what_a_search_finds() -> None:
         holds = generator.random((6, 40)) < 0.1
         holds[:, 7], holds[2] = True, False
         scores = np.round(generator.normal(size=holds.shape) + 3 * holds, decimals)
-        assert max_term_weighted_value(scores, holds) == pytest.approx(searched(scores, holds, 40, 5))
-        wider = max_term_weighted_value(scores, holds, num_holding_Q=holds.sum(1), num_documents=400, num_queries=20)
+        assert max_term_weighted_value(scores, holds).value == pytest.approx(searched(scores, holds, 40, 5))
+        wider = max_term_weighted_value(
+            scores, holds, num_holding_Q=holds.sum(1), num_documents=400, num_queries=20
+        ).value
         assert wider == pytest.approx(searched(scores, holds, 400, 20))
 
 
@@ -101,28 +103,28 @@ def test_max_term_weighted_value_by_hand() -> None:
     holds = np.zeros((2, 101), dtype=bool)
     holds[0, 0] = holds[1, 1] = True
     scores = np.zeros((2, 101))
-    assert max_term_weighted_value(scores, holds) == 0  # accepting everything is worse than nothing
+    assert max_term_weighted_value(scores, holds).value == 0  # accepting everything is worse than nothing
     scores[0, 0] = scores[1, 1] = 2
-    assert max_term_weighted_value(scores, holds) == pytest.approx(100)
+    assert max_term_weighted_value(scores, holds).value == pytest.approx(100)
     scores[0, 5] = 3  # one false alarm of a hundred, for one of two queries
-    assert max_term_weighted_value(scores, holds) == pytest.approx(100 * (1 - FALSE_ALARM_WEIGHT / 100 / 2))
+    assert max_term_weighted_value(scores, holds).value == pytest.approx(100 * (1 - FALSE_ALARM_WEIGHT / 100 / 2))
     scores[0, 6:40] = 3  # too many: better to give up that query's
-    assert max_term_weighted_value(scores, holds) == 0
+    assert max_term_weighted_value(scores, holds).value == 0
     scores[1, 1] = 4
-    assert max_term_weighted_value(scores, holds) == pytest.approx(50)
+    assert max_term_weighted_value(scores, holds).value == pytest.approx(50)
 
 
 def test_a_document_of_another_language_that_holds_the_query_counts_as_missed() -> None:
-    assert max_term_weighted_value([[2.0, 0.0]], [[True, False]], num_holding_Q=[4]) == pytest.approx(25)
+    assert max_term_weighted_value([[2.0, 0.0]], [[True, False]], num_holding_Q=[4]).value == pytest.approx(25)
 
 
 def test_queries_that_no_document_holds_are_left_out() -> None:
     scores = np.array([[2.0, 1.0, 0.0], [9.0, 9.0, 9.0]])
     holds = np.array([[True, False, False], [False, False, False]])
-    assert max_term_weighted_value(scores, holds) == pytest.approx(100)
+    assert max_term_weighted_value(scores, holds).value == pytest.approx(100)
     with pytest.raises(ValueError, match="some document holds"):
         max_term_weighted_value(scores[1:], holds[1:])
 
 
 def test_a_query_that_every_document_holds_has_no_false_alarms() -> None:
-    assert max_term_weighted_value([[2.0, 1.0]], [[True, True]]) == pytest.approx(100)
+    assert max_term_weighted_value([[2.0, 1.0]], [[True, True]]).value == pytest.approx(100)

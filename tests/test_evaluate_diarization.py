@@ -21,7 +21,7 @@ FRAME_S = 0.02
 
 
 def der(turns: list[Turn], active: np.ndarray) -> float:
-    return diarization_error_rate([Reference.of(turns, len(active), frame_s=FRAME_S)], [active])
+    return diarization_error_rate([Reference.of(turns, len(active), frame_s=FRAME_S)], [active]).value
 
 
 def as_turns(active_TS: np.ndarray) -> list[Turn]:
@@ -77,14 +77,14 @@ def test_recordings_are_weighed_by_their_speech() -> None:
     heard, deaf = np.ones((90, 2), dtype=bool), np.zeros((10, 2), dtype=bool)
     heard[:, 1] = False
     references = [Reference.of(long, 90, frame_s=FRAME_S), Reference.of(short, 10, frame_s=FRAME_S)]
-    assert diarization_error_rate(references, [heard, deaf]) == pytest.approx(10)
+    assert diarization_error_rate(references, [heard, deaf]).value == pytest.approx(10)
 
 
 def test_a_recording_of_silence_counts_its_false_alarms_and_silence_alone_has_no_rate() -> None:
     silent, spoken = Reference.of([], 50, frame_s=FRAME_S), Reference.of([("a", 0, 1)], 50, frame_s=FRAME_S)
     heard = np.zeros((50, 2), dtype=bool)
     heard[:25, 0] = True
-    assert diarization_error_rate([silent, spoken], [heard, heard]) == pytest.approx(100)
+    assert diarization_error_rate([silent, spoken], [heard, heard]).value == pytest.approx(100)
     with pytest.raises(ValueError, match="no speech"):
         diarization_error_rate([silent], [heard])
 
@@ -110,5 +110,5 @@ def test_frame_labels_go_to_the_nearest_frame_in_the_order_of_names() -> None:
 def test_turns_are_parsed_and_anything_else_is_named() -> None:
     assert parse_turns("ann 0.5 1.25; bob 1 2", where="x") == [("ann", 0.5, 1.25), ("bob", 1.0, 2.0)]
     assert parse_turns("", where="x") == []
-    with pytest.raises(RetortError, match=r"here: 'ann 0\.5' is no turn; expected"):
+    with pytest.raises(RetortError, match=r"here: 'ann 0\.5' is not a turn; expected"):
         parse_turns("ann 0.5", where="here")

@@ -16,7 +16,7 @@ from evaluate.__main__ import main
 from tests.processes import run_command
 
 PARAMS: dict[str, Any] = {
-    "upstreams": ["one", "two"],
+    "upstreams": {"one": {"source": "one", "watch": "one"}, "two": {"source": "two", "watch": "two"}},
     "tasks": {"words": ["ks", "sid"], "phones": ["pr"]},
     "evaluate": {
         "ks": {"learning_rates": [1e-1, 1e-2], "steps": 20, "dev_evaluations": 2},
@@ -39,7 +39,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(card, tmp_path / "corpora" / f"{name}.json")
         for upstream, gain in (("one", 1.0), ("two", -0.3)):
             made = make_store(tmp_path / upstream / name, card, scaled(hidden, gain))
-            target = tmp_path / "manifests" / name / f"{upstream}.json"
+            target = tmp_path / "manifests" / upstream / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, target)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS))
@@ -69,7 +69,7 @@ def test_two_workers_make_the_scores_that_single_commands_make(tree: Path) -> No
     for corpus, tasks in PARAMS["tasks"].items():
         for task in tasks:
             for upstream in PARAMS["upstreams"]:
-                features = ["--manifest", f"manifests/{corpus}/{upstream}.json", "--corpus", f"corpora/{corpus}.json"]
+                features = ["--manifest", f"manifests/{upstream}/{corpus}.json", "--corpus", f"corpora/{corpus}.json"]
                 arguments = [*features, "--config", "params.yaml", "--out", f"single/{upstream}/{task}.json"]
                 assert CliRunner().invoke(main, ["run", "--task", task, *arguments]).exit_code == 0
     done = run_command("evaluate", "many", "--workers", "2", "--out", "shared", cwd=tree, check=True)
@@ -83,10 +83,10 @@ def test_two_workers_make_the_scores_that_single_commands_make(tree: Path) -> No
 def test_scores_that_are_there_are_kept_and_stale_ones_made_again(tree: Path) -> None:
     assert len(many().splitlines()) == 6
     before = {path: path.stat().st_mtime_ns for path in (tree / "scores").rglob("*.json")}
-    assert many() == "6 of 6 scores are there already, from the same features and recipes\n"
+    assert many() == "6 of 6 scores are up to date (same features, recipe and code)\n"
     changed_params = PARAMS | {"evaluate": PARAMS["evaluate"] | {"sid": PARAMS["evaluate"]["sid"] | {"steps": 21}}}
     (tree / "params.yaml").write_text(yaml.safe_dump(changed_params))
-    assert "4 of 6 scores are there already" in many()
+    assert "4 of 6 scores are up to date" in many()
     changed = {path.stem for path, then in before.items() if path.stat().st_mtime_ns != then}
     assert changed == {"sid"}
 
@@ -96,11 +96,11 @@ def test_checkpoints_of_a_run_killed_after_its_score_was_written_go(
 ) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.TaskSession, "finish", lambda sitting: None)
+        patch.setattr(checkpoint.TaskSession, "finish", lambda session: None)
         many("--task", "ks")
     left = list(tree.glob("checkpoints/evaluate/*/1.pt"))
     assert len(left) == 2
-    assert many("--task", "ks") == "2 of 2 scores are there already, from the same features and recipes\n"
+    assert many("--task", "ks") == "2 of 2 scores are up to date (same features, recipe and code)\n"
     assert not list(tree.glob("checkpoints/evaluate/*"))
 
 
@@ -112,9 +112,9 @@ def test_tasks_and_upstreams_can_be_named(tree: Path) -> None:
 def test_what_cannot_be_is_one_line_before_any_work(tree: Path) -> None:
     assert "unknown task of params.yaml 'asr': expected one of ks, pr, sid" in refused("--task", "asr")
     assert "unknown upstream of params.yaml 'three': expected one of one, two" in refused("--upstream", "three")
-    assert "give one, N above 0" in refused("--workers", "1", "--scheduler", "tcp://127.0.0.1:9")
-    (tree / "manifests/phones/two.json").unlink()
-    assert "manifests/phones/two.json does not exist" in refused()
+    assert "give one, N > 0" in refused("--workers", "1", "--scheduler", "tcp://127.0.0.1:9")
+    (tree / "manifests/two/phones.json").unlink()
+    assert "manifests/two/phones.json does not exist" in refused()
     assert not (tree / "scores").exists()
     (tree / "params.yaml").write_text(yaml.safe_dump(PARAMS | {"upstreams": "all"}))
-    assert "`upstreams` is 'all', expected a list of names" in refused()
+    assert "`upstreams` is 'all', expected a section" in refused()

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluate_stores import Quiet, make_corpus, make_store
+from evaluate_stores import make_corpus, make_store, score_task
 from numpy.typing import NDArray
 
+from evaluate.checkpoint import TaskSession
+from evaluate.jobs import open_features
 from evaluate.pooled import PooledClassification, PooledRecipe, PooledSplit
-from evaluate.run import open_source, run_task
 from evaluate.scorefile import ScoreFile
 from evaluate.sweep import HeadPool, SweepResult, cross_validate, sweep
-from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.er import folds
 from evaluate.tasks.ic import LABELS
@@ -31,11 +31,7 @@ SHORT: dict[str, Any] = {"learning_rates": [1e-1, 1e-2, 1e-3], "steps": 60, "dev
 
 
 def run(task: str, manifest: Path, corpus: Path, **changes: Any) -> ScoreFile:
-    recipe = parse_recipe(TASKS[task], SHORT | changes, where="test")
-    progress = Quiet()
-    score = run_task(TASKS[task], recipe, upstream="hand", manifest=manifest, corpus=corpus, progress=progress)
-    assert progress.steps == pytest.approx(recipe.steps)
-    return score
+    return score_task(task, manifest, corpus, SHORT | changes)
 
 
 def coded_store(folder: Path, card: Path, codes: NDArray[np.float32], noise: float = 0.2) -> Path:
@@ -136,15 +132,15 @@ def test_the_score_is_the_mean_of_the_folds(tmp_path: Path) -> None:
 
 def test_every_session_is_the_test_once_and_no_fold_trains_on_its_test(tmp_path: Path) -> None:
     manifest, card = emotions(tmp_path)
-    source = open_source(TASKS["er"], manifest=manifest, corpus=card)
+    features = open_features(TASKS["er"], manifest=manifest, corpus=card)
     tested = []
-    for fold in folds(source):
+    for fold in folds(features):
         train, dev, test = (set(fold[split].tolist()) for split in ("train", "dev", "test"))
         assert not train & dev
         assert not (train | dev) & test
         assert len(train | dev | test) == 100
         assert (len(train), len(dev)) == (64, 16)
-        (session,) = {source.corpus.splits[row] for row in test}
+        (session,) = {features.corpus.splits[row] for row in test}
         tested.append(session)
     assert tested == [f"Session{number}" for number in range(1, 6)]
 
@@ -152,9 +148,9 @@ def test_every_session_is_the_test_once_and_no_fold_trains_on_its_test(tmp_path:
 def test_dev_is_the_references_draw_from_the_same_order(tmp_path: Path) -> None:
     """torch.manual_seed(0) and random_split, as s3prl's emotion/expert.py."""
     manifest, card = emotions(tmp_path)
-    source = open_source(TASKS["er"], manifest=manifest, corpus=card)
-    for test, fold in enumerate(folds(source), start=1):
-        others = [row for n in range(1, 6) if n != test for row in source.select(f"Session{n}").tolist()]
+    features = open_features(TASKS["er"], manifest=manifest, corpus=card)
+    for test, fold in enumerate(folds(features), start=1):
+        others = [row for n in range(1, 6) if n != test for row in features.select(f"Session{n}").tolist()]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             train, dev = torch.utils.data.random_split(others, [64, 16])  # type: ignore[arg-type]
@@ -168,8 +164,8 @@ def test_folds_need_sessions(tmp_path: Path) -> None:
         run("er", manifest, card)
 
 
-class Told(PooledClassification):
-    """A fold whose dev metrics a script tells, by learning rate ascending; test tells which head was measured."""
+class Scripted(PooledClassification):
+    """A fold with given dev metrics, by ascending learning rate; its test metric names the checkpoint."""
 
     def __init__(self, dev: Sequence[Sequence[float]]) -> None:
         rows = torch.arange(4)
@@ -180,16 +176,16 @@ class Told(PooledClassification):
             num_classes_G=[2],
             recipe=PooledRecipe(projection=2),
         )
-        self.dev, self.turn, self.states = dev, 0, []
+        self.dev, self.evaluation, self.states = dev, 0, []
 
-    def measure(self, heads: Sequence[Any], split: str, team: HeadPool) -> list[dict[str, float]]:
+    def measure(self, heads: Sequence[Any], split: str, pool: HeadPool) -> list[dict[str, float]]:
         if split == "test":
             mine = heads[0].output.weight
             self.tested = next(n for n, some in enumerate(self.states) if any(torch.equal(mine, one) for one in some))
             return [{"acc": 10.0 * self.tested}]
         self.states.append([head.output.weight.detach().clone() for head in heads])
-        self.turn += 1
-        return [{"acc": row[self.turn - 1]} for row in self.dev]
+        self.evaluation += 1
+        return [{"acc": row[self.evaluation - 1]} for row in self.dev]
 
 
 RECIPE = PooledRecipe(learning_rates=(1e-1, 1e-2), steps=30, batch_size=4, dev_evaluations=3, projection=2)
@@ -197,8 +193,8 @@ RECIPE = PooledRecipe(learning_rates=(1e-1, 1e-2), steps=30, batch_size=4, dev_e
 
 def test_folds_share_the_rate_of_the_best_mean_dev_and_each_keeps_its_own_checkpoint() -> None:
     # Rates ascending. The first fold likes 1e-1 better (70), the second 1e-2 by more (90 to 40).
-    first, second = Told([(60, 50, 50), (70, 10, 10)]), Told([(10, 10, 90), (40, 30, 20)])
-    result = cross_validate([first, second], RECIPE, Quiet())
+    first, second = Scripted([(60, 50, 50), (70, 10, 10)]), Scripted([(10, 10, 90), (40, 30, 20)])
+    result = cross_validate([first, second], RECIPE, TaskSession())
     assert (result.chosen_lr, result.dev) == (1e-2, 75)
     assert (first.tested, second.tested) == (0, 2)
     assert result.test["acc"] == 10
@@ -208,8 +204,8 @@ def test_folds_share_the_rate_of_the_best_mean_dev_and_each_keeps_its_own_checkp
 
 def test_one_fold_is_a_sweep() -> None:
     def result(alone: bool) -> SweepResult:
-        problem = Told([(1, 2, 3), (2, 1, 0)])
-        return sweep(problem, RECIPE, Quiet()) if alone else cross_validate([problem], RECIPE, Quiet())
+        problem = Scripted([(1, 2, 3), (2, 1, 0)])
+        return sweep(problem, RECIPE, TaskSession()) if alone else cross_validate([problem], RECIPE, TaskSession())
 
     assert result(True) == result(False)
     assert replace(result(True), notes=()).dev == 3

@@ -2,19 +2,19 @@
 
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate_stores import Quiet, class_corpus, make_store, phone_corpus
+from evaluate_stores import class_corpus, make_store, phone_corpus, without_seconds
 
 from evaluate import checkpoint
-from evaluate.run import Job, run_task, score
+from evaluate.checkpoint import TaskSession
+from evaluate.jobs import ScoringJob, measure, score
 from evaluate.scorefile import ScoreFile
-from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS
 from extract.base.errors import RetortError
+from extract.base.progress import ProgressBar
 from tests.processes import Command, run_command
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -27,24 +27,20 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class Killed(BaseException):
-    """Ends a sitting as a kill does: nothing between it and the command handles it."""
+    """Ends a run as a kill does: no code between it and the command handles it."""
 
 
-class Bar(Quiet):
-    """Kills the sitting after so many steps."""
+class Bar(ProgressBar):
+    """Progress bar that ends the run after so many steps."""
 
     def __init__(self, until: float = float("inf")) -> None:
-        super().__init__()
-        self.until, self.skipped = until, 0.0
+        super().__init__("test", total=1e9, unit="steps")
+        self.until = until
 
     def advance(self, amount: float, *, detail: str = "") -> None:
-        super().advance(amount)
-        if self.steps > self.until:
+        super().advance(amount, detail=detail)
+        if self.done > self.until:
             raise Killed
-
-    def skip(self, amount: float) -> None:
-        super().skip(amount)
-        self.skipped = amount
 
 
 @pytest.fixture(autouse=True)
@@ -55,22 +51,18 @@ def every_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checkpoint, "_SHARE", 1e9)
 
 
-def job_of(folder: Path, task: str, **changes: Any) -> Job:
+def job_of(folder: Path, task: str, **changes: Any) -> ScoringJob:
     card, hidden = (phone_corpus if task in ("pr", "asr") else class_corpus)(folder)
     manifest = make_store(folder, card, hidden)
-    recipe = parse_recipe(TASKS[task], RECIPES[task] | changes, where="test")
-    return Job(task=TASKS[task], recipe=recipe, upstream="hand", manifest=manifest, corpus=card,
+    recipe = TASKS[task].parse_recipe(RECIPES[task] | changes, where="test")
+    return ScoringJob(task=TASKS[task], recipe=recipe, upstream="hand", manifest=manifest, corpus=card,
                out=folder / "scores/hand" / f"{task}.json")  # fmt: skip
-
-
-def without_seconds(score: ScoreFile) -> ScoreFile:
-    return replace(score, seconds=0.0)
 
 
 @pytest.mark.parametrize("task", RECIPES)
 def test_a_task_killed_again_and_again_scores_as_one_that_was_not(task: str, tmp_path: Path) -> None:
     job = job_of(tmp_path, task)
-    whole = run_task(job.task, job.recipe, upstream="hand", manifest=job.manifest, corpus=job.corpus, progress=Quiet())
+    whole = measure(job, job.open(), TaskSession())
     for until in (3, 4, 7, job.recipe.steps - 1):
         with pytest.raises(Killed):
             score(job, Bar(until))
@@ -79,14 +71,14 @@ def test_a_task_killed_again_and_again_scores_as_one_that_was_not(task: str, tmp
     assert kept.name == "1.pt" and kept.parent.name.startswith(f"hand-{task}-")
     last = Bar()
     made = score(job, last)
-    # A sitting is killed on its last step, before that step is kept.
-    assert last.skipped == job.recipe.steps - 1 and last.steps == job.recipe.steps
+    # The run before was killed on its last step, before that step was kept.
+    assert last.before == job.recipe.steps - 1 and last.done == job.recipe.steps
     assert without_seconds(made) == without_seconds(whole)
     assert without_seconds(ScoreFile.read(job.out)) == without_seconds(whole)
     assert not list(tmp_path.glob("checkpoints/evaluate/*"))
 
 
-def test_seconds_of_all_sittings_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_of_all_runs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(tmp_path, "ks")
     with pytest.raises(Killed):
         score(job, Bar(5))
@@ -99,7 +91,7 @@ def test_seconds_of_all_sittings_count(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_diverged_rate_stays_diverged(tmp_path: Path) -> None:
     # A rate so high that its loss is soon not finite, and one that is not.
     job = job_of(tmp_path, "ks", learning_rates=[1e30, 1e-2], clip_norm=1e30)
-    whole = run_task(job.task, job.recipe, upstream="hand", manifest=job.manifest, corpus=job.corpus, progress=Quiet())
+    whole = measure(job, job.open(), TaskSession())
     assert any("learning rate 1e+30 diverged" in note for note in whole.notes)
     with pytest.raises(Killed):
         score(job, Bar(9))
@@ -112,7 +104,7 @@ def test_other_settings_start_anew_and_leave_the_checkpoint_alone(tmp_path: Path
         score(job, Bar(5))
     other = Bar()
     score(job_of(tmp_path / "again", "ks", seed=1), other)
-    assert other.skipped == 0
+    assert other.before == 0
     assert len(list(tmp_path.glob("checkpoints/evaluate/*"))) == 1
 
 
@@ -130,7 +122,7 @@ def test_a_damaged_checkpoint_and_a_foreign_one_are_one_line(tmp_path: Path) -> 
         score(job_of(tmp_path / "again", "sid"), Bar(5))
     (foreign,) = tmp_path.glob("checkpoints/evaluate/hand-sid-*/*")
     foreign.write_bytes(whole)
-    with pytest.raises(RetortError, match=r"1\.pt is of other settings or data; delete it to start anew"):
+    with pytest.raises(RetortError, match=r"1\.pt belongs to other settings or data; delete it to start anew"):
         score(job_of(tmp_path / "once more", "sid"), Bar())
 
 

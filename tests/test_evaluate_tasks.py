@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluate_stores import Hidden, Quiet, class_corpus, make_corpus, make_store, phone_corpus
+from evaluate_stores import Hidden, class_corpus, make_corpus, make_store, phone_corpus, score_task, without_seconds
 from torch.nn import functional as F
 
-from evaluate.ctc import END, UNKNOWN, Vocabulary, infeasible
-from evaluate.frames import FrameReader, bucket
+from evaluate.batches import FrameReader, bucket
+from evaluate.ctc import END, UNKNOWN, RecurrentRecipe, Vocabulary, draw_noise, infeasible, masked
 from evaluate.heads import LinearHead
-from evaluate.recurrent import RecurrentRecipe, draw_noise, masked
-from evaluate.run import open_source, run_task
+from evaluate.jobs import open_features
 from evaluate.scorefile import ScoreFile
-from evaluate.task import parse_recipe
 from evaluate.tasks import TASKS, pr
 from evaluate.tasks.asr import characters
 from extract.base.errors import RetortError
@@ -41,15 +39,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 
 def run(task: str, manifest: Path, corpus: Path, **changes: Any) -> ScoreFile:
-    recipe = parse_recipe(TASKS[task], SHORT[task] | changes, where="test")
-    progress = Quiet()
-    score = run_task(TASKS[task], recipe, upstream="hand", manifest=manifest, corpus=corpus, progress=progress)
-    assert progress.steps == recipe.steps
-    return score
-
-
-def without_seconds(score: ScoreFile) -> ScoreFile:
-    return replace(score, seconds=0.0)
+    return score_task(task, manifest, corpus, SHORT[task] | changes)
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +170,8 @@ def test_buckets_hold_similar_lengths_and_every_utterance_once() -> None:
 def test_ctc_loss_is_the_reference_toolkits(phones: tuple[Path, Path, Hidden]) -> None:
     """End to end against nn.CTCLoss on padded logits."""
     manifest, card, _ = phones
-    source = open_source(TASKS["pr"], manifest=manifest, corpus=card)
-    problem = pr.problem(source, pr.PrRecipe(batch_size=8))
+    features = open_features(TASKS["pr"], manifest=manifest, corpus=card)
+    problem = pr.problem(features, pr.PrRecipe(batch_size=8))
     heads = [LinearHead(num_layers=2, dim=12, projection=8, classes=7) for _ in range(2)]
     batch = next(problem.batches(0, 0))
     counts = batch.frames.num_frames_B.tolist()
@@ -298,7 +288,7 @@ def test_corpus_without_speakers_cannot_identify_them(tmp_path: Path) -> None:
     splits = ["train", "dev", "test"]
     card = make_corpus(tmp_path, labels={}, speakers=["a", "", "a"], splits=splits, num_frames=[9, 9, 9])
     manifest = make_store(tmp_path, card, lambda _, frames: np.zeros((1, frames, 2), dtype=np.float32))
-    with pytest.raises(RetortError, match="names no speaker"):
+    with pytest.raises(RetortError, match="without a speaker"):
         run("sid", manifest, card)
 
 
@@ -320,14 +310,14 @@ def test_corpus_without_speakers_cannot_identify_them(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_one_clear_line(section: Any, message: str) -> None:
     with pytest.raises(RetortError, match=message):
-        parse_recipe(TASKS["ks"], section, where="p.ks")
+        TASKS["ks"].parse_recipe(section, where="p.ks")
 
 
 def test_settings_keep_the_references_values_and_take_yamls_numbers() -> None:
-    recipe = parse_recipe(TASKS["asr"], {"learning_rates": ["1e-3", 1], "dropout": 0}, where="p")
+    recipe = TASKS["asr"].parse_recipe({"learning_rates": [1e-3, 1], "dropout": 0}, where="p")
     assert recipe.learning_rates == (1e-3, 1.0)
     assert (recipe.projection, recipe.hidden, recipe.depth, recipe.steps) == (1024, 1024, 2, 200_000)
-    assert parse_recipe(TASKS["pr"], None, where="p") == TASKS["pr"].recipe()
+    assert TASKS["pr"].parse_recipe(None, where="p") == TASKS["pr"].recipe()
 
 
 def test_every_task_is_named_once_and_as_its_key() -> None:

@@ -19,8 +19,9 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from extract.__main__ import main
 from extract.base.errors import RetortError
 from extract.base.files import writing_in
+from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.codec import CODECS
 from extract.store.packing import pack_utterances
 from extract.store.reader import Manifest, StoreReader
@@ -36,11 +37,11 @@ def contents(store: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("codec", "tolerance"), [("float16", 4e-3), ("int8", 4e-2), ("int4", 4e-1)])
-def test_a_store_holds_what_the_model_says(settings: Settings, corpus: Corpus, codec: str, tolerance: float) -> None:
-    settings = replace(settings, codec=codec, layers=(1, 4))
-    extract(settings)
-    reader = StoreReader.open(settings.manifest, corpus)
-    model = HubertModel.from_pretrained(settings.upstream).eval()
+def test_a_store_holds_what_the_model_says(config: ExtractConfig, corpus: Corpus, codec: str, tolerance: float) -> None:
+    config = replace(config, codec=codec, layers=(1, 4))
+    extract(config)
+    reader = StoreReader.open(config.manifest, corpus)
+    model = HubertModel.from_pretrained(config.upstream).eval()
     prepare = Wav2Vec2FeatureExtractor(do_normalize=True)
     assert reader.ids == corpus.ids
     for index, name in enumerate(corpus.ids):
@@ -55,9 +56,9 @@ def test_a_store_holds_what_the_model_says(settings: Settings, corpus: Corpus, c
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_packs_are_what_the_utterances_are(settings: Settings, corpus: Corpus, codec: str) -> None:
-    extract(replace(settings, codec=codec))
-    reader = StoreReader.open(settings.manifest, corpus)
+def test_packs_are_what_the_utterances_are(config: ExtractConfig, corpus: Corpus, codec: str) -> None:
+    extract(replace(config, codec=codec))
+    reader = StoreReader.open(config.manifest, corpus)
     seen: list[int] = []
     for number in range(reader.num_packs):
         pack = reader.pack(number, layers=[0, 3])
@@ -75,9 +76,9 @@ def test_packs_are_what_the_utterances_are(settings: Settings, corpus: Corpus, c
 
 
 @pytest.mark.parametrize(("codec", "promised"), [("float16", "2.000"), ("int8", "1.031"), ("int4", "0.625")])
-def test_info_says_what_a_value_costs_and_what_it_lost(settings: Settings, codec: str, promised: str) -> None:
-    manifest, _ = extract(replace(settings, codec=codec))
-    said = CliRunner().invoke(main, ["info", str(settings.manifest)])
+def test_info_says_what_a_value_costs_and_what_it_lost(config: ExtractConfig, codec: str, promised: str) -> None:
+    manifest, _ = extract(replace(config, codec=codec))
+    said = CliRunner().invoke(main, ["info", str(config.manifest)])
     assert said.exit_code == 0
     arrays = [path for name in ("hidden", "scale") for path in (manifest.folder / name).glob("c/**/*")]
     stored = sum(path.stat().st_size for path in arrays if path.is_file())
@@ -89,32 +90,32 @@ def test_info_says_what_a_value_costs_and_what_it_lost(settings: Settings, codec
     assert list(figures) == ["0", "1", "2", "3", "4"]
 
 
-def test_plain_zarr_opens_a_store(settings: Settings) -> None:
-    manifest, _ = extract(settings)
+def test_plain_zarr_opens_a_store(config: ExtractConfig) -> None:
+    manifest, _ = extract(config)
     group = zarr.open_group(manifest.folder, mode="r")
     assert group["hidden"].shape == (manifest.plan["num_packs"], 5, 128, 32)  # type: ignore[union-attr]
     assert group["pooled"].shape == (20, 5, 32)  # type: ignore[union-attr]
 
 
-def test_asking_again_does_no_work_and_changes_nothing(settings: Settings) -> None:
-    first, worked = extract(settings)
+def test_asking_again_does_no_work_and_changes_nothing(config: ExtractConfig) -> None:
+    first, worked = extract(config)
     assert worked
     before = contents(first.folder)
-    manifest_bytes = settings.manifest.read_bytes()
-    settings.manifest.unlink()
-    again, worked = extract(settings)
+    manifest_bytes = config.manifest.read_bytes()
+    config.manifest.unlink()
+    again, worked = extract(config)
     assert not worked
     assert contents(again.folder) == before
-    assert settings.manifest.read_bytes() == manifest_bytes
+    assert config.manifest.read_bytes() == manifest_bytes
 
 
-def test_whatever_decides_the_bytes_decides_the_place(settings: Settings) -> None:
-    here = extract(settings)[0].folder
+def test_whatever_decides_the_bytes_decides_the_place(config: ExtractConfig) -> None:
+    here = extract(config)[0].folder
     for other in (
-        replace(settings, layers=(4,)),
-        replace(settings, codec="int8"),
-        replace(settings, normalise=False),
-        replace(settings, keep=frozenset({"pooled"})),
+        replace(config, layers=(4,)),
+        replace(config, codec="int8"),
+        replace(config, normalise=False),
+        replace(config, keep=frozenset({"pooled"})),
     ):
         assert extract(other)[0].folder != here
 
@@ -124,14 +125,14 @@ class Stopped(BaseException):
 
 
 def test_resumed_at_every_shard_boundary_is_bit_identical(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = extract(settings)[0]
+    whole = extract(config)[0]
     num_shards = whole.plan["num_shards"]
     assert num_shards >= 3
     write = StoreWriter.write_shard
     for last in range(num_shards):
-        elsewhere = replace(settings, store=tmp_path / f"stores-{last}", manifest=tmp_path / f"m{last}.json")
+        elsewhere = replace(config, store=tmp_path / f"stores-{last}", manifest=tmp_path / f"m{last}.json")
 
         def stopping(self: StoreWriter, shard: int, packs: list[object], last: int = last) -> None:
             if shard == last:
@@ -163,10 +164,10 @@ def test_resumed_at_every_shard_boundary_is_bit_identical(
 
 
 def test_what_killed_writers_left_is_no_part_of_the_store(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = extract(settings)[0]
-    killed = replace(settings, store=tmp_path / "killed", manifest=tmp_path / "killed.json")
+    whole = extract(config)[0]
+    killed = replace(config, store=tmp_path / "killed", manifest=tmp_path / "killed.json")
     stopped = contextlib.suppress(Stopped)
 
     def stopping(self: StoreWriter, *_: object, **__: object) -> None:
@@ -190,11 +191,11 @@ def test_what_killed_writers_left_is_no_part_of_the_store(
     assert Manifest.read(killed.manifest).objects == whole.objects
 
 
-def test_kill_minus_9_then_resume(settings: Settings, tmp_path: Path) -> None:
+def test_kill_minus_9_then_resume(config: ExtractConfig, tmp_path: Path) -> None:
     utterances = noise_utterances(60, shortest=15_000)
     write_corpus(tmp_path / "long.h5", name="long", reader="folder", utterances=utterances)
     arguments = [
-        *("extract", "run", "--upstream", settings.upstream),
+        *("extract", "run", "--upstream", config.upstream),
         *("--corpus", str(tmp_path / "long.json"), "--codec", "int8", "--pack-frames", "128", "--shard-packs", "1"),
     ]
 
@@ -215,55 +216,55 @@ def test_kill_minus_9_then_resume(settings: Settings, tmp_path: Path) -> None:
     assert whole["digest"] == killed["digest"]
 
 
-def test_a_damaged_store_is_named_refused_and_repaired(settings: Settings, corpus: Corpus) -> None:
-    manifest, _ = extract(settings)
+def test_a_damaged_store_is_named_refused_and_repaired(config: ExtractConfig, corpus: Corpus) -> None:
+    manifest, _ = extract(config)
     shard = manifest.folder / "hidden/c/1/0/0/0"
     good = shard.read_bytes()
     before = contents(manifest.folder)
     shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
-    assert StoreReader.open(settings.manifest).damaged() == ["hidden/c/1/0/0/0"]
+    assert StoreReader.open(config.manifest).damaged() == ["hidden/c/1/0/0/0"]
     shard.write_bytes(good[:-1])
     with pytest.raises(RetortError, match=r"damaged: .*hidden/c/1/0/0/0 has \d+ bytes, expected"):
-        StoreReader.open(settings.manifest)
+        StoreReader.open(config.manifest)
     shard.unlink()
     with pytest.raises(RetortError, match="has no file"):
-        StoreReader.open(settings.manifest)
-    _, worked = extract(settings)
+        StoreReader.open(config.manifest)
+    _, worked = extract(config)
     assert worked
     assert contents(manifest.folder) == before
 
 
-def test_a_store_is_refused_by_name(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
-    manifest, _ = extract(settings)
+def test_a_store_is_refused_by_name(config: ExtractConfig, corpus: Corpus, tmp_path: Path) -> None:
+    manifest, _ = extract(config)
     write_corpus(tmp_path / "other.h5", name="other", reader="folder", utterances=noise_utterances(3, seed=9))
     with pytest.raises(RetortError, match=r"features of corpus noise .*, not of other"):
-        StoreReader.open(settings.manifest, Corpus.open(tmp_path / "other.h5"))
-    value = json.loads(settings.manifest.read_text())
-    settings.manifest.write_text(json.dumps(value | {"complete": False}))
-    with pytest.raises(RetortError, match="no complete manifest"):
-        StoreReader.open(settings.manifest)
-    settings.manifest.write_text(json.dumps(value | {"colour": "red"}))
+        StoreReader.open(config.manifest, Corpus.open(tmp_path / "other.h5"))
+    value = json.loads(config.manifest.read_text())
+    config.manifest.write_text(json.dumps(value | {"complete": False}))
+    with pytest.raises(RetortError, match="complete False"):
+        StoreReader.open(config.manifest)
+    config.manifest.write_text(json.dumps(value | {"colour": "red"}))
     with pytest.raises(RetortError, match="field 'colour' is unknown"):
-        StoreReader.open(settings.manifest)
-    settings.manifest.write_text(json.dumps(value | {"codec": "mp3"}))
+        StoreReader.open(config.manifest)
+    config.manifest.write_text(json.dumps(value | {"codec": "mp3"}))
     with pytest.raises(RetortError, match=r"unknown codec in .*m.json: 'mp3': expected one of float16, int4, int8"):
-        StoreReader.open(settings.manifest)
-    settings.manifest.write_text(json.dumps(value))
+        StoreReader.open(config.manifest)
+    config.manifest.write_text(json.dumps(value))
     manifest.folder.rename(tmp_path / "moved")
     with pytest.raises(RetortError, match="is gone"):
-        StoreReader.open(settings.manifest)
+        StoreReader.open(config.manifest)
 
 
-def test_the_manifest_says_what_a_precision_costs(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
+def test_the_manifest_says_what_a_precision_costs(config: ExtractConfig, corpus: Corpus, tmp_path: Path) -> None:
     # torch's 16-bit convolutions of 8 channels a group and an even kernel are wrong on CPUs with AMX: 19 is not even.
     torch.manual_seed(0)
     model = HubertModel(HubertConfig(**TINY | {"num_conv_pos_embeddings": 19}))
-    settings = replace(settings, upstream=str(save_teacher(model, tmp_path / "odd")))
-    exact, _ = extract(settings)
+    config = replace(config, upstream=str(save_teacher(model, tmp_path / "odd")))
+    exact, _ = extract(config)
     assert exact.dtype_error == {}
-    short, _ = extract(replace(settings, dtype="bf16", manifest=tmp_path / "bf16.json"))
+    short, _ = extract(replace(config, dtype="bf16", manifest=tmp_path / "bf16.json"))
     assert short.fingerprint != exact.fingerprint
-    expected, got = (StoreReader.open(path) for path in (settings.manifest, tmp_path / "bf16.json"))
+    expected, got = (StoreReader.open(path) for path in (config.manifest, tmp_path / "bf16.json"))
     signal, error = np.zeros(5), np.zeros(5)
     for name in corpus.ids:  # 21 s in all: the manifest's figure is of every utterance, too
         hidden_LTD = expected.hidden(name).astype(np.float64)
@@ -274,23 +275,23 @@ def test_the_manifest_says_what_a_precision_costs(settings: Settings, corpus: Co
     assert 20 < snr_db.min() < snr_db.max() < 70
 
 
-def test_a_precision_that_loses_more_than_rounding_is_refused(settings: Settings, tmp_path: Path) -> None:
+def test_a_precision_that_loses_more_than_rounding_is_refused(config: ExtractConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = HubertModel(HubertConfig(**TINY))
     with torch.no_grad():  # values near 300 are 2 apart in bf16; the layer norm behind removes the 300
         model.feature_projection.projection.bias.fill_(300)
-    settings = replace(settings, upstream=str(save_teacher(model, tmp_path / "offset")))
+    config = replace(config, upstream=str(save_teacher(model, tmp_path / "offset")))
     with pytest.raises(RetortError, match=r"layer 0 in bf16 is -?\d+\.\d dB off fp32 .* give --dtype fp32"):
-        extract(replace(settings, dtype="bf16"))
-    assert not settings.manifest.exists()
-    assert extract(settings)[0].dtype == "fp32"
+        extract(replace(config, dtype="bf16"))
+    assert not config.manifest.exists()
+    assert extract(config)[0].dtype == "fp32"
 
 
-def test_pooled_alone(settings: Settings, corpus: Corpus) -> None:
-    extract(settings)
-    full = StoreReader.open(settings.manifest).pooled()
-    extract(replace(settings, keep=frozenset({"pooled"})))
-    reader = StoreReader.open(settings.manifest, corpus)
+def test_pooled_alone(config: ExtractConfig, corpus: Corpus) -> None:
+    extract(config)
+    full = StoreReader.open(config.manifest).pooled()
+    extract(replace(config, keep=frozenset({"pooled"})))
+    reader = StoreReader.open(config.manifest, corpus)
     np.testing.assert_array_equal(reader.pooled(), full)
     with pytest.raises(RetortError, match="no frames; extract with --keep frames,pooled"):
         reader.hidden("u000")
@@ -314,10 +315,10 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[flo
         writer.encode_pack(0, hidden_LFD)
 
 
-def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
-    extract(replace(settings, initial_blocks=2))
-    seed = load_file(settings.manifest.with_suffix(".initial.safetensors"))
-    model = HubertModel.from_pretrained(settings.upstream)
+def test_the_seed_is_the_teachers_own_weights(config: ExtractConfig) -> None:
+    extract(replace(config, initial_blocks=2))
+    seed = load_file(config.manifest.with_suffix(".initial.safetensors"))
+    model = HubertModel.from_pretrained(config.upstream)
     own = model.state_dict()
     name = "feature_extractor.conv_layers.0.layer_norm.weight"
     assert torch.equal(seed[name], own[name])
@@ -337,38 +338,38 @@ def test_the_seed_is_the_teachers_own_weights(settings: Settings) -> None:
     torch.testing.assert_close(folded, convolution(hidden))
 
 
-def test_the_manifest_records_the_initial_weights(settings: Settings) -> None:
-    asked = replace(settings, initial_blocks=2)
+def test_the_manifest_records_the_initial_weights(config: ExtractConfig) -> None:
+    asked = replace(config, initial_blocks=2)
     manifest, worked = extract(asked)
-    path = settings.manifest.with_suffix(".initial.safetensors")
+    path = config.manifest.with_suffix(".initial.safetensors")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     record = {"file": path.name, "sha256": digest, "num_blocks": 2}
-    assert worked and manifest.initial_weights == record == Manifest.read(settings.manifest).initial_weights
+    assert worked and manifest.initial_weights == record == Manifest.read(config.manifest).initial_weights
     assert extract(asked) == (manifest, False)
     for damage in (path.unlink, lambda: path.write_bytes(b"other")):  # missing, and changed: written again
         damage()
-        assert CliRunner().invoke(main, ["verify", str(settings.manifest)]).exit_code == 1
+        assert CliRunner().invoke(main, ["verify", str(config.manifest)]).exit_code == 1
         assert extract(asked) == (manifest, True) and hashlib.sha256(path.read_bytes()).hexdigest() == digest
-        assert CliRunner().invoke(main, ["verify", str(settings.manifest)]).exit_code == 0
-    fewer, worked = extract(replace(settings, initial_blocks=1))
+        assert CliRunner().invoke(main, ["verify", str(config.manifest)]).exit_code == 0
+    fewer, worked = extract(replace(config, initial_blocks=1))
     assert worked and fewer.initial_weights is not None and fewer.digest == manifest.digest
     assert fewer.initial_weights["num_blocks"] == 1 and fewer.initial_weights["sha256"] != digest
-    assert extract(settings)[0].initial_weights is None
+    assert extract(config)[0].initial_weights is None
 
 
 @pytest.mark.parametrize(
     "change", [{"file": "../x"}, {"sha256": "0"}, {"num_blocks": 0}, {"num_blocks": "2"}, {"colour": "red"}]
 )
-def test_a_wrong_record_of_initial_weights_is_refused(settings: Settings, change: dict[str, object]) -> None:
-    extract(replace(settings, initial_blocks=2))
-    value = json.loads(settings.manifest.read_text())
-    settings.manifest.write_text(json.dumps(value | {"initial_weights": value["initial_weights"] | change}))
+def test_a_wrong_record_of_initial_weights_is_refused(config: ExtractConfig, change: dict[str, object]) -> None:
+    extract(replace(config, initial_blocks=2))
+    value = json.loads(config.manifest.read_text())
+    config.manifest.write_text(json.dumps(value | {"initial_weights": value["initial_weights"] | change}))
     with pytest.raises(RetortError, match="initial_weights"):
-        Manifest.read(settings.manifest)
+        Manifest.read(config.manifest)
 
 
-def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path: Path) -> None:
-    manifest, _ = extract(settings)
+def test_the_manifest_records_the_shape_of_the_stem(config: ExtractConfig, tmp_path: Path) -> None:
+    manifest, _ = extract(config)
     assert manifest.stem == {
         "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
         "conv_stride": [5, 2, 2, 2, 2, 2, 2],
@@ -377,8 +378,8 @@ def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path
         "conv_bias": False,
         "feat_extract_activation": "gelu",
     }
-    assert Manifest.read(settings.manifest).stem == manifest.stem
-    assert extract(replace(settings, upstream="fbank", pack_frames=256, manifest=tmp_path / "f.json"))[0].stem is None
+    assert Manifest.read(config.manifest).stem == manifest.stem
+    assert extract(replace(config, upstream="fbank", pack_frames=256, manifest=tmp_path / "f.json"))[0].stem is None
 
 
 @pytest.mark.parametrize(
@@ -391,11 +392,11 @@ def test_the_manifest_records_the_shape_of_the_stem(settings: Settings, tmp_path
         ({"initial_blocks": 9}, "has 4 blocks"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_leaves_no_manifest(settings: Settings, change: dict, message: str) -> None:
+def test_a_wrong_request_is_one_line_and_leaves_no_manifest(config: ExtractConfig, change: dict, message: str) -> None:
     with pytest.raises(RetortError, match=message) as caught:
-        extract(replace(settings, **change))
+        extract(replace(config, **change))
     assert "\n" not in str(caught.value)
-    assert not settings.manifest.exists()
+    assert not config.manifest.exists()
 
 
 @pytest.mark.parametrize(
@@ -406,6 +407,6 @@ def test_a_wrong_request_is_one_line_and_leaves_no_manifest(settings: Settings, 
         ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
     ],
 )
-def test_unknown_names_list_the_valid_ones(settings: Settings, change: dict, message: str) -> None:
+def test_unknown_names_list_the_valid_ones(config: ExtractConfig, change: dict, message: str) -> None:
     with pytest.raises(RetortError, match=message):
-        replace(settings, **change)
+        replace(config, **change)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from transformers import HubertConfig, HubertModel
 
+from extract.config import ExtractConfig
 from extract.corpus import write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import Manifest
 from pipelines.demo.recording import write_audio
 from tests.conftest import TINY, noise_utterances, save_teacher
@@ -22,11 +23,11 @@ from tests.processes import WARM, Command, run_command
 
 
 @pytest.fixture
-def settings(teacher: Path, tmp_path: Path) -> Settings:
+def config(teacher: Path, tmp_path: Path) -> ExtractConfig:
     write_corpus(
         tmp_path / "long.h5", name="long", reader="folder", utterances=noise_utterances(60, seed=1, shortest=15_000)
     )
-    return Settings(
+    return ExtractConfig(
         upstream=str(teacher),
         corpus=tmp_path / "long.json",
         store=tmp_path / "whole",
@@ -37,26 +38,26 @@ def settings(teacher: Path, tmp_path: Path) -> Settings:
     )
 
 
-def elsewhere(settings: Settings, name: str) -> Settings:
-    folder = settings.manifest.parent
-    return replace(settings, store=folder / name, manifest=folder / f"{name}.json")
+def elsewhere(config: ExtractConfig, name: str) -> ExtractConfig:
+    folder = config.manifest.parent
+    return replace(config, store=folder / name, manifest=folder / f"{name}.json")
 
 
-def command(settings: Settings, *more: str) -> list[str]:
+def command(config: ExtractConfig, *more: str) -> list[str]:
     return [
-        *("extract", "run", "--upstream", settings.upstream, "--corpus", str(settings.corpus)),
-        *("--store", str(settings.store), "--manifest", str(settings.manifest), "--threads", str(settings.threads)),
-        *("--pack-frames", str(settings.pack_frames), "--shard-packs", str(settings.shard_packs), *more),
+        *("extract", "run", "--upstream", config.upstream, "--corpus", str(config.corpus)),
+        *("--store", str(config.store), "--manifest", str(config.manifest), "--threads", str(config.threads)),
+        *("--pack-frames", str(config.pack_frames), "--shard-packs", str(config.shard_packs), *more),
     ]
 
 
-def run(settings: Settings, *more: str) -> "subprocess.CompletedProcess[str]":
-    return run_command(*command(settings, *more))
+def run(config: ExtractConfig, *more: str) -> "subprocess.CompletedProcess[str]":
+    return run_command(*command(config, *more))
 
 
-def test_killed_again_and_again_the_store_is_bit_identical(settings: Settings, tmp_path: Path) -> None:
-    whole, _ = extract(settings)
-    killed = elsewhere(settings, "killed")
+def test_killed_again_and_again_the_store_is_bit_identical(config: ExtractConfig, tmp_path: Path) -> None:
+    whole, _ = extract(config)
+    killed = elsewhere(config, "killed")
     draw, kills, longest_s = random.Random(0), 0, 0.3
     while True:
         process = WARM.Process(target=extract, args=(killed,))
@@ -73,13 +74,13 @@ def test_killed_again_and_again_the_store_is_bit_identical(settings: Settings, t
     resumed = Manifest.read(killed.manifest)
     assert resumed.objects == whole.objects
     left = [path.name for path in killed.store.rglob("*") if path.is_file()]
-    right = [path.name for path in settings.store.rglob("*") if path.is_file()]
+    right = [path.name for path in config.store.rglob("*") if path.is_file()]
     assert sorted(left) == sorted(right)  # what was being written aside is swept by the run that comes through
 
 
-def test_two_extractors_on_one_store_do_no_harm(settings: Settings) -> None:
-    whole, _ = extract(settings)
-    shared = elsewhere(settings, "shared")
+def test_two_extractors_on_one_store_do_no_harm(config: ExtractConfig) -> None:
+    whole, _ = extract(config)
+    shared = elsewhere(config, "shared")
     rivals = [Command(*command(shared)) for _ in range(2)]
     for rival in rivals:
         _, errors = rival.communicate(timeout=300)
@@ -90,23 +91,23 @@ def test_two_extractors_on_one_store_do_no_harm(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated"])
-def test_damage_is_named_and_only_it_is_repaired(settings: Settings, damage: str) -> None:
-    manifest, _ = extract(settings)
+def test_damage_is_named_and_only_it_is_repaired(config: ExtractConfig, damage: str) -> None:
+    manifest, _ = extract(config)
     shard = manifest.folder / "hidden/c/1/0/0/0"
     good = shard.read_bytes()
     before = {path: path.stat().st_mtime_ns for path in manifest.folder.glob("hidden/c/*/0/0/0")}
     shard.write_bytes(good[:200] + bytes([good[200] ^ 16]) + good[201:] if damage == "flipped bit" else good[:-7])
-    verify = ("extract", "verify", str(settings.manifest))
+    verify = ("extract", "verify", str(config.manifest))
     named = run_command(*verify)
     assert named.returncode == 1
     assert named.stderr.count("\n") == 1 and "hidden/c/1/0/0/0" in named.stderr
-    repaired = run(settings)
+    repaired = run(config)
     assert repaired.returncode == 0, repaired.stderr
     assert shard.read_bytes() == good
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path for path in before if before[path] != after[path]} == {shard}
     assert run_command(*verify).returncode == 0
-    assert Manifest.read(settings.manifest).objects == manifest.objects
+    assert Manifest.read(config.manifest).objects == manifest.objects
     assert not list(manifest.folder.rglob("*.damaged"))
 
 
@@ -120,10 +121,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_after_room_is_made(settings: Settings, small_disk: Path) -> None:
-    whole, _ = extract(settings)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_after_room_is_made(
+    config: ExtractConfig, small_disk: Path
+) -> None:
+    whole, _ = extract(config)
     assert sum(size for size, _ in whole.objects.values()) > 400_000
-    full = replace(settings, store=small_disk / "stores", manifest=settings.manifest.with_name("full.json"))
+    full = replace(config, store=small_disk / "stores", manifest=config.manifest.with_name("full.json"))
     stopped = run(full)
     assert stopped.returncode == 1
     assert stopped.stderr.splitlines()[-1].startswith("error: no space left on the disk")
@@ -147,22 +150,22 @@ def test_a_full_disk_stops_the_demos_speech_with_its_own_name(small_disk: Path) 
     assert stopped.value.errno == errno.ENOSPC
 
 
-def test_a_changed_corpus_or_teacher_is_another_store(settings: Settings, tmp_path: Path) -> None:
+def test_a_changed_corpus_or_teacher_is_another_store(config: ExtractConfig, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
-    shutil.copytree(settings.upstream, teacher)
-    settings = replace(settings, upstream=str(teacher))
-    first, _ = extract(settings)
+    shutil.copytree(config.upstream, teacher)
+    config = replace(config, upstream=str(teacher))
+    first, _ = extract(config)
     # The audio changes under its card: refused by name, before anything is computed.
     write_corpus(tmp_path / "other.h5", name="long", reader="folder", utterances=noise_utterances(5, seed=2))
     shutil.copy(tmp_path / "other.h5", tmp_path / "long.h5")
-    refused = run(settings)
+    refused = run(config)
     assert refused.returncode == 1
     assert f"corpus {tmp_path / 'long.h5'} has digest" in refused.stderr and refused.stderr.count("\n") == 1
     # Another corpus of the same name, card and all, and then another teacher in the same folder: stores of their own.
     write_corpus(tmp_path / "long.h5", name="long", reader="folder", utterances=noise_utterances(5, seed=2))
-    second, worked = extract(settings)
+    second, worked = extract(config)
     assert worked and second.store["path"] != first.store["path"]
     save_teacher(HubertModel(HubertConfig(**TINY)), teacher)
-    third, worked = extract(settings)
+    third, worked = extract(config)
     assert worked and third.fingerprint != second.fingerprint
     assert first.folder.is_dir() and second.folder.is_dir()  # nothing that was paid for is thrown away

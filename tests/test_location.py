@@ -19,8 +19,9 @@ import zarr
 
 from extract.__main__ import main
 from extract.base.errors import RetortError
+from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.location import CachedLocation
 from extract.store.mirror import mirror
 from extract.store.reader import StoreReader
@@ -42,7 +43,7 @@ def s3(tmp_path: Path) -> Iterator[S3]:
 class Store:
     """A small finished store in a folder, and what would make it again."""
 
-    settings: Settings
+    settings: ExtractConfig
     folder: Path  # of the store itself
 
     @property
@@ -53,7 +54,7 @@ class Store:
 @pytest.fixture(scope="module")
 def store(teacher: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("local")
-    settings = Settings(
+    settings = ExtractConfig(
         upstream=str(teacher),
         corpus=corpus.path,
         store=folder / "stores",
@@ -213,7 +214,7 @@ def long_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Store
     """Some dozens of shards, to be killed amid."""
     folder = tmp_path_factory.mktemp("long")
     write_corpus(folder / "long.h5", name="long", reader="folder", utterances=noise_utterances(30, shortest=20_000))
-    settings = Settings(
+    settings = ExtractConfig(
         upstream=str(teacher),
         corpus=folder / "long.json",
         store=folder / "stores",

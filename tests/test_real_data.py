@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 
-from evaluate.run import run_task
 from evaluate.scorefile import ScoreFile
-from evaluate.task import parse_recipe
-from evaluate.tasks import TASKS
+from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from pipelines.readers import ReaderOptions, read_corpus
-from tests.evaluate_stores import Quiet
+from tests.evaluate_stores import score_task
 from tests.real_speech import DATA, an4_rows, fsdd_rows, write_folder
 from train.config import StudentConfig, parse
 from train.loop import train
@@ -52,7 +50,7 @@ def census(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features(upstream: Path | str, corpus: Path, folder: Path, **changes: Any) -> Path:
-    settings = Settings(
+    settings = ExtractConfig(
         upstream=str(upstream),
         corpus=corpus,
         manifest=folder / f"{Path(upstream).name}-{corpus.stem}.json",
@@ -65,8 +63,7 @@ def features(upstream: Path | str, corpus: Path, folder: Path, **changes: Any) -
 
 
 def score(task: str, manifest: Path, corpus: Path, **recipe: Any) -> ScoreFile:
-    parsed = parse_recipe(TASKS[task], recipe, where=f"evaluate.{task}")
-    return run_task(TASKS[task], parsed, upstream="x", manifest=manifest, corpus=corpus, progress=Quiet())
+    return score_task(task, manifest, corpus, recipe)
 
 
 @pytest.fixture(scope="module")

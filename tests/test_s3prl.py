@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from extract.base.files import write_json
+from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import load_upstream
@@ -94,7 +95,7 @@ def test_hidden_states_are_those_of_the_store(expert: ModuleType, corpus: Corpus
     folder = save("interleaved", tmp_path / "interleaved", normalise=False)
     manifest = tmp_path / "student.json"
     extract(
-        Settings(
+        ExtractConfig(
             upstream=str(folder),
             corpus=corpus.path,
             manifest=manifest,

@@ -18,8 +18,9 @@ from transformers import (
 
 from extract.__main__ import main
 from extract.base.errors import RetortError
+from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.codec import CODECS
 from extract.store.mirror import mirror
 from extract.store.reader import Manifest, StoreReader
@@ -37,8 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_paddi
 
 
 @pytest.fixture
-def settings(teacher: Path, corpus: Corpus, tmp_path: Path) -> Settings:
-    return Settings(
+def config(teacher: Path, corpus: Corpus, tmp_path: Path) -> ExtractConfig:
+    return ExtractConfig(
         upstream=str(teacher),
         corpus=corpus.path,
         store=tmp_path / "stores",
@@ -92,12 +93,12 @@ def test_a_students_stem_is_what_it_takes_back(corpus: Corpus, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_store_holds_the_stem_within_its_codecs_error(settings: Settings, corpus: Corpus, codec: str) -> None:
-    manifest, _ = extract(replace(settings, codec=codec))
-    reader = StoreReader.open(settings.manifest, corpus)
+def test_a_store_holds_the_stem_within_its_codecs_error(config: ExtractConfig, corpus: Corpus, codec: str) -> None:
+    manifest, _ = extract(replace(config, codec=codec))
+    reader = StoreReader.open(config.manifest, corpus)
     assert reader.stem_dim == 16 and list(manifest.codec_error) == ["1", "4", "stem"]
     lost = manifest.codec_error["stem"]
-    model = HubertModel.from_pretrained(settings.upstream).eval()
+    model = HubertModel.from_pretrained(config.upstream).eval()
     error, signal = 0.0, 0.0
     for pack in range(reader.num_packs):
         expected_FC = np.zeros((128, 16))
@@ -114,9 +115,9 @@ def test_a_store_holds_the_stem_within_its_codecs_error(settings: Settings, corp
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_packs_hold_the_stem_where_they_hold_the_frames(settings: Settings, codec: str) -> None:
-    manifest, _ = extract(replace(settings, codec=codec))
-    reader = StoreReader.open(settings.manifest)
+def test_packs_hold_the_stem_where_they_hold_the_frames(config: ExtractConfig, codec: str) -> None:
+    manifest, _ = extract(replace(config, codec=codec))
+    reader = StoreReader.open(config.manifest)
     for number in range(reader.num_packs):
         codes_1FW, scale = reader.stem_pack(number)
         assert codes_1FW.dtype == reader.codec.dtype and codes_1FW.shape == (1, 128, reader.codec.width(16))
@@ -128,9 +129,9 @@ def test_packs_hold_the_stem_where_they_hold_the_frames(settings: Settings, code
     assert group["stem"].shape == (reader.num_packs, 128, reader.codec.width(16))  # type: ignore[union-attr]
 
 
-def test_the_stem_changes_nothing_else_in_a_store(settings: Settings, tmp_path: Path) -> None:
-    with_stem, _ = extract(settings)
-    without, _ = extract(replace(settings, keep=frozenset({"frames", "pooled"}), manifest=tmp_path / "other.json"))
+def test_the_stem_changes_nothing_else_in_a_store(config: ExtractConfig, tmp_path: Path) -> None:
+    with_stem, _ = extract(config)
+    without, _ = extract(replace(config, keep=frozenset({"frames", "pooled"}), manifest=tmp_path / "other.json"))
     assert with_stem.fingerprint != without.fingerprint
     more = {name for name in with_stem.objects if name not in without.objects}
     assert more and all(name.startswith(("stem/", "stem_scale/")) for name in more)
@@ -140,18 +141,18 @@ def test_the_stem_changes_nothing_else_in_a_store(settings: Settings, tmp_path: 
         StoreReader.open(tmp_path / "other.json").stem_at(0)
 
 
-def test_stem_and_pooled_without_frames(settings: Settings) -> None:
-    manifest, _ = extract(replace(settings, keep=frozenset({"stem", "pooled"})))
+def test_stem_and_pooled_without_frames(config: ExtractConfig) -> None:
+    manifest, _ = extract(replace(config, keep=frozenset({"stem", "pooled"})))
     assert list(manifest.codec_error) == ["stem"]
-    assert np.isfinite(StoreReader.open(settings.manifest).stem_at(3)).all()
+    assert np.isfinite(StoreReader.open(config.manifest).stem_at(3)).all()
 
 
-def test_info_and_precision_tell_of_the_stem(settings: Settings, tmp_path: Path) -> None:
+def test_info_and_precision_tell_of_the_stem(config: ExtractConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = HubertModel(HubertConfig(**TINY | {"num_conv_pos_embeddings": 19}))  # see test_extract: even is wrong
-    manifest, _ = extract(replace(settings, dtype="bf16", upstream=str(save_teacher(model, tmp_path / "odd"))))
+    manifest, _ = extract(replace(config, dtype="bf16", upstream=str(save_teacher(model, tmp_path / "odd"))))
     assert 20 < manifest.dtype_error["stem"]["snr_db"] < 70
-    said = CliRunner().invoke(main, ["info", str(settings.manifest)])
+    said = CliRunner().invoke(main, ["info", str(config.manifest)])
     rows = [line.strip("│ \n").split() for line in said.output.splitlines()]
     figures = {(row[0], float(row[2])) for row in rows if len(row) == 5 and row[0] in ("4", "stem")}
     assert figures == {
@@ -164,9 +165,9 @@ class Stopped(BaseException):
     """Stands for the kill of the process."""
 
 
-def test_resumed_is_bit_identical(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = extract(settings)
-    elsewhere = replace(settings, store=tmp_path / "killed", manifest=tmp_path / "killed.json")
+def test_resumed_is_bit_identical(config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = extract(config)
+    elsewhere = replace(config, store=tmp_path / "killed", manifest=tmp_path / "killed.json")
     write = StoreWriter._put
 
     def stopping(self: StoreWriter, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
@@ -184,31 +185,31 @@ def test_resumed_is_bit_identical(settings: Settings, tmp_path: Path, monkeypatc
     assert resumed.codec_error == whole.codec_error
 
 
-def test_a_damaged_stem_is_found_mended_and_mirrored(settings: Settings, tmp_path: Path) -> None:
-    manifest, _ = extract(settings)
+def test_a_damaged_stem_is_found_mended_and_mirrored(config: ExtractConfig, tmp_path: Path) -> None:
+    manifest, _ = extract(config)
     file = manifest.folder / "stem/c/1/0/0"
     good = file.read_bytes()
     file.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
-    verified = CliRunner().invoke(main, ["verify", str(settings.manifest)])
+    verified = CliRunner().invoke(main, ["verify", str(config.manifest)])
     assert verified.exit_code == 1 and "1 of" in verified.stderr and "stem/c/1/0/0;" in verified.stderr
-    assert extract(settings)[1] and file.read_bytes() == good
-    mirror(settings.manifest, str(tmp_path / "far"), new_manifest=tmp_path / "far.json")
+    assert extract(config)[1] and file.read_bytes() == good
+    mirror(config.manifest, str(tmp_path / "far"), new_manifest=tmp_path / "far.json")
     assert Manifest.read(tmp_path / "far.json").digest == manifest.digest
-    there, here = StoreReader.open(tmp_path / "far.json"), StoreReader.open(settings.manifest)
+    there, here = StoreReader.open(tmp_path / "far.json"), StoreReader.open(config.manifest)
     np.testing.assert_array_equal(there.stem_at(5), here.stem_at(5))
 
 
-def test_filter_banks_have_no_stem(settings: Settings, corpus: Corpus) -> None:
+def test_filter_banks_have_no_stem(config: ExtractConfig, corpus: Corpus) -> None:
     with pytest.raises(RetortError, match="--keep stem: upstream fbank has no convolution stem") as caught:
-        extract(replace(settings, upstream="fbank", layers=None, pack_frames=512))
-    assert "\n" not in str(caught.value) and not settings.manifest.exists()
+        extract(replace(config, upstream="fbank", layers=None, pack_frames=512))
+    assert "\n" not in str(caught.value) and not config.manifest.exists()
     command = ["plan", "--upstream", "fbank", "--corpus", str(corpus.path), "--keep", "pooled,stem", "--sample-s", "0"]
     said = CliRunner().invoke(main, command)
     assert said.exit_code == 1 and "has no convolution stem" in said.stderr and said.stderr.count("\n") == 1
 
 
-def test_a_plan_counts_the_stem(settings: Settings, corpus: Corpus) -> None:
-    command = ["plan", "--upstream", settings.upstream, "--corpus", str(corpus.path), "--rate", "9"]
+def test_a_plan_counts_the_stem(config: ExtractConfig, corpus: Corpus) -> None:
+    command = ["plan", "--upstream", config.upstream, "--corpus", str(corpus.path), "--rate", "9"]
     plain, more = (
         CliRunner().invoke(main, [*command, "--keep", keep]) for keep in ("frames,pooled", "frames,pooled,stem")
     )

@@ -17,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from evaluate.corpora import corpus_of_tasks
+from evaluate.task import corpus_of_tasks
 from evaluate.tasks import TASKS
 from extract.base.errors import RetortError
 from extract.base.params import merge

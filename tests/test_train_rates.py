@@ -16,8 +16,9 @@ from transformers import HubertModel
 from extract.base.checkpoint import read_checkpoint, write_checkpoint
 from extract.base.errors import RetortError
 from extract.base.files import sha256_file, write_json
+from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.manifest import initial_weights_path
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
@@ -239,7 +240,7 @@ def test_frames_of_another_rate_than_the_manifest_says_are_refused(world: World)
 def test_filter_banks_have_no_frames_for_a_student(world: World, init: str) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         extract(
-            Settings(
+            ExtractConfig(
                 upstream="fbank",
                 corpus=world.corpus,
                 manifest=world.folder / "f.json",

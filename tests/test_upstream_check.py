@@ -14,8 +14,9 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.__main__ import main
 from extract.base.errors import RetortError
+from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import load_upstream
@@ -117,7 +118,7 @@ def test_numbers_that_are_not_finite_are_refused_with_a_way_out(
 
 
 def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(
-    settings: Settings, corpus: Corpus, tmp_path: Path
+    config: ExtractConfig, corpus: Corpus, tmp_path: Path
 ) -> None:
     """A teacher of 25 frames a second sees 720 samples a frame; a corpus holds any utterance of 400."""
     torch.manual_seed(1)
@@ -127,14 +128,14 @@ def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(
     lengths = {one.id: len(one.samples) for one in utterances}
     too_short = {name for name, length in lengths.items() if length < 720}
     assert 0 < len(too_short) < 12
-    asked = replace(settings, upstream=str(slow), corpus=tmp_path / "short.json", keep=frozenset({"frames", "pooled"}))
+    asked = replace(config, upstream=str(slow), corpus=tmp_path / "short.json", keep=frozenset({"frames", "pooled"}))
     with pytest.raises(RetortError, match=f"{len(too_short)} such.*--drop-short"):
         extract(asked)
     manifest, _ = extract(replace(asked, drop_short=True))
     assert set(manifest.dropped) == too_short
     assert manifest.hop_samples == 640 and manifest.stem is not None and len(manifest.stem["conv_stride"]) == 8
     short = Corpus.open(tmp_path / "short.h5")
-    reader = StoreReader.open(settings.manifest, short)
+    reader = StoreReader.open(config.manifest, short)
     for index, name in enumerate(reader.ids):
         dropped = name in too_short
         assert reader.num_frames[index] == (0 if dropped else (lengths[name] - 720) // 640 + 1)
@@ -150,29 +151,29 @@ def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(
     assert plan.exit_code == 0 and f"({len(too_short)} longer than a pack or shorter than a frame" in plan.output
 
 
-def test_a_corpus_of_utterances_that_are_all_too_short_is_refused(settings: Settings, tmp_path: Path) -> None:
+def test_a_corpus_of_utterances_that_are_all_too_short_is_refused(config: ExtractConfig, tmp_path: Path) -> None:
     write_corpus(
         tmp_path / "short.h5", name="short", reader="folder", utterances=noise_utterances(3, shortest=420, longest=700)
     )
     slow = save_teacher(FAMILIES["hubert-25hz"](), tmp_path / "slow")
     with pytest.raises(RetortError, match=r"every utterance of .* is shorter than one frame of this upstream"):
-        extract(replace(settings, upstream=str(slow), corpus=tmp_path / "short.json", drop_short=True))
+        extract(replace(config, upstream=str(slow), corpus=tmp_path / "short.json", drop_short=True))
 
 
-def test_the_manifest_records_how_utterances_were_batched(settings: Settings) -> None:
-    manifest, _ = extract(replace(settings, layers=(1, 4)))
+def test_the_manifest_records_how_utterances_were_batched(config: ExtractConfig) -> None:
+    manifest, _ = extract(replace(config, layers=(1, 4)))
     assert manifest.batching is not None
     assert (manifest.batching["mode"], manifest.batching["dtype"]) == ("padded", "fp32")
     assert manifest.batching["layers"].keys() == {"1", "4"}
     assert 0 < manifest.batching["max_abs_error"] <= 1e-4
-    assert "padded" in CliRunner().invoke(main, ["info", str(settings.manifest)]).output
+    assert "padded" in CliRunner().invoke(main, ["info", str(config.manifest)]).output
 
 
 def test_a_store_of_utterances_run_one_by_one_says_so(
-    settings: Settings, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: ExtractConfig, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A batch norm whose name Retort does not know, before the positional convolution, leaks padding."""
-    folder = save_teacher(HubertModel.from_pretrained(settings.upstream), tmp_path / "odd")
+    folder = save_teacher(HubertModel.from_pretrained(config.upstream), tmp_path / "odd")
     (folder / "odd_norm.py").write_text(
         "import torch\nfrom transformers import HubertConfig as Config, HubertModel\n"
         "class Model(HubertModel):\n"
@@ -180,17 +181,17 @@ def test_a_store_of_utterances_run_one_by_one_says_so(
         "        super().__init__(config)\n"
         "        self.encoder.pos_conv_embed.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))\n"
     )
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "odd_norm.Config", "AutoModel": "odd_norm.Model"}
-    config["feat_extract_norm"] = "group"
-    (folder / "config.json").write_text(json.dumps(config))
-    manifest, _ = extract(replace(settings, upstream=str(folder), trust_remote_code=True))
+    value = json.loads((folder / "config.json").read_text())
+    value["auto_map"] = {"AutoConfig": "odd_norm.Config", "AutoModel": "odd_norm.Model"}
+    value["feat_extract_norm"] = "group"
+    (folder / "config.json").write_text(json.dumps(value))
+    manifest, _ = extract(replace(config, upstream=str(folder), trust_remote_code=True))
     assert manifest.batching is not None and manifest.batching["mode"] == "single"
     assert manifest.batching["relative_error"] > 1e-3
     assert capsys.readouterr().err.count("odd: utterances are run one by one") == 1
-    model = HubertModel.from_pretrained(settings.upstream).eval()
+    model = HubertModel.from_pretrained(config.upstream).eval()
     model.encoder.pos_conv_embed.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
-    reader = StoreReader.open(settings.manifest, corpus)
+    reader = StoreReader.open(config.manifest, corpus)
     prepare = Wav2Vec2FeatureExtractor(do_normalize=True)
     for index in range(3):
         values = prepare(corpus.waveform(index), sampling_rate=16_000, return_tensors="pt").input_values

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from extract.config import ExtractConfig
 from extract.corpus import Utterance, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse
 from train.distributed import SINGLE_PROCESS, ProcessGroup
@@ -93,7 +94,7 @@ def make_world(
     manifest = folder / "manifests" / "teacher.json"
     with contextlib.redirect_stderr(io.StringIO()):
         extract(
-            Settings(
+            ExtractConfig(
                 upstream=str(teacher),
                 corpus=corpus,
                 manifest=manifest,

@@ -1,33 +1,32 @@
-"""Speech recognition: characters by CTC, greedy, no language model; words scored.
+"""Speech recognition: characters by CTC, greedy, no language model; words are scored.
 
 python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/asr.json
 """
 
-from collections.abc import Sequence
-
-from evaluate.checkpoint import Progress
-from evaluate.features import Source
+from evaluate.checkpoint import TaskSession
+from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, Texts, recurrent_problem
 from evaluate.metrics import character_error_rate, word_error_rate
-from evaluate.recurrent import DEVIATIONS, RecurrentRecipe, recurrent_problem
-from evaluate.sweep import SweepResult, sweep
-from evaluate.task import Task
+from evaluate.sweep import Metrics, SweepResult, sweep
+from evaluate.task import Features, Task
 
 LABELS = ("text",)
 
 
 def characters(text: str) -> list[str]:
-    """A transcript in upper case -> its characters, one space between words."""
+    """Return a transcript's characters in upper case, with one space between words."""
     return list(" ".join(text.upper().split()))
 
 
-def rates(hypotheses: list[Sequence[str]], references: list[Sequence[str]]) -> dict[str, float]:
-    said, meant = (["".join(symbols) for symbols in texts] for texts in (hypotheses, references))
-    return {"wer": word_error_rate(said, meant), "cer": character_error_rate(said, meant)}
+def rates(hypotheses: Texts, references: Texts) -> Metrics:
+    """Return WER and CER of transcripts given as characters."""
+    decoded, spoken = (["".join(symbols) for symbols in texts] for texts in (hypotheses, references))
+    return {"wer": word_error_rate(decoded, spoken), "cer": character_error_rate(decoded, spoken)}
 
 
-def score(source: Source, recipe: RecurrentRecipe, progress: Progress) -> SweepResult:
-    problem = recurrent_problem(source, recipe, labels=LABELS, symbols=characters, metric="wer", rates=rates)
-    return sweep(problem, recipe, progress)
+def score(features: Features, recipe: RecurrentRecipe, session: TaskSession) -> SweepResult:
+    """Train and measure the heads."""
+    problem = recurrent_problem(features, recipe, labels=LABELS, symbols=characters, metric="wer", rates=rates)
+    return sweep(problem, recipe, session)
 
 
 ASR = Task(
@@ -39,5 +38,5 @@ ASR = Task(
     reads="frames",
     recipe=RecurrentRecipe,
     score=score,
-    deviations=DEVIATIONS,
+    deviations=(WITHOUT_WARPING,),
 )

@@ -10,34 +10,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluate.checkpoint import Progress
-from evaluate.features import Source
+from evaluate.checkpoint import TaskSession
 from evaluate.pooled import PooledRecipe, pooled_problem, read_pooled
 from evaluate.sweep import SweepResult, cross_validate
-from evaluate.task import Task
+from evaluate.task import Features, Task
 from extract.base.errors import RetortError
 
+LABELS = ("emotion",)
 DEV_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErRecipe(PooledRecipe):
-    """Steps and dev evaluations are those of one fold. The reference's batch of 32 is eight of 4, accumulated."""
+    """Recipe of one fold: steps and dev evaluations. The reference's batch of 32 is eight of 4, accumulated."""
 
     steps: int = 30_000
     dev_evaluations: int = 30
 
 
-def folds(source: Source) -> Iterator[dict[str, NDArray[np.int64]]]:
-    """Train, dev and test of each fold as corpus indices. Every split of the corpus is a session and once the test.
+def folds(features: Features) -> Iterator[dict[str, NDArray[np.int64]]]:
+    """Yield train, dev and test of each fold as corpus indices. Every split of the corpus is a session, and once test.
 
-    Dev is a random fifth of the other sessions, its seed the reference's whatever the recipe's.
-    Raises RetortError where there is only one session.
+    Dev is a random fifth of the other sessions, drawn with the reference's seed whatever the recipe's. Raises
+    RetortError if there is only one session.
     """
-    names = sorted(set(source.corpus.splits))
+    names = sorted(set(features.corpus.splits))
     if len(names) < 2:
-        raise RetortError(f"corpus {source.corpus.name} has one split, {names[0]}: folds need two sessions or more")
-    sessions = {name: source.select(name) for name in names}
+        raise RetortError(f"corpus {features.corpus.name} has one split, {names[0]}: folds need two sessions or more")
+    sessions = {name: features.select(name) for name in names}
     for test in names:
         others = np.concatenate([rows for name, rows in sessions.items() if name != test])
         order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).numpy()
@@ -45,10 +45,11 @@ def folds(source: Source) -> Iterator[dict[str, NDArray[np.int64]]]:
         yield {"train": others[order[:first_of_dev]], "dev": others[order[first_of_dev:]], "test": sessions[test]}
 
 
-def score(source: Source, recipe: ErRecipe, progress: Progress) -> SweepResult:
-    pooled_ULD = read_pooled(source)
-    problems = [pooled_problem(source, pooled_ULD, ("emotion",), rows, recipe) for rows in folds(source)]
-    return cross_validate(problems, recipe, progress)
+def score(features: Features, recipe: ErRecipe, session: TaskSession) -> SweepResult:
+    """Train and measure the heads of all folds."""
+    pooled_ULD = read_pooled(features)
+    problems = [pooled_problem(features, pooled_ULD, LABELS, rows, recipe) for rows in folds(features)]
+    return cross_validate(problems, recipe, session)
 
 
 ER = Task(
@@ -56,7 +57,7 @@ ER = Task(
     title="emotion recognition",
     metric="acc",
     higher_is_better=True,
-    labels=("emotion",),
+    labels=LABELS,
     reads="pooled",
     recipe=ErRecipe,
     score=score,

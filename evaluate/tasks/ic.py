@@ -1,14 +1,12 @@
-"""Intent classification: the action, the object and the location of a command, all three right.
+"""Intent classification: action, object and location of a command, all three correct.
 
 python -m evaluate run --task ic --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/ic.json
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-from evaluate.checkpoint import Progress
-from evaluate.features import Source
 from evaluate.pooled import PooledRecipe, classify
-from evaluate.sweep import SweepResult
 from evaluate.task import Task
 
 LABELS = ("action", "object", "location")
@@ -16,11 +14,9 @@ LABELS = ("action", "object", "location")
 
 @dataclass(frozen=True, kw_only=True)
 class IcRecipe(PooledRecipe):
+    """Recipe of IC."""
+
     dev_evaluations: int = 50
-
-
-def score(source: Source, recipe: IcRecipe, progress: Progress) -> SweepResult:
-    return classify(source, LABELS, recipe, progress)
 
 
 IC = Task(
@@ -31,5 +27,5 @@ IC = Task(
     labels=LABELS,
     reads="pooled",
     recipe=IcRecipe,
-    score=score,
+    score=partial(classify, labels=LABELS),
 )

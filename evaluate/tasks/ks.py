@@ -4,23 +4,19 @@ python -m evaluate run --task ks --upstream NAME --manifest M.json --corpus C.js
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-from evaluate.checkpoint import Progress
-from evaluate.features import Source
 from evaluate.pooled import PooledRecipe, classify
-from evaluate.sweep import SweepResult
 from evaluate.task import Task
+
+LABELS = ("keyword",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KsRecipe(PooledRecipe):
-    """The reference draws its classes equally often: the corpus has few files of silence and many unknown words."""
+    """Recipe with balanced classes, as the reference: the corpus has few files of silence and many unknown words."""
 
     balanced: bool = True
-
-
-def score(source: Source, recipe: KsRecipe, progress: Progress) -> SweepResult:
-    return classify(source, ("keyword",), recipe, progress)
 
 
 KS = Task(
@@ -28,10 +24,10 @@ KS = Task(
     title="keyword spotting",
     metric="acc",
     higher_is_better=True,
-    labels=("keyword",),
+    labels=LABELS,
     reads="pooled",
     recipe=KsRecipe,
-    score=score,
+    score=partial(classify, labels=LABELS),
     deviations=(
         "the silence class is the corpus's own utterances of noise; the reference draws random crops of noise files",
     ),

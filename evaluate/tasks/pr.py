@@ -3,52 +3,54 @@
 python -m evaluate run --task pr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/pr.json
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from evaluate.checkpoint import Progress
-from evaluate.ctc import Noise, Transcription, read_transcripts
-from evaluate.features import Source
-from evaluate.frames import FrameReader
+from evaluate.batches import FrameReader
+from evaluate.checkpoint import TaskSession
+from evaluate.ctc import Noise, Texts, Transcription, read_transcripts
 from evaluate.heads import LinearHead, Ragged
 from evaluate.metrics import token_error_rate
-from evaluate.recipe import Recipe
-from evaluate.sweep import SweepResult, sweep
-from evaluate.task import Task
+from evaluate.sweep import Metrics, SweepResult, sweep
+from evaluate.task import Features, Recipe, Task
+
+LABELS = ("phones",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrRecipe(Recipe):
-    """`memory_gb`: frames kept in memory as stored; what is beyond is read again every epoch."""
+    """Recipe of PR. `memory_gb`: packs kept in memory as stored; the others are read again in every epoch."""
 
     steps: int = 100_000
     projection: int = 256
     memory_gb: float = 2.0
 
 
-def rates(hypotheses: list[Sequence[str]], references: list[Sequence[str]]) -> dict[str, float]:
+def rates(hypotheses: Texts, references: Texts) -> Metrics:
+    """Return the PER of transcripts given as phones."""
     return {"per": token_error_rate(hypotheses, references)}
 
 
 def logits(head: LinearHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
-    """(F, D) -> (B, T, C): on the frames end to end, so that padding costs nothing."""
+    """Map weighted sums (F, D) to logits (B, T, C). The head runs on concatenated frames: padding costs nothing."""
     logits_FC: Tensor = head(mixed_FD)
     return logits_FC[frames.rows_BT]
 
 
-def problem(source: Source, recipe: PrRecipe) -> Transcription[LinearHead]:
-    vocabulary, splits = read_transcripts(source, ("phones",), str.split, recipe.batch_size)
+def problem(features: Features, recipe: PrRecipe) -> Transcription[LinearHead]:
+    """Return the problem of PR: CTC with the linear head."""
+    vocabulary, splits = read_transcripts(features, LABELS, str.split, recipe.batch_size)
+    reader = features.reader
     return Transcription(
-        FrameReader(source.reader, recipe.memory_gb),
+        FrameReader(reader, recipe.memory_gb),
         splits,
         vocabulary,
         metric="per",
         rates=rates,
         new_head=lambda: LinearHead(
-            num_layers=len(source.reader.layers),
-            dim=source.reader.dim,
+            num_layers=len(reader.layers),
+            dim=reader.dim,
             projection=recipe.projection,
             classes=len(vocabulary.symbols),
         ),
@@ -56,8 +58,9 @@ def problem(source: Source, recipe: PrRecipe) -> Transcription[LinearHead]:
     )
 
 
-def score(source: Source, recipe: PrRecipe, progress: Progress) -> SweepResult:
-    return sweep(problem(source, recipe), recipe, progress)
+def score(features: Features, recipe: PrRecipe, session: TaskSession) -> SweepResult:
+    """Train and measure the heads."""
+    return sweep(problem(features, recipe), recipe, session)
 
 
 PR = Task(
@@ -65,7 +68,7 @@ PR = Task(
     title="phone recognition",
     metric="per",
     higher_is_better=False,
-    labels=("phones",),
+    labels=LABELS,
     reads="frames",
     recipe=PrRecipe,
     score=score,

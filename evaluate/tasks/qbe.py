@@ -1,11 +1,11 @@
-"""Query by example: which of the spoken documents hold what a spoken query says.
+"""Query by example: search spoken documents for the words of a spoken query.
 
     python -m evaluate run --task qbe --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/qbe.json
 
-Nothing is trained. Each layer by itself, its features of zero mean and unit variance over queries and documents, is
-searched by dynamic time warping; dev chooses the layer, and it alone is searched for test.
+Nothing is trained. Each layer is searched separately by dynamic time warping, on features normalised to zero mean and
+unit variance over queries and documents. Dev chooses the layer; test is searched with that layer alone.
 
-Shapes: L layers, F frames end to end, D features, T frames of a query, Q queries, N documents.
+Shapes: L layers, F frames of all utterances concatenated, D features, T frames of a query, Q queries, N documents.
 """
 
 from collections.abc import Iterator
@@ -14,38 +14,36 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.bootstrap import Measured
-from evaluate.checkpoint import Progress
-from evaluate.detection import max_term_weighted_value
+from evaluate.bootstrap import Metric
+from evaluate.checkpoint import TaskSession
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
-from evaluate.features import Source
-from evaluate.recipe import Settings
+from evaluate.metrics import max_term_weighted_value
 from evaluate.scorefile import LayerPoint
 from evaluate.sweep import SweepResult
-from evaluate.task import Task
+from evaluate.task import Features, Settings, Task
 from extract.base.errors import RetortError
 
 SHORTEST_QUERY_FRAMES = 5
-BLOCK_FRAMES = 16_384  # documents that are searched together
+BLOCK_FRAMES = 16_384  # of documents that are searched together
 
 
 @dataclass(frozen=True, kw_only=True)
 class QbeRecipe(Settings):
-    """There is nothing to set: no head, no learning rate, and nothing is drawn at random."""
+    """Recipe of QbE, without settings: no head, no learning rate, nothing drawn at random."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some utterances end to end: corpus indices (N,), where each begins (N,), hidden float32 (L, F, D)."""
+    """Some utterances, concatenated."""
 
-    rows: NDArray[np.int64]
-    starts_N: NDArray[np.int64]
+    rows_N: NDArray[np.int64]  # corpus indices
+    starts_N: NDArray[np.int64]  # first frame of each
     hidden_LFD: NDArray[np.float32]
 
 
-def blocks(source: Source, rows: NDArray[np.int64], layers: list[int], *, most_frames: int) -> Iterator[Block]:
-    """The utterances in the store's order, about `most_frames` at a time; every pack is read once."""
-    reader = source.reader
+def blocks(features: Features, rows: NDArray[np.int64], layers: list[int], *, most_frames: int) -> Iterator[Block]:
+    """Yield the utterances in the store's order, about `most_frames` at a time; every pack is read once."""
+    reader = features.reader
     waiting: list[tuple[int, NDArray[np.float32]]] = []
     packs = np.unique(reader.pack_of[rows])
     for pack in packs:
@@ -61,11 +59,12 @@ def blocks(source: Source, rows: NDArray[np.int64], layers: list[int], *, most_f
 
 
 def normalisation(
-    source: Source, rows: NDArray[np.int64], layers: list[int]
+    features: Features, rows: NDArray[np.int64], layers: list[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation over all frames of the utterances, float32 (L, 1, D) each."""
+    """Return mean and standard deviation over all frames of the utterances, float32 (L, 1, D) each."""
     total_LD, square_LD, count = 0.0, 0.0, 0
-    for block in blocks(source, rows, layers, most_frames=BLOCK_FRAMES):
+    for block in blocks(features, rows, layers, most_frames=BLOCK_FRAMES):
+        # Sums in float64: variance as a difference of two sums loses most digits in float32.
         total_LD = total_LD + block.hidden_LFD.sum(1, dtype=np.float64)
         square_LD = square_LD + np.square(block.hidden_LFD, dtype=np.float64).sum(1)
         count += block.hidden_LFD.shape[1]
@@ -75,28 +74,29 @@ def normalisation(
     return mean_LD[:, None].astype(np.float32), deviation_LD[:, None].astype(np.float32)
 
 
-def search(source: Source, split: str, layers: list[int]) -> NDArray[np.float64]:
-    """How likely each document holds each query, by layer: float64 (L, Q, N), of zero mean and unit variance a query.
+def search(features: Features, split: str, layers: list[int]) -> NDArray[np.float64]:
+    """Return the score of each document for each query by layer, float64 (L, Q, N): higher is more likely a match.
 
-    A query of fewer than 5 frames has 0 for every document, as in the reference.
+    Scores are negative warping costs, normalised to zero mean and unit variance for each query. A query of fewer than
+    5 frames scores 0 for every document, as in the reference.
     """
-    queries, documents = source.select(split), source.select("docs")
-    mean_L1D, deviation_L1D = normalisation(source, np.concatenate([queries, documents]), layers)
+    queries, documents = features.select(split), features.select("docs")
+    mean_L1D, deviation_L1D = normalisation(features, np.concatenate([queries, documents]), layers)
 
     def normalised(block: Block) -> NDArray[np.float32]:
         return unit((block.hidden_LFD - mean_L1D) / deviation_L1D)
 
     place_of_query = {row: place for place, row in enumerate(queries.tolist())}
     place_of_document = {row: place for place, row in enumerate(documents.tolist())}
-    said: dict[int, NDArray[np.float32]] = {}
-    for block in blocks(source, queries, layers, most_frames=BLOCK_FRAMES):
+    query_frames: dict[int, NDArray[np.float32]] = {}
+    for block in blocks(features, queries, layers, most_frames=BLOCK_FRAMES):
         parts = np.split(normalised(block), block.starts_N[1:], axis=1)
-        said |= {place_of_query[row]: part for row, part in zip(block.rows.tolist(), parts, strict=True)}
+        query_frames |= {place_of_query[row]: part for row, part in zip(block.rows_N.tolist(), parts, strict=True)}
     costs_LQN = np.zeros((len(layers), len(queries), len(documents)))
-    for block in blocks(source, documents, layers, most_frames=BLOCK_FRAMES):
+    for block in blocks(features, documents, layers, most_frames=BLOCK_FRAMES):
         hidden_LFD = normalised(block)
-        places = [place_of_document[row] for row in block.rows.tolist()]
-        for query, query_LTD in said.items():
+        places = [place_of_document[row] for row in block.rows_N.tolist()]
+        for query, query_LTD in query_frames.items():
             if query_LTD.shape[1] < SHORTEST_QUERY_FRAMES:
                 continue
             for layer in range(len(layers)):
@@ -108,24 +108,25 @@ def search(source: Source, split: str, layers: list[int]) -> NDArray[np.float64]
 
 @dataclass(frozen=True)
 class MtwvScorer:
-    """Scores of a split's queries -> MTWV, as the published tool has it and over the corpus's own documents alone.
+    """MTWV of a split's queries, as the published tool computes it and over the corpus's own documents alone.
 
-    The reference searches English and lets QUESST's tool score it against the ground truth of all six languages, by
-    which every query of another language is missed: how the tool treats what has no score is in its README (of 2015).
+    The reference searches English, and QUESST's tool scores it against the ground truth of all six languages: every
+    query of another language counts as a miss (the tool's README of 2015 states how pairs without a score count).
     """
 
     holds_QN: NDArray[np.bool_]
-    num_holding_Q: NDArray[np.int64]  # documents of any language
+    num_holding_Q: NDArray[np.int64]  # documents that hold the query, of any language
     num_queries: int
     num_documents: int
 
     @classmethod
-    def of(cls, source: Source, split: str) -> "MtwvScorer":
-        documents = [source.corpus.ids[row] for row in source.select("docs")]
-        held_by = [set(label.split()) for label in source.labels("documents", source.select(split))]
-        scope = source.corpus.metadata
+    def of(cls, features: Features, split: str) -> "MtwvScorer":
+        """Read the ground truth of a split. Raises RetortError if no document holds any of its queries."""
+        documents = [features.corpus.ids[row] for row in features.select("docs")]
+        held_by = [set(label.split()) for label in features.labels("documents", features.select(split))]
+        scope = features.corpus.metadata
         if not any(held_by):
-            raise RetortError(f"corpus {source.corpus.name}: no document holds any query of split {split!r}")
+            raise RetortError(f"corpus {features.corpus.name}: no document holds any query of split {split!r}")
         return cls(
             np.array([[name in held for name in documents] for held in held_by]),
             np.array([len(held) for held in held_by]),
@@ -133,7 +134,8 @@ class MtwvScorer:
             scope.get("documents", len(documents)),
         )
 
-    def mtwv(self, scores_QN: NDArray[np.float64]) -> Measured:
+    def mtwv(self, scores_QN: NDArray[np.float64]) -> Metric:
+        """Return the MTWV over all languages, as published results."""
         return max_term_weighted_value(
             scores_QN,
             self.holds_QN,
@@ -142,26 +144,28 @@ class MtwvScorer:
             num_documents=self.num_documents,
         )
 
-    def own_mtwv(self, scores_QN: NDArray[np.float64]) -> Measured:
+    def own_mtwv(self, scores_QN: NDArray[np.float64]) -> Metric:
+        """Return the MTWV over the corpus's own queries and documents."""
         return max_term_weighted_value(scores_QN, self.holds_QN)
 
 
-def score(source: Source, recipe: QbeRecipe, progress: Progress) -> SweepResult:
-    layers = list(source.reader.layers)
-    judge = MtwvScorer.of(source, "dev")
-    dev = [float(judge.mtwv(scores_QN)) for scores_QN in search(source, "dev", layers)]
-    progress.advance(0.9)
+def score(features: Features, recipe: QbeRecipe, session: TaskSession) -> SweepResult:
+    """Search dev with every layer, then test with the best one."""
+    layers = list(features.reader.layers)
+    scorer = MtwvScorer.of(features, "dev")
+    dev = [float(scorer.mtwv(scores_QN)) for scores_QN in search(features, "dev", layers)]
+    session.advance(0.9)
     best = int(np.argmax(dev))
-    judge = MtwvScorer.of(source, "test")
-    dropped = source.corpus.metadata.get("dropped", {})
-    wider = judge.num_queries - int((judge.num_holding_Q > 0).sum())
+    scorer = MtwvScorer.of(features, "test")
+    dropped = features.corpus.metadata.get("dropped", {})
+    wider = scorer.num_queries - int((scorer.num_holding_Q > 0).sum())
     others = "other languages, or dropped," if dropped else "other languages"
-    (scores_QN,) = search(source, "test", [layers[best]])
-    progress.advance(0.1)
+    (scores_QN,) = search(features, "test", [layers[best]])
+    session.advance(0.1)
     return SweepResult(
         chosen_lr=None,
         dev=dev[best],
-        test={"mtwv": judge.mtwv(scores_QN), "mtwv_own_documents": judge.own_mtwv(scores_QN)},
+        test={"mtwv": scorer.mtwv(scores_QN), "mtwv_own_documents": scorer.own_mtwv(scores_QN)},
         grid=tuple(LayerPoint(layer, value) for layer, value in zip(layers, dev, strict=True)),
         layer_weights=tuple(float(layer == layers[best]) for layer in layers),
         num_test=len(scores_QN),

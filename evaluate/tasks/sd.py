@@ -1,8 +1,8 @@
-"""Speaker diarisation: who of two speakers is heard in each 20 ms.
+"""Speaker diarisation: for each of two speakers, speech or not in each 20 ms.
 
     python -m evaluate run --task sd --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/sd.json
 
-Shapes: L layers, B chunks, T frames of the longest, F frames end to end, D features, H units, S = 2 speakers.
+Shapes: L layers, B chunks, T frames of the longest, F frames of all chunks concatenated, D features, S = 2 speakers.
 """
 
 import itertools
@@ -16,28 +16,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluate.batches import steps_from
-from evaluate.checkpoint import Progress
-from evaluate.diarization import Reference, diarization_error_rate, frame_labels, median_filtered, parse_turns
-from evaluate.features import Source
-from evaluate.frames import FrameReader, bucket, shuffled
+from evaluate.batches import FrameReader, bucket, shuffled, steps_from
+from evaluate.bootstrap import Metric
+from evaluate.checkpoint import TaskSession
+from evaluate.diarization import Reference, Turn, diarization_error_rate, frame_labels, median_filtered, parse_turns
 from evaluate.heads import Head, Ragged
-from evaluate.recipe import Recipe
-from evaluate.sweep import HeadPool, SweepResult, sweep
-from evaluate.task import Task
+from evaluate.sweep import HeadPool, Metrics, SweepResult, sweep
+from evaluate.task import Features, Recipe, Task
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
 
 SPEAKERS = 2
-FRAME_SAMPLES = 320
+FRAME_SAMPLES = 320  # 20 ms at 16 kHz
 FRAME_S = FRAME_SAMPLES / SAMPLE_RATE_HZ
+# Dev chooses a threshold on the probability and the width of a median filter, from the reference's values.
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 MEDIAN_FRAMES = (1, 11)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SdRecipe(Recipe):
-    """The reference's batches are 8 chunks, four of them to a step."""
+    """Recipe of SD. The reference accumulates four batches of 8 chunks a step."""
 
     steps: int = 30_000
     batch_size: int = 32
@@ -48,7 +47,7 @@ class SdRecipe(Recipe):
 
 
 class DiarizationHead(Head):
-    """One LSTM, in the direction of time, and Linear to the two speakers."""
+    """One forward LSTM and a linear layer to the two speakers."""
 
     def __init__(self, *, num_layers: int, dim: int, hidden: int) -> None:
         super().__init__(num_layers)
@@ -56,22 +55,22 @@ class DiarizationHead(Head):
         self.output = nn.Linear(hidden, SPEAKERS)
 
     def forward(self, mixed_FD: Tensor, frames: Ragged) -> Tensor:
-        """Weighted sums of all frames end to end -> logits (B, T, S)."""
+        """Map weighted sums of all frames (F, D) to logits (B, T, S)."""
         logits: Tensor = self.output(self.recurrent(mixed_FD[frames.rows_BT])[0])
         return logits
 
 
 @dataclass(frozen=True)
 class SdBatch:
-    """Chunks end to end, hidden (L, F, D), and who speaks, (B, T, S), 0 behind a chunk's end."""
+    """Concatenated chunks and their labels."""
 
     hidden_LFD: Tensor
     frames: Ragged
-    labels_BTS: Tensor
+    labels_BTS: Tensor  # 1 where a speaker speaks, 0 elsewhere and after a chunk's end
 
 
 def frames_to_labels(hop_samples: int, *, where: object) -> tuple[int, int]:
-    """Return the frames of an upstream to one label of 20 ms, and the labels to one frame; one of the two is 1.
+    """Return an upstream's frames per label of 20 ms, and labels per frame; one of the two is 1.
 
     Raises RetortError, which names `where`, for a hop that neither divides 20 ms nor is a multiple of it.
     """
@@ -86,7 +85,11 @@ def frames_to_labels(hop_samples: int, *, where: object) -> tuple[int, int]:
 
 
 def permutation_free_loss(logits_BTS: Tensor, labels_BTS: Tensor, num_frames_B: Tensor) -> Tensor:
-    """Cross entropy by frame and speaker under each chunk's better order of the speakers (Fujita et al. 2019)."""
+    """Return the cross entropy per frame, with each chunk under its better order of speakers.
+
+    sum_b min_order mean_s sum_t BCE(logits[b, t, s], labels[b, t, order(s)]) / sum_b T_b. Source: permutation-free loss
+    of Fujita et al., Interspeech 2019.
+    """
     own_BT1 = (torch.arange(logits_BTS.shape[1]) < num_frames_B[:, None])[..., None]
     losses_B = [
         (F.binary_cross_entropy_with_logits(logits_BTS, labels_BTS[..., list(order)], reduction="none") * own_BT1)
@@ -98,32 +101,32 @@ def permutation_free_loss(logits_BTS: Tensor, labels_BTS: Tensor, num_frames_B: 
 
 
 class Diarization:
-    """Frames into speakers by one head a learning rate; see `sweep.Problem`.
+    """Speakers of each frame; see `sweep.Problem`.
 
     A head's dev metric is its lowest DER over thresholds and median filters; test is measured with those that dev
-    chose. The reference takes the lowest on test: `der_test_selected`, which chooses nothing.
+    chose. The reference takes the lowest on test: reported as `der_test_selected`, it chooses nothing.
     """
 
     metric = "der"
     higher_is_better = False
 
-    def __init__(self, source: Source, recipe: SdRecipe) -> None:
-        self.store, self.recipe = source.reader, recipe
-        self.reader = FrameReader(source.reader, recipe.memory_gb)
-        self.stack, self.repeat = frames_to_labels(source.reader.hop_samples, where=source.reader.source)
-        self.rows = source.train_dev_test()
-        self.num_frames = source.corpus.num_samples // FRAME_SAMPLES
+    def __init__(self, features: Features, recipe: SdRecipe) -> None:
+        self.store, self.recipe = features.reader, recipe
+        self.reader = FrameReader(features.reader, recipe.memory_gb)
+        self.stack, self.repeat = frames_to_labels(features.reader.hop_samples, where=features.reader.source)
+        self.rows = features.train_dev_test()
+        self.num_frames = features.corpus.num_samples // FRAME_SAMPLES
         self.labels = {
             row: frame_labels(turns, int(self.num_frames[row]), frame_s=FRAME_S, speakers=SPEAKERS)
-            for row, turns in self._turns(source, "segments", self.rows["train"])
+            for row, turns in self._turns(features, "segments", self.rows["train"])
         }
         self.references = {
             row: Reference.of(turns, int(self.num_frames[row]), frame_s=FRAME_S)
             for split in ("dev", "test")
-            for row, turns in self._turns(source, "rttm", self.rows[split])
+            for row, turns in self._turns(features, "rttm", self.rows[split])
         }
         self.num_test = len(self.rows["test"])
-        hop_ms = source.reader.hop_samples / SAMPLE_RATE_HZ * 1000
+        hop_ms = features.reader.hop_samples / SAMPLE_RATE_HZ * 1000
         self.notes: Sequence[str] = []
         if self.stack > 1:
             self.notes = [f"{self.stack} frames of {hop_ms:g} ms are averaged to one of 20 ms"]
@@ -131,11 +134,10 @@ class Diarization:
             self.notes = [f"each frame of {hop_ms:g} ms stands for {self.repeat} of 20 ms"]
 
     @staticmethod
-    def _turns(
-        source: Source, label: str, rows: NDArray[np.int64]
-    ) -> Iterator[tuple[int, list[tuple[str, float, float]]]]:
-        for row, text in zip(rows.tolist(), source.labels(label, rows), strict=True):
-            where = f"corpus {source.corpus.name}, {label} of {source.corpus.ids[row]}"
+    def _turns(features: Features, label: str, rows: NDArray[np.int64]) -> Iterator[tuple[int, list[Turn]]]:
+        """Yield each corpus index with its turns. Raises RetortError for more than two speakers."""
+        for row, text in zip(rows.tolist(), features.labels(label, rows), strict=True):
+            where = f"corpus {features.corpus.name}, {label} of {features.corpus.ids[row]}"
             turns = parse_turns(text, where=where)
             if len(speakers := {speaker for speaker, _, _ in turns}) > SPEAKERS:
                 raise RetortError(f"{where}: {len(speakers)} speakers; sd needs mixtures of {SPEAKERS} at most")
@@ -145,7 +147,7 @@ class Diarization:
         return DiarizationHead(num_layers=len(self.store.layers), dim=self.store.dim, hidden=self.recipe.hidden)
 
     def batches(self, seed: int, first: int) -> Iterator[SdBatch]:
-        """Epochs in random order over recordings; longer ones than a chunk come in several."""
+        """Yield epochs in random order over recordings, those longer than a chunk in several chunks."""
         draw_epoch = partial(shuffled, self.rows["train"], self.store.pack_of, self.recipe.batch_size)
         for rows_B, _ in steps_from(first, seed, draw_epoch):
             hidden_LFD, frames, _ = self._read(rows_B)
@@ -160,17 +162,17 @@ class Diarization:
         logits_BTS = head(head.sum_layers(batch.hidden_LFD), batch.frames)
         return permutation_free_loss(logits_BTS, batch.labels_BTS, batch.frames.num_frames_B)
 
-    def measure(self, heads: Sequence[DiarizationHead], split: str, team: HeadPool) -> list[dict[str, float]]:
-        on_dev = self._grids(heads, "dev", team)
+    def measure(self, heads: Sequence[DiarizationHead], split: str, pool: HeadPool) -> list[Metrics]:
+        on_dev = self._grids(heads, "dev", pool)
         if split == "dev":
-            return [{"der": min(rates.values())} for rates in on_dev]
-        measured = []
-        for dev, test in zip(on_dev, self._grids(heads, "test", team), strict=True):
-            threshold, median = chosen = min(dev, key=dev.__getitem__)
+            return [{"der": min(rates.values(), key=float)} for rates in on_dev]
+        measured: list[Metrics] = []
+        for dev, test in zip(on_dev, self._grids(heads, "test", pool), strict=True):
+            threshold, median = chosen = min(dev, key=lambda at: float(dev[at]))
             measured.append(
                 {
                     "der": test[chosen],
-                    "der_test_selected": min(test.values()),
+                    "der_test_selected": min(test.values(), key=float),
                     "threshold": threshold,
                     "median_frames": float(median),
                 }
@@ -178,19 +180,19 @@ class Diarization:
         return measured
 
     def _grids(
-        self, heads: Sequence[DiarizationHead], split: str, team: HeadPool
-    ) -> list[dict[tuple[float, int], float]]:
-        """Each head's DER by threshold and median filter."""
-        said: list[dict[int, NDArray[np.float32]]] = [{} for _ in heads]
+        self, heads: Sequence[DiarizationHead], split: str, pool: HeadPool
+    ) -> list[dict[tuple[float, int], Metric]]:
+        """Return each head's DER by threshold and median filter."""
+        outputs: list[dict[int, NDArray[np.float32]]] = [{} for _ in heads]
         for rows_B in bucket(self.rows[split], self.store.num_frames, self.recipe.batch_size):
             hidden_LFD, frames, row_of_chunk = self._read(rows_B)
-            found = team.each(partial(_listen, hidden_LFD=hidden_LFD, frames=frames), heads)
-            for own, probability_BTS in zip(said, found, strict=True):
+            found = pool.each(partial(_probabilities, hidden_LFD=hidden_LFD, frames=frames), heads)
+            for own, probability_BTS in zip(outputs, found, strict=True):
                 parts = zip(row_of_chunk, probability_BTS, frames.num_frames_B.tolist(), strict=True)
                 for row, group in itertools.groupby(parts, key=lambda part: part[0]):
                     own[row] = np.concatenate([probability_TS[:count] for _, probability_TS, count in group])
 
-        def grid(own: dict[int, NDArray[np.float32]]) -> dict[tuple[float, int], float]:
+        def grid(own: dict[int, NDArray[np.float32]]) -> dict[tuple[float, int], Metric]:
             references = [self.references[row] for row in own]
             return {
                 (threshold, median): diarization_error_rate(
@@ -200,12 +202,12 @@ class Diarization:
                 for threshold in THRESHOLDS
             }
 
-        return team.each(grid, said)
+        return pool.each(grid, outputs)
 
     def _read(self, rows_B: NDArray[np.int64]) -> tuple[Tensor, Ragged, list[int]]:
-        """Recordings as frames of 20 ms, as many as the reference's labels: the store's last frame is repeated.
+        """Return recordings at 20 ms a frame, with as many frames as labels: the store's last frame is repeated.
 
-        Hidden (L, F, D), the frames of each chunk, and whose chunk it is.
+        Hidden float32 (L, F, D), the chunks' indices, and the corpus index of each chunk.
         """
         hidden_LFD = self.reader.read(rows_B.tolist())
         parts = []
@@ -221,20 +223,21 @@ class Diarization:
         return torch.cat(parts, 1), Ragged.of(torch.cat([torch.tensor(c).diff() for c in cuts.values()])), row_of_chunk
 
     def _cuts(self, row: int) -> list[int]:
-        """Where a recording's chunks begin, and its end."""
+        """Return the first frame of each of a recording's chunks, and its number of frames."""
         num_frames = int(self.num_frames[row])
         return [*range(0, num_frames, self.recipe.chunk_frames), num_frames]
 
 
-@torch.no_grad()  # of this thread alone, so here and not around the team's work
-def _listen(head: DiarizationHead, *, hidden_LFD: Tensor, frames: Ragged) -> NDArray[np.float32]:
-    """The probability that each speaker speaks, (B, T, S)."""
+@torch.no_grad()  # applies to this thread only, hence not around the pool's work
+def _probabilities(head: DiarizationHead, *, hidden_LFD: Tensor, frames: Ragged) -> NDArray[np.float32]:
+    """Return the probability that each speaker speaks, float32 (B, T, S)."""
     probability_BTS: NDArray[np.float32] = head(head.sum_layers(hidden_LFD), frames).sigmoid().numpy()
     return probability_BTS
 
 
-def score(source: Source, recipe: SdRecipe, progress: Progress) -> SweepResult:
-    result = sweep(Diarization(source, recipe), recipe, progress)
+def score(features: Features, recipe: SdRecipe, session: TaskSession) -> SweepResult:
+    """Train and measure the heads; note the threshold and median filter that dev chose."""
+    result = sweep(Diarization(features, recipe), recipe, session)
     test = dict(result.test)
     threshold, median = test.pop("threshold"), test.pop("median_frames")
     note = f"threshold {threshold:g} and a median over {median:g} frames, chosen on dev; der_test_selected: on test"

@@ -1,8 +1,8 @@
-"""Slot filling: characters with a token where a slot begins and one where it ends, by CTC.
+"""Slot filling: characters, with a token where a slot begins and one where it ends, by CTC.
 
     python -m evaluate run --task sf --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/sf.json
 
-PLAY BLUE SKIES, whose slots are O track track, is said as P L A Y _ B-track B L U E _ S K I E S E-track.
+PLAY BLUE SKIES with slots O track track is the target sequence P L A Y _ B-track B L U E _ S K I E S E-track.
 """
 
 import itertools
@@ -10,29 +10,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from evaluate.checkpoint import Progress
-from evaluate.features import Source
+from evaluate.checkpoint import TaskSession
+from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, Texts, recurrent_problem
 from evaluate.metrics import Slots, slot_type_f1, slot_value_cer
-from evaluate.recurrent import DEVIATIONS, RecurrentRecipe, recurrent_problem
-from evaluate.sweep import SweepResult, sweep
-from evaluate.task import Task
+from evaluate.sweep import Metrics, SweepResult, sweep
+from evaluate.task import Features, Task
 from extract.base.errors import RetortError
 
 BEGIN, END = "B-", "E-"
 OUTSIDE = "O"
-PUNCTUATION = frozenset("?!.,;-")  # as words of their own in the published transcripts
+PUNCTUATION = frozenset("?!.,;-")  # separate words in the published transcripts
 LABELS = ("text", "slots")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SfRecipe(RecurrentRecipe):
+    """Recipe of SF: adaptive SpecAugment."""
+
     time_mask_ratio: float = 0.04
 
 
 def encode(text: str, slots: str) -> list[str]:
-    """Words and the slot type of each (or O) -> characters and slot tokens. Neighbours of one type are one slot.
+    """Return characters and slot tokens of words and their slot types (or O). Neighbours of one type are one slot.
 
-    Punctuation that stands alone is dropped and & is AND, as in the reference. Raises RetortError on differing counts.
+    Separate punctuation is dropped and & becomes AND, as in the reference. Raises RetortError for different counts.
     """
     words, types = text.upper().split(), slots.split()
     if len(words) != len(types):
@@ -47,9 +48,10 @@ def encode(text: str, slots: str) -> list[str]:
 
 
 def read_slots(symbols: Sequence[str]) -> Slots:
-    """Characters and slot tokens -> the slots. A slot runs from its begin to the next end of its type.
+    """Return the slots in characters and slot tokens. A slot runs from its begin to the next end of its type.
 
-    What has no end or no character is no slot; tokens of other slots within are dropped. As in the reference.
+    As in the reference, a begin without an end, or without a character between, is not a slot, and tokens of other
+    slots inside are dropped.
     """
     slots, read = [], 0
     for place, symbol in enumerate(symbols):
@@ -57,25 +59,27 @@ def read_slots(symbols: Sequence[str]) -> Slots:
         if place < read or kind == symbol or END + kind not in symbols[place:]:
             continue
         read = symbols.index(END + kind, place)
-        said = "".join(inside for inside in symbols[place:read] if not inside.startswith((BEGIN, END)))
-        if value := " ".join(said.split()):
+        inside = "".join(one for one in symbols[place:read] if not one.startswith((BEGIN, END)))
+        if value := " ".join(inside.split()):
             slots.append((kind, value))
     return slots
 
 
-def rates(hypotheses: list[Sequence[str]], references: list[Sequence[str]]) -> dict[str, float]:
-    said, meant = (list(map(read_slots, symbols)) for symbols in (hypotheses, references))
-    return {"f1": slot_type_f1(said, meant), "cer": slot_value_cer(said, meant)}
+def rates(hypotheses: Texts, references: Texts) -> Metrics:
+    """Return slot-type F1 and slot-value CER."""
+    found, wanted = (list(map(read_slots, symbols)) for symbols in (hypotheses, references))
+    return {"f1": slot_type_f1(found, wanted), "cer": slot_value_cer(found, wanted)}
 
 
-def score(source: Source, recipe: SfRecipe, progress: Progress) -> SweepResult:
+def score(features: Features, recipe: SfRecipe, session: TaskSession) -> SweepResult:
+    """Train and measure the heads. Raises RetortError for a split without slots."""
     problem = recurrent_problem(
-        source, recipe, labels=LABELS, symbols=encode, metric="f1", rates=rates, higher_is_better=True
+        features, recipe, labels=LABELS, symbols=encode, metric="f1", rates=rates, higher_is_better=True
     )
     for split, transcripts in problem.splits.items():
         if not any(map(read_slots, transcripts.references.values())):
-            raise RetortError(f"corpus {source.corpus.name}: no utterance of split {split!r} has a slot")
-    return sweep(problem, recipe, progress)
+            raise RetortError(f"corpus {features.corpus.name}: no utterance of split {split!r} has a slot")
+    return sweep(problem, recipe, session)
 
 
 SF = Task(
@@ -87,5 +91,5 @@ SF = Task(
     reads="frames",
     recipe=SfRecipe,
     score=score,
-    deviations=DEVIATIONS,
+    deviations=(WITHOUT_WARPING,),
 )

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extract.base.errors import RetortError
+from extract.base.files import read_json
 from extract.base.params import read_section
 from extract.base.validate import check_name, parse
+
+STUDENT_CODE = Path(__file__).parents[2] / "train/modeling_retort.py"
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,17 @@ def read_upstreams(path: Path) -> dict[str, ConfiguredUpstream]:
     for name in section:
         check_name(str(name), where=where)
     return {str(name): parse(ConfiguredUpstream, value, where=f"{where}.{name}") for name, value in section.items()}
+
+
+def brings_own_code(folder: Path | None) -> bool:
+    """Return whether the only code in an upstream's folder is this repository's student code, byte for byte."""
+    if folder is None or not (folder / "config.json").is_file():
+        return False
+    code = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    named = read_json(folder / "config.json").get("auto_map")
+    return (
+        code == {STUDENT_CODE.name: STUDENT_CODE.read_bytes()}
+        and isinstance(named, dict)
+        # A name such as OWNER/REPO--MODULE.CLASS would load code from the hub.
+        and all(str(name).startswith(f"{STUDENT_CODE.stem}.") for name in named.values())
+    )

@@ -65,6 +65,7 @@ class Upstream(Protocol):
     convention: str
     attention: str
     num_parameters: int
+    autocast: torch.dtype | None = None  # of the forward pass; None: fp32, as the weights are
 
     def features(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
@@ -153,7 +154,7 @@ class Transformer(Upstream):
         self.normalise = card.normalise
         self.device = device
         self.dtype = dtype
-        self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self.autocast: torch.dtype | None = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         shape = read_shape(str(card.folder))
         self.num_layers, self.dim = shape.num_layers, shape.dim
         self.hop_samples, self.receptive_samples = shape.hop_samples, shape.receptive_samples

@@ -1,14 +1,17 @@
-"""NAME.initial.safetensors: what a student may start from, taken from its teacher by stage one.
+"""NAME.initial.safetensors: the weights that a student may start from, taken from its teacher by stage one.
 
-The convolution stem, the projection, the positional convolution and the first blocks, float32, under transformers'
-names. The training machine reads this file and never the teacher.
+The convolution stem, the projection, the positional convolution and the first blocks, float32, under the names of
+transformers. The machine that trains needs this file and not the teacher.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from extract.base.errors import RetortError
+import torch
+from safetensors.torch import save_file
+
 from extract.base.files import written_aside
 
 _KEPT = ("feature_extractor.", "feature_projection.", "encoder.layer_norm.")
@@ -16,29 +19,23 @@ _POSITIONAL = "encoder.pos_conv_embed.conv"
 
 
 def write_initial_weights(model: Any, path: Path, *, num_blocks: int) -> None:
-    """Write the initial weights of a wav2vec2-family model with its first `num_blocks` blocks.
+    """Write the initial weights of a wav2vec2-family model, with its first `num_blocks` Transformer blocks.
 
-    The positional convolution's weight norm is folded: its weight is what the convolution really uses.
-    Raises RetortError when the model has fewer blocks.
+    model: as `extract.upstream.forward` loads it, on any device. The positional convolution's weight norm is folded:
+    its weight is the product g v / ||v|| that the convolution uses.
     """
-    # Late: a finished store asks for its seed's place alone, and torch takes seconds to import.
-    import torch
-    from safetensors.torch import save_file
-
-    blocks = model.encoder.layers
-    if num_blocks > len(blocks):
-        raise RetortError(f"--initial-blocks {num_blocks}: the upstream has {len(blocks)} blocks")
     prefixes = (*_KEPT, *(f"encoder.layers.{block}." for block in range(num_blocks)))
     tensors = {
-        # The exact group norm wraps the model's own, which keeps its name in the file.
+        # The group norm that is exact under padding wraps the model's own, which keeps its name in the file.
         name.replace("layer_norm.norm.", "layer_norm."): value
         for name, value in model.state_dict().items()
         if name.startswith(prefixes)
     }
-    # Stage one may wrap the convolution, and leaves the module itself as it is; data2vec-audio has a stack instead.
+    # The exact forward pass may wrap the convolution; data2vec-audio has a stack of convolutions and none of this name.
     position = getattr(model.encoder.pos_conv_embed, "conv", torch.nn.Identity())
-    convolution = next((one for one in position.modules() if isinstance(one, torch.nn.Conv1d)), None)
+    convolution = next((module for module in position.modules() if isinstance(module, torch.nn.Conv1d)), None)
     if convolution is not None:
+        convolution = copy.deepcopy(convolution).to("cpu")  # a GPU folds the weight norm to other last bits
         tensors[f"{_POSITIONAL}.weight"] = convolution.weight
         tensors[f"{_POSITIONAL}.bias"] = convolution.bias
     plain = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in tensors.items()}

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from evaluate.corpora import corpus_of_tasks
+from evaluate.task import corpus_of_tasks
 from extract.base.errors import RetortError, unknown
 from extract.base.machine import describe_machine
 from extract.base.params import read_params, read_section

@@ -27,20 +27,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.features import Source
-from evaluate.frames import FrameReader
+from evaluate.batches import FrameReader
+from evaluate.jobs import open_features
 from evaluate.pooled import pooled_problem, read_pooled
-from evaluate.recipe import Recipe
-from evaluate.run import open_source
 from evaluate.sweep import begin
+from evaluate.task import Features, Recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.pr import problem as pr_problem
 from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from pipelines.bench import material
 from pipelines.bench.material import Lengths
 from pipelines.bench.measure import by_clocks, check_asked, headed
@@ -82,8 +82,8 @@ class Bench:
     asked: EvaluateBench
     folder: Path
 
-    def source(self, task: str) -> Source:
-        return open_source(TASKS[task], manifest=self.folder / f"{task}-manifest.json", corpus=self._corpus(task))
+    def source(self, task: str) -> Features:
+        return open_features(TASKS[task], manifest=self.folder / f"{task}-manifest.json", corpus=self._corpus(task))
 
     def recipe(self, task: str) -> Recipe:
         recipe: Recipe = replace(TASKS[task].recipe(), learning_rates=(LR,), batch_size=self.asked.batch_size)
@@ -120,7 +120,7 @@ def prepare(bench: Bench) -> dict[str, float]:
         write_corpus(corpus, name=task, reader=material.NOISE, utterances=_utterances(task, lengths, asked.batch_size))
         start = time.perf_counter()
         extract(
-            Settings(
+            ExtractConfig(
                 upstream=str(bench.folder / "upstream"),
                 corpus=corpus,
                 manifest=bench.folder / f"{task}-manifest.json",
@@ -248,7 +248,7 @@ class OnlineUpstream:
 class OnlineFrames(FrameReader):
     """In the place of the store's frames."""
 
-    def __init__(self, source: Source, listener: OnlineUpstream) -> None:
+    def __init__(self, source: Features, listener: OnlineUpstream) -> None:
         super().__init__(source.reader, memory_gb=1)
         self.listener = listener
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extract.base.errors import RetortError, unknown
-from extract.base.files import sha256_json
+from extract.base.files import sha256_json, write_json
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.run import Settings, make_store, request_of
-from extract.shards import Job, LocalRunner
+from extract.run import make_store
+from extract.shards import Extraction, LocalRunner
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from pipelines.bench import material
@@ -73,7 +74,7 @@ def run_bench(bench: ExtractBench, progress: Progress) -> dict[str, Any]:
         flop_by_length = in_fresh_process(material.count_flop, upstream)
         sets = {}
         for title, corpus in _corpora(bench, scratch):
-            settings = Settings(
+            settings = ExtractConfig(
                 upstream=upstream,
                 corpus=corpus,
                 store=scratch,
@@ -116,7 +117,7 @@ def _corpora(bench: ExtractBench, scratch: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _measure(
-    bench: ExtractBench, settings: Settings, flop_by_length: tuple[float, float, float], progress: Progress
+    bench: ExtractBench, settings: ExtractConfig, flop_by_length: tuple[float, float, float], progress: Progress
 ) -> dict[str, Any]:
     corpus = Corpus.open(settings.corpus)
     flop = float(np.polyval(flop_by_length, corpus.num_samples).sum())
@@ -228,13 +229,13 @@ def shown(result: dict[str, Any]) -> "list[Table | str]":
 # The contenders: each in a process of its own.
 
 
-def bare(settings: Settings) -> TimedSteps:
+def bare(settings: ExtractConfig) -> TimedSteps:
     """The forward pass over the plan's batches."""
-    job = _hands(settings).job
-    plan = job.writer.packing
-    upstream = _transformer_of(job)
+    runner, extraction = _opened(settings)
+    corpus, plan = extraction.corpus, extraction.writer.packing
+    upstream = _transformer_of(runner)
     batches = [
-        [job.corpus.waveform(int(members[row])) for row in rows]
+        [corpus.waveform(int(members[row])) for row in rows]
         for members in plan.by_pack
         for rows in upstream.batches([int(plan.num_frames[index]) for index in members])
     ]
@@ -243,19 +244,18 @@ def bare(settings: Settings) -> TimedSteps:
     for waveforms in batches:
         upstream.forward(waveforms)
     yield
-    return _did((job.corpus.ids[index], int(plan.num_frames[index])) for members in plan.by_pack for index in members)
+    return _did((corpus.ids[index], int(plan.num_frames[index])) for members in plan.by_pack for index in members)
 
 
-def extract_run(settings: Settings) -> TimedSteps:
+def extract_run(settings: ExtractConfig) -> TimedSteps:
     """What `extract run` does when its upstream is loaded."""
     with TemporaryDirectory(dir=settings.store) as folder:
         settings = replace(settings, store=Path(folder), manifest=Path(folder) / "manifest.json")
-        with _hands(settings) as hands:
-            job = hands.job
-            _transformer_of(job).forward([job.corpus.waveform(int(index)) for index in job.writer.packing.by_pack[0]])
-            yield
-            make_store(settings, job.corpus, job.request.card, hands)
-            yield
+        runner, extraction = _opened(settings)
+        _transformer_of(runner).forward(runner.read_pack(extraction, 0))
+        yield
+        write_json(settings.manifest, make_store(extraction, runner).to_dict())
+        yield
         store = StoreReader.open(settings.manifest)
         return _did(zip(store.ids, map(int, store.num_frames), strict=True)) | {
             "stored_bytes": sum(size for size, _ in store.manifest.objects.values()),
@@ -263,7 +263,7 @@ def extract_run(settings: Settings) -> TimedSteps:
         }
 
 
-def dump(settings: Settings) -> TimedSteps:
+def dump(settings: ExtractConfig) -> TimedSteps:
     """The script that everyone writes: transformers, one utterance at a time, np.save."""
     import torch
     from transformers import AutoFeatureExtractor, AutoModel, logging
@@ -292,7 +292,7 @@ def dump(settings: Settings) -> TimedSteps:
         }
 
 
-def matmul(settings: Settings) -> TimedSteps:
+def matmul(settings: ExtractConfig) -> TimedSteps:
     """Products of square matrices, large enough to be bound by arithmetic."""
     import torch
 
@@ -313,7 +313,7 @@ def matmul(settings: Settings) -> TimedSteps:
     }
 
 
-CONTENDERS: dict[str, Callable[[Settings], TimedSteps]] = {
+CONTENDERS: dict[str, Callable[[ExtractConfig], TimedSteps]] = {
     "bare": bare,
     "extract": extract_run,
     "dump": dump,
@@ -321,18 +321,18 @@ CONTENDERS: dict[str, Callable[[Settings], TimedSteps]] = {
 }
 
 
-def _hands(settings: Settings) -> LocalRunner:
-    """The command's own, with the upstream loaded."""
+def _opened(settings: ExtractConfig) -> tuple[LocalRunner, Extraction]:
+    """Return the command's own runner with the upstream loaded, and its packed corpus."""
     keep_freed_blocks()  # as the command does, and for its limit too
-    corpus, card = Corpus.open(settings.corpus), find_upstream(settings.upstream)
-    return LocalRunner(request_of(settings, corpus, card))
+    card = find_upstream(settings.upstream)
+    return LocalRunner(settings, card), Extraction.open(settings, card, Corpus.open(settings.corpus))
 
 
-def _transformer_of(job: Job) -> "Transformer":
+def _transformer_of(runner: LocalRunner) -> "Transformer":
     from extract.upstream.forward import Transformer
 
-    assert isinstance(job.upstream, Transformer)
-    return job.upstream
+    assert isinstance(runner.upstream, Transformer)
+    return runner.upstream
 
 
 def _did(frames: Iterable[tuple[str, int]]) -> dict[str, Any]:

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from evaluate.batches import FrameReader
 from evaluate.ctc import Transcription
-from evaluate.frames import FrameReader
 from evaluate.heads import Head, LinearHead
 from evaluate.pooled import PooledClassification
-from evaluate.sweep import Adam, begin
+from evaluate.sweep import begin
 from extract.base.files import sha256_file
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.run import Settings, request_of
-from extract.shards import Job
+from extract.shards import Extraction, LocalRunner
 from extract.store.codec import CODECS, CodecError
 from extract.store.writer import StoreWriter
 from extract.upstream.card import find_upstream
@@ -205,34 +205,40 @@ def extraction(bench: Bench) -> TimedSteps:
     """Shards of all layers: what `extract run` does, one part after another."""
     keep_freed_blocks()
     folder = bench.training.folder
-    settings = Settings(
+    settings = ExtractConfig(
         upstream=str(folder / "teacher"), corpus=folder / "noise.h5", manifest=folder / "profiled.json",
         store=folder / "profiled", codec=bench.asked.codec, pack_frames=bench.asked.pack_frames,
     )  # fmt: skip
     corpus = Corpus.open(settings.corpus)
-    job = Job.open(request_of(settings, corpus, find_upstream(settings.upstream)))
-    assert isinstance(job.upstream, Transformer)
-    model, writer = job.upstream.model, job.writer
+    card = find_upstream(settings.upstream)
+    runner, extraction = LocalRunner(settings, card), Extraction.open(settings, card, corpus)
+    assert isinstance(runner.upstream, Transformer)
+    model, writer = runner.upstream.model, extraction.writer
     writer.create()
-    job.run_pack(0, job.read_pack(0))
+    runner.run_pack(extraction, 0, runner.read_pack(extraction, 0))
 
     def work() -> None:
         for shard in range(writer.packing.num_shards):
             packs = writer.packing.packs_of(shard)
+            waveforms = (runner.read_pack(extraction, pack) for pack in packs)
             writer.write_shard(
-                shard, [writer.encode_pack(pack, *job.run_pack(pack, job.read_pack(pack))) for pack in packs]
+                shard,
+                [
+                    writer.encode_pack(pack, *runner.run_pack(extraction, pack, read))
+                    for pack, read in zip(packs, waveforms, strict=True)
+                ],
             )
 
     stem, blocks = "the teacher: convolution stem", "the teacher: Transformer blocks"
     passed, laid, encoded, written = "the teacher: the rest", "a pack laid out", "encoding: the rest", "writing"
     parts = [
-        Part("reading waveforms", Job.read_pack),
+        Part("reading waveforms", LocalRunner.read_pack),
         Part(stem, type(model.feature_extractor).forward, passed),
         Part("the teacher: its first norm, by utterance", OwnFramesGroupNorm.forward, stem),
         Part("the teacher: positional convolution", type(model.encoder.pos_conv_embed).forward, passed),
         Part(blocks, type(model.encoder.layers[0]).forward, passed),
         Part(passed, Transformer.forward, laid),
-        Part(laid, Job.run_pack),
+        Part(laid, LocalRunner.run_pack),
         Part("encoding: codes and scales", type(CODECS[bench.asked.codec]).encode, encoded),
         Part("encoding: what the codec lost", CodecError.of, encoded),
         Part(encoded, StoreWriter.encode_pack),
@@ -298,8 +304,8 @@ def scoring(bench: Bench, *, task: str, steps: int) -> TimedSteps:
         Part("loss: CTC", functional.ctc_loss, loss),
         Part(loss, type(problem).loss),
         Part("backward", torch.Tensor.backward),
-        Part("clipping", Adam.clip),
-        Part("optimiser", Adam.step),
+        Part("clipping", torch.nn.utils.clip_grad_norm_),
+        Part("optimiser", torch.optim.AdamW.step),
     ]
     assert isinstance(problem, PooledClassification | Transcription)
     step(1)

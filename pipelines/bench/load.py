@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extract.base.files import write_json
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.run import Settings, make_store, request_of
-from extract.shards import Request, UpstreamFacts, open_writer
+from extract.run import make_store
+from extract.shards import Extraction, LocalRunner, UpstreamFacts
 from extract.store.codec import CODECS
 from extract.store.reader import StoreReader
-from extract.upstream.card import find_upstream
+from extract.upstream.card import UpstreamShape, find_upstream
 from pipelines.bench import material
 from pipelines.bench.measure import by_clocks, check_asked, headed
 from train.config import read_student
@@ -102,7 +104,7 @@ def make_material(place: Place) -> dict[str, Any]:
     seconds = bench.packs * bench.pack_frames * _HOP_SAMPLES / SAMPLE_RATE_HZ
     material.make_noise(place.corpus, material.LENGTHS["long"], seconds=seconds)
     corpus = Corpus.open(place.corpus)
-    settings = Settings(
+    settings = ExtractConfig(
         upstream=str(material.DEMO_TEACHER),
         corpus=place.corpus,
         manifest=place.manifest,
@@ -112,7 +114,9 @@ def make_material(place: Place) -> dict[str, Any]:
         pack_frames=bench.pack_frames,
     )
     card = find_upstream(settings.upstream)
-    make_store(settings, corpus, card, _Noise(request_of(settings, corpus, card), corpus, bench.dim))  # type: ignore[arg-type]
+    shape = UpstreamShape(max(_LAYERS) + 1, bench.dim, _HOP_SAMPLES, _RECEPTIVE_SAMPLES, stem_dim=None)
+    manifest = make_store(Extraction.open(settings, card, corpus, shape), _Noise(settings, card))
+    write_json(place.manifest, manifest.to_dict())
     audio_s, num_bytes = 0.0, []
     with place.flat.open("wb") as file:
         for parts in _bytes_of_packs(place):
@@ -129,30 +133,15 @@ def make_material(place: Place) -> dict[str, Any]:
             "codes": codes, "scales": scales, "samples": samples}  # fmt: skip
 
 
-class _Noise:
-    """Hands that write noise where a teacher's hidden states would stand."""
+class _Noise(LocalRunner):
+    """A runner that writes noise in place of a teacher's hidden states."""
 
-    def __init__(self, request: Request, corpus: Corpus, dim: int) -> None:
-        self.request, self.corpus, self.dim = request, corpus, dim
+    def open(self, extraction: Extraction) -> UpstreamFacts:
+        return UpstreamFacts(convention="noise", attention="none", num_parameters=0, threads=1, dtype_error={})
 
-    def facts(self) -> UpstreamFacts:
-        return UpstreamFacts(
-            num_layers=max(_LAYERS) + 1,
-            dim=self.dim,
-            hop_samples=_HOP_SAMPLES,
-            receptive_samples=_RECEPTIVE_SAMPLES,
-            convention="noise",
-            attention="none",
-            num_parameters=0,
-            threads=1,
-            stem_dim=None,
-            dtype_error={},
-        )
-
-    def write(self, shards: list[int], advance: Callable[[float], None]) -> None:
-        writer = open_writer(self.request, self.corpus, self.facts())
-        plan = writer.packing
-        shape = (len(_LAYERS), plan.pack_frames, self.dim)
+    def write(self, extraction: Extraction, shards: list[int], advance: Callable[[float], None]) -> None:
+        writer, plan = extraction.writer, extraction.writer.packing
+        shape = (len(_LAYERS), plan.pack_frames, writer.dim)
         noise_LFD = np.random.default_rng(material.SEED).standard_normal(shape, dtype=np.float32)
         for shard in shards:
             encoded = []

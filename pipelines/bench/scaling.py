@@ -23,8 +23,9 @@ import numpy as np
 from extract.base.errors import unknown
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import StoreReader
 from pipelines.bench import material
 from pipelines.bench.extract import extract_run
@@ -75,8 +76,8 @@ class Point:
     num_layers: int
     folder: Path  # of all that is made for it, below the benchmark's own
 
-    def settings(self, asked: ScalingBench) -> Settings:
-        return Settings(
+    def settings(self, asked: ScalingBench) -> ExtractConfig:
+        return ExtractConfig(
             upstream=str(self.folder.parent / "teacher"),
             corpus=self.folder / "noise.h5",
             store=self.folder,

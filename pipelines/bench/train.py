@@ -25,8 +25,9 @@ import yaml
 from extract.base.errors import unknown
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.run import Settings, extract
+from extract.run import extract
 from extract.store.reader import KEEP
 from pipelines.bench import material
 from pipelines.bench.measure import by_clocks, check_asked, headed
@@ -142,7 +143,7 @@ def prepare(bench: Bench) -> None:
     material.make_noise(bench.folder / "noise.h5", material.LENGTHS["long"], seconds=asked.seconds)
     keep_freed_blocks()
     extract(
-        Settings(
+        ExtractConfig(
             upstream=str(bench.folder / "teacher"),
             corpus=bench.folder / "noise.h5",
             manifest=bench.folder / "manifest.json",

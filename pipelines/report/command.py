@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evaluate.corpora import corpus_of_tasks
+from evaluate.task import corpus_of_tasks
 from extract.base.errors import RetortError
 from extract.base.files import check_out
 from extract.base.params import read_params, read_section

@@ -1,0 +1,79 @@
+"""Request of stage one: what to extract and how, validated once.
+
+`ExtractConfig` is the one request type. The options of `extract run` and `plan`, the rows of params.yaml (`extract
+many`), the local runner and the workers of a Dask cluster all use it. It is frozen, picklable and hashable.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.base.errors import RetortError, unknown
+from extract.base.files import sha256_json
+from extract.store.codec import CODECS
+from extract.store.manifest import FORMAT_VERSION, KEEP_DEFAULT, check_keep
+
+DTYPES = ("fp32", "bf16", "fp16")  # fp32 or an autocast; weights stay fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """One upstream on one corpus. Raises RetortError for a value that no command accepts."""
+
+    upstream: str  # `fbank`, a local folder, or a hub id
+    corpus: Path  # corpora/NAME.json, or the .h5 itself
+    manifest: Path = Path("manifest.json")  # the JSON to write; `extract plan` writes none
+    store: Path | str = Path("stores")  # root of all stores: a folder or a URL
+    name: str | None = None  # of the upstream in results; None for the last part of `upstream`
+    revision: str | None = None  # of a hub id
+    layers: tuple[int, ...] | None = None  # None for all
+    codec: str = "int8"
+    keep: frozenset[str] = KEEP_DEFAULT
+    pack_frames: int = 8192  # frames of a pack, one micro-batch
+    shard_packs: int = 4  # packs of a shard, one unit of work
+    drop_long: bool = False
+    drop_short: bool = False
+    normalise: bool | None = None  # waveforms to zero mean, unit variance; None for the checkpoint's own setting
+    dtype: str = "fp32"
+    device: str = "cpu"
+    initial_blocks: int = 0  # first Transformer blocks in the file of initial weights; 0 for no such file
+    trust_remote_code: bool = False
+    threads: int = 0  # torch threads of a process; 0 for torch's own choice
+    workers: int = 0  # processes of a Dask cluster on this machine; 0 for this process alone
+    scheduler: str | None = None  # address of a running Dask cluster
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise unknown("codec", self.codec, CODECS)
+        check_keep(self.keep)
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        for option in ("workers", "threads", "initial_blocks"):
+            if getattr(self, option) < 0:
+                raise RetortError(f"--{option.replace('_', '-')} {getattr(self, option)}: expected 0 or more")
+        if self.workers and self.scheduler:
+            raise RetortError("--workers starts a Dask cluster, --scheduler uses a running one: give one of them")
+
+    @property
+    def loading(self) -> tuple[Any, ...]:
+        """Fields that decide how an upstream is loaded: two corpora that agree in them can share one model."""
+        return self.layers, self.dtype, self.device, self.trust_remote_code, self.threads
+
+    def fingerprint(self, upstream: Mapping[str, Any]) -> str:
+        """Return the sha256 over everything that decides a store's bytes, except the corpus.
+
+        upstream: the identity of the upstream, from its card.
+        """
+        recipe: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "upstream": upstream,
+            "keep": sorted(self.keep),
+            **{
+                key: getattr(self, key)
+                for key in ("layers", "codec", "pack_frames", "shard_packs", "drop_long", "dtype")
+            },
+        }
+        if self.drop_short:  # absent otherwise: stores older than this option keep their fingerprint
+            recipe["drop_short"] = True
+        return sha256_json(recipe)

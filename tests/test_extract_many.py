@@ -1,0 +1,144 @@
+"""`extract many`: one upstream, loaded once, on the corpora of params.yaml; stores are those of single runs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from extract.__main__ import main
+from extract.config import ExtractConfig
+from extract.corpus import Corpus, write_corpus
+from extract.many import read_configs
+from extract.run import extract
+from extract.store.manifest import Manifest
+from extract.upstream import forward
+from tests.conftest import TINY, noise_utterances
+from train.modeling_retort import RetortStackedStudent, RetortStudentConfig
+from train.student_folder import save_student
+
+
+@pytest.fixture
+def params(teacher: Path, corpus: Corpus, tmp_path: Path) -> Path:
+    """params.yaml of two corpora; the stores lie below tmp_path/stores."""
+    (tmp_path / "corpora").mkdir()
+    write_corpus(tmp_path / "corpora/few.h5", name="few", reader="folder", utterances=noise_utterances(5, seed=3))
+    shutil.copy(corpus.path, tmp_path / "corpora/noise.h5")
+    shutil.copy(corpus.path.with_suffix(".json"), tmp_path / "corpora/noise.json")
+    value = {
+        "upstreams": {"fbank": {"source": "fbank"}, "big": {"source": str(teacher), "watch": "x"}},
+        "corpora": {"noise": {}, "few": {}, "distill": {}},
+        "features": {"noise": "frames,pooled", "few": "pooled"},
+        "store": {
+            "root": str(tmp_path / "stores"),
+            "codec": "int8",
+            "pack_frames": 128,
+            "pack_frames_fbank": 512,
+            "shard_packs": 2,
+        },
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(value, sort_keys=False))
+    return tmp_path / "params.yaml"
+
+
+def change(params: Path, section: str, **changes: object) -> None:
+    value = yaml.safe_load(params.read_text())
+    params.write_text(yaml.safe_dump(value | {section: value[section] | changes}, sort_keys=False))
+
+
+def many(params: Path, upstream: str, *more: str) -> Result:
+    folder = params.parent
+    places = ("--corpora", str(folder / "corpora"), "--out", str(folder / "manifests"))
+    return CliRunner().invoke(main, ["many", "--config", str(params), "--upstream", upstream, *places, *more])
+
+
+def test_every_corpus_has_the_store_of_a_single_run_and_the_upstream_is_loaded_once(
+    params: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = forward.load_upstream
+    monkeypatch.setattr(forward, "load_upstream", lambda *args, **kwargs: loaded.append("one") or load(*args, **kwargs))
+    done = many(params, "big", "--threads", "1")
+    assert done.exit_code == 0, done.output
+    assert loaded == ["one"]
+    for corpus, keep in (("noise", {"frames", "pooled"}), ("few", {"pooled"})):
+        found = Manifest.read(tmp_path / f"manifests/big/{corpus}.json")
+        alone, _ = extract(
+            ExtractConfig(
+                upstream=str(teacher),
+                name="big",
+                corpus=tmp_path / f"corpora/{corpus}.json",
+                manifest=tmp_path / "alone.json",
+                store=tmp_path / "alone",
+                keep=frozenset(keep),
+                pack_frames=128,
+                shard_packs=2,
+                threads=1,
+            )
+        )
+        assert found == replace(alone, store=found.store) and found.store["path"] == alone.store["path"]
+    again = many(params, "big")
+    assert again.exit_code == 0 and again.output.count("nothing to do") == 2
+    assert len(loaded) == 3  # twice by the single runs
+
+
+def test_workers_share_the_loaded_upstream(params: Path, tmp_path: Path) -> None:
+    assert many(params, "big", "--threads", "1").exit_code == 0
+    before = {path.name: json.loads(path.read_text())["objects"] for path in (tmp_path / "manifests/big").iterdir()}
+    shutil.rmtree(tmp_path / "stores")
+    done = many(params, "big", "--workers", "1", "--threads", "1")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("written") == 2
+    after = {path.name: json.loads(path.read_text())["objects"] for path in (tmp_path / "manifests/big").iterdir()}
+    assert after == before
+
+
+def test_filter_banks_have_packs_of_their_own(params: Path, tmp_path: Path) -> None:
+    configs = read_configs(params, "fbank", corpora=Path("c"), out=Path("m"), trust_remote_code=False)
+    assert [(str(one.corpus), str(one.manifest), one.pack_frames) for one in configs] == [
+        ("c/noise.json", "m/fbank/noise.json", 512),
+        ("c/few.json", "m/fbank/few.json", 512),
+    ]
+    change(params, "store", pack_frames_fbank=None)
+    assert read_configs(params, "fbank", corpora=Path(), out=Path(), trust_remote_code=False)[0].pack_frames == 128
+
+
+def test_only_this_repositorys_student_code_is_trusted(params: Path, tmp_path: Path) -> None:
+    sizes = {key: TINY[key] for key in TINY if key != "num_hidden_layers"}
+    save_student(
+        tmp_path / "own", RetortStackedStudent(RetortStudentConfig(**sizes, num_hidden_layers=2)), made_from={}
+    )
+    shutil.copytree(tmp_path / "own", tmp_path / "other")
+    with (tmp_path / "other/modeling_retort.py").open("a") as file:
+        file.write("# changed\n")
+    change(params, "upstreams", own={"source": str(tmp_path / "own")}, other={"source": str(tmp_path / "other")})
+    assert many(params, "own").exit_code == 0
+    refused = many(params, "other")
+    assert refused.exit_code == 1 and "--trust-remote-code" in refused.stderr
+    assert not (tmp_path / "manifests/other").exists()
+    assert many(params, "other", "--trust-remote-code").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "upstream", "expected"),
+    [
+        ("upstreams", {}, "small", "'small': expected one of big, fbank"),
+        ("upstreams", {"big": {"sauce": "x"}}, "big", "'sauce': expected one of source, watch"),
+        ("features", {"nowhere": "pooled"}, "big", "'nowhere': expected one of distill, few, noise"),
+        ("features", {"distill": "pooled"}, "big", "distill.json does not exist"),
+        ("features", {"few": "frames"}, "big", "`pooled`"),
+        ("store", {"codec": "mp3"}, "big", "'mp3': expected one of float16, int4, int8"),
+        ("store", {"colour": "red"}, "big", "'colour': expected one of"),
+    ],
+)
+def test_a_wrong_params_file_is_one_line_and_makes_nothing(
+    params: Path, section: str, changes: dict[str, object], upstream: str, expected: str
+) -> None:
+    change(params, section, **changes)
+    done = many(params, upstream)
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1
+    assert expected in done.stderr
+    assert not (params.parent / "stores").exists() and not (params.parent / "manifests").exists()
