@@ -1,4 +1,4 @@
-"""Growth: the ancestry tables of METHODS.md, weights and moments traced, schedules, where losses sit."""
+"""Growth: the ancestry tables of docs/methods.md, weights and moments traced, schedules, where losses sit."""
 
 from itertools import pairwise
 
