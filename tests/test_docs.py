@@ -216,7 +216,8 @@ PARSERS: dict[str, Callable[..., None]] = {
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page, "bash")], ids=str)
 def test_commands_of_a_block_parse(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "scores").mkdir()  # what `evaluate score` wants to exist
+    for folder in ("scores", "$STUDY/scores"):  # `evaluate score` checks that its folder exists
+        (tmp_path / folder).mkdir(parents=True)
     for words in commands(block.text):
         assert words[0] in PARSERS, f"{block}: say in PARSERS how {words[0]} is checked"
         PARSERS[words[0]](words, whole=True)
