@@ -12,10 +12,10 @@ layer weights depend on.
 The depth grows during the training. First the convolution stem regresses log Mel energies (a stack of 12 from scratch
 had an accuracy of 0.48 on frames after 20,000 s of speech; the grown one 0.49 after 12,000 s), then come 3, 6 and 12
 blocks, each time with every block cloned right after itself (interleaved stacking, arXiv 2606.11766). Phase 2
-continues at full depth with smaller batches.
+continues from the exported weights at full depth with smaller batches.
 
 Depth and learning rate follow the share of the wall-clock time that has passed, so a run on a busy machine still ends
-at full depth and a rate of zero. An interrupted run continues from its last checkpoint.
+at full depth and a rate of zero.
 
 Shapes: B batch, N samples, T frames, M masked frames, D dim, V phones, S speakers.
 """
@@ -78,7 +78,6 @@ class TeacherConfig:
     mask_span: int = 8
     seed: int = 7
     log_steps: int = 25
-    snapshot_steps: int = 150
 
 
 PHASES = {
@@ -88,16 +87,6 @@ PHASES = {
         speaker_weight=0.5, mask_share=0.2,
     ),
 }  # fmt: skip
-
-
-@dataclass
-class Progress:
-    """Position of a run: steps, steps at the present depth, seconds of the present phase."""
-
-    step: int = 0
-    steps_at_depth: int = 0
-    elapsed_s: float = 0.0
-    phase: int = 1
 
 
 def hubert_config(depth: int) -> HubertConfig:
@@ -262,41 +251,39 @@ def new_optimizer(model: TeacherModel) -> torch.optim.AdamW:
     )
 
 
-def train_teacher(data: TeacherData, out: Path, checkpoint: Path, config: TeacherConfig) -> Progress:
-    """Train for `config.minutes`; export to `out` with each checkpoint at full depth, and at the end."""
+def train_teacher(data: TeacherData, out: Path, config: TeacherConfig) -> int:
+    """Train for `config.minutes`, export the teacher and its settings to `out`, return the number of steps."""
     torch.manual_seed(config.seed)
     torch.set_flush_denormal(True)  # Adam's second moments become denormal, which costs a tenth of a step
     model = TeacherModel(config, len(data.phone_names), int(data.speaker.max()) + 1)
-    optimizer, progress = restore(checkpoint, model, out)
-    generator = np.random.default_rng([config.seed, progress.step])
-    figures: list[dict[str, float]] = []
+    if config.phase > 1:  # heads and moments are new
+        model.hubert.load_state_dict(HubertModel.from_pretrained(out).state_dict())
+    optimizer = new_optimizer(model)
+    generator = np.random.default_rng(config.seed)
+    steps = steps_at_depth = 0
+    figures: list[dict[str, float]] = []  # since the last line of the log
     epoch: Iterator[np.ndarray] = iter(())
-    before_s, batch_s = time.monotonic(), 0.0
-    while (share := progress.elapsed_s / (config.minutes * 60)) < 1:
+    begin_s, batch_s = time.monotonic(), 0.0
+    while (share := (time.monotonic() - begin_s) / (config.minutes * 60)) < 1:
         stage = stage_at(share, config)
         if model.depth != config.depths[stage]:
             model.grow(config.depths[stage])
-            optimizer, progress.steps_at_depth = new_optimizer(model), 0
+            optimizer, steps_at_depth = new_optimizer(model), 0
         if batch_s != config.batches_s[stage] or (batch := next(epoch, None)) is None:
             batch_s = config.batches_s[stage]
             epoch = batches(data, batch_s, config.crop_s, generator)
             batch = next(epoch)
-        rate = rate_at(share, stage, progress.steps_at_depth, config)
+        rate = rate_at(share, stage, steps_at_depth, config)
         figures.append(step(model, optimizer, make_batch(data, batch, config, generator), rate))
-        now_s = time.monotonic()
-        progress.step, progress.steps_at_depth = progress.step + 1, progress.steps_at_depth + 1
-        progress.elapsed_s, before_s = progress.elapsed_s + now_s - before_s, now_s
-        if progress.step % config.log_steps == 0:
+        steps, steps_at_depth = steps + 1, steps_at_depth + 1
+        if steps % config.log_steps == 0:
             means = {name: np.mean([one[name] for one in figures if name in one]) for name in figures[-1]}
             shown = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-            minutes = f"{progress.elapsed_s / 60:.1f} of {config.minutes:g} min"
-            click.echo(f"step {progress.step}, {minutes}, depth {model.depth}, {shown}")
+            click.echo(f"step {steps}, {share:.0%} of {config.minutes:g} min, depth {model.depth}, {shown}")
             figures.clear()
-        if progress.step % config.snapshot_steps == 0:
-            save(checkpoint, model, optimizer, progress, out)
-    save(checkpoint, model, optimizer, progress, out)
-    write_json(out / "training.json", {"config": asdict(config), "steps": progress.step, "seconds": progress.elapsed_s})
-    return progress
+    export(model.hubert, out)
+    write_json(out / "training.json", {"config": asdict(config), "steps": steps})
+    return steps
 
 
 def step(
@@ -317,39 +304,6 @@ def step(
     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
     return {name: figure.item() for name, figure in figures.items()}
-
-
-def save(
-    checkpoint: Path, model: TeacherModel, optimizer: torch.optim.Optimizer, progress: Progress, out: Path
-) -> None:
-    """Write all that `restore` needs, atomically; at full depth also export the teacher to `out`."""
-    with written_aside(checkpoint) as aside:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
-        torch.save(state | {"depth": model.depth}, aside)
-    if model.depth == model.config.depths[-1]:
-        export(model.hubert, out)
-
-
-def restore(checkpoint: Path, model: TeacherModel, out: Path) -> tuple[torch.optim.Optimizer, Progress]:
-    """Load a checkpoint into the model; return its optimiser and progress.
-
-    Without a checkpoint, phase 1 starts from random weights and phase 2 from the teacher in `out`, with new heads.
-    A checkpoint of another phase gives its weights and step, with a new optimiser.
-    """
-    phase = model.config.phase
-    if not checkpoint.exists():
-        if phase > 1:
-            model.hubert.load_state_dict(HubertModel.from_pretrained(out).state_dict())
-        return new_optimizer(model), Progress(phase=phase)
-    state = torch.load(checkpoint, weights_only=True)
-    if state["depth"] != model.depth:
-        model.grow(state["depth"])
-    model.load_state_dict(state["model"])
-    optimizer, progress = new_optimizer(model), Progress(**state["progress"])
-    if progress.phase != phase:
-        return optimizer, Progress(step=progress.step, phase=phase)
-    optimizer.load_state_dict(state["optimizer"])
-    return optimizer, progress
 
 
 def export(hubert: HubertModel, out: Path) -> None:
@@ -373,13 +327,14 @@ def export(hubert: HubertModel, out: Path) -> None:
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data/teacher"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pipelines/teacher/model"), show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("data/teacher.pt"), show_default=True)
 @click.option("--minutes", default=TeacherConfig.minutes, show_default=True)
-@click.option("--phase", type=click.IntRange(1, 2), default=1, show_default=True, help="2 continues at full depth.")
-def main(data: Path, out: Path, checkpoint: Path, minutes: float, phase: int) -> None:
+@click.option(
+    "--phase", type=click.IntRange(1, 2), default=1, show_default=True, help="2 continues from OUT at full depth."
+)
+def main(data: Path, out: Path, minutes: float, phase: int) -> None:
     """Train the demo teacher."""
     keep_freed_blocks()
-    train_teacher(TeacherData.open(data, "train"), out, checkpoint, replace(PHASES[phase], minutes=minutes))
+    train_teacher(TeacherData.open(data, "train"), out, replace(PHASES[phase], minutes=minutes))
 
 
 if __name__ == "__main__":
