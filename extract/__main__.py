@@ -206,7 +206,7 @@ def info(manifest: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from extract.store.reader import Manifest
+    from extract.store.manifest import Manifest
 
     it = Manifest.read(manifest)
     frames = it.plan["num_frames"]

@@ -19,9 +19,8 @@ from extract.base.progress import ProgressBar
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.shards import Extraction, LocalRunner, ShardRunner, UpstreamFacts, store_of
-from extract.store.location import is_url, location_of, root_text
-from extract.store.manifest import FORMAT_VERSION, Manifest
-from extract.store.reader import MANIFEST_NAME, check_sizes
+from extract.store.location import check_sizes, is_url, location_of, root_text
+from extract.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from extract.upstream.card import FBANK, UpstreamCard, find_upstream, read_shape
 
 _LIBRARIES = ("torch", "torchaudio", "transformers", "zarr", "numpy")  # their versions are recorded

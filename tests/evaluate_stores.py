@@ -18,8 +18,8 @@ from evaluate.scorefile import ScoreFile
 from evaluate.tasks import TASKS
 from extract.base.progress import ProgressBar
 from extract.corpus import Corpus, Utterance, write_corpus
+from extract.store.manifest import FORMAT_VERSION, Manifest
 from extract.store.packing import pack_utterances
-from extract.store.reader import FORMAT_VERSION, Manifest
 from extract.store.writer import StoreWriter
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400

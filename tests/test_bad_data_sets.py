@@ -198,14 +198,14 @@ FOLDERS = [
 
 OTHERS = [
     asked("pipelines demo --config none --out demo", "none does not exist; give the params file"),
-    asked("pipelines demo --out data", "--out .*data is a folder that holds something else .no demo.json."),
+    asked("pipelines demo --out data", "--out .*data is a folder without demo.json"),
     asked("pipelines demo --out params.yaml", "params.yaml is a file; give a folder"),
     Row("demo scale", "pipelines demo --out d", "scale: got 0.0, expected more than 0", change_params("0.02", "0")),
     Row("demo NaN", "pipelines demo --out d", "scale: got nan, expected float", change_params("0.02", ".nan")),
     Row("demo key", "pipelines demo --out d", "unknown key .*'scales'", change_params("scale: 0.02", "scales: 1")),
     Row("demo section", "pipelines demo --out d", "no section `demo`", change_params("demo: {scale: 0.02}", "demo: 3")),
     asked("pipelines study none", "unknown study 'none': expected one of codecs, generation"),
-    asked("pipelines study stacking --out corpora", "--out corpora .* holds something else"),
+    asked("pipelines study stacking --out corpora", "--out corpora .*would be replaced"),
     asked("pipelines study stacking --out params.yaml/x", "params.yaml "),
     asked("pipelines study stacking --base none", "unknown study 'none'"),
     Row(

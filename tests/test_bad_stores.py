@@ -96,7 +96,7 @@ MANIFESTS = [
 ]
 
 STORES = [
-    Row("store gone", VERIFY, "the store of .* is gone: nothing lies at", without_shards),
+    Row("store gone", VERIFY, "the store of .* is gone: nothing found at", without_shards),
     Row("shard cut off", STATS, "has 100 bytes, expected .*`python -m extract run` repairs it", cut(SHARD, 100)),
     Row("shard missing", STATS, "hidden/c/0/0/0/0 has no file", lambda: next(Path().glob(SHARD)).unlink()),
     Row("shard a folder", STATS, "hidden/c/0/0/0/0 has no file", folder(SHARD)),
@@ -106,26 +106,26 @@ STORES = [
     Row("group's zarr.json", STATS, "zarr.json is damaged: sha256", flip("stores/*/*/zarr.json", 30)),
     Row("index of packs", STATS, "index/pack/c/0 is damaged: sha256", flip("stores/*/*/index/pack/c/0", 0)),
     Row("index of ids", SCORE + " --out n.json", "index/ids/c/0 is damaged", flip("stores/*/*/index/ids/c/0", 3)),
-    says(STATS, r"hidden .* is int8 \(4, 3, 96, 32\), the manifest says int8 \(4, 3, 96, 7\)", "dim", to=7),
-    says(STATS, r"hidden .* is int8 .*, the manifest says float16", "codec", to="float16"),
+    says(STATS, r"hidden .* is int8 \(4, 3, 96, 32\), expected int8 \(4, 3, 96, 7\)", "dim", to=7),
+    says(STATS, r"hidden .* is int8 .*, expected float16", "codec", to="float16"),
     Row("other shape", STATS, r"hidden .* is int8 \(4, 3, 96, 16\)", change_array("hidden", shape=(4, 3, 96, 16))),
     Row("other type", STATS, "hidden .* is float64", change_array("hidden", dtype="float64")),
-    Row("scale's type", STATS, "scale .* is int8 .* says float32", change_array("scale", dtype="int8")),
+    Row("scale's type", STATS, "scale .* is int8 .*expected float32", change_array("scale", dtype="int8")),
     Row("means", SCORE + " --out n.json", r"pooled .* is float32 \(3,", change_array("pooled", shape=(3, 3, 32))),
     Row("index's shape", STATS, r"index/pack .* is int32 \(3,\)", change_array("index/pack", shape=(3,))),
 ]
 
 OPTIONS = [
     Row("no pack", f"{STATS} --max-packs 0", "--max-packs 0: expected at least 1"),
-    Row("out below a file", f"{STATS} --out params.yaml/x", "--out params.yaml/x.json: .* is no folder"),
+    Row("out below a file", f"{STATS} --out params.yaml/x", "--out params.yaml/x.json: .* is not a folder"),
     Row("out a folder", f"{STATS} --out s", "--out s.json is a folder; give a file", folder("s.json")),
-    Row("mirror to itself", f"extract mirror {M} stores", "the store already lies at .*give another root"),
+    Row("mirror to itself", f"extract mirror {M} stores", "the store is already at .*give another root"),
     Row("mirror to a file", f"extract mirror {M} params.yaml", "NEWROOT: can't write to the folder"),
     Row("mirror to nothing", f"extract mirror {M} ''", "the ROOT of all stores is empty"),
     Row("mirror to an odd URL", f"extract mirror {M} nope://a/b", "Protocol not known: nope"),
     Row("mirror to no bucket", f"extract mirror {M} s3:///b", "names no bucket; expected a URL"),
     Row("manifest a folder", f"{MIRROR} --manifest corpora", "--manifest corpora is a folder; give a file"),
-    Row("manifest below a file", f"{MIRROR} --manifest params.yaml/x", "params.yaml is no folder"),
+    Row("manifest below a file", f"{MIRROR} --manifest params.yaml/x", "params.yaml is not a folder"),
 ]
 
 

@@ -166,11 +166,11 @@ TRAINING = [
         change_json(MADE, "upstream", "family", to="fbank"),
     ),
     # What stands at --out is replaced: only a student may stand there.
-    asked("out holds data", TRAIN.replace("--out out", "--out corpora"), "--out corpora .*holds something else"),
-    asked("out is here", TRAIN.replace("--out out", "--out ."), "--out . is a folder that holds something else"),
+    asked("out holds data", TRAIN.replace("--out out", "--out corpora"), "--out corpora .*would be replaced"),
+    asked("out is here", TRAIN.replace("--out out", "--out ."), "--out . .*would be replaced"),
     asked("out a file", TRAIN.replace("--out out", "--out params.yaml"), "--out params.yaml is a file; give a folder"),
-    asked("out below a file", TRAIN.replace("--out out", "--out params.yaml/a"), "params.yaml is no folder"),
-    asked("run a file", f"{TRAIN} --run params.yaml", "--run .*params.yaml is no folder"),
+    asked("out below a file", TRAIN.replace("--out out", "--out params.yaml/a"), "params.yaml is not a folder"),
+    asked("run a file", f"{TRAIN} --run params.yaml", "--run .*params.yaml is not a folder"),
     asked("device", TRAIN.replace("device cpu", "device tpu"), "--device 'tpu': expected cpu, cuda, cuda:N or auto"),
     asked("device without data", TRAIN.replace("device cpu", "device meta"), "--device 'meta': expected cpu, cuda"),
     asked("device beyond", TRAIN.replace("device cpu", "device cuda:99"), "--device cuda:99: this machine has"),
@@ -198,7 +198,7 @@ EXPORTS = [
         change_json("student/config.json", "num_hidden_layers", to=5),
     ),
     asked("out a folder", "train export student --out corpora", "--out corpora is a folder; give a file"),
-    asked("out below a file", "train export student --out params.yaml/x", "params.yaml is no folder"),
+    asked("out below a file", "train export student --out params.yaml/x", "params.yaml is not a folder"),
     asked("format", "train export student --format tflite", "'tflite' is not 'onnx'"),
 ]
 
@@ -207,7 +207,7 @@ SCORES = [
     asked("label", RUN.replace("task ks", "task ic"), "has no label 'action'; it has keyword, text"),
     asked("another's features", RUN.replace("tiny.json", "other.json"), "not of other"),
     asked("out a folder", f"{SCORE} --out corpora", "--out corpora is a folder; give a file"),
-    asked("out under a file", f"{SCORE} --out params.yaml/x/ks.json", "params.yaml is no folder"),
+    asked("out under a file", f"{SCORE} --out params.yaml/x/ks.json", "params.yaml is not a folder"),
     asked("no recipe", RUN.replace(P, "none.yaml"), "none.yaml does not exist"),
     asked("upstream climbs", f"{RUN} --upstream ../../x", "--upstream: got '../../x', expected a plain name"),
     scored("steps: 2", "steps: -2", "steps is -2, expected more than 0"),
@@ -239,7 +239,7 @@ SCORES = [
     asked("both scores", f"{TABLE} --fbank again --teacher teacher --official", "ask for one of them"),
     asked("not official", f"{TABLE} --official", "ks: 1 test .* 3081 .*official"),
     asked("table a folder", "evaluate score scores --out corpora", "--out corpora is a folder; give a file"),
-    asked("table below a file", "evaluate score scores --out params.yaml/x", "params.yaml is no folder"),
+    asked("table below a file", "evaluate score scores --out params.yaml/x", "params.yaml is not a folder"),
     asked("workers", f"{MANY} --workers -1", "give one, N > 0"),
     asked("two clusters", f"{MANY} --workers 1 --scheduler tcp://127.0.0.1:9", "give one, N > 0"),
     asked("no manifests", MANY, "nowhere/fbank/tiny.json does not exist"),
@@ -273,4 +273,4 @@ def test_a_student_is_replaced_by_a_student_alone() -> None:
     assert first.exit_code == 0, first.output
     again = run(TRAIN)
     assert again.exit_code == 0, again.output
-    check_refused(Row("its parent", TRAIN.replace("--out out", "--out ."), "holds something else"))
+    check_refused(Row("its parent", TRAIN.replace("--out out", "--out ."), "would be replaced"))

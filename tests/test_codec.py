@@ -284,7 +284,7 @@ def test_int4_uses_all_of_its_levels() -> None:
 @pytest.mark.parametrize("name", ["float16", "int4"])
 def test_what_float16_cannot_hold_is_refused(name: str) -> None:
     for peak in (1e5, -1e5):
-        with pytest.raises(RetortError, match=r"reach 1e\+05, float16 ends at 65504; use --codec int8"):
+        with pytest.raises(RetortError, match=r"reach 1e\+05, .* 65504; use --codec int8"):
             CODECS[name].encode(np.full((1, 2, 4), peak, dtype=np.float32))
 
 

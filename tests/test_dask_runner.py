@@ -13,7 +13,7 @@ from extract.base.errors import RetortError
 from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
 from extract.run import extract
-from extract.store.reader import Manifest
+from extract.store.manifest import Manifest
 from tests.conftest import noise_utterances
 from tests.processes import Command, run_command
 

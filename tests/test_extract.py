@@ -23,8 +23,9 @@ from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
 from extract.run import extract
 from extract.store.codec import CODECS
+from extract.store.manifest import Manifest
 from extract.store.packing import pack_utterances
-from extract.store.reader import Manifest, StoreReader
+from extract.store.reader import StoreReader
 from extract.store.writer import StoreWriter
 from tests.conftest import TINY, noise_utterances, save_teacher
 from tests.processes import Command, run_command

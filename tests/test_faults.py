@@ -16,7 +16,7 @@ from transformers import HubertConfig, HubertModel
 from extract.config import ExtractConfig
 from extract.corpus import write_corpus
 from extract.run import extract
-from extract.store.reader import Manifest
+from extract.store.manifest import Manifest
 from pipelines.demo.recording import write_audio
 from tests.conftest import TINY, noise_utterances, save_teacher
 from tests.processes import WARM, Command, run_command

@@ -387,7 +387,7 @@ def test_a_root_that_is_taken_is_one_line(store: Store, tmp_path: Path, capsys: 
     root = store.settings.store
     (tmp_path / "link").symlink_to(root)
     for same in (str(root), f"{root}/", str(tmp_path / "link")):
-        assert "NEWROOT: the store already lies at" in message(["mirror", str(store.manifest), same], capsys)
+        assert "NEWROOT: the store is already at" in message(["mirror", str(store.manifest), same], capsys)
     (tmp_path / "file").write_text("")
     assert "can't write to the folder" in message(["mirror", str(store.manifest), str(tmp_path / "file")], capsys)
     there = mirror(store.manifest, str(tmp_path / "other")).manifest.folder / "manifest.json"
@@ -415,7 +415,7 @@ def test_a_damaged_source_and_a_cache_that_is_no_folder_are_one_line(
 
 def test_what_needs_a_folder_says_so(s3: S3, store: Store) -> None:
     far = mirror(store.manifest, s3.root).manifest
-    with pytest.raises(RetortError, match=r"not at s3://features/.*; copy it with `python -m extract mirror`"):
+    with pytest.raises(RetortError, match=r"s3://features/.*; copy it with `python -m extract mirror`"):
         _ = far.folder
 
 

@@ -22,8 +22,9 @@ from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.run import extract
 from extract.store.codec import CODECS
+from extract.store.manifest import Manifest
 from extract.store.mirror import mirror
-from extract.store.reader import Manifest, StoreReader
+from extract.store.reader import StoreReader
 from extract.store.writer import StoreWriter
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import load_upstream

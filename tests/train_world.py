@@ -15,7 +15,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from extract.config import ExtractConfig
 from extract.corpus import Utterance, write_corpus
 from extract.run import extract
-from extract.store.reader import KEEP_DEFAULT
+from extract.store.manifest import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse
 from train.distributed import SINGLE_PROCESS, ProcessGroup
 from train.progress import TrainingProgress

@@ -1,7 +1,7 @@
-"""Files that a killed run goes on from: written whole or not at all, and known by their own digest.
+"""Checkpoints from which a killed run continues: written atomically, verified by a digest when they are read.
 
-torch.load takes a file with a flipped byte for a good one (59 of 60 flips, torch 2.11), so the digest of all
-before it stands at the end. Values are dicts of tensors and plain values.
+Layout: a `torch.save` archive of a dict of tensors and plain values, then its sha256 (32 bytes). The digest is needed
+because torch.load accepts a file with a flipped byte (59 of 60 flips, torch 2.11).
 """
 
 import hashlib
@@ -19,16 +19,19 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def write_checkpoint(path: Path, value: dict[str, Any], *, format_version: int) -> None:
-    """Write a checkpoint; the one before stays until this one is whole."""
+    """Write a checkpoint; the previous one is replaced once this one is complete."""
     buffer = io.BytesIO()
     torch.save({"format_version": format_version, **value}, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     with written_aside(path) as aside:
-        aside.write_bytes(buffer.getbuffer())  # torch hides a full disk in a RuntimeError; Python's own write does not
+        aside.write_bytes(buffer.getbuffer())  # torch.save would turn a full disk into a RuntimeError
 
 
 def read_checkpoint(path: Path, *, format_version: int) -> dict[str, Any] | None:
-    """The checkpoint at `path`, its tensors on the CPU, or None. Raises RetortError for a damaged or other file."""
+    """Read the checkpoint at `path` with its tensors on the CPU; None if there is none.
+
+    Raises RetortError for a damaged file and for one of another format version.
+    """
     try:
         content = memoryview(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -41,5 +44,7 @@ def read_checkpoint(path: Path, *, format_version: int) -> dict[str, Any] | None
     except (RuntimeError, EOFError, pickle.UnpicklingError):
         raise RetortError(f"checkpoint {path} cannot be read; delete it to start anew") from None
     if value.pop("format_version", None) != format_version:
-        raise RetortError(f"checkpoint {path} is of another format; delete it to start anew")
+        raise RetortError(
+            f"checkpoint {path} has another format, expected version {format_version}; delete it to start anew"
+        )
     return value

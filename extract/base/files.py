@@ -1,9 +1,11 @@
-"""Files that outlive a stage: where they lie and how they are written.
+"""Atomic writing, JSON and digests of the files that stages leave behind.
 
-Everything is written aside, flushed to the disk and renamed, so that a reader sees either the old file or the whole
-new one, whatever kills the writer; what a killed one left aside, the next one sweeps. Relative locations of bulky
-files (corpora, stores, checkpoints) mean the main working tree, also from a temporary DVC experiment, which runs in a
-copy below `.dvc/tmp/exps`.
+Every file is written under a temporary name beside its final one, flushed to the disk and renamed. A reader therefore
+sees either the old file or the complete new one, even if the writer is killed. Temporary files of killed writers are
+removed by the next writer.
+
+Relative paths of large files (corpora, stores, checkpoints) are relative to the main working tree. A temporary DVC
+experiment runs in a copy of the tracked files below `.dvc/tmp/exps`, which does not hold them.
 """
 
 import fcntl
@@ -25,8 +27,8 @@ from extract.base.errors import RetortError
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and rename it to `path`, on failure remove it.
 
-    The body makes a file or a folder there. An existing folder at `path` is replaced. What killed writers of `path`
-    left is removed first.
+    The body makes a file or a folder there. An existing folder at `path` is replaced. Temporary files of killed
+    writers of `path` are removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, f".{glob.escape(path.name)}.*.aside")
@@ -39,7 +41,7 @@ def written_aside(path: Path) -> Iterator[Path]:
                     if file.is_file():
                         _flush(file)
                 if path.is_dir():
-                    path.replace(before)  # a kill amid its removal would leave half a folder under its name
+                    path.replace(before)  # a kill during its removal would leave half a folder under its name
             else:
                 _flush(aside)
             aside.replace(path)
@@ -51,10 +53,10 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """Keep `sweep` out of a folder while something is written aside in it or below; ends with the process."""
+    """Keep `sweep` out of a folder while files are written aside in it or below; the lock ends with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks, where `sweep` does nothing
+        with suppress(OSError):  # the file system has no locks: `sweep` does nothing there
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
@@ -62,11 +64,11 @@ def writing_in(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, *patterns: str) -> None:
-    """Remove what killed processes left in a folder, by its names; not while another one is `writing_in` it."""
+    """Remove what killed processes left: files that match the patterns, unless a process is `writing_in` the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # someone writes, or a file system without locks
+    except OSError:  # another process writes, or the file system has no locks
         return
     else:
         for pattern in patterns:
@@ -92,17 +94,15 @@ def _flush(path: Path) -> None:
 
 
 def check_out(path: Path, option: str, *, folder_with: str | None = None) -> None:
-    """Refuse a place that can't be written, or holds something else: told before the work, not after it.
+    """Check before the work that the result can be written to `path`. Raises RetortError that names the `option`.
 
-    folder_with: a folder will stand at `path`; one that is there may be replaced if it is empty or holds this file.
-    Raises RetortError, which names the `option`.
+    folder_with: the result is a folder. An existing one is replaced if it is empty or holds a file of this name.
     """
     if folder_with is None and path.is_dir():
         raise RetortError(f"{option} {path} is a folder; give a file")
     if folder_with is not None and path.is_dir() and any(path.iterdir()) and not (path / folder_with).exists():
         raise RetortError(
-            f"{option} {path} is a folder that holds something else (no {folder_with}), which would be replaced; give "
-            "a new folder"
+            f"{option} {path} is a folder without {folder_with}, whose content would be replaced; give a new folder"
         )
     if folder_with is not None and path.exists() and not path.is_dir():
         raise RetortError(f"{option} {path} is a file; give a folder")
@@ -110,9 +110,9 @@ def check_out(path: Path, option: str, *, folder_with: str | None = None) -> Non
     while not above.exists() and above != above.parent:
         above = above.parent
     if not above.is_dir():
-        raise RetortError(f"{option} {path}: {above} is no folder, so nothing can be written below it")
+        raise RetortError(f"{option} {path}: {above} is not a folder; give another path")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise RetortError(f"{option} {path}: {above} is not writable; give another place")
+        raise RetortError(f"{option} {path}: {above} is not writable; give another path")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -122,12 +122,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def json_text(value: object) -> str:
-    """A JSON value as our files have it."""
+    """Return a JSON value as text: sorted keys, so that equal values give equal bytes."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises RetortError when the file is missing or is no JSON object."""
+    """Read a JSON object. Raises RetortError if the file is missing or does not hold one."""
     try:
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
-    """Bytes as a JSON object. Raises RetortError, which names `where` they came from, when they are none."""
+    """Parse bytes as a JSON object. Raises RetortError that names `where` they came from if they are not one."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -149,7 +149,7 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
 
 
 def in_main_tree(path: Path | str) -> Path:
-    """Where a relative `path` lies: below the main working tree, also from a temporary DVC experiment."""
+    """Return a relative `path` as a path below the main working tree, also from a temporary DVC experiment."""
     path = Path(path).expanduser()
     if path.is_absolute():
         return path
@@ -161,17 +161,17 @@ def in_main_tree(path: Path | str) -> Path:
 
 
 def sha256_json(value: object) -> str:
-    """The sha256 (hex) of a JSON value, the same whatever the order of its keys."""
+    """Return the sha256 (hex) of a JSON value; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256_matching(root: Path, patterns: Iterable[str]) -> str:
-    """The sha256 (hex) of the files below `root` that match any of the glob patterns: their paths and bytes."""
+    """Return the sha256 (hex) of the paths and bytes of the files below `root` that match any of the glob patterns."""
     files = sorted({path for pattern in patterns for path in root.glob(pattern)})
     return sha256_json({path.relative_to(root).as_posix(): sha256_file(path) for path in files})
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 (hex) of a file's bytes."""
+    """Return the sha256 (hex) of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""One line, instead of a traceback, where a library does not load.
+"""One-line error, in place of a traceback, for a library that does not load.
 
-Imported first by every `__main__.py`, and itself by nothing but the standard library: a command that runs outside the
-virtual environment, or with libraries that do not fit each other, then names the library and the lock files that hold
+Every `__main__.py` imports this module first, and it imports only the standard library. A command that runs outside the
+virtual environment, or with library versions that do not fit each other, then names the library and the lock file of
 a tested set.
 """
 
@@ -14,10 +14,10 @@ _FIX = "install the tested versions: pip install -r requirements/run.lock (in th
 
 
 def failed_library(error: BaseException, trace: TracebackType | None) -> str | None:
-    """Return the name of the library whose import raised `error`, None where the error is something else.
+    """Return the name of the library whose import raised `error`, or None for any other error.
 
-    An import of a module that is not there names it; any other error counts where the innermost module that was being
-    executed is not one of ours.
+    A missing module carries its name. Any other error belongs to the library if the innermost module that was being
+    executed is not part of Retort.
     """
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
@@ -28,7 +28,7 @@ def failed_library(error: BaseException, trace: TracebackType | None) -> str | N
             importing = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     if importing and importing not in _ROOMS | {"__main__"}:
         return importing
-    if isinstance(error, ImportError) and error.name:  # a name that another version of the library does not have
+    if isinstance(error, ImportError) and error.name:  # the installed version lacks a name
         package = error.name.partition(".")[0]
         return None if package in _ROOMS else package
     return None

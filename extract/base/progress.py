@@ -1,4 +1,4 @@
-"""Progress that lets a person estimate the end: a live bar in a terminal, a line every few seconds elsewhere."""
+"""Progress with an estimate of the time left: a live bar in a terminal, a line every ten seconds elsewhere."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 class ProgressBar:
     """`with ProgressBar("extract", total=3600, unit="s of audio") as bar: bar.advance(41.0, detail="…")`.
 
-    `done` is what was done before, by an interrupted run: it counts, but not for the estimate of what is left.
+    done: units that an interrupted run finished before. They count as done, but not for the estimate of the time left.
     """
 
     def __init__(self, title: str, *, total: float, unit: str, done: float = 0.0) -> None:
@@ -37,7 +37,7 @@ class ProgressBar:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since this process began."""
+        """Seconds since this bar was made."""
         return time.monotonic() - self.started
 
     def __enter__(self) -> Self:
@@ -52,25 +52,25 @@ class ProgressBar:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """One plain line, above the bar if there is one."""
+        """Print one plain line, above the bar if there is one."""
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def skip(self, amount: float) -> None:
-        """Count `amount` more units as done before: not for the estimate of what is left."""
+        """Count `amount` more units as done before this run: they do not enter the estimate of the time left."""
         self.before += amount
         self.done += amount
 
     def advance(self, amount: float, *, detail: str = "") -> None:
-        """Count `amount` more units as done; `detail` stands beside the bar."""
+        """Count `amount` more units as done, and show `detail` beside the bar."""
         self.done += amount
         if self._bar:
             self._bar.update(self._task, completed=self.done, detail=detail)
             return
         now = time.monotonic()
-        at_end = self.done >= self.total * (1 - 1e-9)  # a sum of floats, which may end just short of another
+        at_end = self.done >= self.total * (1 - 1e-9)  # sums of floats in another order may end just below it
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or at_end:
             self._last_line = now
             left = self.elapsed_s / max(self.done - self.before, 1e-9) * max(self.total - self.done, 0)

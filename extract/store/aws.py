@@ -1,8 +1,8 @@
 """Configuration of S3: server, region and credentials, from the environment and the folder `~/.aws`.
 
-obstore reads AWS_* variables, and asks the metadata service of Amazon's machines; what other clients of S3 find beyond
-that is looked up here: profiles, the bucket's region, certificates. In this order: AWS_SKIP_SIGNATURE=true (a public
-bucket), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a role given to a container or a pod, the profile (AWS_PROFILE or
+obstore reads AWS_* variables and uses the metadata service of Amazon's machines. This module adds the sources that
+other clients of S3 use: profiles, the bucket's region, certificates. Order of credentials: AWS_SKIP_SIGNATURE=true (a
+public bucket), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a role of a container or a pod, the profile (AWS_PROFILE or
 `default`), the metadata service.
 """
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from obstore.store import S3Config, S3Credential
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_OF_ROLES = (
+_OF_ROLES = (  # variables of roles, which obstore reads itself
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
-_BY_OTHERS = ("credential_process", "role_arn", "sso_session", "sso_start_url", "login_session")
+_BY_OTHERS = ("credential_process", "role_arn", "sso_session", "sso_start_url", "login_session")  # need boto3
 _TRUE = ("1", "true", "yes", "on")
 
 Provider = Callable[[], "S3Credential"]
 
 
 def s3_options(bucket: str) -> tuple["S3Config", Provider | None, bytes | None]:
-    """Return the server, region and keys for a bucket, a provider of credentials if one is needed, and certificates.
+    """Return server, region and keys for a bucket, a provider of credentials if one is needed, and certificates.
 
-    Raises RetortError for an address, profile or file of certificates that can't be used, and where there are no keys.
+    Raises RetortError for an invalid address, profile or file of certificates, and if there are no credentials.
     """
     profile = _profile()
     config: S3Config = {}
@@ -51,17 +51,17 @@ def s3_options(bucket: str) -> tuple["S3Config", Provider | None, bytes | None]:
 
 
 def metadata_endpoint() -> str:
-    """The address at which Amazon's machines give credentials."""
+    """Return the address of the metadata service of Amazon's machines."""
     return os.environ.get("AWS_METADATA_ENDPOINT") or "http://169.254.169.254"
 
 
 def bucket_region(bucket: str, server: str = "https://s3.amazonaws.com") -> str:
-    """Return the region of a bucket, which Amazon gives to anyone; its default region where there is no answer."""
+    """Return the region of a bucket, which needs no credentials; Amazon's default region without an answer."""
     request = urllib.request.Request(f"{server}/{bucket}", method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             headers = answer.headers
-    except urllib.error.HTTPError as refused:  # the region is given to whoever asks
+    except urllib.error.HTTPError as refused:  # a refusal has the region in its headers, too
         headers = refused.headers
     except (OSError, ValueError):
         return "us-east-1"
@@ -69,6 +69,7 @@ def bucket_region(bucket: str, server: str = "https://s3.amazonaws.com") -> str:
 
 
 def _add_credentials(config: "S3Config", profile: dict[str, str]) -> Provider | None:
+    """Add a profile's keys to `config`, or return its provider; neither if obstore finds the credentials itself."""
     if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE:
         return None
     given = [name for name in _KEYS if os.environ.get(name)]
@@ -85,7 +86,7 @@ def _add_credentials(config: "S3Config", profile: dict[str, str]) -> Provider | 
         return None
     if any(key in profile for key in _BY_OTHERS):
         return _Boto3(_profile_name())
-    emptied = any(name in os.environ for name in _KEYS)  # obstore would sign with the empty key
+    emptied = any(name in os.environ for name in _KEYS)  # obstore would sign with an empty key
     if emptied or os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() in _TRUE:
         raise RetortError(
             f"Unable to locate credentials; set {' and '.join(_KEYS)}, or AWS_PROFILE to a profile that has them; "
@@ -96,7 +97,7 @@ def _add_credentials(config: "S3Config", profile: dict[str, str]) -> Provider | 
 
 @dataclass(frozen=True)
 class _Boto3:
-    """Credentials of a profile that takes them from a command, a role or a login: boto3's work, if it is installed."""
+    """Credentials of a profile that takes them from a command, a role or a login, by boto3 if it is installed."""
 
     profile: str
 
@@ -120,7 +121,7 @@ class _Boto3:
             "access_key_id": keys.access_key,
             "secret_access_key": keys.secret_key,
             "token": keys.token,
-            "expires_at": datetime.now(UTC) + timedelta(minutes=10),  # boto3 renews what ends in less than that
+            "expires_at": datetime.now(UTC) + timedelta(minutes=10),  # boto3 renews credentials that expire sooner
         }
 
 
@@ -129,12 +130,12 @@ def _profile_name() -> str:
 
 
 def _profile() -> dict[str, str]:
-    """The chosen profile's entries in both of Amazon's files. Raises RetortError for a name that neither has."""
+    """Return the entries of the profile in both of Amazon's files. Raises RetortError for a name that neither has."""
     name, names = _profile_name(), set()
     found: dict[str, str] = {}
     config = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
     shared = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    for file in (config, shared):  # the second one wins, as it does for Amazon's own clients
+    for file in (config, shared):  # the second file overrides the first, as in Amazon's clients
         for section, entries in _sections(file).items():
             own = section.removeprefix("profile ").strip() if file == config else section
             names.add(own)
@@ -161,7 +162,7 @@ def _checked_endpoint(endpoint: str) -> str:
     wrong = RetortError(f"AWS_ENDPOINT_URL: got {endpoint!r}, expected an address such as https://s3.example.org")
     try:
         parts = urlsplit(endpoint)
-        _ = parts.port  # refuses what is no number
+        _ = parts.port  # raises ValueError for a port that is not a number
     except ValueError:
         raise wrong from None
     plain = endpoint.isascii() and endpoint.isprintable() and " " not in endpoint

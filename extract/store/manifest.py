@@ -15,6 +15,7 @@ from extract.base.validate import check_below, check_fields, check_name, parse
 from extract.store.codec import CODECS
 from extract.store.location import Location, RemoteLocation, location_of
 
+MANIFEST_NAME = "manifest.json"  # of the manifest that lies in the store itself
 FORMAT_VERSION = 2
 KEEP = frozenset({"frames", "pooled", "stem"})  # parts that a store may hold
 KEEP_DEFAULT = frozenset({"frames", "pooled"})
@@ -37,6 +38,11 @@ _OBJECT = re.compile(
     r"zarr\.json|(hidden|scale|stem|stem_scale|pooled)/(zarr\.json|c(/\d+)+)"
     r"|index/(zarr\.json|(pack|first_frame|num_frames|ids)/(zarr\.json|c/0))|rows/\d{5,}\.npy"
 )
+
+
+def record_name(shard: int) -> str:
+    """Return the name of the object that records a finished shard: its objects, and the error of the codec."""
+    return f"shards/{shard:05d}.json"
 
 
 def is_object(name: str) -> bool:

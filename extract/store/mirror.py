@@ -1,12 +1,12 @@
 """`python -m extract mirror M.json NEWROOT`: copy a finished store to another root, checked and resumable.
 
-Every object that is read is checked against its sha256 in the manifest before it counts. What is written to a folder
-is checked there and renamed into place. What is written to a URL is checked by size, against a fresh listing at the
-end; on the way, S3 itself refuses an upload whose checksum differs. `extract verify` on the new manifest reads every
-byte back, at the price of a download.
+Every object is checked against its sha256 in the manifest when it is read. An object written to a folder is checked
+there and renamed into place. An object written to a URL is checked by size, against a new listing at the end; S3
+refuses an upload whose checksum differs. `extract verify` on the new manifest reads every byte back (a download).
 
-A shard's objects go first, its record (`shards/NNNNN.json`, their digests) after them, the manifest last. So a mirror
-that was killed goes on: in a folder what has the right digest is skipped, at a URL what a record there vouches for.
+The objects of a shard are copied first, then its record (`shards/NNNNN.json`, with their digests), the manifest last.
+A second run therefore continues a killed one: it skips objects with the right digest in a folder, and objects that a
+shard record names at a URL.
 """
 
 import fcntl
@@ -26,18 +26,18 @@ from extract.store.location import (
     Location,
     RemoteLocation,
     check_bytes,
+    check_sizes,
     root_text,
     staging_folder,
 )
-from extract.store.manifest import initial_weights_path
-from extract.store.reader import MANIFEST_NAME, Manifest, check_sizes, record_name
+from extract.store.manifest import MANIFEST_NAME, Manifest, initial_weights_path, record_name
 
-_AT_ONCE = 4  # parts under way; a single connection to an object store is slower than the line
+_AT_ONCE = 4  # concurrent copies; one connection to an object store is slower than the network
 
 
 @dataclass(frozen=True)
 class Mirrored:
-    """What a mirror did: the manifest of the new root, where the store lies, and how much had to be copied."""
+    """Result of a mirror: the manifest of the new root, the location of the store, and the amount copied."""
 
     manifest: Manifest
     location: Location
@@ -47,7 +47,7 @@ class Mirrored:
 
 @dataclass(frozen=True)
 class _Part:
-    """Objects that are copied in a row, and the record that then vouches for them, if they are a shard's."""
+    """Objects that are copied one after another, and the shard record that follows them, if they are of a shard."""
 
     names: tuple[str, ...]
     record: str | None = None
@@ -56,8 +56,8 @@ class _Part:
 def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mirrored:
     """Copy the store of `manifest` below `root` and write the new root's manifest there and to `new_manifest`.
 
-    Raises RetortError for a store that is incomplete or damaged, a root that is the old one or holds another store of
-    the same name, and a location that can't be reached or written.
+    Raises RetortError for a store that is incomplete or damaged, for a root that is the old one or holds another store
+    of the same name, and for a location that can't be reached or written.
     """
     if new_manifest:
         check_out(new_manifest, "--manifest")
@@ -79,14 +79,14 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
 
 
 def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
-    """Raises RetortError for a target that is the source, or holds a finished store of the same name, other bytes."""
+    """Raises RetortError for a target that is the source, or has a finished store of the same name and other bytes."""
     same = (
         source.folder.resolve() == target.folder.resolve()
         if isinstance(source, LocalLocation) and isinstance(target, LocalLocation)
         else source == target
     )
     if same:
-        raise RetortError(f"NEWROOT: the store already lies at {target}; give another root")
+        raise RetortError(f"NEWROOT: the store is already at {target}; give another root")
     if target.size(MANIFEST_NAME) is not None:
         there = parse_json(target.read(MANIFEST_NAME), where=f"{target}/{MANIFEST_NAME}").get("digest")
         if there != manifest.digest:
@@ -97,12 +97,12 @@ def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
 
 
 def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressBar) -> list[str]:
-    """Copy what is missing, several parts at once; return the names of what was copied."""
+    """Copy missing objects, several parts at once; return the names of the copied ones."""
     parts = [_Part(tuple(objects), record) for record, objects in _records(manifest, source).items()]
     of_shards = {name for part in parts for name in part.names}
     parts += [_Part((name,)) for name in manifest.objects if name not in of_shards]
     there = _there(manifest, target)
-    bar.advance(_megabytes(manifest, there), detail="there already")
+    bar.advance(_megabytes(manifest, there), detail="already copied")
     copied: list[str] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         futures = [pool.submit(_copy_part, manifest, source, target, part, there) for part in parts]
@@ -116,7 +116,7 @@ def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressB
 
 
 def _records(manifest: Manifest, location: Location) -> dict[str, dict[str, list[object]]]:
-    """The records at a location that speak of this store's bytes: name -> objects. Others are of no use here."""
+    """Return the shard records at a location whose digests agree with the manifest: name -> objects."""
     names = [
         name for shard in range(manifest.plan["num_shards"]) if location.size(name := record_name(shard)) is not None
     ]
@@ -131,11 +131,11 @@ def _records(manifest: Manifest, location: Location) -> dict[str, dict[str, list
 
 
 def _there(manifest: Manifest, target: Location) -> set[str]:
-    """The objects that the target has already, with the right bytes as far as it can say without sending them."""
+    """Return the objects that the target already has: by digest in a folder, by size and shard record at a URL."""
     right_size = {name for name, (size, _) in manifest.objects.items() if target.size(name) == size}
     if isinstance(target, LocalLocation):
         return {name for name in right_size if target.sha256(name) == manifest.objects[name][1]}
-    if target.size(MANIFEST_NAME) is not None:  # of the same digest, or it would have been refused
+    if target.size(MANIFEST_NAME) is not None:  # it has the same digest, or `_refuse` would have raised
         return right_size
     return right_size & {name for objects in _records(manifest, target).values() for name in objects}
 
@@ -163,7 +163,7 @@ def _copy_object(source: Location, target: Location, name: str, expected: Expect
 
 @contextmanager
 def _alone_in(target: Location) -> Iterator[None]:
-    """One mirror at a time into a folder: a second one waits and finds its work done. At a URL two do no harm."""
+    """Let one mirror at a time write to a folder. At a URL two are harmless: they write the same bytes."""
     if isinstance(target, RemoteLocation):
         yield
         return

@@ -1,11 +1,11 @@
 """Objects at a URL (s3://, gs://, az://), through obstore: list, read as a stream, write.
 
-Every failure of the other side is a RetortError of one line. A connection gets 5 s; a failed request is repeated four
-times with growing pauses, and goes on at the byte where it broke off. A large object moves in parts, several at once.
-An object is visible only once all of its bytes have arrived.
+Every failure of the server is a RetortError of one line. A connection may take 5 s. A failed request is repeated four
+times with growing pauses, and a failed download continues at the byte where it stopped. A large object is transferred
+in parts, several at once. An object becomes visible when all of its bytes have arrived.
 
-obstore keeps its connections in threads, which a forked process does not have: a call there would wait forever. So a
-process forked after its parent's first request runs each request in a new process,
+obstore keeps its connections in threads, which do not survive a fork: a call in a forked process would wait forever. A
+process that was forked after its parent's first request therefore runs each request in a new process,
 `python -m extract.store.object_store`, at about 0.2 s each.
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _KINDS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 _PART_BYTES = 8 << 20
 _MOST_PARTS = 10_000  # of one upload, by S3's rules
-_AT_ONCE = 4  # parts of one object under way
+_AT_ONCE = 4  # concurrent parts of one object
 _EXAMPLE = "expected a local folder or a URL such as s3://bucket/prefix"
 
 _HINTS = {
@@ -61,7 +61,7 @@ class Address:
 
     @classmethod
     def of(cls, url: str) -> "Address":
-        """Take a URL apart, literally: nothing in it is an escape. Raises RetortError for one that names no bucket."""
+        """Parse a URL literally, without escapes. Raises RetortError for an unknown scheme and for a missing bucket."""
         scheme, _, rest = url.partition("://")
         if scheme not in _KINDS:
             known = ", ".join(f"{name}://" for name in _KINDS)
@@ -81,12 +81,12 @@ class Address:
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects below a URL, by their names there."""
+    """The objects below a URL, by their names relative to it."""
 
     url: str
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every object, by name: one listing."""
+        """Return the bytes of every object by name, from one listing."""
         if _forked():
             sizes: dict[str, int] = json.loads(b"".join(self._elsewhere("sizes")))
             return sizes
@@ -97,8 +97,8 @@ class Objects:
     def chunks(self, name: str, num_bytes: int = 0) -> Iterator[bytes]:
         """Yield an object's bytes in pieces of a few MB.
 
-        num_bytes: about how many they are. A large object comes in parts of one version, several at once: a single
-        connection to an object store is slower than the line.
+        num_bytes: the approximate size. A large object is fetched in parts of one version, several at once: one
+        connection to an object store is slower than the network.
         """
         if _forked():
             yield from self._elsewhere("chunks", name, str(num_bytes))
@@ -139,10 +139,7 @@ class Objects:
             obstore.put(self._connection, name, data)
 
     def put_file(self, name: str, file: Path) -> int:
-        """Write an object from a file, in parts if it is large; return its bytes.
-
-        An upload that fails or is interrupted is taken back.
-        """
+        """Write an object from a file, in parts if it is large; return its bytes. A failed upload is aborted."""
         num_bytes = file.stat().st_size
         if _forked():
             b"".join(self._elsewhere("put_file", name, str(file.absolute())))
@@ -157,7 +154,12 @@ class Objects:
     def _connection(self) -> "ObjectStore":
         global _first_request_pid
         address = Address.of(self.url)
-        client, retry = _client_options(), _retry_options()
+        client = _client_options()
+        common: Any = {
+            "prefix": address.prefix or None,
+            "client_options": client,
+            "retry_config": _retry_options(),
+        }
         _first_request_pid = os.getpid()
         with self._in_one_line():
             if address.kind == "s3":
@@ -165,25 +167,14 @@ class Objects:
                 client |= {"allow_http": config.get("endpoint", "").startswith("http://")}
                 if certificates:
                     client["root_certificate"] = certificates
-                return S3Store(
-                    address.bucket,
-                    prefix=address.prefix or None,
-                    config=config,
-                    client_options=client,
-                    retry_config=retry,
-                    credential_provider=provider,
-                )
+                return S3Store(address.bucket, config=config, credential_provider=provider, **common)
             if address.kind == "gs":
-                return GCSStore(
-                    address.bucket, prefix=address.prefix or None, client_options=client, retry_config=retry
-                )
+                return GCSStore(address.bucket, **common)
             account: Any = {"account_name": address.account} if address.account else {}
-            return AzureStore(
-                address.bucket, prefix=address.prefix or None, client_options=client, retry_config=retry, **account
-            )
+            return AzureStore(address.bucket, **account, **common)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url}  # no connection and no credentials leave the process
+        return {"url": self.url}  # connections and credentials stay in the process
 
     def _elsewhere(self, *arguments: str, data: bytes = b"") -> Iterator[bytes]:
         """Run a request in a new process and yield what it writes to stdout."""
@@ -192,7 +183,7 @@ class Objects:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, cwd=root, **pipes) as process:  # type: ignore[call-overload]
             try:
-                with suppress(BrokenPipeError):  # it ended early, and its last line says why
+                with suppress(BrokenPipeError):  # the process ended early; its last line is the reason
                     process.stdin.write(data)
                     process.stdin.close()
                 while piece := process.stdout.read(_PART_BYTES // 2):
@@ -206,7 +197,7 @@ class Objects:
 
     @contextmanager
     def _in_one_line(self, name: str | None = None) -> Iterator[None]:
-        """Turn what obstore raises because the other side fails or refuses into a RetortError."""
+        """Convert what obstore raises for a failure or refusal of the server into a RetortError of one line."""
         try:
             yield
         except RetortError:
@@ -224,7 +215,7 @@ class Objects:
 
 
 def _pieces(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
-    """Yield a file piece by piece. Being Python, it is where Ctrl-C takes effect amid an upload."""
+    """Yield a file piece by piece. Running Python between pieces lets Ctrl-C interrupt an upload."""
     while piece := file.read(num_bytes):
         yield piece
 
@@ -234,7 +225,7 @@ def _forked() -> bool:
 
 
 def _client_options() -> "ClientConfig":
-    """Limits of a request. One that moves bytes may take a day: a stall of 30 s is what ends it."""
+    """Return the limits of a request. A transfer may take a day; a stall of 30 s ends it."""
     return {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "1d"}
 
 
@@ -250,7 +241,7 @@ def _retry_options() -> "RetryConfig":
 
 
 def _reason(error: Exception) -> str:
-    """The cause in an error of obstore: the server's code and message, or what the system says of the connection."""
+    """Return the cause in an error of obstore: the server's code and message, or the system's connection error."""
     text, _, debug = str(error).partition("\n\nDebug source:")
     if any(path in text for path in (f"{metadata_endpoint()}/latest/", "/computeMetadata/", "/metadata/identity/")):
         return "Unable to locate credentials (none in the environment, none from a metadata service)"
@@ -272,7 +263,7 @@ def _reason(error: Exception) -> str:
 
 
 def _main(url: str, method: str, *arguments: str) -> None:
-    """One request, for a forked process: what it returns goes to stdout."""
+    """Run one request for a forked process; its result goes to stdout."""
     objects, out = Objects(url), sys.stdout.buffer
     if method == "sizes":
         out.write(json.dumps(objects.sizes()).encode())

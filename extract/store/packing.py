@@ -1,7 +1,8 @@
-"""Utterances -> packs -> shards, from lengths alone.
+"""Packing of utterances into packs and of packs into shards, from their lengths alone.
 
-A pack is a fixed number of frames that holds whole utterances of similar length: one nearly padding-free micro-batch
-and one contiguous read per layer. A shard is a whole number of packs: the unit of work, resumption and verification.
+A pack is a fixed number of frames that holds whole utterances of similar length. It is one micro-batch with little
+padding and one contiguous read per layer. A shard is a whole number of packs, the unit of work, resumption and
+verification.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,10 @@ from extract.base.errors import RetortError
 
 @dataclass(frozen=True)
 class Packing:
-    """Where every utterance lies. Arrays are int64 (utterances,), in corpus order; `pack` is -1 for a dropped one."""
+    """Position of every utterance. Arrays are int64 (utterances,), in corpus order; `pack` is -1 for a dropped one.
+
+    Utterance j has rows [first_frame[j], first_frame[j] + num_frames[j]) of its pack. Rows of a pack do not overlap.
+    """
 
     pack_frames: int
     shard_packs: int
@@ -34,17 +38,17 @@ class Packing:
         return -(-self.num_packs // self.shard_packs)
 
     def packs_of(self, shard: int) -> range:
-        """The packs of a shard; the last shard may be short."""
+        """Return the packs of a shard; the last shard may have fewer than `shard_packs`."""
         first = shard * self.shard_packs
         return range(first, min(first + self.shard_packs, self.num_packs))
 
     @cached_property
     def by_pack(self) -> list[NDArray[np.int64]]:
-        """For every pack its utterances' corpus indices, in order of first frame."""
+        """For every pack the corpus indices of its utterances, in order of first frame."""
         return group_by_pack(self.pack, self.first_frame, self.num_packs)
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest records of the plan."""
+        """Return the field `plan` of a manifest."""
         return {
             "pack_frames": self.pack_frames,
             "shard_packs": self.shard_packs,
@@ -55,23 +59,26 @@ class Packing:
 
 
 def group_by_pack(pack: NDArray[np.int64], first_frame: NDArray[np.int64], num_packs: int) -> list[NDArray[np.int64]]:
-    """For every pack the indices of its utterances, in order of first frame."""
-    order = np.lexsort((first_frame, pack))
-    order = order[pack[order] >= 0]
+    """Return for every pack the indices of its utterances, in order of first frame."""
+    order = np.lexsort((first_frame, pack))  # by pack, then by first frame
+    order = order[pack[order] >= 0]  # without dropped utterances
     return np.split(order, np.searchsorted(pack[order], np.arange(1, num_packs)))
 
 
 def spread_packs(num_packs: int, count: int) -> NDArray[np.int64]:
-    """`count` packs (or all, if there are fewer), one from the middle of each equal part of the plan, in order.
+    """Choose `count` packs (or all, if there are fewer), one from the middle of each equal part, in order.
 
-    Packs go from the longest utterances to the shortest, so these stand for all lengths alike.
+    Packs are ordered from the longest utterances to the shortest, so the chosen ones represent all lengths.
     """
     count = min(count, num_packs)
     return (np.arange(count, dtype=np.int64) * 2 + 1) * num_packs // max(1, 2 * count)
 
 
 def count_frames(num_samples: NDArray[np.int64], *, hop_samples: int, receptive_samples: int) -> NDArray[np.int64]:
-    """Frames of utterances, int64: frame t covers samples [hop t, hop t + receptive)."""
+    """Return the frames of utterances, int64: frame t covers samples [hop t, hop t + receptive).
+
+    Equals the output length of a stack of convolutions without padding (checked by `extract.upstream.check`).
+    """
     return np.maximum((num_samples - receptive_samples) // hop_samples + 1, 0)
 
 
@@ -84,14 +91,14 @@ def pack_utterances(
     drop_long: bool = False,
     drop_short: bool = False,
 ) -> Packing:
-    """Sort utterances by length, longest first, and fill pack after pack: deterministic.
+    """Sort utterances by length, longest first, and fill pack after pack. The result is deterministic.
 
-    num_frames: int64 (utterances,). Raises RetortError for an utterance without a frame unless `drop_short`, and for
-    one longer than a pack unless `drop_long`.
+    num_frames: int64 (utterances,). ids: of the utterances, for error lines. Raises RetortError for an utterance
+    without a frame unless `drop_short`, and for one longer than a pack unless `drop_long`.
     """
     for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
         if not 1 <= count < 1 << 53:
-            raise RetortError(f"{option} {count}: expected at least 1, and a number that a machine can count to")
+            raise RetortError(f"{option} {count}: expected at least 1 and less than 2^53")
     if len(empty := np.flatnonzero(num_frames < 1)) and not drop_short:
         raise RetortError(
             f"utterance {ids[empty[0]]!r} is too short for one frame of this upstream ({len(empty)} such); "
@@ -103,16 +110,16 @@ def pack_utterances(
             f"utterance {ids[worst]!r} has {num_frames[worst]} frames, a pack holds {pack_frames} ({len(long)} such); "
             f"use --pack-frames {num_frames[worst]} or drop them with --drop-long"
         )
-    order = np.argsort(-num_frames, kind="stable")
+    order = np.argsort(-num_frames, kind="stable")  # stable: equal lengths stay in corpus order
     order = order[(num_frames[order] <= pack_frames) & (num_frames[order] >= 1)]
-    ends = np.cumsum(num_frames[order], dtype=np.int64)  # as if all utterances lay end to end
-    starts = [0]  # every pack's first utterance in `order`
+    ends = np.cumsum(num_frames[order], dtype=np.int64)  # positions if all utterances lay end to end
+    starts = [0]  # position in `order` of the first utterance of every pack, and of the end
     while starts[-1] < len(order):
         filled = ends[starts[-1] - 1] if starts[-1] else 0
         starts.append(int(np.searchsorted(ends, filled + pack_frames, side="right")))
     pack = np.full(len(num_frames), -1, dtype=np.int64)
     pack[order] = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    before = ends - num_frames[order]
+    before = ends - num_frames[order]  # frames of all utterances before this one
     first_frame = np.zeros(len(num_frames), dtype=np.int64)
     first_frame[order] = before - before[starts[:-1]][pack[order]]
     return Packing(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))

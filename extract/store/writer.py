@@ -1,13 +1,15 @@
-"""The feature store, written: shard by shard, each by one worker, the manifest last.
+"""Writing a feature store: shard by shard, each by one worker, and the manifest last.
 
-A shard's arrays are written first (zarr renames each object into place), then `shards/NNNNN.json`, which says that the
-shard is finished and holds the digests of its objects. Whoever comes again skips finished shards. `finish` gathers the
-pooled rows (kept in `rows/`, so that `pooled` can be made again), writes the index and then the manifest: a store
-without a manifest is never read.
+The arrays of a shard are written first (zarr renames each object into place), then its record `shards/NNNNN.json` with
+the digests of its objects. A shard with a record is finished and is skipped by later runs. `finish` gathers the pooled
+rows (kept in `rows/`, so that `pooled` can be made again), writes the index and then the manifest. A store without a
+manifest is never read.
 
-A store at a URL is made in a staging folder of each process. A shard's objects are put, then its record; the disk that
-its arrays took is freed at once, so a folder holds a few shards and the pooled rows. What is finished is what the other
-side has.
+A store at a URL is made in a staging folder of each process. The objects of a shard are uploaded, then its record, and
+the arrays are deleted from the folder, which therefore holds a few shards and the pooled rows. A shard is finished if
+its record is at the URL.
+
+Shapes: L layers, F frames of a pack, T frames of an utterance, D features, C channels of the stem.
 """
 
 import fcntl
@@ -27,9 +29,8 @@ from extract.base.files import parse_json, sha256_file, sha256_json, write_json,
 from extract.base.validate import check_fields
 from extract.store.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.store.location import LocalLocation, Location, RemoteLocation
-from extract.store.manifest import is_object
+from extract.store.manifest import MANIFEST_NAME, Manifest, is_object, record_name
 from extract.store.packing import Packing
-from extract.store.reader import MANIFEST_NAME, Manifest, record_name
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
 _RECORD = {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}  # fields of a shard record
@@ -37,28 +38,29 @@ _RECORD = {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]
 
 @dataclass(frozen=True)
 class CodedArray:
-    """An array of codes and that of its scales: hidden states, or the stem's output."""
+    """Two arrays of the store, of codes and of their scales: those of hidden states or of the stem's output."""
 
-    codes: str  # its name in the store
+    codes: str  # name of the array of codes
     scale: str
-    layers: tuple[int, ...]  # the axis of layers, if there is one
+    layers: tuple[int, ...]  # shape of the axis of layers, empty without one
     dim: int
 
 
 @dataclass(frozen=True)
 class EncodedPack:
-    """One pack as it will be stored, with the time means of its utterances in order of first frame."""
+    """One encoded pack, and the time means of its utterances in order of first frame."""
 
-    arrays: dict[str, Codes | Scale]  # the pack's part of each array of the store, by the array's name
+    arrays: dict[str, Codes | Scale]  # name of an array of the store -> this pack's part of it
     means: NDArray[np.float32]  # (utterances of the pack, layers, dim)
     error: CodecError
 
 
 @dataclass(frozen=True)
 class StoreWriter:
-    """Writes one store at `location`, and on to `remote` if there is one.
+    """Writer of one store in `folder`, from which its objects go to `remote` if there is one.
 
-    Every method may run in any process; a shard belongs to one of them.
+    Every method may run in any process; each shard must be written by one of them alone: two writers of one zarr shard
+    lose data without an error.
     """
 
     folder: Path
@@ -74,7 +76,7 @@ class StoreWriter:
 
     @property
     def location(self) -> Location:
-        """Where the finished store lies."""
+        """Location of the finished store."""
         return self.remote or LocalLocation(self.folder)
 
     @property
@@ -83,7 +85,7 @@ class StoreWriter:
 
     @property
     def coded(self) -> list[CodedArray]:
-        """What the codec is for, of all that is kept."""
+        """Kept arrays that the codec encodes."""
         found = []
         if "frames" in self.keep:
             found.append(CodedArray("hidden", "scale", (len(self.layers),), self.dim))
@@ -93,12 +95,12 @@ class StoreWriter:
 
     @property
     def error_rows(self) -> tuple[int | str, ...]:
-        """What the rows of a codec's error are about; those of layers are 0 where no frames are kept."""
+        """Names of the rows of a `CodecError`: layers, then the stem; rows of layers are 0 if no frames are kept."""
         return self.layers if self.stem_dim is None else (*self.layers, "stem")
 
     def create(self) -> None:
-        """Make the empty arrays; a no-op where they are (their shapes follow from the fingerprint)."""
-        widths = [self.codec.width(array.dim) for array in self.coded]  # refused before anything is made
+        """Make the empty arrays unless they exist; their shapes follow from the fingerprint."""
+        widths = [self.codec.width(array.dim) for array in self.coded]  # raises before anything is made
         self.folder.mkdir(parents=True, exist_ok=True)
         with writing_in(self.folder):
             self._create(widths)
@@ -121,21 +123,22 @@ class StoreWriter:
             )
             if (scale := self.codec.scale_shape(frames, array.dim)) is not None:
                 whole = (shard, *layers, *scale)
-                # A row a layer is some kB: one chunk. Rows by frames are read with their codes, layer by layer.
+                # int8: (D,) per layer are some kB, one chunk per shard. int4: read with its codes, layer by layer.
                 layout = {"chunks": whole} if len(scale) == 1 else {"chunks": (1, *one, *scale), "shards": whole}
                 shape = (packs, *layers, *scale)
                 self._array(group, array.scale, shape=shape, dtype=self.codec.scale_dtype, **layout)
 
     @staticmethod
     def _array(group: zarr.Group, name: str, **kwargs: Any) -> None:
-        with suppress(ContainsArrayError):  # made by an earlier run, or by another extractor at this moment
-            # No compressor: zstd saves 8% of float16 and 20% of int8 and costs two thirds of the read speed.
+        with suppress(ContainsArrayError):  # made by an earlier run, or by another process right now
+            # Uncompressed: zstd would save 8% of float16 and 20% of int8, and cost two thirds of the read speed.
             group.create_array(name, compressors=None, fill_value=0, **kwargs)
 
     def finished(self, shard: int) -> bool:
-        """Whether the shard is written, its objects in place with the recorded sizes.
+        """Return True if the shard has a record and all of its objects have the recorded sizes.
 
-        A file of another size is set aside: zarr would read it first when it writes the last, shorter shard.
+        A file of another size is set aside, because zarr reads the existing object when it writes the last shard, which
+        may be shorter than the others.
         """
         if self.location.size(record_name(shard)) is None:
             return False
@@ -149,19 +152,19 @@ class StoreWriter:
     def encode_pack(
         self, pack: int, hidden_LFD: NDArray[np.float32], stem_FC: NDArray[np.float32] | None = None
     ) -> EncodedPack:
-        """Encode one pack, float32 (layers, pack_frames, dim) with the rows past its last utterance 0.
+        """Encode one pack, float32 (L, F, D), whose rows past its last utterance are 0.
 
-        `stem_FC`: the stem's output (pack_frames, channels), where it is kept.
-        Raises RetortError where a value is not finite.
+        stem_FC: the stem's output, if it is kept. Raises RetortError for a value that is not finite or out of the
+        codec's range.
         """
         means = []
         for index in self.packing.by_pack[pack]:
             first = self.packing.first_frame[index]
             own_LTD = hidden_LFD[:, first : first + self.packing.num_frames[index]]
-            with np.errstate(invalid="ignore"):  # infinities of both signs, refused below
+            with np.errstate(invalid="ignore"):  # inf - inf, refused below
                 means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
-        # One value that is not finite makes a mean that is not, and float64 sums of float32 do not overflow. What is
-        # not finite in the stem is not in any layer above it.
+        # A value that is not finite makes its mean not finite, and float64 sums of float32 values do not overflow. A
+        # stem that is not finite makes every layer above it not finite.
         for index, mean_LD in zip(self.packing.by_pack[pack], means, strict=True):
             if not np.isfinite(mean_LD).all():
                 raise self._not_finite(pack, int(index), mean_LD)
@@ -183,17 +186,17 @@ class StoreWriter:
         return f"utterance {self.ids[index]!r}" if self.ids else f"the utterance at corpus index {index}"
 
     def _not_finite(self, pack: int, index: int, mean_LD: NDArray[np.float32]) -> RetortError:
-        """The error for hidden states that are infinite or no number: a wider precision, or fewer layers."""
+        """Return the error for hidden states that are not finite; it advises a wider precision or fewer layers."""
         layer = self.layers[int(np.argmax(~np.isfinite(mean_LD).all(axis=1)))]
-        wider = {"fp16": "float16 ends at 65504; give --dtype bf16 or --dtype fp32", "bf16": "give --dtype fp32"}
+        wider = {"fp16": "the largest float16 is 65504; use --dtype bf16 or fp32", "bf16": "use --dtype fp32"}
         below = "" if layer == self.layers[0] else f"keep --layers below {layer}, or "
         return RetortError(
             f"{self._utterance(index)} (pack {pack}): the upstream's layer {layer} is not finite in {self.dtype}; "
-            + wider.get(self.dtype, f"{below}take it out of the data set and make the corpus again")
+            + wider.get(self.dtype, f"{below}remove the utterance from the data set and make the corpus again")
         )
 
     def _peak_of(self, pack: int, name: str, values_LFD: NDArray[np.float32]) -> str:
-        """The utterance and the layer, in words, that hold the largest value of a pack."""
+        """Name the utterance and the layer that hold the largest value of a pack."""
         layer, frame, _ = np.unravel_index(int(np.abs(values_LFD).argmax()), values_LFD.shape)
         members = self.packing.by_pack[pack]
         index = int(members[np.searchsorted(self.packing.first_frame[members], frame, side="right") - 1])
@@ -201,7 +204,7 @@ class StoreWriter:
         return f"{self._utterance(index)} (pack {pack}), {where}"
 
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
-        """Write one shard from all of its packs, in order."""
+        """Write one shard from all of its packs, in order, and upload it if the store is at a URL."""
         assert len(packs) == len(self.packing.packs_of(shard))
         with writing_in(self.folder):
             objects = self._write_objects(shard, packs)
@@ -218,14 +221,14 @@ class StoreWriter:
             names.append(self._put(group, name, shard, [pack.arrays[name] for pack in packs]))
         with written_aside(self._rows(shard)) as aside, aside.open("wb") as file:
             np.save(file, np.concatenate([pack.means for pack in packs]))
-        # A shard of zeros has no object: its absence reads as zeros, and leaves nothing to check.
+        # zarr writes no object for a shard of zeros: a missing object reads as zeros.
         objects = {name: _fingerprint(self.folder / name) for name in names if (self.folder / name).is_file()}
         error = sum((pack.error for pack in packs), CodecError.none(len(self.error_rows)))
         write_json(self.folder / record_name(shard), {"objects": objects, "codec_error": error.to_dict()})
         return objects
 
     def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
-        """Write one shard of an array; return the name of its object."""
+        """Write one shard of an array as one object; return its name."""
         array, where = group[name], self.packing.packs_of(shard)
         assert isinstance(array, zarr.Array)
         array[where.start : where.stop] = np.stack(blocks)
@@ -236,9 +239,9 @@ class StoreWriter:
             remote.put(self.folder / name, name)
 
     def finish(self, manifest: Manifest, *, ids: list[str]) -> Manifest:
-        """Gather the pooled rows, write the index, then the manifest; return it with digests and codec error.
+        """Write `pooled`, the index and then the manifest; return the manifest with digests and codec error.
 
-        One extractor at a time: a second one waits, then finds the same bytes to write.
+        A lock admits one process at a time; a second one then writes the same bytes.
         """
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -252,7 +255,7 @@ class StoreWriter:
             error += CodecError.from_dict(shard["codec_error"])
             objects |= shard["objects"]
         if self.remote:
-            self._bring_rows(objects, self.remote)
+            self._fetch_rows(objects, self.remote)
         of_shards = set(objects)
         group = zarr.open_group(self.folder, mode="r+")
         if "pooled" in self.keep:
@@ -261,7 +264,7 @@ class StoreWriter:
         for folder in ("pooled", "index"):
             for file in sorted((self.folder / folder).rglob("*")):
                 name = file.relative_to(self.folder).as_posix()
-                if file.is_file() and is_object(name):  # a killed writer may have left others
+                if file.is_file() and is_object(name):  # a killed writer may have left other files
                     objects[name] = _fingerprint(file)
         for folder in ("", "hidden/", "scale/", "stem/", "stem_scale/"):
             name = f"{folder}zarr.json"
@@ -278,37 +281,31 @@ class StoreWriter:
                 if name == "stem" or "frames" in self.keep
             },
         )
-        LocalLocation(self.folder).tidy()  # before the manifest: whoever finds that has nothing left to do
+        LocalLocation(self.folder).tidy()  # before the manifest, which ends all work on the store
         write_json(self.folder / MANIFEST_NAME, manifest.to_dict())
         if self.remote:
             self._send([*sorted(objects.keys() - of_shards), MANIFEST_NAME], self.remote)
         return manifest
 
-    def _bring_rows(self, objects: dict[str, list[Any]], remote: RemoteLocation) -> None:
-        """Rows of shards that another process finished, or an earlier run."""
+    def _fetch_rows(self, objects: dict[str, list[Any]], remote: RemoteLocation) -> None:
+        """Fetch the pooled rows of shards that another process or an earlier run finished."""
         for name, expected in objects.items():
             file = self.folder / name
             if name.startswith("rows/") and not (file.is_file() and _fingerprint(file) == expected):
                 remote.fetch(name, file, expected)
 
     def _write_pooled(self, group: zarr.Group) -> None:
+        """Write `pooled` in corpus order from the rows of the shards, which are in the order of the packs."""
         num_utterances = len(self.packing.pack)
         shape = (num_utterances, len(self.layers), self.dim)
-        rows_of = np.full(num_utterances, -1, dtype=np.int64)
+        rows_of = np.full(num_utterances, -1, dtype=np.int64)  # row of an utterance in all shards' rows, end to end
         order = np.concatenate(self.packing.by_pack)
         rows_of[order] = np.arange(len(order))
         parts = [np.load(self._rows(shard), mmap_mode="r") for shard in range(self.packing.num_shards)]
         bounds = np.cumsum([0, *(len(part) for part in parts)])
         chunks = (min(_POOLED_ROWS, num_utterances), *shape[1:])
-        pooled = group.create_array(
-            "pooled",
-            shape=shape,
-            chunks=chunks,
-            dtype="float32",
-            compressors=None,
-            fill_value=0,
-            overwrite=True,
-        )
+        layout: dict[str, Any] = {"shape": shape, "chunks": chunks, "dtype": "float32"}
+        pooled = group.create_array("pooled", **layout, compressors=None, fill_value=0, overwrite=True)
         for start in range(0, num_utterances, _POOLED_ROWS):
             rows = rows_of[start : start + _POOLED_ROWS]
             block = np.full((len(rows), *shape[1:]), np.nan, dtype=np.float32)  # a dropped utterance has no mean

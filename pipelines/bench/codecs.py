@@ -26,7 +26,7 @@ from extract.base.errors import RetortError, unknown
 from extract.base.machine import describe_machine
 from extract.base.params import read_params, read_section
 from extract.store.codec import CODECS
-from extract.store.reader import Manifest
+from extract.store.manifest import Manifest
 from train.metrics import RunMetrics
 
 

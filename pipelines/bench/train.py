@@ -28,7 +28,7 @@ from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import extract
-from extract.store.reader import KEEP
+from extract.store.manifest import KEEP
 from pipelines.bench import material
 from pipelines.bench.measure import by_clocks, check_asked, headed
 from pipelines.studies import read_study
