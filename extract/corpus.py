@@ -203,6 +203,12 @@ class Corpus:
         return chosen
 
 
+def normalise_waveform(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return float32 (num_samples,) with zero mean and unit variance, as Wav2Vec2FeatureExtractor of transformers."""
+    scaled: NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
+    return scaled
+
+
 def _open_file(path: Path) -> h5py.File:
     """Open a corpus for reading. Raises OSError with the cause."""
     if not stat.S_ISREG(path.stat().st_mode):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from extract.base.errors import RetortError
 from extract.base.files import check_out, read_json, written_aside
-from extract.upstream.pretrained import open_pretrained
+from extract.base.pretrained import open_pretrained
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -98,7 +98,7 @@ def read_student_folder(folder: Path) -> RetortStudent:
         raise RetortError(f"{folder / 'config.json'}: architectures is {names!r}, expected one of {', '.join(kinds)}")
     # The class of this repository, not the code in the folder, which is never run.
     opened, missing = open_pretrained(
-        kinds[names[0]].from_pretrained, folder, refusal=f"{folder} can't be opened as a student", mend="train it again"
+        kinds[names[0]].from_pretrained, folder, refusal=f"{folder} can't be opened as a student", fix="train it again"
     )
     if missing:
         raise RetortError(

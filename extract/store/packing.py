@@ -77,9 +77,21 @@ def spread_packs(num_packs: int, count: int) -> NDArray[np.int64]:
 def count_frames(num_samples: NDArray[np.int64], *, hop_samples: int, receptive_samples: int) -> NDArray[np.int64]:
     """Return the frames of utterances, int64: frame t covers samples [hop t, hop t + receptive).
 
-    Equals the output length of a stack of convolutions without padding (checked by `extract.upstream.check`).
+    Equals the output length of a stack of convolutions without padding (checked by `extract.upstream.load`).
     """
     return np.maximum((num_samples - receptive_samples) // hop_samples + 1, 0)
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the samples that one frame of a stack of convolutions depends on.
+
+    1 + the sum over convolutions of (kernel - 1) x the hop of its input, in samples.
+    """
+    field, hop = 1, 1
+    for kernel, stride in zip(kernels, strides, strict=True):
+        field += (kernel - 1) * hop
+        hop *= stride
+    return field
 
 
 def pack_utterances(

@@ -1,8 +1,8 @@
-"""The files of an upstream: fetched from the hub, named and checked without loading a model.
+"""Files of an upstream: fetched from the hub, named and checked without loading a model.
 
-Of a hub id only what is opened is fetched: the config, the preprocessor's settings, the modelling code where the config
-names it, and the weights in the first of the forms that transformers looks for. Nothing else of the repository is: no
-tokenizer, no optimizer, no adapter of another language, no weights of another framework or precision.
+Of a hub id only the files that are used are fetched: the config, the settings of the preprocessor, the modelling code
+if the config names it, and the weights in the first format that transformers looks for. No tokenizer, optimizer,
+adapter, or weights of another framework or precision are fetched.
 """
 
 import re
@@ -14,7 +14,7 @@ from extract.base.files import read_json
 from extract.base.validate import check_fields, check_name, convert
 from extract.corpus import SAMPLE_RATE_HZ
 
-# In the order in which transformers looks for them: the digest must be of the file that is opened.
+# In the order of transformers: the digest must be of the file that is opened.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INDEX = ".index.json"
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json")
@@ -23,7 +23,7 @@ _EXTRACTOR = "Wav2Vec2FeatureExtractor"
 
 
 def folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
-    """The folder of an upstream; a hub id is fetched, without its weights unless `weights`.
+    """Return the folder of an upstream; a hub id is fetched, with its weights if `weights`.
 
     Raises RetortError for a hub id that can't be fetched.
     """
@@ -33,7 +33,7 @@ def folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
     if not weights:
         return folder
     if re.fullmatch("[0-9a-f]{40}", folder.name):
-        revision = folder.name  # of one commit, whatever is pushed between two requests
+        revision = folder.name  # all files of one commit, even if another is pushed meanwhile
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "auto_map" in config:
         folder = _from_hub(upstream, revision, "*.py")
@@ -55,8 +55,8 @@ def _from_hub(upstream: str, revision: str | None, *patterns: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RetortError(
-            f"upstream {upstream!r} is not a folder here and could not be had from the hub ({reason}); "
-            "place its config.json, model.safetensors and preprocessor_config.json in a folder and give that folder"
+            f"upstream {upstream!r} is not a folder on this machine and could not be fetched from the hub ({reason}); "
+            "put its config.json, model.safetensors and preprocessor_config.json into a folder and give that folder"
         ) from None
 
 
@@ -64,7 +64,7 @@ def _from_hub(upstream: str, revision: str | None, *patterns: str) -> Path:
 
 
 def weights_names(config: dict[str, Any]) -> tuple[str, ...]:
-    """The files that may hold the weights, in transformers' order; a config may name one itself."""
+    """Return the names of files that may hold the weights, in the order of transformers; a config may name its own."""
     own = config.get("transformers_weights")
     if own is None:
         return WEIGHTS
@@ -74,9 +74,9 @@ def weights_names(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def weights_files(folder: Path, config: dict[str, Any]) -> list[Path]:
-    """The files that transformers opens for the weights: one, or an index and its parts.
+    """Return the files that transformers opens for the weights: one file, or an index and its parts.
 
-    Raises RetortError for a folder that has none, and for an index that names a part that is not there.
+    Raises RetortError for a folder without weights and for an index that names a missing part.
     """
     names = weights_names(config)
     for name in names:
@@ -84,7 +84,7 @@ def weights_files(folder: Path, config: dict[str, Any]) -> list[Path]:
             parts = [folder / part for part in _parts_of(folder, name)] if name.endswith(_INDEX) else []
             for part in parts:
                 if not part.is_file():
-                    raise RetortError(f"{part} does not exist, and {name} names it; download the upstream again")
+                    raise RetortError(f"{part}, which {name} names, does not exist; download the upstream again")
             return [folder / name, *parts]
     found = [name for name in _OF_OTHER_FRAMEWORKS if (folder / name).is_file()]
     more = f" (found {found[0]}: open it with transformers 4 and save it by `save_pretrained`)" if found else ""
@@ -92,7 +92,7 @@ def weights_files(folder: Path, config: dict[str, Any]) -> list[Path]:
 
 
 def _parts_of(folder: Path, index: str) -> list[str]:
-    """The files of weights that an index names: of this folder, since transformers would open any other as well."""
+    """Return the files of weights that an index names. Raises RetortError for one outside of the folder."""
     content = read_json(folder / index)
     check_fields({"weight_map": dict[str, str]}, content, where=str(folder / index))
     parts = sorted(set(content["weight_map"].values()))
@@ -102,11 +102,11 @@ def _parts_of(folder: Path, index: str) -> list[str]:
 
 
 def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> None:
-    """Raises RetortError for weights that are quantised, or that a PEFT adapter would change on some machines."""
+    """Raises RetortError for quantised weights and for a PEFT adapter, which only some machines would apply."""
     if config.get("quantization_config") is not None:
         raise RetortError(
-            f"upstream {upstream}: {folder / 'config.json'} has a quantization_config, and features are made from fp32 "
-            "weights; give the checkpoint that it was quantised from"
+            f"upstream {upstream}: {folder / 'config.json'} has a quantization_config, expected fp32 weights; give the "
+            "checkpoint that it was quantised from"
         )
     if (folder / "adapter_config.json").is_file():
         raise RetortError(
@@ -120,20 +120,20 @@ def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> 
 
 
 def own_normalisation(folder: Path) -> bool:
-    """Return whether the checkpoint normalises waveforms. Raises RetortError where its files do not, or disagree."""
+    """Return whether the checkpoint normalises waveforms. Raises RetortError if its files do not state it, or differ."""
     settings = _preprocessors(folder)
     if not settings:
         raise RetortError(
             f"upstream folder {folder} has no preprocessor_config.json (nor a processor_config.json with a "
-            "feature_extractor), which says whether waveforms are normalised; place it there or give --normalise or "
+            "feature_extractor), which states whether waveforms are normalised; add it, or give --normalise or "
             "--no-normalise"
         )
     wanted = {where: value.get("do_normalize", True) for where, value in settings.items()}
     for where, value in wanted.items():
         convert(bool, value, where=f"{where}: do_normalize")
     if len(set(wanted.values())) > 1:
-        said = ", ".join(f"{where} says {str(value).lower()}" for where, value in wanted.items())
-        raise RetortError(f"do_normalize: {said}; give --normalise or --no-normalise, or remove the wrong file")
+        found = ", ".join(f"{where}: {str(value).lower()}" for where, value in wanted.items())
+        raise RetortError(f"do_normalize differs ({found}); give --normalise or --no-normalise, or remove one file")
     return bool(next(iter(wanted.values())))
 
 
@@ -161,9 +161,10 @@ def check_preprocessor(upstream: str, folder: Path) -> None:
 
 
 def _preprocessors(folder: Path) -> dict[str, dict[str, Any]]:
-    """The feature extractor's settings by where they stand: transformers 4 writes one file, transformers 5 the other.
+    """Return the settings of the feature extractor by file.
 
-    Where both are there, transformers 5 reads processor_config.json, and 4 the other.
+    transformers 4 writes and reads preprocessor_config.json, transformers 5 writes processor_config.json and prefers
+    it. A folder may have both.
     """
     found: dict[str, dict[str, Any]] = {}
     path = folder / "processor_config.json"

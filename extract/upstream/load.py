@@ -1,25 +1,27 @@
-"""The check of an upstream when it is loaded: a few seconds of noise, on the device and in the precision of the run.
+"""Loading an upstream and checking it on a second of noise, on the device and in the precision of the run.
 
-1. Every hidden state is there, finite, of the shape that config.json states, with one frame a hop; the model's own
+1. Every hidden state exists, is finite, and has the shape of config.json with one frame per hop; the model's own
    formula of frames agrees. The same input gives the same output twice.
-2. A padded batch of utterances of three lengths gives each of them what it gets alone. Where it does not, utterances
-   are run one by one, without padding: always exact, and slower. The measured error stands in the manifest.
+2. A padded batch of utterances of three lengths gives each of them the output of the utterance alone. Otherwise
+   utterances are run one by one, without padding, which is exact and slower. The manifest records the measured error.
 
-The bounds of step 2, for each utterance and layer, with the error taken against the utterance alone:
+Bounds of step 2, for each utterance and layer, with the error taken against the utterance alone:
 
-    norm of the error <= bound x norm of the layer     catches a leak in a layer of small values
-    each error <= bound x (max(1, rms) + |value|)      fp32 alone; rms: the layer's root mean square. The design's 1e-4,
-                                                       relative where values are large, as fp32's own rounding is
+    norm of the error <= bound x norm of the layer     finds a leak of padding into a layer of small values
+    each error <= bound x (max(1, rms) + |value|)      fp32 only; rms: root mean square of the layer. The error is
+                                                       relative for large values, as rounding of fp32 is
 
-In fp32 the bound is 1e-4: another shape of a batch changes the norm by about 1e-6, a leak changes it by 1e-3 and more.
-Rounding in 16 bits hides small leaks, so fp32 is measured first whatever the precision of the run is, and the bound of
-16 bits is one that only values that overflow or belong elsewhere exceed.
-Shapes: B batch, T frames, D features, C channels.
+In fp32 the bound is 1e-4: another batch shape changes the norm by about 1e-6, a leak changes it by 1e-3 or more.
+Rounding to 16 bits hides small leaks, so fp32 is always measured first. The bounds for 16 bits are exceeded only by
+overflow and by values of other frames.
+
+Shapes: B batch, T frames, D features.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,30 +31,55 @@ from torch import Tensor
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.store.packing import count_frames
-
-if TYPE_CHECKING:
-    from extract.upstream.forward import Transformer
+from extract.upstream.card import UpstreamCard
+from extract.upstream.forward import Transformer
+from extract.upstream.spec import FBANK, Upstream
 
 BOUND = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.3}  # of a padded batch against each utterance alone
-_PROBED_S = (0.5, 0.2, 0.0)
-_FEWEST_FRAMES = (12, 5, 1)  # of the three, whatever the hop is; the last has one
+_PROBED_S = (0.5, 0.2, 0.0)  # durations of the three utterances
+_FEWEST_FRAMES = (12, 5, 1)  # of the three, for any hop; the last one has one frame
+# Errors that a model's code may raise on an input that it can't process.
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 _WIDER = {
-    "fp16": "float16 ends at 65504, give --dtype bf16 or --dtype fp32",
-    "bf16": "give --dtype fp32",
+    "fp16": "the largest float16 is 65504, use --dtype bf16 or fp32",
+    "bf16": "use --dtype fp32",
     "fp32": "its weights are damaged or not those of its config.json, download or train it again",
 }
 
 
-def check_upstream(upstream: "Transformer", name: str, layers: Sequence[int] | None = None) -> dict[str, Any]:
-    """Check a loaded upstream, of its values those of `layers` (None: all); return how it batches, for the manifest.
+def load_upstream(
+    card: UpstreamCard,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+    layers: tuple[int, ...] | None = None,
+    check: bool = True,
+) -> Upstream:
+    """Load the upstream of a card and check it. check: False for one that was checked before.
 
-    `mode` is "padded" or "single" (one by one), the errors are those of a padded batch: `max_abs_error` and
-    `relative_error` (of the norm) over the layers and in `layers` by layer, None where there is no number.
-    Raises RetortError for an upstream whose hidden states are not what its config.json states.
+    layers: the layers that will be kept, None for all; values of other layers are not checked. Raises RetortError if
+    its code would have to be trusted and is not, and if its features are not those that the manifest would state.
+    """
+    if card.family == FBANK:
+        from extract.upstream.fbank import Fbank  # imported late: torchaudio is needed for nothing else
+
+        return Fbank()
+    upstream = Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if check:
+        upstream.facts = replace(upstream.facts, batching=check_upstream(upstream, card.id, layers))
+    return upstream
+
+
+def check_upstream(upstream: Transformer, name: str, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Check a loaded upstream and, of its values, those of `layers` (None: all); return the batching, for the manifest.
+
+    `mode` is "padded" or "single" (one by one). The errors are those of a padded batch: `max_abs_error` and
+    `relative_error` (of the norm) over all layers, and by layer in `layers`; None if it is not a number.
+    Raises RetortError for an upstream whose hidden states differ from its config.json.
     """
     _check_formula(upstream, name)
-    kept = [layer for layer in range(upstream.num_layers) if layers is None or layer in layers]
+    kept = [layer for layer in range(upstream.spec.num_layers) if layers is None or layer in layers]
     probes = _probes(upstream)
     with _in_fp32(upstream):
         alone = _check_alone(upstream, name, probes, kept, dtype="fp32")
@@ -64,15 +91,13 @@ def check_upstream(upstream: "Transformer", name: str, layers: Sequence[int] | N
     return batching
 
 
-def _probes(upstream: "Transformer") -> list[NDArray[np.float32]]:
-    """Noise and a tone, of three lengths that are no whole number of hops but for the shortest, which has one frame."""
-    generator = np.random.default_rng(0)
+def _probes(upstream: Transformer) -> list[NDArray[np.float32]]:
+    """Return noise with a tone, of three lengths; all but the shortest end between two hops, as real utterances do."""
+    generator, spec = np.random.default_rng(0), upstream.spec
     probes = []
     for seconds, fewest in zip(_PROBED_S, _FEWEST_FRAMES, strict=True):
-        hops = max(fewest, int(seconds * SAMPLE_RATE_HZ) // upstream.hop_samples) - 1
-        num_samples = (
-            upstream.receptive_samples + hops * upstream.hop_samples + (upstream.hop_samples // 2 if hops else 0)
-        )
+        hops = max(fewest, int(seconds * SAMPLE_RATE_HZ) // spec.hop_samples) - 1
+        num_samples = spec.receptive_samples + hops * spec.hop_samples + (spec.hop_samples // 2 if hops else 0)
         time_s = np.arange(num_samples) / SAMPLE_RATE_HZ
         tone = np.sin(2 * np.pi * 220 * time_s) * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * time_s))
         probes.append((0.1 * tone + 0.05 * generator.standard_normal(num_samples)).astype(np.float32))
@@ -80,8 +105,8 @@ def _probes(upstream: "Transformer") -> list[NDArray[np.float32]]:
 
 
 @contextmanager
-def _in_fp32(upstream: "Transformer") -> Iterator[None]:
-    """IEEE fp32 inside, whatever the run's precision: TF32 convolutions would round as other shapes do not."""
+def _in_fp32(upstream: Transformer) -> Iterator[None]:
+    """Compute in IEEE fp32 inside. TF32 is off, because its rounding depends on the shape of a batch."""
     autocast, on_cuda = upstream.autocast, torch.device(upstream.device).type == "cuda"
     tf32 = on_cuda and torch.backends.cudnn.allow_tf32
     upstream.autocast = None
@@ -95,12 +120,12 @@ def _in_fp32(upstream: "Transformer") -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = True
 
 
-def _check_formula(upstream: "Transformer", name: str) -> None:
-    """The frames that the model itself expects of a waveform are those that the manifest and every reader count."""
+def _check_formula(upstream: Transformer, name: str) -> None:
+    """Raises RetortError if the model's own formula of frames differs from `count_frames`, which all readers use."""
     formula = getattr(upstream.model, "_get_feat_extract_output_lengths", None)
     if formula is None:
-        return  # a student: its frames are counted where it runs
-    hop, receptive = upstream.hop_samples, upstream.receptive_samples
+        return  # a student has none; `_check_shapes` compares the frames of its output
+    hop, receptive = upstream.spec.hop_samples, upstream.spec.receptive_samples
     num_samples = np.array([receptive, receptive + hop - 1, receptive + hop, 16_000, 160_001, 1_000_003])
     expected = count_frames(num_samples, hop_samples=hop, receptive_samples=receptive)
     try:
@@ -108,17 +133,17 @@ def _check_formula(upstream: "Transformer", name: str) -> None:
     except _FAILURES as error:
         raise _unusable(name, "its formula of frames fails", error) from None
     if found.shape != expected.shape or (odd := np.flatnonzero(found != expected)).size:
-        place = 0 if found.shape != expected.shape else odd[0]
-        raise _other_frames(name, int(num_samples[place]), found.ravel()[place], int(expected[place]), hop)
+        index = 0 if found.shape != expected.shape else odd[0]
+        raise _other_frames(name, int(num_samples[index]), found.ravel()[index], int(expected[index]), hop)
 
 
 _States = list[dict[int, NDArray[np.float32]]]  # by probe and kept layer (T, D)
 
 
 def _check_alone(
-    upstream: "Transformer", name: str, probes: list[NDArray[np.float32]], kept: list[int], *, dtype: str
+    upstream: Transformer, name: str, probes: list[NDArray[np.float32]], kept: list[int], *, dtype: str
 ) -> _States:
-    """The states of each probe alone, once they are of the right shapes, finite and the same twice."""
+    """Return the states of each probe alone. Raises RetortError if they are not as in step 1 above."""
     found: _States = []
     for probe in [*probes, probes[1]]:
         try:
@@ -135,7 +160,7 @@ def _check_alone(
                 f"upstream {name}: layer {odd[0]} is not finite on {len(probe) / SAMPLE_RATE_HZ:.2f} s of noise in "
                 f"{dtype}; {_WIDER[dtype]}{below}"
             )
-    on_cpu = torch.device(upstream.device).type == "cpu"  # elsewhere sums may be made in any order
+    on_cpu = torch.device(upstream.device).type == "cpu"  # other devices may sum in any order
     for layer in kept:
         pair = found[1][layer], again[layer]
         if not (np.array_equal(*pair) if on_cpu else _Gap(*pair).fits(dtype)):
@@ -148,28 +173,29 @@ def _check_alone(
     return found
 
 
-def _check_shapes(upstream: "Transformer", name: str, num_samples: int, states_1TD: list[Tensor]) -> None:
-    if len(states_1TD) != upstream.num_layers:
+def _check_shapes(upstream: Transformer, name: str, num_samples: int, states_1TD: list[Tensor]) -> None:
+    spec = upstream.spec
+    if len(states_1TD) != spec.num_layers:
         raise RetortError(
-            f"upstream {name} gave {len(states_1TD)} hidden states, expected {upstream.num_layers}, one more than the "
+            f"upstream {name} returned {len(states_1TD)} hidden states, expected {spec.num_layers}, one more than the "
             "num_hidden_layers of its config.json; config and code are not of one model"
         )
     (expected,) = upstream.num_frames([np.zeros(num_samples, dtype=np.float32)])
     for layer, state_1TD in enumerate(states_1TD):
         shape = tuple(getattr(state_1TD, "shape", ()))
-        if len(shape) != 3 or shape[0] != 1 or shape[2] != upstream.dim:
+        if len(shape) != 3 or shape[0] != 1 or shape[2] != spec.dim:
             raise RetortError(
-                f"upstream {name}: layer {layer} is of shape {shape}, expected (1, frames, {upstream.dim}) as the "
-                "hidden_size of its config.json has it; config and code are not of one model"
+                f"upstream {name}: layer {layer} is of shape {shape}, expected (1, frames, {spec.dim}) by the "
+                "hidden_size of its config.json; config and code are not of one model"
             )
         if shape[1] != expected:
-            raise _other_frames(name, num_samples, shape[1], expected, upstream.hop_samples)
+            raise _other_frames(name, num_samples, shape[1], expected, spec.hop_samples)
 
 
 def _measure(
-    upstream: "Transformer", probes: list[NDArray[np.float32]], alone: _States, kept: list[int], *, dtype: str
+    upstream: Transformer, probes: list[NDArray[np.float32]], alone: _States, kept: list[int], *, dtype: str
 ) -> dict[str, Any]:
-    """The errors of a padded batch of the probes, and the mode that follows from them."""
+    """Measure a padded batch of the probes; return its errors and the mode that follows from them."""
     gaps: dict[int, list[_Gap]] = {}
     try:
         states_BTD = upstream.forward(probes)
@@ -178,7 +204,7 @@ def _measure(
             own = [states_TD[layer] for states_TD in alone]
             gaps[layer] = [_Gap(own_TD, padded_BTD[row, : len(own_TD)]) for row, own_TD in enumerate(own)]
     except _FAILURES:
-        gaps = {}  # alone it runs
+        gaps = {}  # padded batches fail, single utterances run
     of_all = [gap for of_layer in gaps.values() for gap in of_layer]
     return {
         "mode": "padded" if gaps and all(gap.fits(dtype) for gap in of_all) else "single",
@@ -190,7 +216,7 @@ def _measure(
 
 
 class _Gap:
-    """Errors of one layer of an utterance, in a padded batch or run again, against the utterance alone."""
+    """Errors of one layer of an utterance, in a padded batch or in a second run, against the utterance alone."""
 
     def __init__(self, alone_TD: NDArray[np.float32], other_TD: NDArray[np.float32]) -> None:
         own_TD = alone_TD.astype(np.float64)
@@ -202,12 +228,12 @@ class _Gap:
         self.scaled = float((error_TD / (max(1.0, root_mean_square) + np.abs(own_TD))).max())
 
     def fits(self, dtype: str) -> bool:
-        # A comparison with NaN is false: NaN does not fit.
+        # Comparisons with NaN are false, so that NaN does not fit.
         return self.relative <= BOUND[dtype] and (dtype != "fp32" or self.scaled <= BOUND[dtype])
 
 
 def _figures(gaps: list[_Gap]) -> dict[str, float | None]:
-    """The largest errors for the manifest, two digits; None where one is not a number."""
+    """Return the largest errors for the manifest, to two digits; None for an error that is not finite."""
     worst = {
         "max_abs_error": [gap.max_abs for gap in gaps],
         "relative_error": [gap.relative for gap in gaps],
@@ -226,8 +252,7 @@ def _on_cpu(state: Tensor) -> NDArray[np.float32]:
 def _other_frames(name: str, num_samples: int, found: object, expected: int, hop_samples: int) -> RetortError:
     return RetortError(
         f"upstream {name} has {found} frames for {num_samples} samples, expected {expected} (one every {hop_samples} "
-        "samples, the product of its config.json's conv_stride); features of other frames can't be stored, give "
-        "another upstream"
+        "samples, the product of conv_stride in its config.json); give an upstream with these frames"
     )
 
 
@@ -235,5 +260,5 @@ def _unusable(name: str, what: str, error: BaseException) -> RetortError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return RetortError(
         f"upstream {name}: {what} ({reason}); expected `hidden_states` and `last_hidden_state` of `input_values` and "
-        "`attention_mask`, as the models of transformers have it"
+        "`attention_mask`, as from models of transformers"
     )

@@ -1,0 +1,155 @@
+"""Dimensions of an upstream, known from its config.json, and the interface of a loaded one. No torch.
+
+Three records describe an upstream: `UpstreamCard` (identity, in `extract.upstream.card`), `UpstreamSpec` (dimensions,
+known without weights) and `UpstreamFacts` (known once it is loaded).
+
+Shapes: L layers, T frames, D features, C channels of the convolution stem.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.base.errors import RetortError
+from extract.base.files import read_json
+from extract.base.validate import check_fields
+from extract.store.packing import receptive_field
+from extract.upstream.files import check_plain_weights, check_preprocessor, folder_of
+
+if TYPE_CHECKING:
+    import torch
+
+FBANK = "fbank"
+FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "retort-student")  # model_type of config.json
+
+# Fields of config.json that decide the dimensions. The lists are by convolution of the stem.
+_CONFIG = {
+    "num_hidden_layers": int,
+    "hidden_size": int,
+    "conv_kernel": list[int],
+    "conv_stride": list[int],
+    "conv_dim": list[int],
+}
+
+
+@dataclass(frozen=True)
+class UpstreamSpec:
+    """Dimensions of an upstream's output."""
+
+    num_layers: int  # hidden states, layer 0 included
+    dim: int
+    hop_samples: int
+    receptive_samples: int
+    stem_dim: int | None  # channels of the convolution stem; None without one
+
+
+# 80 log Mel energies and two deltas, 25 ms every 10 ms; raw, and normalised per utterance (extract.upstream.fbank).
+FBANK_SPEC = UpstreamSpec(num_layers=2, dim=240, hop_samples=160, receptive_samples=400, stem_dim=None)
+
+
+@dataclass(frozen=True)
+class UpstreamFacts:
+    """Properties of an upstream that are known once it is loaded. The manifest records them."""
+
+    convention: str  # meaning of the layers
+    attention: str  # implementation, such as sdpa
+    num_parameters: int
+    stem: dict[str, Any] | None = None  # shape of the convolution stem; None without one
+    batching: dict[str, Any] | None = None  # mode and measured error (extract.upstream.load); None: one by one
+    remark: str | None = None  # on a part of the checkpoint that is not run
+    threads: int = 0  # torch's, in the process that runs it: sums over other numbers differ in the last bits
+    dtype_error: dict[str, dict[str, Any]] = field(default_factory=dict)  # by layer, against fp32; empty for fp32
+
+
+@dataclass(frozen=True)
+class Features:
+    """Output of an upstream for one utterance, equal to its output for that utterance alone."""
+
+    hidden_LTD: NDArray[np.float32]
+    stem_TC: NDArray[np.float32] | None = None  # output of the convolution stem, if it was requested
+
+
+class Upstream(Protocol):
+    """A loaded upstream."""
+
+    spec: UpstreamSpec
+    facts: UpstreamFacts
+    autocast: "torch.dtype | None"  # of the forward pass; None for fp32, the precision of the weights
+
+    def features(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
+    ) -> list[Features]:
+        """Run waveforms, float32 (samples,), and return `layers` and, if `stem`, the stem's output of each.
+
+        The stem's output is the input of the feature projection, before its layer norm; it needs `spec.stem_dim`.
+        """
+        ...
+
+    def hidden_states(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        """Return the hidden states alone, float32 (L, T, D) of each waveform."""
+        return [features.hidden_LTD for features in self.features(waveforms, layers)]
+
+
+def read_spec(upstream: str, *, revision: str | None = None) -> UpstreamSpec:
+    """Return the dimensions of an upstream from its config.json; of a hub id no weights are fetched.
+
+    Raises RetortError if it can't be found, is not of a supported family, or its config lacks a field.
+    """
+    if upstream == FBANK:
+        return FBANK_SPEC
+    config = read_config(upstream, folder_of(upstream, revision, weights=False))
+    return UpstreamSpec(
+        num_layers=config["num_hidden_layers"] + 1,
+        dim=config["hidden_size"],
+        hop_samples=math.prod(config["conv_stride"]),
+        receptive_samples=receptive_field(config["conv_kernel"], config["conv_stride"]),
+        stem_dim=config["conv_dim"][-1],
+    )
+
+
+def read_config(upstream: str, folder: Path) -> dict[str, Any]:
+    """Read an upstream's config.json. Raises RetortError for a family, dimensions or input that are not supported."""
+    path = folder / "config.json"
+    config = read_json(path)
+    family = config.get("model_type", "(none)")
+    if family not in FAMILIES:
+        raise RetortError(
+            f"upstream {upstream} has model_type {family!r}; expected one of {', '.join(FAMILIES)}, or `fbank`"
+        )
+    check_fields(_CONFIG, config, where=str(path))
+    lengths = {key: len(config[key]) for key in ("conv_kernel", "conv_stride", "conv_dim")}
+    if len(set(lengths.values())) > 1 or not all(lengths.values()):
+        raise RetortError(f"{path}: the lists of the convolutions differ in length: {lengths}")
+    sizes = [config["num_hidden_layers"], config["hidden_size"], *(size for key in lengths for size in config[key])]
+    if min(sizes) < 1:
+        raise RetortError(f"{path}: {', '.join(_CONFIG)}: expected numbers of at least 1")
+    check_plain_weights(upstream, folder, config)
+    check_preprocessor(upstream, folder)
+    return config
+
+
+def check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
+    """Return the layers to keep, all for None. Raises RetortError for a missing layer and a wrong order."""
+    if wanted is None:
+        return tuple(range(num_layers))
+    if odd := [layer for layer in wanted if not 0 <= layer < num_layers]:
+        raise RetortError(f"--layers: upstream {upstream} has no layer {odd[0]}; it has 0 to {num_layers - 1}")
+    if list(wanted) != sorted(set(wanted)):
+        raise RetortError(f"--layers {','.join(map(str, wanted))}: give each layer once, in ascending order")
+    return wanted
+
+
+def check_stem(keep: frozenset[str], stem_dim: int | None, upstream: str) -> int | None:
+    """Return the channels of the stem if it is kept, else None. Raises RetortError for an upstream without a stem."""
+    if "stem" not in keep:
+        return None
+    if stem_dim is None:
+        raise RetortError(f"--keep stem: upstream {upstream} has no convolution stem; keep frames,pooled")
+    return stem_dim
