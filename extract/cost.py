@@ -31,12 +31,13 @@ from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.shards import LocalRunner, pack_corpus
 from extract.store.codec import CODECS
 from extract.store.packing import Packing, spread_packs
-from extract.upstream.card import UpstreamShape, check_layers, check_stem, find_upstream, read_shape
+from extract.upstream.card import find_upstream
+from extract.upstream.spec import UpstreamSpec, check_layers, check_stem, read_spec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from extract.upstream.forward import Upstream
+    from extract.upstream.spec import Upstream
 
 _SAMPLED_PACKS = 4  # at least: long and short utterances run at different rates
 
@@ -66,7 +67,7 @@ class Size:
     """Amounts of audio, frames and bytes of an extraction: exact, from lengths alone."""
 
     packing: Packing
-    shape: UpstreamShape
+    shape: UpstreamSpec
     layers: tuple[int, ...]
     keep: frozenset[str]
     audio_s: float  # of the utterances that are kept
@@ -75,7 +76,7 @@ class Size:
     @classmethod
     def of(cls, config: ExtractConfig, corpus: Corpus) -> "Size":
         """Pack the corpus. Raises RetortError as `Extraction.open` does for an upstream, a layer or a packing."""
-        shape = read_shape(config.upstream, revision=config.revision)
+        shape = read_spec(config.upstream, revision=config.revision)
         check_stem(config.keep, shape.stem_dim, config.upstream)
         packing = pack_corpus(config, corpus, shape)
         audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ

@@ -22,10 +22,11 @@ from extract.base.errors import RetortError
 from extract.base.files import in_main_tree
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.shards import CONCURRENT_SHARDS, Advance, Extraction, LocalRunner, UpstreamFacts
+from extract.shards import CONCURRENT_SHARDS, Advance, Extraction, LocalRunner
 from extract.store.location import is_url, root_text
 from extract.store.manifest import initial_weights_path
 from extract.upstream.card import UpstreamCard
+from extract.upstream.spec import UpstreamFacts
 
 
 class DaskRunner:

@@ -12,8 +12,8 @@ from extract.base.errors import RetortError, unknown
 from extract.base.params import read_params, read_section
 from extract.base.validate import convert, parse
 from extract.config import ExtractConfig
-from extract.upstream.card import FBANK
 from extract.upstream.configured import brings_own_code, read_upstreams
+from extract.upstream.spec import FBANK
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from extract.base.files import check_out, in_main_tree, parse_json, write_json
 from extract.base.progress import ProgressBar
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.shards import Extraction, LocalRunner, ShardRunner, UpstreamFacts, store_of
+from extract.shards import Extraction, LocalRunner, ShardRunner, store_of
 from extract.store.location import check_sizes, is_url, location_of, root_text
 from extract.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
-from extract.upstream.card import FBANK, UpstreamCard, find_upstream, read_shape
+from extract.upstream.card import UpstreamCard, find_upstream
+from extract.upstream.spec import FBANK, UpstreamFacts, read_spec
 
 _LIBRARIES = ("torch", "torchaudio", "transformers", "zarr", "numpy")  # their versions are recorded
 
@@ -85,7 +86,7 @@ def _check_initial_blocks(config: ExtractConfig, card: UpstreamCard) -> None:
         return
     if card.family == FBANK:
         raise RetortError(f"--initial-blocks {config.initial_blocks}: upstream {card.id} has no blocks; give 0")
-    num_blocks = read_shape(str(card.folder)).num_layers - 1  # layer 0 is the input of the first block
+    num_blocks = read_spec(str(card.folder)).num_layers - 1  # layer 0 is the input of the first block
     if config.initial_blocks > num_blocks:
         raise RetortError(f"--initial-blocks {config.initial_blocks}: the upstream has {num_blocks} blocks")
 

@@ -13,7 +13,7 @@ Shapes: L layers, T frames of an utterance, F frames of a pack, D features, C ch
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,10 +29,11 @@ from extract.store.location import RemoteLocation, location_of, root_text
 from extract.store.manifest import initial_weights_path
 from extract.store.packing import Packing, count_frames, pack_utterances
 from extract.store.writer import EncodedPack, StoreWriter
-from extract.upstream.card import UpstreamCard, UpstreamShape, check_layers, check_stem, read_shape
+from extract.upstream.card import UpstreamCard
+from extract.upstream.spec import UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
 if TYPE_CHECKING:
-    from extract.upstream.forward import Upstream
+    from extract.upstream.spec import Upstream
 
 CONCURRENT_SHARDS = 2  # one in the model, one being encoded and written
 _WAITING_PACKS = 2  # run and not yet encoded, for each shard: bounds memory
@@ -44,38 +45,24 @@ Advance = Callable[[float], None]  # is called with the seconds of audio that we
 
 
 @dataclass(frozen=True)
-class UpstreamFacts:
-    """Properties of an upstream that are known once it is loaded, for the manifest."""
-
-    convention: str
-    attention: str
-    num_parameters: int
-    threads: int  # torch's, in this process: sums over another number of threads differ in the last bits
-    dtype_error: dict[str, dict[str, Any]]  # by layer, against fp32; empty for fp32
-    stem: dict[str, Any] | None = None
-    batching: dict[str, Any] | None = None
-    remark: str | None = None  # on a part of the checkpoint that is not run
-
-
-@dataclass(frozen=True)
 class Extraction:
     """One corpus, packed for one upstream: the input of a `ShardRunner`."""
 
     config: ExtractConfig
     card: UpstreamCard
-    shape: UpstreamShape
+    shape: UpstreamSpec
     corpus: Corpus
     writer: StoreWriter  # holds the packing
 
     @classmethod
     def open(
-        cls, config: ExtractConfig, card: UpstreamCard, corpus: Corpus, shape: UpstreamShape | None = None
+        cls, config: ExtractConfig, card: UpstreamCard, corpus: Corpus, shape: UpstreamSpec | None = None
     ) -> "Extraction":
         """Pack a corpus. No weights are needed: dimensions come from the upstream's config.json, or from `shape`.
 
         Raises RetortError for layers that the upstream does not have and for a corpus that can't be packed.
         """
-        shape = shape or read_shape(card.id if card.folder is None else str(card.folder))
+        shape = shape or read_spec(card.id if card.folder is None else str(card.folder))
         layers = check_layers(config.layers, shape.num_layers, card.id)
         stem_dim = check_stem(config.keep, shape.stem_dim, card.id)
         packing = pack_corpus(config, corpus, shape)
@@ -113,7 +100,7 @@ def store_of(config: ExtractConfig, card: UpstreamCard, corpus: Corpus) -> dict[
     return {"root": root_text(config.store), "path": path}
 
 
-def pack_corpus(config: ExtractConfig, corpus: Corpus, shape: UpstreamShape) -> Packing:
+def pack_corpus(config: ExtractConfig, corpus: Corpus, shape: UpstreamSpec) -> Packing:
     """Pack the utterances of a corpus, from their lengths alone. Raises RetortError as `pack_utterances` does."""
     num_frames = count_frames(
         corpus.num_samples, hop_samples=shape.hop_samples, receptive_samples=shape.receptive_samples
@@ -171,7 +158,7 @@ class LocalRunner:
         # Imported late: torch takes seconds, and a finished store needs none of it.
         import torch
 
-        from extract.upstream.forward import load_upstream
+        from extract.upstream.load import load_upstream
 
         config = self.config
         if config.threads:
@@ -192,16 +179,7 @@ class LocalRunner:
             with self._in_model:
                 dtype_error = measure_precision(upstream, extraction)
             check_precision(dtype_error, self.config.dtype, self.card.id)
-        return UpstreamFacts(
-            convention=upstream.convention,
-            attention=upstream.attention,
-            num_parameters=upstream.num_parameters,
-            threads=torch.get_num_threads(),
-            dtype_error=dtype_error,
-            stem=upstream.stem,
-            batching=upstream.batching,
-            remark=upstream.remark,
-        )
+        return replace(upstream.facts, threads=torch.get_num_threads(), dtype_error=dtype_error)
 
     def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
         pool = ThreadPoolExecutor(CONCURRENT_SHARDS, "shard")

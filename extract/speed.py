@@ -38,7 +38,7 @@ from extract.upstream.configured import STUDENT_CODE, brings_own_code
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from extract.upstream.forward import Upstream  # imports torch, which only the measuring processes need
+    from extract.upstream.spec import Upstream  # imports torch, which only the measuring processes need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +132,8 @@ def count_sizes(request: SpeedRequest) -> dict[str, tuple[int, int]]:
     second = [np.zeros(SAMPLE_RATE_HZ, dtype=np.float32)]
     for name in request.sources:
         upstream = load(request, name, check=True)
-        macs = count_macs(partial(upstream.hidden_states, second, [upstream.num_layers - 1]))
-        sizes[name] = (upstream.num_parameters, macs)
+        macs = count_macs(partial(upstream.hidden_states, second, [upstream.spec.num_layers - 1]))
+        sizes[name] = (upstream.facts.num_parameters, macs)
     return sizes
 
 
@@ -141,7 +141,7 @@ def _timed_passes(request: SpeedRequest, *, name: str) -> TimedSteps:
     """One upstream over all utterances, one at a time: a variant of the interleaved timer."""
     waveforms = choose_waveforms(Corpus.open(Path(request.audio.corpus)), request.audio)
     upstream = load(request, name, check=False)
-    last = [upstream.num_layers - 1]  # one layer is copied to numpy, so that a GPU has finished
+    last = [upstream.spec.num_layers - 1]  # one layer is copied to numpy, so that a GPU has finished
     for waveform in waveforms:  # every length once: libraries prepare kernels by shape
         upstream.hidden_states([waveform], last)
     latencies_s = []
@@ -159,7 +159,7 @@ def load(request: SpeedRequest, name: str, *, check: bool) -> "Upstream":
 
     Raises RetortError for other code.
     """
-    from extract.upstream.forward import load_upstream
+    from extract.upstream.load import load_upstream
 
     card = find_upstream(request.sources[name], name=name)
     trusted = request.trust_remote_code or brings_own_code(card.folder)

@@ -161,10 +161,8 @@ OPTIONS = [
 ]
 
 UPSTREAMS = [
-    instead(
-        "nowhere", "teacher", "nobody/none", "'nobody/none' is not a folder here and could not be had from the hub"
-    ),
-    instead("a file", "teacher", "params.yaml", "'params.yaml' is not a folder here"),
+    instead("nowhere", "teacher", "nobody/none", "'nobody/none' is not a folder .* hub"),
+    instead("a file", "teacher", "params.yaml", "'params.yaml' is not a folder"),
     instead("an odd folder", "teacher", "corpora", "corpora/config.json does not exist"),
     Row("no config", EXTRACT, "teacher/config.json does not exist", remove("teacher/config.json")),
     Row("config cut off", EXTRACT, "teacher/config.json is not JSON", cut("teacher/config.json", 100)),
@@ -173,14 +171,14 @@ UPSTREAMS = [
     configured("model_type", ["hubert"], "has model_type .'hubert'.; expected one of"),
     configured("hidden_size", "x", "hidden_size: got 'x', expected int"),
     configured("hidden_size", 0, "expected numbers of at least 1"),
-    configured("conv_stride", [5, 2], "the convolutions' lists differ in length"),
+    configured("conv_stride", [5, 2], "lists .* differ in length"),
     configured("conv_kernel", "x", "conv_kernel: got 'x', expected a list"),
     configured("num_attention_heads", 5, "transformers can't open .*download or train it again"),
     configured("hidden_act", "xyz", "transformers can't open .*download or train it again"),
     configured(
         "intermediate_size", 48, r"can't open .*\.bias: got \[64\], expected \[48\]; download or train it again"
     ),
-    configured("num_hidden_layers", 9, "the weights in .* lack .* such as encoder.layers.4"),
+    configured("num_hidden_layers", 9, "weights .* missing .* such as encoder.layers.4"),
     configured("retort_note", 3, "retort_note: got 3, expected str"),
     Row("no weights", EXTRACT, "holds no weights; expected one of model.safetensors", remove(WEIGHTS)),
     Row("weights empty", EXTRACT, "transformers can't open .*header too small", write(WEIGHTS, "")),
@@ -189,7 +187,7 @@ UPSTREAMS = [
     Row(
         "a weight of another name",
         EXTRACT,
-        "the weights in .* lack 1 that config.json asks for, such as encoder.layer_n",
+        "1 weights .* missing .* such as encoder.layer_n",
         lambda: renamed_weights(**{"encoder.layer_norm.weight": "elsewhere"}),
     ),
     Row("index without map", EXTRACT, "`weight_map` is missing", both(remove(WEIGHTS), write(INDEX, "{}"))),
@@ -202,7 +200,7 @@ UPSTREAMS = [
     Row(
         "index to nothing",
         EXTRACT,
-        "teacher/a.safetensors does not exist, and .* names it",
+        "teacher/a.safetensors, which .* names, does not exist",
         both(remove(WEIGHTS), write(INDEX, json.dumps({"weight_map": {"a": "a.safetensors"}}))),
     ),
     Row(
@@ -248,7 +246,7 @@ def lossy_weight(factor: float) -> None:
     save_file(tensors, WEIGHTS, metadata={"format": "pt"})
 
 
-ONE_OF_TWO = "do_normalize: .*processor_config.json: feature_extractor says false, .*says true; give --normalise"
+ONE_OF_TWO = "do_normalize .*processor_config.json: feature_extractor: false, .*true.*--normalise"
 CHECKED = [
     settings_say("sampling_rate", 8000, "sampling_rate: got 8000, expected 16000"),
     settings_say("sampling_rate", 8000, "sampling_rate: got 8000, expected 16000", line=f"{EXTRACT} --normalise"),
@@ -274,10 +272,10 @@ CHECKED = [
     Row(
         "num_hidden_layers 3",
         EXTRACT.replace("0,2,4", "0,2,3"),
-        "the weights hold 16 that config.json has no place for, such as encoder.layers",
+        "16 weights .* such as encoder.layers",
         change_json("teacher/config.json", "num_hidden_layers", to=3),
     ),
-    configured("attn_implementation", "attention_of_another", "`attn_implementation`, out of config.json"),
+    configured("attn_implementation", "attention_of_another", "`attn_implementation`, from config.json"),
     configured("transformers_weights", "../student/model.safetensors", "expected a plain name"),
     configured("transformers_weights", "other.safetensors", "holds no weights; expected one of other.safetensors"),
     Row("a PEFT adapter", EXTRACT, "is a PEFT adapter, .*merge it", write("teacher/adapter_config.json", "{}")),
@@ -288,7 +286,7 @@ CHECKED = [
         "found flax_model.msgpack: open it with transformers 4",
         both(remove(WEIGHTS), write("teacher/flax_model.msgpack", "")),
     ),
-    Row("a .bin part lost", EXTRACT, "a.bin does not exist, and .* names it", lambda: sharded(lost=True)),
+    Row("a .bin part lost", EXTRACT, "a.bin, which .* names, does not exist", lambda: sharded(lost=True)),
     Row("a .bin part a program", EXTRACT, "transformers can't open", lambda: sharded(lost=False)),
     Row("a weight that is nan", EXTRACT, "layer 2 is not finite .* in fp32", lambda: lossy_weight(float("nan"))),
 ]

@@ -148,11 +148,13 @@ def test_operations_are_those_of_the_formula() -> None:
 
 def test_a_teacher_of_a_shape_is_one_that_stage_one_takes(tmp_path: Path) -> None:
     from extract.upstream.card import find_upstream
-    from extract.upstream.forward import load_upstream
+    from extract.upstream.load import load_upstream
 
     material.make_teacher(tmp_path / "hubert-demo", "hubert-demo")
     upstream = load_upstream(find_upstream(str(tmp_path / "hubert-demo")))
-    assert upstream.num_parameters == load_upstream(find_upstream(str(material.DEMO_TEACHER))).num_parameters
+    assert (
+        upstream.facts.num_parameters == load_upstream(find_upstream(str(material.DEMO_TEACHER))).facts.num_parameters
+    )
 
 
 def options(**change: Any) -> dict[str, Any]:

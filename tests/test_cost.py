@@ -32,8 +32,9 @@ from extract.cost import Size, Times, as_bytes, as_time, free_bytes, sample_batc
 from extract.run import extract
 from extract.store.codec import CODECS
 from extract.store.packing import spread_packs
-from extract.upstream.card import find_upstream, read_shape
-from extract.upstream.forward import load_upstream
+from extract.upstream.card import find_upstream
+from extract.upstream.load import load_upstream
+from extract.upstream.spec import Upstream, UpstreamSpec, read_spec
 from tests.conftest import TINY, save_teacher
 from train.modeling_retort import (
     RetortGen2dStudent,
@@ -171,12 +172,27 @@ CONFIGS = {
 }
 
 
+def assert_gives(loaded: Upstream, spec: UpstreamSpec) -> None:
+    """What a loaded upstream returns has the dimensions of the spec, frames at both ends of a hop included."""
+    for num_samples, num_frames in (
+        (spec.receptive_samples, 1),
+        (spec.receptive_samples + spec.hop_samples - 1, 1),
+        (spec.receptive_samples + 9 * spec.hop_samples, 10),
+    ):
+        waveform = np.random.default_rng(0).normal(size=num_samples).astype(np.float32)
+        stem = spec.stem_dim is not None
+        (found,) = loaded.features([waveform], range(spec.num_layers), stem=stem)
+        assert found.hidden_LTD.shape == (spec.num_layers, num_frames, spec.dim)
+        assert found.stem_TC is None if not stem else found.stem_TC.shape == (num_frames, spec.stem_dim)
+    with pytest.raises(IndexError):
+        loaded.features([waveform], [spec.num_layers])
+
+
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")  # WavLM's own masks
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_says_what_the_loaded_model_gives(family: str, tmp_path: Path) -> None:
     save_teacher(FAMILIES[family](CONFIGS[family]), tmp_path)
-    shape, loaded = read_shape(str(tmp_path)), load_upstream(find_upstream(str(tmp_path)))
-    assert vars(shape) == {field: getattr(loaded, field) for field in vars(shape)}
+    assert_gives(load_upstream(find_upstream(str(tmp_path))), read_spec(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -191,15 +207,13 @@ def test_a_students_config_says_what_the_student_gives(family: str, kind: type[R
     sizes = {key: TINY[key] for key in TINY if key != "num_hidden_layers"}
     config = RetortStudentConfig(family=family, num_hidden_layers=3, stack_depth=1, **sizes)
     save_student(tmp_path / "student", kind(config), made_from={})
-    shape = read_shape(str(tmp_path / "student"))
-    loaded = load_upstream(find_upstream(str(tmp_path / "student")), trust_remote_code=True)
-    assert vars(shape) == {field: getattr(loaded, field) for field in vars(shape)}
-    assert shape.num_layers == 4
+    spec = read_spec(str(tmp_path / "student"))
+    assert_gives(load_upstream(find_upstream(str(tmp_path / "student")), trust_remote_code=True), spec)
+    assert spec.num_layers == 4
 
 
-def test_filter_banks_have_a_shape_without_a_folder() -> None:
-    loaded = load_upstream(find_upstream("fbank"))
-    assert vars(read_shape("fbank")) == {field: getattr(loaded, field) for field in vars(read_shape("fbank"))}
+def test_filter_banks_have_dimensions_without_a_folder() -> None:
+    assert_gives(load_upstream(find_upstream("fbank")), read_spec("fbank"))
 
 
 def test_the_break_even_is_where_the_two_costs_cross() -> None:
@@ -295,7 +309,7 @@ def test_a_wrong_request_is_one_line(base_folder: Path, corpus: Corpus, argument
 def test_a_config_that_lacks_a_field_is_named(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "hubert", "hidden_size": 768}')
     with pytest.raises(RetortError, match=r"config.json: .*num_hidden_layers"):
-        read_shape(str(tmp_path))
+        read_spec(str(tmp_path))
 
 
 def test_figures_are_told_in_readable_units() -> None:

@@ -15,7 +15,7 @@ from extract.corpus import Corpus, write_corpus
 from extract.many import read_configs
 from extract.run import extract
 from extract.store.manifest import Manifest
-from extract.upstream import forward
+from extract.upstream import load as loading
 from tests.conftest import TINY, noise_utterances
 from train.modeling_retort import RetortStackedStudent, RetortStudentConfig
 from train.student_folder import save_student
@@ -59,8 +59,8 @@ def test_every_corpus_has_the_store_of_a_single_run_and_the_upstream_is_loaded_o
     params: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = forward.load_upstream
-    monkeypatch.setattr(forward, "load_upstream", lambda *args, **kwargs: loaded.append("one") or load(*args, **kwargs))
+    load = loading.load_upstream
+    monkeypatch.setattr(loading, "load_upstream", lambda *args, **kwargs: loaded.append("one") or load(*args, **kwargs))
     done = many(params, "big", "--threads", "1")
     assert done.exit_code == 0, done.output
     assert loaded == ["one"]

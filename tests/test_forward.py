@@ -24,7 +24,8 @@ from transformers import (
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import OwnFramesGroupNorm, Transformer, load_upstream
+from extract.upstream.forward import OwnFramesGroupNorm, Transformer
+from extract.upstream.load import load_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
 from tests.train_world import student
@@ -41,8 +42,8 @@ def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_
     torch.manual_seed(1)
     model = FAMILIES[family]().eval()
     upstream = load_upstream(find_upstream(str(save_teacher(model, tmp_path, normalise=normalise))))
-    assert upstream.batching is not None and upstream.batching["mode"] == "padded"
-    assert upstream.batching["max_abs_error"] <= 1e-4 and upstream.batching["relative_error"] <= 1e-5
+    assert upstream.facts.batching is not None and upstream.facts.batching["mode"] == "padded"
+    assert upstream.facts.batching["max_abs_error"] <= 1e-4 and upstream.facts.batching["relative_error"] <= 1e-5
     waveforms = [corpus.waveform(index) for index in range(6)]
     got = upstream.hidden_states(waveforms, [0, 2, 4])
     prepare = Wav2Vec2FeatureExtractor(do_normalize=normalise)
@@ -87,7 +88,7 @@ def test_behind_an_adapter_the_encoders_own_layers_are_kept(width: int, corpus: 
         assert own.last_hidden_state.shape[1] < len(encoded[-1])  # the adapter's output is another thing
         expected = np.stack([*(state[0].numpy() for state in own.hidden_states[:4]), encoded[-1].numpy()])
         assert np.abs(states_LTD - expected).max() <= 1e-4
-    assert "adapter" in upstream.convention
+    assert "adapter" in upstream.facts.convention
 
 
 def test_a_config_that_asks_for_tuples_gives_the_same(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_fbank_is_kaldis_with_deltas(corpus: Corpus) -> None:
 
 
 def test_an_upstream_that_cannot_be_used_is_named(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(RetortError, match=r"'nobody/nothing' is not a folder here .* place its config.json"):
+    with pytest.raises(RetortError, match=r"'nobody/nothing' is not a folder .* config.json"):
         find_upstream("nobody/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(RetortError, match="model_type 'bert'; expected one of wav2vec2, hubert"):
@@ -249,5 +250,5 @@ def test_students_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
         distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=False)
         save_student(tmp_path / family / "student", distiller.student, {})
         upstream = load_upstream(find_upstream(str(tmp_path / family / "student")), trust_remote_code=True)
-        assert upstream.num_layers == depth + 1
-        assert upstream.num_parameters == sum(value.numel() for value in distiller.student.parameters())
+        assert upstream.spec.num_layers == depth + 1
+        assert upstream.facts.num_parameters == sum(value.numel() for value in distiller.student.parameters())

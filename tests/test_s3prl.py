@@ -17,7 +17,7 @@ from extract.corpus import Corpus
 from extract.run import extract
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import load_upstream
+from extract.upstream.load import load_upstream
 from tests.train_world import student
 from train.losses import build_distiller
 from train.stem import STANDARD, StemShape
@@ -60,13 +60,13 @@ def test_hidden_states_are_those_of_stage_one(
     folder = save(family, tmp_path / family, normalise=normalise)
     upstream = load_upstream(find_upstream(str(folder)), trust_remote_code=True)
     spoken = waveforms(corpus, 8)
-    expected = upstream.hidden_states(spoken, range(upstream.num_layers))
+    expected = upstream.hidden_states(spoken, range(upstream.spec.num_layers))
 
     wrapped = expert.UpstreamExpert(ckpt=str(folder), model_config=None, refresh=False).eval()
     with torch.no_grad():
         states: list[Tensor] = wrapped([torch.from_numpy(waveform) for waveform in spoken])["hidden_states"]
 
-    assert len(states) == upstream.num_layers
+    assert len(states) == upstream.spec.num_layers
     found_LBTD = torch.stack(states).numpy()  # as s3prl's weighted sum stacks them
     for row, hidden_LTD in enumerate(expected):
         assert np.ptp(hidden_LTD) > 0.5
@@ -86,7 +86,7 @@ def test_a_student_of_25_frames_a_second(expert: ModuleType, corpus: Corpus, tmp
     assert wrapped.get_downsample_rates("hidden_states") == 640
     with torch.no_grad():
         found_LBTD = torch.stack(wrapped([torch.from_numpy(waveform) for waveform in spoken])["hidden_states"]).numpy()
-    for row, hidden_LTD in enumerate(upstream.hidden_states(spoken, range(upstream.num_layers))):
+    for row, hidden_LTD in enumerate(upstream.hidden_states(spoken, range(upstream.spec.num_layers))):
         assert hidden_LTD.shape[1] == (len(spoken[row]) - 720) // 640 + 1
         np.testing.assert_allclose(found_LBTD[:, row, : hidden_LTD.shape[1]], hidden_LTD, rtol=0, atol=1e-4)
 

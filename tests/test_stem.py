@@ -27,7 +27,7 @@ from extract.store.mirror import mirror
 from extract.store.reader import StoreReader
 from extract.store.writer import StoreWriter
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import load_upstream
+from extract.upstream.load import load_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
 from train.modeling_retort import RetortStackedStudent, RetortStudentConfig

@@ -22,7 +22,7 @@ from extract.run import extract
 from extract.store.manifest import initial_weights_path
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import load_upstream
+from extract.upstream.load import load_upstream
 from tests.train_world import SHAPE, World, make_world, stop_after, student, teacher_config, train_request
 from train import checkpoint
 from train.initial_weights import LoadedParts

@@ -19,7 +19,7 @@ from extract.corpus import Corpus, write_corpus
 from extract.run import extract
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import load_upstream
+from extract.upstream.load import load_upstream
 from tests.conftest import noise_utterances, save_teacher
 from tests.families import FAMILIES
 from tests.test_forward import alone, change_config
@@ -57,8 +57,8 @@ def test_where_a_padded_batch_is_not_exact_utterances_are_run_alone(
 ) -> None:
     folder = strangers(teacher, tmp_path / f"leaky{crc32(body.encode())}", body)
     upstream = load_upstream(find_upstream(str(folder)), trust_remote_code=True)
-    assert upstream.batching is not None and upstream.batching["mode"] == "single"
-    error = upstream.batching["relative_error"]
+    assert upstream.facts.batching is not None and upstream.facts.batching["mode"] == "single"
+    error = upstream.facts.batching["relative_error"]
     assert error is None if "assert" in body else error > 1e-3
     model = HubertModel.from_pretrained(teacher).eval()
     waveforms = [corpus.waveform(index) for index in range(4)]
@@ -75,7 +75,7 @@ OUTPUT = "output = super().forward(input_values, attention_mask=attention_mask, 
         (f"{OUTPUT}output.hidden_states[2].add_(torch.rand(1)); return output", "layer 2 differs between two runs"),
         (f"{OUTPUT}return tuple(output.values())", "its forward pass fails on .*AttributeError"),
         (f"{OUTPUT}output.hidden_states = None; return output", "its forward pass fails on .*TypeError"),
-        (f"{OUTPUT}output.hidden_states = output.hidden_states[1:]; return output", "gave 4 hidden states, expected 5"),
+        (f"{OUTPUT}output.hidden_states = output.hidden_states[1:]; return output", "4 hidden states, expected 5"),
         (
             f"{OUTPUT}output.last_hidden_state = output.last_hidden_state[:, ::2]; return output",
             r"frames for \d+ samples, expected \d+ .one every 320 samples",
@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_are_refused_with_a_way_out(
     card = find_upstream(str(tmp_path))
     with pytest.raises(RetortError, match=f"layer 3 is not finite .* in {dtype}; .*{way}.* --layers below 3"):
         load_upstream(card, dtype=dtype)
-    assert load_upstream(card, dtype=dtype, layers=(0, 2)).batching["mode"] == "padded"  # type: ignore[index]
+    assert load_upstream(card, dtype=dtype, layers=(0, 2)).facts.batching["mode"] == "padded"  # type: ignore[index]
 
 
 def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(

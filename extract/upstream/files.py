@@ -120,7 +120,7 @@ def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> 
 
 
 def own_normalisation(folder: Path) -> bool:
-    """Return whether the checkpoint normalises waveforms. Raises RetortError if its files do not state it, or differ."""
+    """Return True if the checkpoint normalises waveforms. Raises RetortError if its files do not state it or differ."""
     settings = _preprocessors(folder)
     if not settings:
         raise RetortError(

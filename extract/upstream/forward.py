@@ -109,7 +109,7 @@ class Transformer(Upstream):
 
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
-        """Return all hidden states of a padded batch, each (B, T, D). Raises MemoryError if the device has too little."""
+        """Return all hidden states of a padded batch, each (B, T, D). Raises MemoryError if the device is full."""
         num_samples = [len(waveform) for waveform in waveforms]
         batch_BS = np.zeros((len(waveforms), max(num_samples)), dtype=np.float32)
         mask_BS = np.zeros(batch_BS.shape, dtype=np.int64)  # 1 for samples, 0 for padding

@@ -232,7 +232,8 @@ class OnlineUpstream:
 
     def __init__(self, bench: Bench, corpus: Corpus, layers: Sequence[int]) -> None:
         from extract.upstream.card import find_upstream
-        from extract.upstream.forward import Transformer, load_upstream
+        from extract.upstream.forward import Transformer
+        from extract.upstream.load import load_upstream
 
         upstream = load_upstream(find_upstream(str(bench.folder / "upstream")))
         assert isinstance(upstream, Transformer)

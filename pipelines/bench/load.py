@@ -25,10 +25,11 @@ from extract.base.timing import CLOCKS, Progress, TimedRun, TimedSteps, in_fresh
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import make_store
-from extract.shards import Extraction, LocalRunner, UpstreamFacts
+from extract.shards import Extraction, LocalRunner
 from extract.store.codec import CODECS
 from extract.store.reader import StoreReader
-from extract.upstream.card import UpstreamShape, find_upstream
+from extract.upstream.card import find_upstream
+from extract.upstream.spec import UpstreamFacts, UpstreamSpec
 from pipelines.bench import material
 from pipelines.bench.measure import by_clocks, check_asked, headed
 from train.config import read_student
@@ -114,7 +115,7 @@ def make_material(place: Place) -> dict[str, Any]:
         pack_frames=bench.pack_frames,
     )
     card = find_upstream(settings.upstream)
-    shape = UpstreamShape(max(_LAYERS) + 1, bench.dim, _HOP_SAMPLES, _RECEPTIVE_SAMPLES, stem_dim=None)
+    shape = UpstreamSpec(max(_LAYERS) + 1, bench.dim, _HOP_SAMPLES, _RECEPTIVE_SAMPLES, stem_dim=None)
     manifest = make_store(Extraction.open(settings, card, corpus, shape), _Noise(settings, card))
     write_json(place.manifest, manifest.to_dict())
     audio_s, num_bytes = 0.0, []

@@ -269,7 +269,8 @@ def _begin(bench: Bench, *, frozen: bool, stored: bool = False) -> Run:
 def load_teacher(bench: Bench) -> "Transformer":
     """The teacher beside its student, in the student's precision."""
     from extract.upstream.card import find_upstream
-    from extract.upstream.forward import Transformer, load_upstream
+    from extract.upstream.forward import Transformer
+    from extract.upstream.load import load_upstream
 
     card = find_upstream(str(bench.folder / "teacher"))
     teacher = load_upstream(card, device=bench.asked.device, dtype=bench.asked.dtype)
