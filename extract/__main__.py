@@ -37,6 +37,7 @@ def _path(*names: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, type=click.Path(path_type=Path), **settings)
 
 
+_manifest = click.argument("manifest", type=click.Path(path_type=Path))
 _how_to_run = shared_options(
     click.option("--drop-long", is_flag=True, help="Drop utterances longer than a pack, and record them."),
     click.option("--drop-short", is_flag=True, help="Drop utterances shorter than one frame, and record them."),
@@ -95,15 +96,7 @@ def _config(*, layers: str | None, keep: str, **options: Any) -> "ExtractConfig"
 @click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s at which extraction writes the store.")
 @click.option("--student-layers", help="Layers that a student reads every epoch [default: all kept].")
 @click.option("--student-epochs", default=0, show_default=True, help="Also compare the hours of so many epochs.")
-def plan(
-    sample_s: float,
-    rate: float | None,
-    read_mb_s: float,
-    write_mb_s: float,
-    student_layers: str | None,
-    student_epochs: int,
-    **options: Any,
-) -> None:
+def plan(student_layers: str | None, **options: Any) -> None:
     """Estimate the cost of an extraction: bytes by codec, hours, and the epochs after which the cache has paid.
 
     The two MB/s are assumptions, the slow end of one process with uncompressed chunks on a local disk; give your own.
@@ -112,16 +105,9 @@ def plan(
 
     from extract.cost import CostConfig, plan_cost
 
-    config = CostConfig(
-        extract=_config(**options),
-        sample_s=sample_s,
-        rate=rate,
-        read_mb_s=read_mb_s,
-        write_mb_s=write_mb_s,
-        student_layers=_layers(student_layers, "--student-layers"),
-        student_epochs=student_epochs,
-    )
-    plan_cost(config, Console())
+    rates = {name: options.pop(name) for name in ("sample_s", "rate", "read_mb_s", "write_mb_s", "student_epochs")}
+    layers = _layers(student_layers, "--student-layers")
+    plan_cost(CostConfig(extract=_config(**options), student_layers=layers, **rates), Console())
 
 
 @main.command()
@@ -173,89 +159,88 @@ def _print_made(path: Path, manifest: "Manifest", worked: bool) -> None:
 
 
 @main.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
+@_manifest
 def verify(manifest: Path) -> None:
-    """Read every byte of a store and compare it with its manifest. What is damaged in a folder is renamed .damaged."""
+    """Compare every byte of a store with its manifest. Damaged files of a store in a folder are renamed .damaged."""
     from extract.store.location import LocalLocation
     from extract.store.reader import StoreReader
 
     reader = StoreReader.open(manifest)
+    objects, location = reader.manifest.objects, reader.manifest.location
     if damaged := reader.damaged():
-        mend = "delete them and run the same `python -m extract run` or `mirror` again"
-        if isinstance(place := reader.manifest.location, LocalLocation):
+        fix = "delete them and run the same `python -m extract run` or `mirror` again"
+        if isinstance(location, LocalLocation):
             for name in damaged:
-                place.set_aside(name)
-            mend = (
-                "they were set aside as NAME.damaged; the same `python -m extract run` makes them again, and only them"
-            )
+                location.set_aside(name)
+            fix = "they are renamed NAME.damaged; run the same `python -m extract run` again, which makes only these"
         raise RetortError(
-            f"{manifest}: {len(damaged)} of {len(reader.manifest.objects)} objects are damaged: {', '.join(damaged)}; "
-            f"{mend}"
+            f"{manifest}: {len(damaged)} of {len(objects)} objects are damaged: {', '.join(damaged)}; {fix}"
         )
     reader.manifest.check_initial_weights(manifest)
-    click.echo(
-        f"{manifest}: all {len(reader.manifest.objects)} objects are as they were written "
-        f"({_megabytes(reader.manifest.objects):.1f} MB)"
-    )
+    click.echo(f"{manifest}: all {len(objects)} objects are as they were written ({_megabytes(objects):.1f} MB)")
 
 
 @main.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
+@_manifest
 def info(manifest: Path) -> None:
-    """Print what a manifest says: upstream, layers, codec and its error by layer, sizes, digests."""
+    """Print the content of a manifest: upstream, layers, sizes, digests, and the error of the codec by layer."""
     from rich.console import Console
     from rich.table import Table
 
     from extract.store.manifest import Manifest
 
-    it = Manifest.read(manifest)
-    frames = it.plan["num_frames"]
-    seconds = frames * it.hop_samples / 16_000
+    console, found = Console(), Manifest.read(manifest)
     table = Table(title=str(manifest), show_header=False, title_justify="left")
-    rows = {
+    for name, value in _rows(found).items():
+        if value:
+            table.add_row(name, value)
+    console.print(table)
+    for part, by_layer in ((found.codec, found.codec_error), (found.dtype, found.dtype_error)):
+        if by_layer:
+            columns = ("layer", "signal to noise (dB)", "max abs error")
+            errors = Table(*columns, title=f"error of {part}", title_justify="left")
+            for layer in map(str, (*found.layers, "stem")):  # JSON sorts layers as text: 12 before 4
+                if figures := by_layer.get(layer):
+                    errors.add_row(layer, str(figures.get("snr_db")), str(figures.get("max_abs_error")))
+            console.print(errors)
+
+
+def _rows(it: "Manifest") -> dict[str, str]:
+    """Return the rows of `info`; a row without a value is left out."""
+    frames, packs = it.plan["num_frames"], it.plan["num_packs"]
+    rows = packs * it.plan["pack_frames"]
+    hours = frames * it.hop_samples / 16_000 / 3600
+    return {
         "upstream": f"{it.upstream['name']} ({it.upstream['id']})",
         "parameters": f"{it.upstream['num_parameters'] / 1e6:.2f} M",
         "note": it.upstream["note"] or "",
         "weights": it.upstream["weights_sha256"][:12],
-        "corpus": f"{it.corpus['name']}, {it.corpus['num_utterances']} utterances, {seconds / 3600:.2f} h",
+        "corpus": f"{it.corpus['name']}, {it.corpus['num_utterances']} utterances, {hours:.2f} h",
         "frames": f"{frames} of {it.dim} features every {it.hop_samples} samples, {len(it.layers)} layers",
         "convention": it.convention,
         "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
         "batches": _batches(it),
-        "packs": f"{it.plan['num_packs']} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
-        f"{100 * frames / max(1, it.plan['num_packs'] * it.plan['pack_frames']):.1f}% filled",
+        "packs": f"{packs} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
+        f"{100 * frames / max(1, rows):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
         "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
     }
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, value)
-    console = Console()
-    console.print(table)
-    for lost, by_layer in ((it.codec, it.codec_error), (it.dtype, it.dtype_error)):
-        if by_layer:
-            columns = ("layer", "signal to noise (dB)", "max abs error")
-            errors = Table(*columns, title=f"what {lost} lost", title_justify="left")
-            for name in map(str, (*it.layers, "stem")):  # JSON has them in the order of their names
-                if figures := by_layer.get(name):
-                    errors.add_row(name, str(figures.get("snr_db")), str(figures.get("max_abs_error")))
-            console.print(errors)
 
 
 def _batches(manifest: "Manifest") -> str:
-    """Return the batching of utterances in words, with the error of a padded batch against each utterance alone."""
-    if (it := manifest.batching) is None:
+    """Return the batching of utterances as text, with the error of a padded batch against each utterance alone."""
+    if (batching := manifest.batching) is None:
         return ""
-    said = {"padded": "padded", "single": "utterances one by one"}.get(it.get("mode", ""), "")
-    error = it.get("max_abs_error")
+    mode = {"padded": "padded", "single": "utterances one by one"}.get(batching.get("mode", ""), "")
+    error = batching.get("max_abs_error")
     off = "fails" if error is None else f"is off by {error} at most"
-    return f"{said}; a padded batch {off} ({it.get('dtype')})"
+    return f"{mode}; a padded batch {off} ({batching.get('dtype')})"
 
 
 def _bytes_a_value(manifest: "Manifest") -> str:
-    """What a frame's feature costs on the disk, beside what the codec promises for a full pack."""
+    """Return the bytes on disk of one feature of one frame, beside those of the codec in a full pack."""
     from extract.store.codec import CODECS
 
     values = manifest.plan["num_frames"] * len(manifest.layers) * manifest.dim
@@ -263,18 +248,16 @@ def _bytes_a_value(manifest: "Manifest") -> str:
         return ""
     stored = sum(size for name, (size, _) in manifest.objects.items() if name.startswith(("hidden/c/", "scale/c/")))
     frames = manifest.plan["pack_frames"]
-    promised = CODECS[manifest.codec].nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
-    return f"{stored / values:.3f} on the disk, {promised:.3f} in a full pack"
+    full = CODECS[manifest.codec].nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
+    return f"{stored / values:.3f} on the disk, {full:.3f} in a full pack"
 
 
 @main.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="OUT.json, OUT-layers and OUT-cka .png, .svg [default: stats/NAME]."
-)
+@_manifest
+@_path("--out", help="OUT.json, OUT-layers and OUT-cka .png, .svg [default: stats/NAME].")
 @click.option("--max-packs", type=int, help="Read only so many packs, spread over the lengths [default: all].")
 def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
-    """Norms, spread and likeness (linear CKA) of a store's layers, out of core: a table, a JSON and two figures."""
+    """Measure norms, std and linear CKA of a store's layers, out of core: a table, a JSON and two figures."""
     from rich.console import Console
 
     from extract.base.files import check_out
@@ -291,16 +274,11 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
 
 
 @main.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
+@_manifest
 @click.argument("newroot")
-@click.option(
-    "--manifest",
-    "new_manifest",
-    type=click.Path(path_type=Path),
-    help="Also write the new root's manifest here, with the teacher's initial weights beside it if it records any.",
-)
+@_path("--manifest", "new_manifest", help="Also write the new root's manifest here, with its initial weights if any.")
 def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
-    """Copy a finished store to another ROOT, a folder or a URL; checked, and resumed when it was killed."""
+    """Copy a finished store to another ROOT, a folder or a URL, with checks; a killed copy is resumed."""
     from extract.store.mirror import mirror as copy_store
 
     done = copy_store(manifest, newroot, new_manifest=new_manifest)
@@ -314,9 +292,9 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
 @main.command()
 @click.argument("teacher", type=click.Path(path_type=Path))
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="The stores' corpus: NAME.json or .h5.")
+@_path("--corpus", required=True, help="The stores' corpus: NAME.json or .h5.")
 @click.option("--split", default="test", show_default=True, help="Split of the corpus to compare on.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The JSON to write.")
+@_path("--out", required=True, help="The JSON to write.")
 def compare(teacher: Path, student: Path, corpus: Path, split: str, out: Path) -> None:
     """Compare the layers of two stores, given by their manifests TEACHER and STUDENT, by linear CKA.
 
@@ -332,9 +310,8 @@ def compare(teacher: Path, student: Path, corpus: Path, split: str, out: Path) -
 
 
 @main.command()
-@click.option(
+@_path(
     "--config",
-    type=click.Path(path_type=Path),
     default=Path("params.yaml"),
     show_default=True,
     help="Sections `upstreams` and `report.speed`: corpus, split, seconds of audio, threads, rounds.",
@@ -348,13 +325,7 @@ def compare(teacher: Path, student: Path, corpus: Path, split: str, out: Path) -
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that an upstream's folder brings.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("measures/speed.json"),
-    show_default=True,
-    help="The JSON to write.",
-)
+@_path("--out", default=Path("measures/speed.json"), show_default=True, help="The JSON to write.")
 def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -> None:
     """Measure speed, latency, MACs, parameters and memory of upstreams, interleaved, on this machine."""
     from rich.console import Console

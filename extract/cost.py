@@ -44,7 +44,7 @@ _SAMPLED_PACKS = 4  # at least: long and short utterances run at different rates
 
 @dataclass(frozen=True, kw_only=True)
 class CostConfig:
-    """What `extract plan` estimates: an extraction, and the assumptions about rates and the student."""
+    """An extraction to estimate, with the assumptions about rates and the student."""
 
     extract: ExtractConfig
     sample_s: float = 60.0  # seconds of audio to time the upstream on; 0 for no timing

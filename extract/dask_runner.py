@@ -10,10 +10,9 @@ start the workers with CUDA_VISIBLE_DEVICES.
 import os
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from distributed import get_worker
 
@@ -27,6 +26,11 @@ from extract.store.location import is_url, root_text
 from extract.store.manifest import initial_weights_path
 from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import UpstreamFacts
+
+# State of a worker process, one entry at most each: the loaded upstream, and the store that it works on.
+_lock = threading.Lock()
+_loaded: dict[tuple[Any, ...], LocalRunner] = {}
+_opened: dict[tuple[ExtractConfig, UpstreamCard], tuple[LocalRunner, Extraction, UpstreamFacts]] = {}
 
 
 class DaskRunner:
@@ -44,32 +48,27 @@ class DaskRunner:
             DaskPool(number=config.workers, address=config.scheduler, threads=CONCURRENT_SHARDS, piece="shard")
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._started.__exit__(kind, error, trace)
+    def close(self) -> None:
+        self._started.close()
 
     def open(self, extraction: Extraction) -> UpstreamFacts:
-        return self.pool.once(_open, self._absolute(extraction.config, extraction.corpus), self.card)
+        return self.pool.once(_open, self._for_workers(extraction.config, extraction.corpus), self.card)
 
     def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
-        config = self._absolute(extraction.config, extraction.corpus)
+        config = self._for_workers(extraction.config, extraction.corpus)
         for shard, _ in self.pool.each(partial(_write_shard, config, self.card), shards):
             advance(extraction.shard_s(shard))
 
     def write_initial_weights(self, config: ExtractConfig) -> dict[str, Any]:
-        record = self.pool.once(_write_initial_weights, self._absolute(config), self.card)
+        record = self.pool.once(_write_initial_weights, self._for_workers(config), self.card)
         if not (path := initial_weights_path(config.manifest)).is_file():
-            raise RetortError(f"{path}: not here, a worker wrote it; give a --manifest in a folder that workers share")
+            raise RetortError(f"{path}: written by a worker and not visible here; give a --manifest in a shared folder")
         return record
 
-    def _absolute(self, config: ExtractConfig, corpus: Corpus | None = None) -> ExtractConfig:
-        """Return the config as workers get it: they may have another working folder."""
+    def _for_workers(self, config: ExtractConfig, corpus: Corpus | None = None) -> ExtractConfig:
+        """Return the config with absolute paths, as workers may have another working folder, and their threads."""
         threads, root = config.threads, root_text(config.store)
-        if config.scheduler is None:  # the workers share this machine's cores
+        if config.scheduler is None:  # the workers share the cores of this machine
             threads = threads or max(1, (os.cpu_count() or 1) // config.workers)
         return replace(
             config,
@@ -80,41 +79,29 @@ class DaskRunner:
         )
 
 
-@dataclass
-class _Worker:
-    """State of a worker process: one loaded upstream, and the store that it works on."""
+def _load(config: ExtractConfig, card: UpstreamCard) -> LocalRunner:
+    """Return this worker's runner of an upstream. Call it with the lock held."""
+    if (key := (config.loading, card)) not in _loaded:
+        from extract.base.malloc import keep_freed_blocks
 
-    lock: threading.Lock
-    loaded: tuple[Any, ...] = ()  # what `runner` was loaded by
-    runner: LocalRunner | None = None
-    opened: tuple[Any, ...] = ()  # what `extraction` was opened by
-    extraction: Extraction | None = None
-    facts: UpstreamFacts | None = None
-
-    def load(self, config: ExtractConfig, card: UpstreamCard) -> LocalRunner:
-        """Return the runner of a config, in place of an earlier one. Call it with the lock held."""
-        if self.runner is None or self.loaded != (config.loading, card):
-            from extract.base.malloc import keep_freed_blocks
-
-            keep_freed_blocks()
-            self.runner, self.loaded, self.opened = None, (), ()  # frees the earlier upstream first
-            self.runner = LocalRunner(replace(config, device=_own_device(config.device)), card)
-            self.loaded = config.loading, card
-        return self.runner
-
-    def open(self, config: ExtractConfig, card: UpstreamCard) -> tuple[LocalRunner, Extraction, UpstreamFacts]:
-        """Open a store, once for all threads and shards of this worker."""
-        with self.lock:
-            runner = self.load(config, card)
-            if self.extraction is None or self.facts is None or self.opened != (config, card):
-                self.extraction = Extraction.open(config, card, Corpus.open(config.corpus))
-                self.facts, self.opened = runner.open(self.extraction), (config, card)
-                if self.extraction.writer.remote:
-                    self.extraction.writer.create()  # in this process's own staging folder
-            return runner, self.extraction, self.facts
+        keep_freed_blocks()
+        _loaded.clear()  # an earlier upstream is freed first: one at a time in memory
+        _opened.clear()
+        _loaded[key] = LocalRunner(replace(config, device=_own_device(config.device)), card)
+    return _loaded[key]
 
 
-_worker = _Worker(threading.Lock())
+def _open_here(config: ExtractConfig, card: UpstreamCard) -> tuple[LocalRunner, Extraction, UpstreamFacts]:
+    """Open a store, once for all threads and shards of this worker."""
+    with _lock:
+        if (key := (config, card)) not in _opened:
+            runner, extraction = _load(config, card), Extraction.open(config, card, Corpus.open(config.corpus))
+            facts = runner.open(extraction)
+            if extraction.writer.remote:
+                extraction.writer.create()  # in the staging folder of this process
+            _opened.clear()
+            _opened[key] = runner, extraction, facts
+        return _opened[key]
 
 
 def _own_device(device: str) -> str:
@@ -128,15 +115,15 @@ def _own_device(device: str) -> str:
 
 
 def _open(config: ExtractConfig, card: UpstreamCard) -> UpstreamFacts:
-    return _worker.open(config, card)[2]
+    return _open_here(config, card)[2]
 
 
 def _write_shard(config: ExtractConfig, card: UpstreamCard, shard: int) -> None:
-    runner, extraction, _ = _worker.open(config, card)
+    runner, extraction, _ = _open_here(config, card)
     if not extraction.writer.finished(shard):  # Dask runs a task again if the worker that ran it dies
         runner.write_shard(extraction, shard)
 
 
 def _write_initial_weights(config: ExtractConfig, card: UpstreamCard) -> dict[str, Any]:
-    with _worker.lock:
-        return _worker.load(config, card).write_initial_weights(config)
+    with _lock:
+        return _load(config, card).write_initial_weights(config)

@@ -7,7 +7,7 @@ The manifest is written last. A run that was killed continues after its last fin
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +76,7 @@ def _runner(config: ExtractConfig, card: UpstreamCard) -> Iterator[ShardRunner]:
         return
     from extract.dask_runner import DaskRunner  # late: importing dask takes a second
 
-    with DaskRunner(config, card) as runner:
+    with closing(DaskRunner(config, card)) as runner:
         yield runner
 
 

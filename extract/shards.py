@@ -69,7 +69,10 @@ class Extraction:
         if config.pack_frames >= 1 << 31:
             raise RetortError(f"--pack-frames {config.pack_frames}: a store's index is int32, expected less than 2^31")
         if not packing.num_packs:
-            raise RetortError(all_dropped(corpus, packing))
+            raise RetortError(
+                f"every utterance of {corpus.path} is longer than a pack of {packing.pack_frames} frames or shorter "
+                "than one frame of this upstream and would be dropped; give a larger --pack-frames or another corpus"
+            )
         location = location_of(**store_of(config, card, corpus))
         writer = StoreWriter(
             folder=location.staging(),
@@ -112,20 +115,6 @@ def pack_corpus(config: ExtractConfig, corpus: Corpus, shape: UpstreamSpec) -> P
         shard_packs=config.shard_packs,
         drop_long=config.drop_long,
         drop_short=config.drop_short,
-    )
-
-
-def all_dropped(corpus: Corpus, packing: Packing) -> str:
-    """Return the error line for a packing without a pack: every utterance is too long or too short."""
-    frames = packing.pack_frames
-    if int(packing.num_frames.min(initial=frames + 1)) > frames:
-        return (
-            f"every utterance of {corpus.path} is longer than a pack of {frames} frames and would be dropped; "
-            "give a larger --pack-frames"
-        )
-    return (
-        f"every utterance of {corpus.path} is shorter than one frame of this upstream or longer than a pack of "
-        f"{frames} frames and would be dropped; give another corpus or a larger --pack-frames"
     )
 
 

@@ -1,4 +1,4 @@
-"""Small real things that many tests share: a corpus in HDF5, teachers of the wav2vec 2.0 family with random weights."""
+"""Fixtures that many tests share: a corpus in HDF5, teachers of the wav2vec 2.0 family with random weights."""
 
 import os
 
@@ -15,14 +15,14 @@ import pytest
 import torch
 from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2FeatureExtractor, logging
 
-import tests.processes  # noqa: F401  # says what a fork server imports
+import tests.processes  # noqa: F401  # sets the imports of a fork server
 from extract.config import ExtractConfig
 from extract.corpus import Corpus, Utterance, write_corpus
 
 if TYPE_CHECKING:
     from tests.report_world import Made
 
-forkserver.ensure_running()  # before the demo's booth starts one that has imported less
+forkserver.ensure_running()  # before the demo's process pool starts one that has imported less
 logging.disable_progress_bar()
 torch.set_num_threads(1)
 
@@ -38,13 +38,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest go first: no worker is to wait for another's last one."""
+    """Run the longest files first, so that no worker waits for the last one of another."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
 def subnormal_numbers() -> Iterator[None]:
-    """Commands that a test runs in this process flush them to zero for good; Hypothesis and the next test want them."""
+    """Restore subnormal numbers: commands that a test runs in this process flush them to zero for good."""
     yield
     torch.set_flush_denormal(False)
 
@@ -70,7 +70,7 @@ def save_teacher(model: PreTrainedModel, folder: Path, *, normalise: bool = True
 def noise_utterances(
     count: int = 20, *, seed: int = 0, shortest: int = 1_000, longest: int = 30_000
 ) -> list[Utterance]:
-    """Utterances of noise, three speakers, four fifths train, then dev and test."""
+    """Return utterances of noise by three speakers: four fifths train, then dev and test."""
     generator = np.random.default_rng(seed)
     splits = ["train"] * (count * 4 // 5) + ["dev"] * (count // 10)
     splits += ["test"] * (count - len(splits))
@@ -96,7 +96,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A HuBERT of Base's kind (group norm in the stem) with random weights: 4 blocks of 32."""
+    """A HuBERT with random weights and Base's group norm in the stem: 4 blocks of 32 features."""
     torch.manual_seed(0)
     return save_teacher(HubertModel(HubertConfig(**TINY)), tmp_path_factory.mktemp("teacher"))
 
@@ -111,7 +111,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> "Made":
 
 @pytest.fixture(scope="session")
 def ten(tmp_path_factory: pytest.TempPathFactory) -> "Made":
-    """A report of all ten tasks, the last without a head, that two of them say something beside."""
+    """A report of all ten tasks, of which the last has no head, and two have remarks."""
     from tests.report_world import TEN_TASKS, make_whole
 
     return make_whole(tmp_path_factory.mktemp("ten"), TEN_TASKS)

@@ -1,14 +1,14 @@
-"""The soak: extraction, training and scoring killed at random moments again and again, and nothing is different.
+"""Crash test: kill extraction, training and scoring at random moments, again and again; no result may differ.
 
     python -m tests.crash_test --kills 100 --seed 0 [--size short] [--scratch DIR]
 
-An undisturbed run of the three stages is made, then one whose commands are killed (SIGKILL to the process group, Dask's
-workers included) and started again with another number of workers, until so many kills have landed. Then every file
-that the two left must be the same, byte for byte but for the seconds that metrics and scores name: stores, manifests,
-students, curves, scores, and no file that is in one alone. Exit status 1 names the first difference.
+The three stages run once undisturbed. Then their commands are killed (SIGKILL to the process group, Dask's workers
+included) and started again with another number of workers, until enough kills have landed. Every file that the two runs
+left must then be the same, byte for byte except for the seconds in metrics and scores: stores, manifests, students,
+curves, scores, and no file that only one run has. Exit status 1 comes with the first difference.
 
-The commands are the real ones, in processes forked from one that has torch imported, so that they are killed at work
-and not while they import (tests/processes.py), and they tell a file how far they are (tests/marked.py).
+The commands are the real ones. They run in processes forked from one that has torch imported, so that a kill meets them
+at work and not during imports (tests/processes.py), and they record their progress in a file (tests/marked.py).
 """
 
 import json
@@ -34,12 +34,12 @@ from tests.processes import Command
 PHASES = ("before", "work", "closing")
 SHARES = {"before": 0.1, "work": 0.7, "closing": 0.2}  # of the kills, by the phase that they are aimed at
 CLOCK = {"metrics.json": {"seconds", "audio_seconds_per_second", "loader_wait_share"}, "scores": {"seconds"}}
-PATIENCE_S = 1800  # with one command
-MOST_ROUNDS = 10  # while a stage has been spared
+TIMEOUT_S = 1800  # of one command
+MOST_ROUNDS = 10  # as long as no kill has landed on some stage
 
 
 class Different(Exception):
-    """What the soak is there to find; the message says where."""
+    """A difference between the two runs, or a failed command."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Life:
 
     @property
     def phase(self) -> str:
-        """Where the command is: what is closed by one of its processes counts before what others work on."""
+        """Current phase of the command: one process that is closing counts more than others at work."""
         last = {pid: phase for pid, phase, _ in self.marks}
         begun = any(phase == "work" for _, phase, _ in self.marks)
         for phase, means in (("closing", "closing"), ("work", "work"), ("done", "closing")):
@@ -76,20 +76,20 @@ class Life:
         return "work" if begun else "before"
 
     def first(self, phase: str) -> float | None:
-        """When a phase was entered first."""
+        """Return the time at which a phase was first entered, None if it was not."""
         return next((at for _, name, at in self.marks if name == phase), None)
 
     def wait(self, until: Callable[[], bool]) -> bool:
-        """Wait for something; False if the command ended before it."""
+        """Wait until a condition holds; return False if the command ends before that."""
         while not until():
             if self.command.poll() is not None:
                 return False
-            assert time.monotonic() - self.started < PATIENCE_S, f"{self.step.name}: no end after {PATIENCE_S} s"
+            assert time.monotonic() - self.started < TIMEOUT_S, f"{self.step.name}: no end after {TIMEOUT_S} s"
             time.sleep(0.002)
         return True
 
     def kill(self) -> bool:
-        """Kill the process and all that work for it; whether it was running."""
+        """Kill the process group; return whether the process was running."""
         try:
             os.killpg(self.command.pid, signal.SIGKILL)
         except ProcessLookupError:  # it has no group of its own yet, or is gone
@@ -98,8 +98,8 @@ class Life:
         return self.command.returncode == -signal.SIGKILL
 
     def finish(self) -> None:
-        """Wait for its end. Raises Different for a command that fails."""
-        self.command.wait(PATIENCE_S)
+        """Wait for the end. Raises Different if the command fails."""
+        self.command.wait(TIMEOUT_S)
         _, errors = self.command.communicate()
         if self.command.returncode != 0:
             raise Different(f"{self.step.room} {self.step.name} ended with {self.command.returncode}:\n{errors}")
@@ -107,7 +107,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a command took undisturbed: until it worked, at work and closing, and after the last closing began."""
+    """Durations of an undisturbed command: before work, of work, and from the last start of closing to its end."""
 
     before_s: float
     work_s: float
@@ -127,8 +127,8 @@ class Kill:
 
 
 @dataclass
-class Soak:
-    """The whole of it, in a scratch folder that has corpora/ and params.yaml."""
+class CrashTest:
+    """State of a crash test, in a scratch folder that has corpora/ and params.yaml."""
 
     scratch: Path
     steps: list[Step]
@@ -144,7 +144,7 @@ class Soak:
         self.draw = random.Random(self.seed)
 
     def run(self) -> None:
-        """Raises Different."""
+        """Make the undisturbed run and the others. Raises Different."""
         whole = self._folder("whole")
         paces = [self._undisturbed(step, whole) for step in self.steps]
         self.say(
@@ -154,9 +154,10 @@ class Soak:
         self.disturb(whole, paces)
 
     def disturb(self, whole: Path, paces: list[Pace]) -> None:
-        """Kill what `whole` holds the results of, which took `paces`, until all kills have landed; compare.
+        """Run and kill the commands until all kills have landed; compare each round with the undisturbed run `whole`.
 
-        A command may end before its kill: rounds go on until every stage has been killed, so many times at most.
+        paces: durations of the undisturbed commands. A command may end before its kill: rounds continue until every
+        stage has been killed, up to MOST_ROUNDS.
         """
         while len(self.landed) < self.kills or (self._spared and self.rounds < MOST_ROUNDS):
             self.rounds += 1
@@ -170,11 +171,11 @@ class Soak:
 
     @property
     def _spared(self) -> set[str]:
-        """The stages that no kill has landed on."""
+        """Stages on which no kill has landed."""
         return {step.room for step in self.steps} - {kill.room for kill in self.landed}
 
     def stop(self) -> None:
-        """End what runs: a driver that is stopped leaves no command at work in its folder."""
+        """End the running command, so that a stopped driver leaves none at work."""
         if self.living is not None and self.living.command.poll() is None:
             self.living.kill()
 
@@ -215,11 +216,11 @@ class Soak:
         return pace
 
     def _disturbed(self, step: Step, pace: Pace, folder: Path, kills: int) -> None:
-        """Kill a command so many times, fewer if it is done before, and let it end."""
+        """Kill a command `kills` times, or fewer if it ends earlier, then let it end."""
         aims = self.draw.choices(list(SHARES), list(SHARES.values()), k=kills)
         if step.pieces == 1:
             aims.sort(key=lambda aim: aim == "closing")  # to come so far takes all of the work
-        # The work must outlast the kills: a kill that is aimed at closing waits for a whole piece of it.
+        # The work must outlast the kills: a kill that is aimed at closing waits for a whole piece of work.
         part = 0.7 - (min(0.4, aims.count("closing") / step.pieces) if step.pieces > 1 else 0)
         before, stretch = "", 1.0
         for number, aim in enumerate(aims):
@@ -242,7 +243,7 @@ class Soak:
             self.say(
                 f"{len(self.landed):3} {step.room} {step.name}{workers}: killed after {since_s:.1f} s, {phase}; {left}"
             )
-            # Where a life was too short to come further than the one before, the next may last longer.
+            # If a life was too short to get further than the one before, the next may last longer.
             before, stretch = left, stretch * 1.4 if left == before else 1.0
         self._life(step, folder, self._workers(step, kills)).finish()
 
@@ -251,9 +252,9 @@ class Soak:
 
 
 def share(paces: list[Pace], steps: list[Step], number: int, left: int) -> int:
-    """How many of the kills that are left a step gets: each stage as many, within a stage by the time at work.
+    """Return the kills of a step, of those that are left: equal for each stage, within a stage by the time at work.
 
-    A round may end with kills left, which are for the next.
+    Kills that are left at the end of a round go to the next.
     """
     rooms = list(dict.fromkeys(step.room for step in steps))
     later = [(place, steps[place].room) for place in range(number, len(steps))]
@@ -267,7 +268,7 @@ def share(paces: list[Pace], steps: list[Step], number: int, left: int) -> int:
 
 
 def standing(folder: Path, room: str) -> str:
-    """What a killed command left, in words."""
+    """Describe as text what a killed command left."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     aside = sum(path.name.endswith((".aside", ".partial")) for path in files)
     if room == "extract":
@@ -289,7 +290,7 @@ def _step_of(path: Path) -> str:
 
 
 def compare(whole: Path, killed: Path) -> int:
-    """Compare all files of two runs; return how many there are. Raises Different for the first that differs."""
+    """Compare all files of two runs; return their number. Raises Different for the first difference."""
     names = [{path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} for run in (whole, killed)]
     if odd := sorted(names[0] ^ names[1]):
         where = "the undisturbed run" if odd[0] in names[0] else "the killed run"
@@ -302,7 +303,7 @@ def compare(whole: Path, killed: Path) -> int:
 
 
 def _content(run: Path, name: str) -> Any:
-    """A file's bytes, or the JSON without the clock where it names seconds."""
+    """Return the bytes of a file, or its JSON without the fields that hold seconds."""
     clock = CLOCK.get(Path(name).name if name.startswith("runs/") else name.partition("/")[0])
     data = (run / name).read_bytes()
     return {key: value for key, value in json.loads(data).items() if key not in clock} if clock else data
@@ -318,36 +319,36 @@ def _where(one: Any, other: Any) -> str:
 
 
 def prepare(scratch: Path, size: str) -> list[Step]:
-    """Speak and read the corpora; return the steps."""
+    """Synthesise and read the corpora; return the steps."""
     write_params(scratch, SIZES[size])
     speaking = Command("tests.crash_world", str(scratch), size)
-    _, errors = speaking.communicate(timeout=PATIENCE_S)
+    _, errors = speaking.communicate(timeout=TIMEOUT_S)
     assert speaking.returncode == 0, errors
     return steps_of(SIZES[size])
 
 
 @click.command()
 @click.option("--kills", default=100, show_default=True, help="Kills that must land on a running process.")
-@click.option("--seed", default=0, show_default=True, help="Of the moments; the machine has its say in them too.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the moments; they also depend on the machine.")
 @click.option("--size", type=click.Choice(list(SIZES)), default="long", show_default=True)
 @click.option("--scratch", type=click.Path(path_type=Path), help="Folder to work in [default: one that is removed].")
 def main(kills: int, seed: int, size: str, scratch: Path | None) -> None:
-    """Kill the three stages again and again, and compare what they leave with an undisturbed run."""
+    """Kill the three stages again and again, and compare their files with those of an undisturbed run."""
     started = time.monotonic()
-    place = scratch or Path(tempfile.mkdtemp(prefix="retort-soak-"))
+    place = scratch or Path(tempfile.mkdtemp(prefix="retort-crash-"))
     place.mkdir(parents=True, exist_ok=True)
     if any(place.iterdir()):
         raise click.UsageError(f"--scratch {place} is not empty; give a new folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    soak = Soak(place.resolve(), prepare(place.resolve(), size), kills, seed, click.echo)
+    test = CrashTest(place.resolve(), prepare(place.resolve(), size), kills, seed, click.echo)
     try:
-        soak.run()
+        test.run()
     except Different as different:
-        click.echo(f"after {len(soak.landed)} kills: {different}", err=True)
+        click.echo(f"after {len(test.landed)} kills: {different}", err=True)
         sys.exit(1)
     finally:
-        soak.stop()
-    click.echo(f"{soak.summary()}; {(time.monotonic() - started) / 60:.1f} min")
+        test.stop()
+    click.echo(f"{test.summary()}; {(time.monotonic() - started) / 60:.1f} min")
     if scratch is None:
         shutil.rmtree(place)
 

@@ -1,6 +1,6 @@
-"""What the soak works on: speech in the layouts of four data sets, and the commands that make scores of it.
+"""Data and commands of the crash test: speech in the layouts of four data sets, and the steps from it to scores.
 
-python -m tests.crash_world FOLDER SIZE      speaks and reads the corpora of a size into FOLDER/corpora
+python -m tests.crash_world FOLDER SIZE      synthesises and reads the corpora of a size into FOLDER/corpora
 """
 
 import sys
@@ -23,7 +23,7 @@ CORPORA = {  # by the demo's name: ours, and its reader
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much there is to do. `demo`: of the demo's speech; `steps` of each student and `evaluate` of the heads."""
+    """Amount of work. `demo`: the demo's speech; `steps`: of each student; `evaluate`: recipes of the heads."""
 
     demo: dict[str, Any]
     students: tuple[str, ...]
@@ -67,7 +67,7 @@ TASKS = {"librispeech": ["pr", "asr"], "voxceleb1": ["sid"], "iemocap": ["er"], 
 
 @dataclass(frozen=True)
 class Step:
-    """A command of the pipeline: its room, what it is called here, its arguments, and worker counts to take in turn."""
+    """A command of the pipeline: its room, a name, its arguments, and the numbers of workers of successive lives."""
 
     room: str
     name: str
@@ -137,12 +137,14 @@ def steps_of(size: Size) -> list[Step]:
 
 
 def speak(folder: Path, size: Size) -> None:
-    """Speak the demo's corpora that are used here, and read them as `python -m pipelines corpus` does."""
+    """Synthesise the demo's corpora that are used here, and read them as `python -m pipelines corpus` does."""
     from extract.base.validate import parse
     from pipelines.demo import corpora
     from pipelines.readers import ReaderOptions, read_corpus
 
-    planned = corpora.plan_corpora(parse(corpora.DemoConfig, params_of(size)["demo"], where="soak"), folder / "data")
+    planned = corpora.plan_corpora(
+        parse(corpora.DemoConfig, params_of(size)["demo"], where="crash test"), folder / "data"
+    )
     corpora.record_corpora({name: planned[name] for name in CORPORA}, workers=2)
     for spoken, (name, reader) in CORPORA.items():
         read_corpus(reader, folder / "data" / spoken, folder / "corpora" / f"{name}.h5", options=ReaderOptions())

@@ -1,8 +1,8 @@
-"""`python -m tests.marked MARKS ROOM …` is `python -m ROOM …` that tells the file MARKS how far it is, for the soak.
+"""`python -m tests.marked MARKS ROOM …` runs `python -m ROOM …` and records its progress in the file MARKS.
 
-A line is a process, a phase and the time: `before` an upstream, corpus or store is open, at `work`, `closing` what was
-worked on, `done` with it. Dask's workers join the command's process group, so that one signal ends all; they are forks
-of the server that the command came from, as it is itself. A score's checkpoint is kept every fifth of a second of work.
+A line is a process, a phase and the time: `before` an upstream, corpus or store is open, at `work`, `closing` the
+result, `done` with it. The crash test reads them. Dask's workers join the command's process group, so that one signal
+ends all; they and the command are forks of the same server. A score's checkpoint is kept every 0.2 s of work.
 """
 
 import importlib
@@ -23,7 +23,7 @@ def mark(phase: str) -> None:
 
 
 def marked(owner: Any, name: str, phase: str, after: str | None = None) -> None:
-    """Mark every call of a function by the phase that begins with it, and by the one that begins when it returns."""
+    """Wrap a function to record the phase that begins with each call, and the phase `after` when it returns."""
     work: Callable[..., Any] = getattr(owner, name)
 
     @wraps(work)
@@ -72,7 +72,7 @@ def mark_evaluate() -> None:
 
 
 def same_server() -> None:
-    """Let Dask fork its workers from the server that this process is a fork of; Python would start another."""
+    """Have Dask fork its workers from the server that this process is a fork of; Python would start another."""
     from multiprocessing import forkserver
 
     from distributed import utils

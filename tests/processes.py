@@ -1,6 +1,6 @@
-"""Our commands in processes of their own that begin with torch imported, which a start otherwise spends seconds on.
+"""Retort's commands in processes that start with torch imported, which otherwise takes seconds.
 
-Each is a fork of a server that has imported libraries and done nothing else; it runs the module as `python -m` does.
+Each is a fork of a server that has only imported libraries. It runs the module as `python -m` does.
 """
 
 import atexit
@@ -26,7 +26,7 @@ ROOMS = ("extract", "train", "evaluate", "pipelines")
 
 
 class Command:
-    """`python -m MODULE ARGUMENTS`, running, with the methods of subprocess.Popen that tests use."""
+    """A running `python -m MODULE ARGUMENTS`, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
         number = next(_numbers)
@@ -57,7 +57,7 @@ class Command:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it wrote to stdout and to stderr, once it has ended."""
+        """Wait for the end; return the text of stdout and of stderr."""
         assert self.wait(timeout) is not None, "still running"
         out, err = (file.read_text() for file in self._files)
         return out, err
@@ -66,7 +66,7 @@ class Command:
 def run_command(
     *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None, check: bool = False
 ) -> "subprocess.CompletedProcess[str]":
-    """As subprocess.run of `python -m ARGUMENTS`, output captured. `check`: assert that it exits with 0."""
+    """Run `python -m ARGUMENTS` as subprocess.run does, with captured output. `check`: assert exit status 0."""
     command = Command(*arguments, cwd=cwd, environment=environment)
     out, err = command.communicate()
     assert command.returncode is not None
@@ -83,7 +83,7 @@ def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], file
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     module, *sys.argv[1:] = arguments
     sys.path.insert(0, cwd)  # as `python -m` does
-    # The server may have imported our code for other processes of the tests; the command's lies in its working folder.
+    # The server may have imported Retort for other tests; the command's code lies in its working folder.
     for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:
         del sys.modules[name]
     try:

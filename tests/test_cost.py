@@ -1,4 +1,4 @@
-"""What `extract plan` says beforehand is what the store then takes, from lengths and a config alone, at any scale."""
+"""Costs that `extract plan` predicts from lengths and a config agree with the store, at any scale."""
 
 import resource
 import subprocess
@@ -50,7 +50,7 @@ LIBRISPEECH_UTTERANCES, LIBRISPEECH_S = 281_241, 960 * 3600
 
 
 def librispeech_lengths(seed: int = 0) -> NDArray[np.int64]:
-    """Samples of 281,241 simulated utterances: a truncated mixture after LibriSpeech's histogram, 960 h in all.
+    """Return the samples of 281,241 simulated utterances: a truncated mixture like LibriSpeech's, 960 h in all.
 
     68% normal about 14.6 s (std 1.0), 29% uniform from 1.4 to 13.5 s, 3% uniform from 16 to 24.5 s; scaled to 960 h
     (a mean of 12.3 s) and cut to 1.4 to 24.5 s.
@@ -59,7 +59,7 @@ def librispeech_lengths(seed: int = 0) -> NDArray[np.int64]:
     kind = generator.choice(3, size=LIBRISPEECH_UTTERANCES, p=[0.68, 0.29, 0.03])
     parts = [generator.normal(14.6, 1.0, len(kind)), generator.uniform(1.4, 13.5, len(kind))]
     seconds = np.choose(kind, [*parts, generator.uniform(16, 24.5, len(kind))])
-    for _ in range(5):  # cutting changes the total a little
+    for _ in range(5):  # clipping changes the total a little
         seconds = np.clip(seconds * (LIBRISPEECH_S / seconds.sum()), 1.4, 24.5)
     return (seconds * 16_000).astype(np.int64)
 
@@ -88,7 +88,7 @@ def librispeech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HuBERT Base as its config.json alone: 12 blocks of 768. No weights are there to load."""
+    """HuBERT Base as a config.json without weights: 12 blocks of 768 features."""
     folder = tmp_path_factory.mktemp("base")
     HubertConfig().save_pretrained(folder)
     return folder
@@ -116,7 +116,7 @@ def test_librispeech_is_planned_within_ten_seconds_and_without_torch(librispeech
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # The process's own time: nothing here waits, and a busy machine must not decide.
+    # CPU time of the process, so that a busy machine does not decide.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     assert "281,241" in done.stdout
     assert "960.00 h" in done.stdout
@@ -134,7 +134,7 @@ def test_librispeechs_bytes_are_the_designs(large: tuple[Corpus, Size]) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_codec_says_what_it_needs(codec: str) -> None:
+def test_a_codec_counts_its_bytes(codec: str) -> None:
     hidden_LFD = np.random.default_rng(0).normal(size=(3, 70, 12)).astype(np.float32)
     codes, scale = CODECS[codec].encode(hidden_LFD)
     assert CODECS[codec].nbytes(*hidden_LFD.shape) == codes.nbytes + (0 if scale is None else scale.nbytes)
@@ -142,7 +142,7 @@ def test_a_codec_says_what_it_needs(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("keep", [{"frames", "pooled"}, {"pooled"}, {"frames", "pooled", "stem"}])
-def test_the_store_takes_what_the_plan_said(
+def test_the_store_has_the_predicted_size(
     teacher: Path, corpus: Corpus, tmp_path: Path, codec: str, keep: set[str]
 ) -> None:
     common = {"upstream": str(teacher), "corpus": corpus.path, "codec": codec, "keep": frozenset(keep)}
@@ -151,11 +151,11 @@ def test_the_store_takes_what_the_plan_said(
     size = Size.of(ExtractConfig(**common), corpus)
     assert size.packing.summary() == manifest.plan
     on_disk = {name: length for name, (length, _) in manifest.objects.items() if "/c/" in name or "rows/" in name}
-    said = size.disk_bytes(codec)
-    # Beside the numbers a shard has an index of 16 bytes a chunk and a checksum, a row file its header of 128 bytes.
+    predicted = size.disk_bytes(codec)
+    # Beside the values a shard has an index of 16 bytes a chunk and a checksum, a row file its header of 128 bytes.
     spare = size.packing.num_shards * (4 * (3 * 16 + 4) + 128)
     taken = sum(length for name, length in on_disk.items() if not name.startswith("index/"))
-    assert said <= taken <= said + spare
+    assert predicted <= taken <= predicted + spare
 
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
@@ -190,7 +190,7 @@ def assert_gives(loaded: Upstream, spec: UpstreamSpec) -> None:
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")  # WavLM's own masks
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_says_what_the_loaded_model_gives(family: str, tmp_path: Path) -> None:
+def test_the_shape_in_the_config_is_that_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     save_teacher(FAMILIES[family](CONFIGS[family]), tmp_path)
     assert_gives(load_upstream(find_upstream(str(tmp_path))), read_spec(str(tmp_path)))
 
@@ -203,7 +203,9 @@ def test_a_config_says_what_the_loaded_model_gives(family: str, tmp_path: Path) 
         ("gendistiller-2d", RetortGen2dStudent),
     ],
 )
-def test_a_students_config_says_what_the_student_gives(family: str, kind: type[RetortStudent], tmp_path: Path) -> None:
+def test_the_shape_in_a_students_config_is_that_of_the_student(
+    family: str, kind: type[RetortStudent], tmp_path: Path
+) -> None:
     sizes = {key: TINY[key] for key in TINY if key != "num_hidden_layers"}
     config = RetortStudentConfig(family=family, num_hidden_layers=3, stack_depth=1, **sizes)
     save_student(tmp_path / "student", kind(config), made_from={})
@@ -223,7 +225,7 @@ def test_the_break_even_is_where_the_two_costs_cross() -> None:
     assert epochs == pytest.approx(36_000 / (36_000 - 400))
     online_s, cached_s = times.after(20)
     assert (online_s, cached_s) == (720_000, 36_000 + 20 * 400)
-    # A fast teacher: writing takes longer than its forward pass, and in the end reading does too.
+    # A fast teacher: writing takes longer than its forward pass; with a faster one, reading does too.
     fast = Times.of(audio_s=3.6e6, rate=5_000, disk_bytes=400e9, read_bytes=200e9, read_mb_s=500, write_mb_s=200)
     assert (fast.teacher_s, fast.extraction_s) == (720, 2_000)
     assert fast.break_even_epochs == pytest.approx(2_000 / 320)
@@ -236,7 +238,7 @@ def test_packs_of_a_sample_are_spread(num_packs: int, count: int) -> None:
     packs = spread_packs(num_packs, count)
     assert len(packs) == min(count, num_packs)
     assert (np.diff(packs) > 0).all()
-    for part, pack in enumerate(packs):  # each lies in its own part of the plan
+    for part, pack in enumerate(packs):  # each lies in its own part of the packing
         assert part * num_packs // len(packs) <= pack < (part + 1) * num_packs / len(packs)
 
 
@@ -253,21 +255,21 @@ def test_a_sample_holds_the_seconds_asked_for_from_all_lengths(large: tuple[Corp
 
 
 def test_the_command_times_a_real_upstream(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
-    said = plan("--upstream", teacher, "--corpus", corpus.path, "--pack-frames", 128, "--sample-s", 5)
-    assert said.exit_code == 0
-    assert "s of audio a second (timed on " in said.output
-    assert "break-even = extraction / (online epoch - reading)" in said.output
-    assert "?" not in said.output
+    printed = plan("--upstream", teacher, "--corpus", corpus.path, "--pack-frames", 128, "--sample-s", 5)
+    assert printed.exit_code == 0
+    assert "s of audio a second (timed on " in printed.output
+    assert "break-even = extraction / (online epoch - reading)" in printed.output
+    assert "?" not in printed.output
     assert not (tmp_path / "stores").exists()
 
 
 def test_a_given_rate_is_not_timed_and_loads_no_weights(base_folder: Path, corpus: Corpus) -> None:
     command = ["--upstream", base_folder, "--corpus", corpus.path, "--rate", 2, "--student-layers", 4]
-    said = plan(*command, "--layers", "4,8", "--student-epochs", 20)
-    assert "2.0 s of audio a second (given by --rate)" in said.output
-    assert "reading the student's 1 layers" in said.output
+    printed = plan(*command, "--layers", "4,8", "--student-epochs", 20)
+    assert "2.0 s of audio a second (given by --rate)" in printed.output
+    assert "reading the student's 1 layers" in printed.output
     audio_s = corpus.num_samples.sum() / 16_000
-    assert f"20 student epochs: {as_time(20 * audio_s / 2)} of an online teacher" in said.output
+    assert f"20 student epochs: {as_time(20 * audio_s / 2)} of an online teacher" in printed.output
     slow = plan(*command, "--layers", "4,8", "--read-mb-s", 0.01)
     assert "never" in slow.output
     assert "layer 4 is not among the kept ones, 8" in plan(*command, "--layers", "8").stderr
@@ -279,7 +281,7 @@ def test_room_is_looked_for_where_the_store_will_lie(base_folder: Path, corpus: 
     assert free > 0
     assert free_bytes("s3://bucket/stores") is None
     arguments = ["--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, "--store", tmp_path / "stores"]
-    # One pack of two hundred thousand million frames, nearly all of them padding, to outgrow any disk.
+    # One pack of 2e11 frames, nearly all of them padding, is larger than any disk.
     huge = plan(*arguments, "--pack-frames", 200_000_000_000)
     assert "warning: " in huge.output
     assert "do not fit in" in huge.output
@@ -300,10 +302,10 @@ def test_room_is_looked_for_where_the_store_will_lie(base_folder: Path, corpus: 
     ],
 )
 def test_a_wrong_request_is_one_line(base_folder: Path, corpus: Corpus, arguments: list[str], message: str) -> None:
-    said = plan("--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, *arguments)
-    assert said.exit_code == 1
-    assert said.stderr.startswith("error: ") and message in said.stderr
-    assert said.stderr.count("\n") == 1
+    printed = plan("--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, *arguments)
+    assert printed.exit_code == 1
+    assert printed.stderr.startswith("error: ") and message in printed.stderr
+    assert printed.stderr.count("\n") == 1
 
 
 def test_a_config_that_lacks_a_field_is_named(base_folder: Path, tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_a_config_that_lacks_a_field_is_named(base_folder: Path, tmp_path: Path)
         read_spec(str(tmp_path))
 
 
-def test_figures_are_told_in_readable_units() -> None:
+def test_figures_have_readable_units() -> None:
     assert [as_bytes(count) for count in (0, 999, 1_000, 1_734_000, 3.45e12)] == [
         *("0 B", "999 B", "1 kB", "1.73 MB", "3.45 TB"),
     ]

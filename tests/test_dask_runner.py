@@ -1,4 +1,4 @@
-"""Stage one on Dask: the same bytes as one process makes, whatever happens to workers and cluster."""
+"""Stage one on Dask: the same bytes as in one process, also when workers or the cluster die."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def command(config: ExtractConfig) -> list[str]:
 
 
 class Cluster:
-    """A scheduler and its workers, each a process of its own, as on real machines."""
+    """A scheduler and its workers, each in a process of its own, as on several machines."""
 
     def __init__(self, folder: Path, workers: int) -> None:
         self.address_file = folder / "scheduler.json"
@@ -80,7 +80,7 @@ class Cluster:
         while True:
             try:
                 return str(json.loads(self.address_file.read_text())["address"])
-            except json.JSONDecodeError:  # being written at this moment
+            except json.JSONDecodeError:  # the file is being written
                 time.sleep(0.05)
 
     def stop(self) -> None:
@@ -118,7 +118,7 @@ def test_two_workers_write_what_one_process_writes(config: ExtractConfig) -> Non
     assert together.objects == alone.objects
     assert together.digest == alone.digest
     assert together.threads == alone.threads == 1
-    assert run.stderr.splitlines()[-1].startswith("extract teacher0 on long:")  # progress, nothing of Dask's
+    assert run.stderr.splitlines()[-1].startswith("extract teacher0 on long:")  # progress, and no line of Dask's
 
 
 def test_a_worker_killed_in_mid_shard_loses_nothing(config: ExtractConfig, cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong in days of extraction, done for real: kills, rivals, rotten bytes, a full disk, changed inputs."""
+"""Faults of long extractions, reproduced: kills, concurrent runs, damaged bytes, a full disk, changed inputs."""
 
 import errno
 import os
@@ -69,13 +69,13 @@ def test_killed_again_and_again_the_store_is_bit_identical(config: ExtractConfig
         process.kill()
         process.join()
         kills += 1
-        longest_s *= 1.15  # in the end one comes through, on any machine
+        longest_s *= 1.15  # at some length one finishes, on any machine
     assert kills >= 5
     resumed = Manifest.read(killed.manifest)
     assert resumed.objects == whole.objects
     left = [path.name for path in killed.store.rglob("*") if path.is_file()]
     right = [path.name for path in config.store.rglob("*") if path.is_file()]
-    assert sorted(left) == sorted(right)  # what was being written aside is swept by the run that comes through
+    assert sorted(left) == sorted(right)  # the run that finishes removes the temporary files of killed ones
 
 
 def test_two_extractors_on_one_store_do_no_harm(config: ExtractConfig) -> None:
@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after_room_is_made(
 
 
 def test_a_full_disk_stops_the_demos_speech_with_its_own_name(small_disk: Path) -> None:
-    with pytest.raises(OSError) as stopped:  # libsndfile would say "System error"
+    with pytest.raises(OSError) as stopped:  # libsndfile would raise "System error"
         for number in range(20):
             write_audio(small_disk / f"{number}.flac", np.random.default_rng(number).normal(size=32_000) * 0.1)
     assert stopped.value.errno == errno.ENOSPC
@@ -155,17 +155,17 @@ def test_a_changed_corpus_or_teacher_is_another_store(config: ExtractConfig, tmp
     shutil.copytree(config.upstream, teacher)
     config = replace(config, upstream=str(teacher))
     first, _ = extract(config)
-    # The audio changes under its card: refused by name, before anything is computed.
+    # The audio changes and its card does not: refused before anything is computed.
     write_corpus(tmp_path / "other.h5", name="long", reader="folder", utterances=noise_utterances(5, seed=2))
     shutil.copy(tmp_path / "other.h5", tmp_path / "long.h5")
     refused = run(config)
     assert refused.returncode == 1
     assert f"corpus {tmp_path / 'long.h5'} has digest" in refused.stderr and refused.stderr.count("\n") == 1
-    # Another corpus of the same name, card and all, and then another teacher in the same folder: stores of their own.
+    # Another corpus of the same name with its card, then another teacher in the same folder: new stores.
     write_corpus(tmp_path / "long.h5", name="long", reader="folder", utterances=noise_utterances(5, seed=2))
     second, worked = extract(config)
     assert worked and second.store["path"] != first.store["path"]
     save_teacher(HubertModel(HubertConfig(**TINY)), teacher)
     third, worked = extract(config)
     assert worked and third.fingerprint != second.fingerprint
-    assert first.folder.is_dir() and second.folder.is_dir()  # nothing that was paid for is thrown away
+    assert first.folder.is_dir() and second.folder.is_dir()  # finished stores are kept

@@ -1,4 +1,4 @@
-"""The convolution stem's output, kept: exact under batching, in every codec, whole after a kill, refused elsewhere."""
+"""Stored output of the convolution stem: exact under batching, in every codec, and whole after a kill."""
 
 import itertools
 from dataclasses import replace
@@ -53,7 +53,7 @@ def config(teacher: Path, corpus: Corpus, tmp_path: Path) -> ExtractConfig:
 
 
 def alone(model: Any, waveform: np.ndarray, *, normalise: bool = True) -> np.ndarray:
-    """What the model's own convolutions give for one utterance, float32 (T, C)."""
+    """Return the output of the model's own convolutions for one utterance, float32 (T, C)."""
     prepare = Wav2Vec2FeatureExtractor(do_normalize=normalise)
     values = prepare(waveform, sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_
 
 
 def test_a_students_stem_is_what_it_takes_back(corpus: Corpus, tmp_path: Path) -> None:
-    """A student is an upstream too, and what is kept of it is what its own `stem_features` means."""
+    """A student is an upstream too: its stored stem output is what its `stem_features` argument takes."""
     torch.manual_seed(2)
     student = RetortStackedStudent(
         RetortStudentConfig(**{key: TINY[key] for key in TINY if key != "num_hidden_layers"}, num_hidden_layers=2)
@@ -108,7 +108,7 @@ def test_a_store_holds_the_stem_within_its_codecs_error(config: ExtractConfig, c
             expected_FC[own] = alone(model, corpus.waveform(int(index)))
             difference = np.abs(reader.stem_at(int(index)) - expected_FC[own]).max()
             assert difference <= lost["max_abs_error"] * 1.001 + 1e-5
-        decoded_FC = reader.codec.decode(*reader.stem_pack(pack))[0]  # the rows of padding count, too
+        decoded_FC = reader.codec.decode(*reader.stem_pack(pack))[0]  # rows of padding count too
         error += np.square(decoded_FC - expected_FC).sum()
         signal += np.square(expected_FC).sum()
     assert lost["snr_db"] == pytest.approx(10 * np.log10(signal / error), abs=0.1)
@@ -148,13 +148,13 @@ def test_stem_and_pooled_without_frames(config: ExtractConfig) -> None:
     assert np.isfinite(StoreReader.open(config.manifest).stem_at(3)).all()
 
 
-def test_info_and_precision_tell_of_the_stem(config: ExtractConfig, tmp_path: Path) -> None:
+def test_info_and_precision_include_the_stem(config: ExtractConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = HubertModel(HubertConfig(**TINY | {"num_conv_pos_embeddings": 19}))  # see test_extract: even is wrong
     manifest, _ = extract(replace(config, dtype="bf16", upstream=str(save_teacher(model, tmp_path / "odd"))))
     assert 20 < manifest.dtype_error["stem"]["snr_db"] < 70
-    said = CliRunner().invoke(main, ["info", str(config.manifest)])
-    rows = [line.strip("│ \n").split() for line in said.output.splitlines()]
+    printed = CliRunner().invoke(main, ["info", str(config.manifest)])
+    rows = [line.strip("│ \n").split() for line in printed.output.splitlines()]
     figures = {(row[0], float(row[2])) for row in rows if len(row) == 5 and row[0] in ("4", "stem")}
     assert figures == {
         (name, lost[name]["snr_db"])
@@ -163,7 +163,7 @@ def test_info_and_precision_tell_of_the_stem(config: ExtractConfig, tmp_path: Pa
 
 
 class Stopped(BaseException):
-    """Stands for the kill of the process."""
+    """Stands for a kill of the process."""
 
 
 def test_resumed_is_bit_identical(config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_resumed_is_bit_identical(config: ExtractConfig, tmp_path: Path, monkeyp
     assert resumed.codec_error == whole.codec_error
 
 
-def test_a_damaged_stem_is_found_mended_and_mirrored(config: ExtractConfig, tmp_path: Path) -> None:
+def test_a_damaged_stem_is_found_repaired_and_mirrored(config: ExtractConfig, tmp_path: Path) -> None:
     manifest, _ = extract(config)
     file = manifest.folder / "stem/c/1/0/0"
     good = file.read_bytes()
@@ -205,8 +205,8 @@ def test_filter_banks_have_no_stem(config: ExtractConfig, corpus: Corpus) -> Non
         extract(replace(config, upstream="fbank", layers=None, pack_frames=512))
     assert "\n" not in str(caught.value) and not config.manifest.exists()
     command = ["plan", "--upstream", "fbank", "--corpus", str(corpus.path), "--keep", "pooled,stem", "--sample-s", "0"]
-    said = CliRunner().invoke(main, command)
-    assert said.exit_code == 1 and "has no convolution stem" in said.stderr and said.stderr.count("\n") == 1
+    printed = CliRunner().invoke(main, command)
+    assert printed.exit_code == 1 and "has no convolution stem" in printed.stderr and printed.stderr.count("\n") == 1
 
 
 def test_a_plan_counts_the_stem(config: ExtractConfig, corpus: Corpus) -> None:

@@ -1,15 +1,14 @@
-"""Work on many processes by Dask: pieces that need nothing of one another, each kept by whoever finished it.
+"""Independent pieces of work on many processes, by Dask. Each piece keeps its own result when it is finished.
 
-A cluster of this machine's own lives as long as the run; one that is running is named by its scheduler's address. Its
-workers must see every file under the same paths, and must have been started in the repository's root
-(`dask worker ADDRESS --nworkers 1 --nthreads 2`). The pieces of a worker that dies go to others; those of a cluster
-that dies are done by the next run.
+A local cluster lives as long as the run. A running cluster is given by its scheduler's address; its workers must see
+every file under the same paths and be started in the root of the repository (`dask worker ADDRESS --nworkers 1
+--nthreads 2`). If a worker dies, its pieces go to others. If the cluster dies, the next run does what is missing.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, LocalCluster, as_completed
 from distributed.client import FutureCancelledError
@@ -23,22 +22,22 @@ Item = TypeVar("Item")
 Out = TypeVar("Out")
 
 
-class DaskPool:
-    """`number` processes of this machine with `threads` pieces at a time each, or those of the scheduler at `address`.
+class DaskPool(AbstractContextManager["DaskPool"]):
+    """A local cluster of `number` processes with `threads` pieces at a time each, or the one at `address`.
 
-    piece: what one is called in messages, such as "shard".
+    piece: name of a piece of work in messages, such as "shard". Raises RetortError if no scheduler is at `address`.
     """
 
     def __init__(self, *, number: int, address: str | None, threads: int, piece: str) -> None:
         for name in ("distributed", "distributed.client"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # a user reads our one line, not Dask's many
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported here, in one line
         self.cluster: LocalCluster | None = None
         if address is None:
             self.cluster = LocalCluster(
                 n_workers=number,
                 threads_per_worker=threads,
                 processes=True,
-                dashboard_address=":0",  # None takes port 8787, with a warning where another cluster has it
+                dashboard_address=":0",  # None takes port 8787, with a warning if another cluster has it
                 memory_limit=0,  # a worker's memory is bounded by its pieces; Dask would pause it for the model
                 silence_logs=logging.CRITICAL,
             )
@@ -52,23 +51,18 @@ class DaskPool:
                 "with `dask scheduler`, and workers in the repository's root with `dask worker ADDRESS --nthreads 2`"
             ) from None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.client.close()
         if self.cluster is not None:
             self.cluster.close()
 
     def once(self, work: Callable[..., Out], *arguments: Any) -> Out:
-        """The result of `work` on whichever worker is free."""
+        """Return the result of `work` on any free worker."""
         out: Out = self._result(self.client.submit(work, *arguments, pure=False))
         return out
 
     def each(self, work: Callable[[Item], Out], items: Sequence[Item]) -> Iterator[tuple[Item, Out]]:
-        """Every item with its result, as they are finished; the first error is raised and ends the others."""
+        """Yield every item with its result as it finishes. The first error ends the others and is raised."""
         futures = {self.client.submit(work, item, pure=False): item for item in items}
         try:
             for future in as_completed(list(futures)):
@@ -77,6 +71,7 @@ class DaskPool:
             self.client.cancel(list(futures))
 
     def _result(self, future: Any) -> Any:
+        """Return a future's result. Raises RetortError in place of Dask's own errors."""
         try:
             return future.result()
         except KilledWorker as error:
