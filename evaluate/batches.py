@@ -6,7 +6,8 @@ goes on with the batches it would have seen, and a checkpoint needs no generator
 Packs hold utterances of similar length, and so do batches: a batch touches one or two packs. Packs stay in memory in
 the codec's stored form up to a limit, so that a small corpus is read once and a large one is streamed.
 
-Shapes: L layers, F frames of all utterances concatenated, D features.
+Shapes: L layers, B utterances, T frames of the longest, F frames of all utterances concatenated, D features, S
+speakers.
 """
 
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluate.heads import Ragged
 from extract.store.reader import Pack, StoreReader
 
 T = TypeVar("T")
@@ -63,6 +65,15 @@ def shuffled(
     within = torch.randperm(len(rows), generator=generator).numpy()
     order = rows[np.lexsort((within, pack_at))]  # sorts by pack_at, then by within
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """Concatenated utterances with their labels, as the task's loss reads them."""
+
+    hidden_LFD: Tensor  # float32
+    frames: Ragged
+    labels: Tensor  # int64 (B,) for one label an utterance, float32 (B, T, S) for labels by frame
 
 
 @dataclass

@@ -8,7 +8,8 @@ of the longest, H units, M masks.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Generic, TypeVar
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from evaluate.batches import FrameReader, bucket, steps_from
 from evaluate.heads import Head, Ragged, RecurrentHead
 from evaluate.sweep import HeadPool, Metrics
-from evaluate.task import Features, Recipe
+from evaluate.task import Features, FrameRecipe
 from extract.base.errors import RetortError
 
 BLANK, END, UNKNOWN = 0, 1, 2
@@ -86,32 +87,67 @@ class CtcBatch:
     noise: Noise
 
 
-class Transcription(Generic[H]):
-    """Transcription of speech into symbols; see `sweep.Problem`.
+class Transcription(ABC, Generic[H]):
+    """Transcription into symbols; see `sweep.Problem`. Subclasses define labels, symbols, head and metrics."""
 
-    rates: hypotheses, references -> metrics. logits: a head on weighted sums, (F, D) -> (B, T // stack, C). noise:
-    draws for a batch of frame counts (B,). stack: frames of the store per frame of the logits.
-    """
+    labels: tuple[str, ...]  # columns of the corpus
+    metric: str
+    higher_is_better = False
 
-    def __init__(
-        self,
-        reader: FrameReader,
-        splits: Mapping[str, Transcripts],
-        vocabulary: Vocabulary,
-        *,
-        metric: str,
-        rates: Callable[[Texts, Texts], Metrics],
-        new_head: Callable[[], H],
-        logits: Callable[[H, Tensor, Ragged, Noise], Tensor],
-        higher_is_better: bool = False,
-        noise: Callable[[Tensor, torch.Generator], Noise] | None = None,
-        stack: int = 1,
-    ) -> None:
-        self.reader, self.splits, self.vocabulary = reader, splits, vocabulary
-        self.metric, self.rates, self.new_head, self.logits = metric, rates, new_head, logits
-        self.higher_is_better, self.noise, self.stack = higher_is_better, noise, stack
-        self.num_test = len(splits["test"].references)
-        self.notes: Sequence[str] = infeasible_note(splits["train"], reader, stack)
+    def __init__(self, features: Features, recipe: FrameRecipe, *, stack: int = 1) -> None:
+        """Read all transcripts. stack: frames of the store per frame of the logits."""
+        self.store, self.stack = features.reader, stack
+        self.reader = FrameReader(features.reader, recipe.memory_gb)
+        self.vocabulary, self.splits = self._read_transcripts(features, recipe.batch_size)
+        self.num_test = len(self.splits["test"].references)
+        self.notes: Sequence[str] = infeasible_note(self.splits["train"], features, stack)
+
+    @staticmethod
+    @abstractmethod
+    def symbols(*labels: str) -> list[str]:
+        """Return the target symbols of an utterance's labels."""
+
+    @staticmethod
+    @abstractmethod
+    def rates(hypotheses: Texts, references: Texts) -> Metrics:
+        """Return the metrics of decoded symbols."""
+
+    @abstractmethod
+    def new_head(self) -> H: ...
+
+    @abstractmethod
+    def logits(self, head: H, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
+        """Map weighted sums (F, D) to logits (B, T // stack, C)."""
+
+    def noise(self, num_frames_B: Tensor, generator: torch.Generator) -> Noise:
+        """Draw the noise of a training batch from its frame counts."""
+        return Noise()
+
+    def _read_transcripts(self, features: Features, batch_size: int) -> tuple[Vocabulary, dict[str, Transcripts]]:
+        """Return the training split's vocabulary, and each split encoded with it and divided into batches.
+
+        Raises RetortError for a split whose transcripts are all empty.
+        """
+        rows = features.train_dev_test()
+        references: dict[str, dict[int, list[str]]] = {}
+        for split, indices in rows.items():
+            columns = [features.labels(label, indices) for label in self.labels]
+            values = zip(indices.tolist(), *columns, strict=True)
+            references[split] = {row: self.symbols(*labels) for row, *labels in values}
+            if not any(references[split].values()):
+                raise RetortError(
+                    f"corpus {features.corpus.name}: label {self.labels[0]!r} is empty for the whole split {split!r}"
+                )
+        vocabulary = Vocabulary.of(references["train"].values())
+        splits = {
+            split: Transcripts(
+                bucket(rows[split], features.reader.num_frames, batch_size),
+                transcripts,
+                {row: vocabulary.encode(transcript) for row, transcript in transcripts.items()},
+            )
+            for split, transcripts in references.items()
+        }
+        return vocabulary, splits
 
     def batches(self, seed: int, first: int) -> Iterator[CtcBatch]:
         """Yield the buckets in random order, epoch after epoch."""
@@ -123,15 +159,14 @@ class Transcription(Generic[H]):
 
         for number, generator in steps_from(first, seed, draw_epoch):
             rows_B = train.batches[number]
-            num_frames_B = torch.from_numpy(self.reader.reader.num_frames[rows_B])
-            noise = Noise() if self.noise is None else self.noise(num_frames_B, generator)
+            num_frames_B = torch.from_numpy(self.store.num_frames[rows_B])
             labels = [torch.tensor(train.labels[row]) for row in rows_B.tolist()]
             yield CtcBatch(
                 self.reader.read(rows_B.tolist()),
                 Ragged.of(num_frames_B),
                 torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
                 torch.tensor([len(label) for label in labels]),
-                noise,
+                self.noise(num_frames_B, generator),
             )
 
     def loss(self, head: H, batch: CtcBatch) -> Tensor:
@@ -156,7 +191,7 @@ class Transcription(Generic[H]):
         hypotheses: list[Texts] = [[] for _ in heads]
         references: Texts = []
         for rows_B in data.batches:
-            frames = Ragged.of(torch.from_numpy(self.reader.reader.num_frames[rows_B]))
+            frames = Ragged.of(torch.from_numpy(self.store.num_frames[rows_B]))
             hidden_LFD = self.reader.read(rows_B.tolist())
             references += [data.references[row] for row in rows_B.tolist()]
             decode = partial(self._decode, hidden_LFD=hidden_LFD, frames=frames)
@@ -178,13 +213,13 @@ def infeasible(labels: Sequence[int], num_frames: int) -> bool:
     return num_frames < len(labels) + repeats
 
 
-def infeasible_note(train: Transcripts, frames: FrameReader, stack: int) -> list[str]:
+def infeasible_note(train: Transcripts, features: Features, stack: int) -> list[str]:
     """Return a note that counts and names training utterances without a CTC path; empty if there are none."""
-    store = frames.reader
+    num_frames = features.reader.num_frames
     short = [
-        store.ids[row]
+        features.corpus.ids[row]
         for row, labels in train.labels.items()
-        if infeasible(labels, int(store.num_frames[row]) // stack)
+        if infeasible(labels, int(num_frames[row]) // stack)
     ]
     if not short:
         return []
@@ -195,36 +230,8 @@ def infeasible_note(train: Transcripts, frames: FrameReader, stack: int) -> list
     ]
 
 
-def read_transcripts(
-    features: Features, labels: Sequence[str], symbols: Callable[..., list[str]], batch_size: int
-) -> tuple[Vocabulary, dict[str, Transcripts]]:
-    """Return the vocabulary of the training split, and each split encoded with it and divided into batches.
-
-    symbols: an utterance's labels -> its symbols. Raises RetortError for a split whose transcripts are all empty.
-    """
-    rows = features.train_dev_test()
-    references: dict[str, dict[int, list[str]]] = {}
-    for split, indices in rows.items():
-        columns = [features.labels(label, indices) for label in labels]
-        references[split] = {row: symbols(*values) for row, *values in zip(indices.tolist(), *columns, strict=True)}
-        if not any(references[split].values()):
-            raise RetortError(
-                f"corpus {features.corpus.name}: label {labels[0]!r} is empty for the whole split {split!r}"
-            )
-    vocabulary = Vocabulary.of(references["train"].values())
-    splits = {
-        split: Transcripts(
-            bucket(rows[split], features.reader.num_frames, batch_size),
-            transcripts,
-            {row: vocabulary.encode(transcript) for row, transcript in transcripts.items()},
-        )
-        for split, transcripts in references.items()
-    }
-    return vocabulary, splits
-
-
 @dataclass(frozen=True, kw_only=True)
-class RecurrentRecipe(Recipe):
+class RecurrentRecipe(FrameRecipe):
     """Recipe of ASR and SF.
 
     `head_hop_samples`: concatenate neighbouring frames up to this hop (640 = 40 ms); 0 keeps the upstream's hop.
@@ -245,7 +252,6 @@ class RecurrentRecipe(Recipe):
     most_time_masks: int = 20
     feature_masks: int = 4
     feature_mask_width: int = 50
-    memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,40 +266,30 @@ class RecurrentRecipe(Recipe):
         return min(share, self.most_time_masks), min(share, self.time_mask_frames)
 
 
-def recurrent_problem(
-    features: Features,
-    recipe: RecurrentRecipe,
-    *,
-    labels: Sequence[str],
-    symbols: Callable[..., list[str]],
-    metric: str,
-    rates: Callable[[Texts, Texts], Metrics],
-    higher_is_better: bool = False,
-) -> Transcription[RecurrentHead]:
-    """Return the problem of CTC with the recurrent head. `symbols`: an utterance's `labels` -> target symbols."""
-    vocabulary, splits = read_transcripts(features, labels, symbols, recipe.batch_size)
-    reader = features.reader
-    stack = max(1, round(recipe.head_hop_samples / reader.hop_samples))
-    return Transcription(
-        FrameReader(reader, recipe.memory_gb),
-        splits,
-        vocabulary,
-        metric=metric,
-        rates=rates,
-        higher_is_better=higher_is_better,
-        new_head=lambda: RecurrentHead(
-            num_layers=len(reader.layers),
-            dim=reader.dim,
-            projection=recipe.projection,
-            hidden=recipe.hidden,
-            depth=recipe.depth,
-            classes=len(vocabulary.symbols),
-            stack=stack,
-        ),
-        logits=lambda head, mixed_FD, frames, noise: head(mixed_FD, frames, noise.kept_BTH),
-        noise=partial(draw_noise, recipe=recipe, dim=reader.dim, stack=stack),
-        stack=stack,
-    )
+class RecurrentTranscription(Transcription[RecurrentHead]):
+    """Transcription with the recurrent head."""
+
+    def __init__(self, features: Features, recipe: RecurrentRecipe) -> None:
+        self.recipe = recipe
+        super().__init__(features, recipe, stack=max(1, round(recipe.head_hop_samples / features.reader.hop_samples)))
+
+    def new_head(self) -> RecurrentHead:
+        return RecurrentHead(
+            num_layers=len(self.store.layers),
+            dim=self.store.dim,
+            projection=self.recipe.projection,
+            hidden=self.recipe.hidden,
+            depth=self.recipe.depth,
+            classes=len(self.vocabulary.symbols),
+            stack=self.stack,
+        )
+
+    def logits(self, head: RecurrentHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
+        logits_BTC: Tensor = head(mixed_FD, frames, noise.kept_BTH)
+        return logits_BTC
+
+    def noise(self, num_frames_B: Tensor, generator: torch.Generator) -> Noise:
+        return draw_noise(num_frames_B, generator, recipe=self.recipe, dim=self.store.dim, stack=self.stack)
 
 
 def masked(lengths_B: Tensor, size: int, *, masks: int, width: int, generator: torch.Generator) -> Tensor:

@@ -72,6 +72,13 @@ class Recipe(Settings):
         return self.steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrameRecipe(Recipe):
+    """Recipe fields of tasks on frames. `memory_gb`: packs kept in memory as stored; others are read in every epoch."""
+
+    memory_gb: float = 2.0
+
+
 S = TypeVar("S", bound=Settings)
 
 

@@ -145,7 +145,7 @@ def test_the_loss_is_am_softmax(voices: Stored) -> None:
     cosines = head.cosines(head.embed(head.sum_layers(batch.hidden_LFD), batch.frames))
     assert cosines.abs().max() <= 1 + 1e-6
     terms = []
-    for cosine, own in zip(cosines, batch.speakers_B.tolist(), strict=True):
+    for cosine, own in zip(cosines, batch.labels.tolist(), strict=True):
         numerator = torch.exp(30 * (cosine[own] - 0.4))
         others = sum(torch.exp(30 * c) for number, c in enumerate(cosine) if number != own)
         terms.append(-torch.log(numerator / (numerator + others)))
@@ -258,7 +258,7 @@ def test_frames_are_as_many_as_labels_and_chunks_cut_both_alike(mixtures: Stored
     assert int(pieces.num_frames_B.max()) == 40
     assert len(row_of_chunk) == len(pieces.num_frames_B) > 5
     batch = next(cut.batches(0, 0))
-    assert batch.labels_BTS.shape == (len(batch.frames.num_frames_B), 40, 2)
+    assert batch.labels.shape == (len(batch.frames.num_frames_B), 40, 2)
     assert int(batch.frames.num_frames_B.sum()) == batch.hidden_LFD.shape[1]
 
 

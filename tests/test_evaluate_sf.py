@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluate.ctc import RecurrentRecipe
 from evaluate.scorefile import ScoreFile
-from evaluate.tasks.sf import SfRecipe, encode, rates, read_slots
+from evaluate.tasks.sf import SfRecipe, SlotFilling, encode, read_slots
 from extract.base.errors import RetortError
 
 SHORT: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_both_metrics_are_reported() -> None:
     spoken = [encode("PLAY SKIES", "O track"), encode("STOP", "O")]
 
     def both(hypotheses: list[list[str]]) -> tuple[float, float]:
-        found = rates(hypotheses, spoken)
+        found = SlotFilling.rates(hypotheses, spoken)
         return float(found["f1"]), float(found["cer"])
 
     assert both(spoken) == (100, 0)

@@ -171,7 +171,7 @@ def test_ctc_loss_is_the_reference_toolkits(phones: tuple[Path, Path, Hidden]) -
     """End to end against nn.CTCLoss on padded logits."""
     manifest, card, _ = phones
     features = open_features(TASKS["pr"], manifest=manifest, corpus=card)
-    problem = pr.problem(features, pr.PrRecipe(batch_size=8))
+    problem = pr.PhoneRecognition(features, pr.PrRecipe(batch_size=8))
     heads = [LinearHead(num_layers=2, dim=12, projection=8, classes=7) for _ in range(2)]
     batch = next(problem.batches(0, 0))
     counts = batch.frames.num_frames_B.tolist()

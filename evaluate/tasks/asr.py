@@ -4,12 +4,10 @@ python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.j
 """
 
 from evaluate.checkpoint import TaskSession
-from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, Texts, recurrent_problem
+from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts
 from evaluate.metrics import character_error_rate, word_error_rate
 from evaluate.sweep import Metrics, SweepResult, sweep
 from evaluate.task import Features, Task
-
-LABELS = ("text",)
 
 
 def characters(text: str) -> list[str]:
@@ -17,16 +15,25 @@ def characters(text: str) -> list[str]:
     return list(" ".join(text.upper().split()))
 
 
-def rates(hypotheses: Texts, references: Texts) -> Metrics:
-    """Return WER and CER of transcripts given as characters."""
-    decoded, spoken = (["".join(symbols) for symbols in texts] for texts in (hypotheses, references))
-    return {"wer": word_error_rate(decoded, spoken), "cer": character_error_rate(decoded, spoken)}
+class SpeechRecognition(RecurrentTranscription):
+    """Transcription into characters, measured by WER and CER."""
+
+    labels = ("text",)
+    metric = "wer"
+
+    @staticmethod
+    def symbols(*labels: str) -> list[str]:
+        return characters(labels[0])
+
+    @staticmethod
+    def rates(hypotheses: Texts, references: Texts) -> Metrics:
+        decoded, spoken = (["".join(symbols) for symbols in texts] for texts in (hypotheses, references))
+        return {"wer": word_error_rate(decoded, spoken), "cer": character_error_rate(decoded, spoken)}
 
 
 def score(features: Features, recipe: RecurrentRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads."""
-    problem = recurrent_problem(features, recipe, labels=LABELS, symbols=characters, metric="wer", rates=rates)
-    return sweep(problem, recipe, session)
+    return sweep(SpeechRecognition(features, recipe), recipe, session)
 
 
 ASR = Task(
@@ -34,7 +41,7 @@ ASR = Task(
     title="speech recognition",
     metric="wer",
     higher_is_better=False,
-    labels=LABELS,
+    labels=SpeechRecognition.labels,
     reads="frames",
     recipe=RecurrentRecipe,
     score=score,

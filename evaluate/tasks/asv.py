@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluate.batches import FrameReader, bucket, shuffled, steps_from
+from evaluate.batches import FrameBatch, FrameReader, bucket, shuffled, steps_from
 from evaluate.bootstrap import Metric
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import Head, Ragged
 from evaluate.metrics import equal_error_rate
 from evaluate.sweep import HeadPool, Metrics, SweepResult, sweep
-from evaluate.task import SPEAKER, Features, Recipe, Task
+from evaluate.task import SPEAKER, Features, FrameRecipe, Task
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
 
@@ -36,7 +36,7 @@ MOST_DEV_TRIALS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsvRecipe(Recipe):
+class AsvRecipe(FrameRecipe):
     """Recipe of ASV. The reference accumulates five batches of 10 utterances a step. `crop_s`: length used in training.
 
     `scale` and `margin` are AM-softmax's.
@@ -51,7 +51,6 @@ class AsvRecipe(Recipe):
     scale: float = 30.0
     margin: float = 0.4
     crop_s: float = 8.0
-    memory_gb: float = 2.0
 
 
 class XVectorHead(Head):
@@ -99,15 +98,6 @@ class Trials:
     targets_N: NDArray[np.bool_]  # True if both are of one speaker
 
 
-@dataclass(frozen=True)
-class AsvBatch:
-    """Concatenated utterances and their speakers."""
-
-    hidden_LFD: Tensor
-    frames: Ragged
-    speakers_B: Tensor  # int64
-
-
 class Verification:
     """Classification of the training speakers, measured on trials; see `sweep.Problem`.
 
@@ -119,7 +109,8 @@ class Verification:
     higher_is_better = False
 
     def __init__(self, features: Features, recipe: AsvRecipe) -> None:
-        self.reader, self.recipe = FrameReader(features.reader, recipe.memory_gb), recipe
+        self.store, self.recipe = features.reader, recipe
+        self.reader = FrameReader(features.reader, recipe.memory_gb)
         self.train = features.select("train")
         names = features.labels(SPEAKER, self.train)
         number_of = {name: number for number, name in enumerate(sorted(set(names)))}
@@ -140,22 +131,25 @@ class Verification:
         ]
         if left_out := features.corpus.metadata.get("trials_left_out"):
             self.notes = [*self.notes, f"test: {left_out} trials are left out, whose audio was dropped from the corpus"]
-        _check_lengths(
-            features, np.unique(np.concatenate([self.train, *(t.pairs_N2.flat for t in self.trials.values())]))
-        )
+        used = np.unique(np.concatenate([self.train, *(trials.pairs_N2.flat for trials in self.trials.values())]))
+        if len(short := used[features.reader.num_frames[used] <= CONTEXT_FRAMES]):
+            raise RetortError(
+                f"utterance {features.corpus.ids[short[0]]!r} of corpus {features.corpus.name} has "
+                f"{features.reader.num_frames[short[0]]} frames; asv needs more than {CONTEXT_FRAMES}"
+            )
 
     def new_head(self) -> XVectorHead:
         return XVectorHead(
-            num_layers=len(self.reader.reader.layers),
-            dim=self.reader.reader.dim,
+            num_layers=len(self.store.layers),
+            dim=self.store.dim,
             hidden=self.recipe.hidden,
             pooled=self.recipe.pooled,
             speakers=self.num_speakers,
         )
 
-    def batches(self, seed: int, first: int) -> Iterator[AsvBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[FrameBatch]:
         """Yield epochs in random order, each utterance cropped at random."""
-        store = self.reader.reader
+        store = self.store
         draw_epoch = partial(shuffled, self.train, store.pack_of, self.recipe.batch_size)
         for rows_B, generator in steps_from(first, seed, draw_epoch):
             counts_B = torch.from_numpy(store.num_frames[rows_B])
@@ -167,16 +161,16 @@ class Verification:
                 spans = zip(begin_B.tolist(), kept_B.tolist(), strict=True)
                 hidden_LFD = torch.cat([hidden_LFD[:, begin : begin + kept] for begin, kept in spans], 1)
             speakers_B = torch.tensor([self.speaker_of[row] for row in rows_B.tolist()])
-            yield AsvBatch(hidden_LFD, Ragged.of(kept_B), speakers_B)
+            yield FrameBatch(hidden_LFD, Ragged.of(kept_B), speakers_B)
 
-    def loss(self, head: XVectorHead, batch: AsvBatch) -> Tensor:
+    def loss(self, head: XVectorHead, batch: FrameBatch) -> Tensor:
         """Return the AM-softmax loss: cross entropy of s (cos - m [own speaker]), scale s and margin m.
 
         Source: Wang et al., IEEE Signal Processing Letters 2018.
         """
         cosine_BS = head.cosines(head.embed(head.sum_layers(batch.hidden_LFD), batch.frames))
-        margin_BS = self.recipe.margin * F.one_hot(batch.speakers_B, self.num_speakers)
-        return F.cross_entropy(self.recipe.scale * (cosine_BS - margin_BS), batch.speakers_B)
+        margin_BS = self.recipe.margin * F.one_hot(batch.labels, self.num_speakers)
+        return F.cross_entropy(self.recipe.scale * (cosine_BS - margin_BS), batch.labels)
 
     def measure(self, heads: Sequence[XVectorHead], split: str, pool: HeadPool) -> list[Metrics]:
         rates = self._rates(heads, split, pool)
@@ -187,7 +181,7 @@ class Verification:
 
     def _rates(self, heads: Sequence[XVectorHead], split: str, pool: HeadPool) -> list[Metric]:
         """Return each head's EER over a split's trials, on whole utterances."""
-        trials, store = self.trials[split], self.reader.reader
+        trials, store = self.trials[split], self.store
         rows, places_N2 = np.unique(trials.pairs_N2, return_inverse=True)  # every utterance is embedded once
         embedded: list[list[Tensor]] = [[] for _ in heads]
         batches = bucket(rows, store.num_frames, self.recipe.batch_size)
@@ -251,14 +245,6 @@ def dev_trials(features: Features) -> Trials:
         )
     chosen = np.concatenate([targets, impostors])
     return Trials(np.stack([rows[left[chosen]], rows[right[chosen]]], 1), same[chosen])
-
-
-def _check_lengths(features: Features, rows: NDArray[np.int64]) -> None:
-    if len(short := rows[features.reader.num_frames[rows] <= CONTEXT_FRAMES]):
-        raise RetortError(
-            f"utterance {features.corpus.ids[short[0]]!r} of corpus {features.corpus.name} has "
-            f"{features.reader.num_frames[short[0]]} frames; asv needs more than {CONTEXT_FRAMES}"
-        )
 
 
 def score(features: Features, recipe: AsvRecipe, session: TaskSession) -> SweepResult:

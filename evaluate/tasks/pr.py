@@ -7,60 +7,53 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from evaluate.batches import FrameReader
 from evaluate.checkpoint import TaskSession
-from evaluate.ctc import Noise, Texts, Transcription, read_transcripts
+from evaluate.ctc import Noise, Texts, Transcription
 from evaluate.heads import LinearHead, Ragged
 from evaluate.metrics import token_error_rate
 from evaluate.sweep import Metrics, SweepResult, sweep
-from evaluate.task import Features, Recipe, Task
-
-LABELS = ("phones",)
+from evaluate.task import Features, FrameRecipe, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrRecipe(Recipe):
-    """Recipe of PR. `memory_gb`: packs kept in memory as stored; the others are read again in every epoch."""
+class PrRecipe(FrameRecipe):
+    """Recipe of PR."""
 
     steps: int = 100_000
     projection: int = 256
-    memory_gb: float = 2.0
 
 
-def rates(hypotheses: Texts, references: Texts) -> Metrics:
-    """Return the PER of transcripts given as phones."""
-    return {"per": token_error_rate(hypotheses, references)}
+class PhoneRecognition(Transcription[LinearHead]):
+    """Transcription into phones with the linear head, measured by PER."""
 
+    labels = ("phones",)
+    metric = "per"
 
-def logits(head: LinearHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
-    """Map weighted sums (F, D) to logits (B, T, C). The head runs on concatenated frames: padding costs nothing."""
-    logits_FC: Tensor = head(mixed_FD)
-    return logits_FC[frames.rows_BT]
+    def __init__(self, features: Features, recipe: PrRecipe) -> None:
+        super().__init__(features, recipe)
+        self.projection = recipe.projection
 
+    @staticmethod
+    def symbols(*labels: str) -> list[str]:
+        return labels[0].split()
 
-def problem(features: Features, recipe: PrRecipe) -> Transcription[LinearHead]:
-    """Return the problem of PR: CTC with the linear head."""
-    vocabulary, splits = read_transcripts(features, LABELS, str.split, recipe.batch_size)
-    reader = features.reader
-    return Transcription(
-        FrameReader(reader, recipe.memory_gb),
-        splits,
-        vocabulary,
-        metric="per",
-        rates=rates,
-        new_head=lambda: LinearHead(
-            num_layers=len(reader.layers),
-            dim=reader.dim,
-            projection=recipe.projection,
-            classes=len(vocabulary.symbols),
-        ),
-        logits=logits,
-    )
+    @staticmethod
+    def rates(hypotheses: Texts, references: Texts) -> Metrics:
+        return {"per": token_error_rate(hypotheses, references)}
+
+    def new_head(self) -> LinearHead:
+        classes = len(self.vocabulary.symbols)
+        layers, dim = len(self.store.layers), self.store.dim
+        return LinearHead(num_layers=layers, dim=dim, projection=self.projection, classes=classes)
+
+    def logits(self, head: LinearHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
+        logits_FC: Tensor = head(mixed_FD)  # on concatenated frames: padding costs nothing
+        return logits_FC[frames.rows_BT]
 
 
 def score(features: Features, recipe: PrRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads."""
-    return sweep(problem(features, recipe), recipe, session)
+    return sweep(PhoneRecognition(features, recipe), recipe, session)
 
 
 PR = Task(
@@ -68,7 +61,7 @@ PR = Task(
     title="phone recognition",
     metric="per",
     higher_is_better=False,
-    labels=LABELS,
+    labels=PhoneRecognition.labels,
     reads="frames",
     recipe=PrRecipe,
     score=score,

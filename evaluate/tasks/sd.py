@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluate.batches import FrameReader, bucket, shuffled, steps_from
+from evaluate.batches import FrameBatch, FrameReader, bucket, shuffled, steps_from
 from evaluate.bootstrap import Metric
 from evaluate.checkpoint import TaskSession
 from evaluate.diarization import Reference, Turn, diarization_error_rate, frame_labels, median_filtered, parse_turns
 from evaluate.heads import Head, Ragged
 from evaluate.sweep import HeadPool, Metrics, SweepResult, sweep
-from evaluate.task import Features, Recipe, Task
+from evaluate.task import Features, FrameRecipe, Task
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
 
@@ -35,7 +35,7 @@ MEDIAN_FRAMES = (1, 11)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SdRecipe(Recipe):
+class SdRecipe(FrameRecipe):
     """Recipe of SD. The reference accumulates four batches of 8 chunks a step."""
 
     steps: int = 30_000
@@ -43,7 +43,6 @@ class SdRecipe(Recipe):
     dev_evaluations: int = 60
     hidden: int = 512
     chunk_frames: int = 2000
-    memory_gb: float = 2.0
 
 
 class DiarizationHead(Head):
@@ -58,15 +57,6 @@ class DiarizationHead(Head):
         """Map weighted sums of all frames (F, D) to logits (B, T, S)."""
         logits: Tensor = self.output(self.recurrent(mixed_FD[frames.rows_BT])[0])
         return logits
-
-
-@dataclass(frozen=True)
-class SdBatch:
-    """Concatenated chunks and their labels."""
-
-    hidden_LFD: Tensor
-    frames: Ragged
-    labels_BTS: Tensor  # 1 where a speaker speaks, 0 elsewhere and after a chunk's end
 
 
 def frames_to_labels(hop_samples: int, *, where: object) -> tuple[int, int]:
@@ -146,7 +136,7 @@ class Diarization:
     def new_head(self) -> DiarizationHead:
         return DiarizationHead(num_layers=len(self.store.layers), dim=self.store.dim, hidden=self.recipe.hidden)
 
-    def batches(self, seed: int, first: int) -> Iterator[SdBatch]:
+    def batches(self, seed: int, first: int) -> Iterator[FrameBatch]:
         """Yield epochs in random order over recordings, those longer than a chunk in several chunks."""
         draw_epoch = partial(shuffled, self.rows["train"], self.store.pack_of, self.recipe.batch_size)
         for rows_B, _ in steps_from(first, seed, draw_epoch):
@@ -156,11 +146,11 @@ class Diarization:
                 for row in rows_B.tolist()
                 for part_TS in np.split(self.labels[row], self._cuts(row)[1:-1])
             ]
-            yield SdBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
+            yield FrameBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
 
-    def loss(self, head: DiarizationHead, batch: SdBatch) -> Tensor:
+    def loss(self, head: DiarizationHead, batch: FrameBatch) -> Tensor:
         logits_BTS = head(head.sum_layers(batch.hidden_LFD), batch.frames)
-        return permutation_free_loss(logits_BTS, batch.labels_BTS, batch.frames.num_frames_B)
+        return permutation_free_loss(logits_BTS, batch.labels, batch.frames.num_frames_B)
 
     def measure(self, heads: Sequence[DiarizationHead], split: str, pool: HeadPool) -> list[Metrics]:
         on_dev = self._grids(heads, "dev", pool)

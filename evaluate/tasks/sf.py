@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from evaluate.checkpoint import TaskSession
-from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, Texts, recurrent_problem
+from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts
 from evaluate.metrics import Slots, slot_type_f1, slot_value_cer
 from evaluate.sweep import Metrics, SweepResult, sweep
 from evaluate.task import Features, Task
@@ -20,7 +20,6 @@ from extract.base.errors import RetortError
 BEGIN, END = "B-", "E-"
 OUTSIDE = "O"
 PUNCTUATION = frozenset("?!.,;-")  # separate words in the published transcripts
-LABELS = ("text", "slots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +64,26 @@ def read_slots(symbols: Sequence[str]) -> Slots:
     return slots
 
 
-def rates(hypotheses: Texts, references: Texts) -> Metrics:
-    """Return slot-type F1 and slot-value CER."""
-    found, wanted = (list(map(read_slots, symbols)) for symbols in (hypotheses, references))
-    return {"f1": slot_type_f1(found, wanted), "cer": slot_value_cer(found, wanted)}
+class SlotFilling(RecurrentTranscription):
+    """Transcription into characters and slot tokens, measured by slot-type F1 and slot-value CER."""
+
+    labels = ("text", "slots")
+    metric = "f1"
+    higher_is_better = True
+
+    @staticmethod
+    def symbols(*labels: str) -> list[str]:
+        return encode(*labels)
+
+    @staticmethod
+    def rates(hypotheses: Texts, references: Texts) -> Metrics:
+        found, wanted = (list(map(read_slots, texts)) for texts in (hypotheses, references))
+        return {"f1": slot_type_f1(found, wanted), "cer": slot_value_cer(found, wanted)}
 
 
 def score(features: Features, recipe: SfRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads. Raises RetortError for a split without slots."""
-    problem = recurrent_problem(
-        features, recipe, labels=LABELS, symbols=encode, metric="f1", rates=rates, higher_is_better=True
-    )
+    problem = SlotFilling(features, recipe)
     for split, transcripts in problem.splits.items():
         if not any(map(read_slots, transcripts.references.values())):
             raise RetortError(f"corpus {features.corpus.name}: no utterance of split {split!r} has a slot")
@@ -87,7 +95,7 @@ SF = Task(
     title="slot filling",
     metric="f1",
     higher_is_better=True,
-    labels=LABELS,
+    labels=SlotFilling.labels,
     reads="frames",
     recipe=SfRecipe,
     score=score,

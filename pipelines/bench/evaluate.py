@@ -33,7 +33,7 @@ from evaluate.pooled import pooled_problem, read_pooled
 from evaluate.sweep import begin
 from evaluate.task import Features, Recipe
 from evaluate.tasks import TASKS
-from evaluate.tasks.pr import problem as pr_problem
+from evaluate.tasks.pr import PhoneRecognition
 from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json
 from extract.base.malloc import keep_freed_blocks
@@ -277,7 +277,7 @@ def problem_of(bench: Bench, task: str, *, online: bool = False) -> Any:
         if listener is not None:
             pooled_ULD = OnlineMeans(pooled_ULD, listener)
         return pooled_problem(source, pooled_ULD, ("keyword",), source.train_dev_test(), recipe)  # type: ignore[arg-type]
-    problem = pr_problem(source, recipe)  # type: ignore[arg-type]
+    problem = PhoneRecognition(source, recipe)  # type: ignore[arg-type]
     if listener is not None:
         problem.reader = OnlineFrames(source, listener)
     return problem
