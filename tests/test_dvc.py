@@ -189,7 +189,7 @@ def test_the_code_of_a_command_is_found_through_late_imports() -> None:
         ("pipelines/readers/snips.py", {"corpus"}),
         ("evaluate/ctc.py", {"evaluate"}),
         ("train/losses.py", {"train"}),
-        ("extract/store/packing.py", {"extract-teacher", "train", "extract", "evaluate", "compare"}),
+        ("extract/store/packing.py", {"extract-teacher", "train", "extract", "evaluate", "speed", "compare", "report"}),
         ("extract/many.py", {"extract"}),
         ("pipelines/bench/train.py", set()),
         ("pipelines/studies/settings.py", set()),

@@ -77,11 +77,11 @@ def read_config(path: Path) -> ReportConfig:
 def report_command(config: Path, out: Path) -> None:
     """Print the results table and write it as a self-contained HTML page.
 
-    Reads students/, runs/, scores/, measures/ and the teacher's manifest below the current folder.
+    Reads students/, runs/, scores/, measures/ and the teacher's manifest in the folder of the params file.
     """
     settings = read_config(config)
     check_out(out / "index.html", "--out")
-    make_report(Path(), settings, out)
+    make_report(config.parent, settings, out)
 
 
 def make_report(root: Path, config: ReportConfig, out: Path) -> None:

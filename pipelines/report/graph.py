@@ -54,7 +54,7 @@ class Drawing:
 
 
 def read_stages(root: Path) -> tuple[Stage, ...]:
-    """Return the stages of the DVC repository at `root`, each after those it needs; none without a repository.
+    """Return the stages of the dvc.yaml in `root`, each after those it needs; none without a DVC repository.
 
     Raises RetortError if DVC can't read dvc.yaml.
     """
@@ -64,7 +64,12 @@ def read_stages(root: Path) -> tuple[Stage, ...]:
     try:
         with Repo(str(root)) as repo:
             # Stages of a foreach or matrix are named NAME@ITEM.
-            found = {stage: stage.name.partition("@")[0] for stage in repo.index.graph if getattr(stage, "name", None)}
+            file = str((root / "dvc.yaml").resolve())  # the index also has the stages of studies
+            found = {
+                stage: stage.name.partition("@")[0]
+                for stage in repo.index.graph
+                if getattr(stage, "name", None) and stage.path == file
+            }
             edges = [(found[one], found[need]) for one, need in repo.index.graph.edges if {one, need} <= found.keys()]
             described = {name: stage.desc or "" for stage, name in found.items()}
     except NotDvcRepoError:
