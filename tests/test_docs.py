@@ -362,7 +362,7 @@ def test_extending_is_followed_to_the_letter(tmp_path: Path) -> None:
             printed = shape_of("".join(one.stdout for one in done))
         elif block.language == "text":
             assert printed == shape_of(block.text), str(block)
-    assert json.loads((copy / "manifests/languages/teacher.json").read_text())["codec"] == "int16"
+    assert json.loads((copy / "manifests/teacher/languages.json").read_text())["codec"] == "int16"
     config = json.loads((copy / "students/shared/config.json").read_text())
     assert (config["family"], config["architectures"]) == ("shared", ["RetortSharedStudent"])
     score = json.loads((copy / "scores/shared/lid.json").read_text())
