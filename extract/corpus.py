@@ -1,11 +1,11 @@
-"""corpus.h5: one corpus, one HDF5 file, read by every stage.
+"""Corpus: one HDF5 file of utterances with labels, read by every stage.
 
-    /samples            int16 (samples,)    16 kHz mono, all utterances end to end
+    /samples                                int16 (samples,), 16 kHz mono, all utterances end to end
     /utterances/id, split, speaker          UTF-8 strings (utterances,)
     /utterances/start, num_samples          int64 (utterances,)
     /utterances/labels/NAME                 UTF-8 strings (utterances,): text, phones, keyword, …
 
-Beside it a small NAME.json with the digests and counts, which is what DVC tracks: the audio may be 110 GB.
+Beside NAME.h5 lies its card NAME.json with digests and counts. DVC tracks the card, because the audio may be 110 GB.
 `python -m pipelines corpus READER ROOT --out corpora/NAME.h5` makes both.
 """
 
@@ -31,13 +31,13 @@ from extract.base.validate import check_fields, check_name, is_plain
 
 FORMAT_VERSION = 1
 SAMPLE_RATE_HZ = 16_000
-_COPY_SAMPLES = 1 << 24
-_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # by h5py, of a damaged file
+_COPY_SAMPLES = 1 << 24  # 32 MB at a time, from the spool into the file
+_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # h5py, for a damaged file
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance on its way into a corpus: `samples` int16 (num_samples,), 16 kHz mono."""
+    """One utterance to be written to a corpus: `samples` int16 (num_samples,), 16 kHz mono."""
 
     id: str
     samples: NDArray[np.int16]
@@ -48,10 +48,10 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened corpus. Arrays are in file order; the audio is read on demand.
+    """An opened corpus. Columns are in file order; the audio is read on demand.
 
-    `digest` covers ids, lengths and samples: features are valid as long as it holds. `labels_digest` covers splits,
-    speakers, labels and metadata. `metadata` holds what belongs to the corpus as a whole, such as a lexicon.
+    digest: of ids, lengths and samples, which decide the features. labels_digest: of splits, speakers, labels and
+    metadata. metadata: facts of the whole corpus, such as a lexicon.
     """
 
     path: Path
@@ -60,8 +60,8 @@ class Corpus:
     digest: str
     labels_digest: str
     ids: list[str]
-    start: NDArray[np.int64]
-    num_samples: NDArray[np.int64]
+    start: NDArray[np.int64]  # (utterances,), first sample in `/samples`
+    num_samples: NDArray[np.int64]  # (utterances,)
     splits: list[str]
     speakers: list[str]
     labels: dict[str, list[str]]
@@ -69,9 +69,9 @@ class Corpus:
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
-        """Open NAME.h5, or NAME.json, whose `file` says where the audio lies.
+        """Open NAME.h5, or the file that the card NAME.json names.
 
-        Raises RetortError when the file is missing, is no corpus, or is not the one that NAME.json describes.
+        Raises RetortError if the file is missing, is not a corpus, or is not the one that the card describes.
         """
         path = Path(path)
         expected = None
@@ -84,7 +84,7 @@ class Corpus:
             path, expected = in_main_tree(card["file"]), card["digest"]
         try:
             corpus = cls._read(path)
-            check_name(corpus.name, where=f"{path}: name")  # stores lie below a folder of this name
+            check_name(corpus.name, where=f"{path}: name")  # folders of stores begin with it
             corpus._check_table()
         except RetortError:
             raise
@@ -92,8 +92,8 @@ class Corpus:
             raise _trouble(path, error) from None
         if expected is not None and corpus.digest != expected:
             raise RetortError(
-                f"corpus {path} has digest {corpus.digest[:12]}, its card says {expected[:12]}: "
-                "the file changed after the card was made; run `python -m pipelines corpus` again"
+                f"corpus {path} has digest {corpus.digest[:12]}, its card {expected[:12]}: the file changed after the "
+                "card was made; run `python -m pipelines corpus` again"
             )
         return corpus
 
@@ -128,16 +128,18 @@ class Corpus:
         return len(self.ids)
 
     def _check_table(self) -> None:
+        """Raises RetortError for columns and samples that do not fit each other: the file may be from a stranger."""
         columns: dict[str, Any] = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
         columns |= {"speaker": self.speakers} | self.labels
         if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):
             raise RetortError(f"{self.path} is not a readable corpus: its ids are not unique names")
         if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
             raise RetortError(
-                f"{self.path} is not a readable corpus: {odd[0]} is not of its {len(self.ids)} utterances"
+                f"{self.path} is not a readable corpus: column {odd[0]} has {len(columns[odd[0]])} rows, expected "
+                f"{len(self.ids)}"
             )
         with _open_file(self.path) as file:
-            # The audio of a stranger's corpus lies in its own file: HDF5 can point anywhere on this machine.
+            # HDF5 links can point to any file on this machine: the audio must be in the corpus itself.
             if "samples" in file and file.get("samples", getlink=True).__class__ is not h5py.HardLink:
                 raise RetortError(f"{self.path}: its samples lie in another file; give a corpus that holds them")
             samples = file.get("samples")
@@ -150,17 +152,17 @@ class Corpus:
             last = int((self.start + self.num_samples).max(initial=0))
             if samples.dtype != np.int16 or samples.ndim != 1 or last > len(samples) or self.start.min(initial=0) < 0:
                 raise RetortError(
-                    f"{self.path} is not a readable corpus: its table names {last} int16 samples, it holds "
+                    f"{self.path} is not a readable corpus: its table needs {last} int16 samples, found "
                     f"{samples.dtype} {samples.shape}; make it again with `python -m pipelines corpus`"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        # h5py handles survive neither fork nor pickling: every process opens its own.
+        # h5py handles survive neither fork nor pickling: each process opens its own.
         return {key: value for key, value in self.__dict__.items() if key != "_samples"}
 
     @cached_property
     def has_audio(self) -> bool:
-        """Whether the file holds the samples, or the index alone."""
+        """True if the file holds the samples, False if it holds only the index."""
         with _open_file(self.path) as file:
             return "samples" in file
 
@@ -169,7 +171,7 @@ class Corpus:
         return _open_file(self.path)["samples"]
 
     def samples(self, index: int) -> NDArray[np.int16]:
-        """The samples of one utterance, int16 (num_samples,)."""
+        """Read the samples of one utterance, int16 (num_samples,)."""
         start = int(self.start[index])
         try:
             values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
@@ -180,12 +182,12 @@ class Corpus:
         return values
 
     def waveform(self, index: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The waveform of one utterance, float32 (num_samples,) in [-1, 1); in `out` where that is given."""
-        # A power of two: the product is exact.
+        """Read the waveform of one utterance, float32 (num_samples,) in [-1, 1), into `out` if it is given."""
+        # A multiplication by a power of two is exact.
         return np.multiply(self.samples(index), np.float32(1 / 32_768), out=out, dtype=np.float32)
 
     def label(self, name: str) -> list[str]:
-        """One label column, in file order. Raises RetortError with the columns there are."""
+        """Return one label column, in file order. Raises RetortError that lists the columns for an unknown name."""
         if name not in self.labels:
             raise RetortError(
                 f"corpus {self.name} ({self.path}) has no label {name!r}; "
@@ -194,7 +196,7 @@ class Corpus:
         return self.labels[name]
 
     def select(self, split: str) -> NDArray[np.int64]:
-        """The indices of a split's utterances, in file order. Raises RetortError with the splits there are."""
+        """Return the indices of a split's utterances, in file order. Raises RetortError that lists the splits."""
         chosen = np.flatnonzero(np.array(self.splits) == split)
         if not len(chosen):
             raise RetortError(
@@ -213,16 +215,16 @@ def _open_file(path: Path) -> h5py.File:
     """Open a corpus for reading. Raises OSError with the cause."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise RetortError(f"corpus {path} is a folder or a device; give the .h5 file, or its card")
-    with path.open("rb"):  # the system's own error, which HDF5 only describes
+    with path.open("rb"):  # raises the error of the system, which HDF5 would only describe
         pass
     return _open_without_lock(path, "r")
 
 
 def _open_without_lock(path: Path, mode: str) -> h5py.File:
-    """Open with HDF5's lock, or without one where there is none to be had: on NFS, on Lustre, or held by another.
+    """Open with HDF5's lock, or without a lock if none is available, as on NFS and Lustre.
 
-    None is needed: a corpus is written under a temporary name and never in place. HDF5 wants all handles of one file in
-    one process alike, so the lock is tried first, as others do.
+    No lock is needed: a corpus is written under a temporary name and never in place. The lock is tried first because
+    HDF5 requires all handles of a file in one process to be opened alike, and other code opens with a lock.
     """
     try:
         return h5py.File(path, mode)
@@ -233,7 +235,7 @@ def _open_without_lock(path: Path, mode: str) -> h5py.File:
 
 
 def _trouble(path: Path, error: Exception) -> RetortError:
-    """Return the error for a corpus that can't be opened or read: access to it, or damage of the file."""
+    """Return the error line for a corpus that can't be opened or read: no access, or a damaged file."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return RetortError(
             f"corpus {path} does not exist; make it with `python -m pipelines corpus` (or `dvc repro -f`)"
@@ -245,8 +247,7 @@ def _trouble(path: Path, error: Exception) -> RetortError:
         )
     if isinstance(error, OSError) and error.errno is not None:
         return RetortError(
-            f"corpus {path} can't be read: {os.strerror(error.errno)}; grant read access to it, or give a copy "
-            "elsewhere"
+            f"corpus {path} can't be read: {os.strerror(error.errno)}; grant read access to it, or give a readable copy"
         )
     return RetortError(f"{path} is not a readable corpus ({error}); make it again with `python -m pipelines corpus`")
 
@@ -262,13 +263,11 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Write NAME.h5 and then its card NAME.json, both atomically; return the card.
 
-    Audio is streamed: memory holds one utterance at a time. `record` (what the reader resampled or dropped) goes into
-    the card. Every utterance must carry the same label names.
-    Raises RetortError on an empty corpus, a repeated id or differing labels.
+    Audio is streamed: memory holds one utterance at a time. record: the reader's counts, such as resampled and dropped
+    files, for the card. Raises RetortError for an empty corpus, a repeated id, or utterances with different labels.
     """
     path = Path(path)
-    place = in_main_tree(path)
-    with written_aside(place) as aside:
+    with written_aside(in_main_tree(path)) as aside:
         card = _write(aside, name=name, reader=reader, utterances=utterances, metadata=metadata or {})
     card |= {"file": path.as_posix(), "record": record or {}}
     write_json(path.with_suffix(".json"), card)
@@ -281,15 +280,15 @@ def _write(
     rows: list[Utterance] = []
     lengths: list[int] = []
     digest = hashlib.sha256()
-    # A contiguous data set needs its length first, and decoding tells it last: the samples pass through a spool.
+    # A contiguous data set needs its length first, which is known after decoding: samples pass through a spool file.
     with tempfile.TemporaryFile(dir=path.parent) as spool, _open_without_lock(path, "w") as file:
         for utterance in utterances:
             block = np.ascontiguousarray(utterance.samples, dtype="<i2")
-            digest.update(f"{utterance.id}\0{len(block)}\0".encode(errors="replace"))  # odd ids are refused below
+            digest.update(f"{utterance.id}\0{len(block)}\0".encode(errors="replace"))  # `_check` refuses invalid ids
             digest.update(block.tobytes())
             spool.write(block.tobytes())
             lengths.append(len(block))
-            rows.append(replace(utterance, samples=block[:0]))
+            rows.append(replace(utterance, samples=block[:0]))  # without its samples, which would fill the memory
         _check(rows)
         num_samples = sum(lengths)
         samples = file.create_dataset("samples", (num_samples,), dtype="<i2")
@@ -331,13 +330,16 @@ def _check(rows: list[Utterance]) -> None:
             raise RetortError(f"utterance id {row.id!r} is empty or holds control characters; give it another")
         for name, text in {"split": row.split, "speaker": row.speaker, **row.labels}.items():
             if text and not is_plain(text.replace("\n", " ").replace("\t", " ")):
-                raise RetortError(f"utterance {row.id!r}: its {name} {text!r} is no text that UTF-8 and HDF5 can hold")
+                raise RetortError(
+                    f"utterance {row.id!r}: its {name} {text!r} holds control characters or invalid UTF-8; remove them"
+                )
         if row.id in seen:
             raise RetortError(f"utterance id {row.id!r} occurs twice; ids must be unique in a corpus")
         seen.add(row.id)
         if row.labels.keys() != rows[0].labels.keys():
             raise RetortError(
-                f"utterance {row.id!r} has labels {sorted(row.labels)}, the first has {sorted(rows[0].labels)}"
+                f"utterance {row.id!r} has labels {sorted(row.labels)}, expected those of the first, "
+                f"{sorted(rows[0].labels)}"
             )
 
 

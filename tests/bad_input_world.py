@@ -1,4 +1,4 @@
-"""A small world that the tables of wrong inputs damage, copy by copy, and what a refused command must have left.
+"""A small working folder for tests of invalid input: each test damages a copy, and a refused command changes nothing.
 
 corpora/    tiny (yes and no, train, dev and test), and another one        teacher/   a HuBERT with random weights
 stores/     the teacher's features, int8                                   student/   a Retort student
@@ -61,7 +61,7 @@ SCORE = "evaluate run --task ks --config params.yaml --manifest manifests/teache
 
 @cache
 def _whole_world() -> Path:
-    """The world as it should be, made once a process: by the commands themselves, with it as the working folder."""
+    """Make the valid folder once per process, by the commands themselves."""
     folder = Path(tempfile.mkdtemp(prefix="retort-bad-input-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,13 +96,13 @@ def enter_world(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def run(line: str) -> Result:
-    """A command line without its `python -m`, in this process."""
+    """Run a command line, without its `python -m`, in this process."""
     room, *arguments = shlex.split(line)
     return CliRunner().invoke(ROOMS[room], arguments)
 
 
 def tree(folder: Path = Path()) -> dict[str, str]:
-    """Every file of a folder with the digest of its bytes, and every folder."""
+    """Return the sha256 of every file below a folder, and `/` for every folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "/"
         for path in folder.rglob("*")
@@ -114,7 +114,7 @@ Damage = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One wrong input: what is done to the world, the command, and a pattern that its one line must match."""
+    """One invalid input: the damage, the command, and a pattern that its one error line must match."""
 
     name: str
     line: str
@@ -123,7 +123,7 @@ class Row:
 
 
 def check_refused(row: Row) -> None:
-    """Exit status 1, one line that says what is wrong, and not one byte changed. The working folder is the world."""
+    """Check for exit status 1, one error line that matches, and no byte changed in the working folder."""
     row.damage()
     before = tree()
     done = run(row.line)
@@ -137,7 +137,7 @@ def check_refused(row: Row) -> None:
 
 
 def write(path: str, text: str | bytes) -> Damage:
-    """Put a file, whatever was there."""
+    """Write a file, replacing any other."""
 
     def damage() -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def remove(*paths: str) -> Damage:
 
 
 def folder(pattern: str) -> Damage:
-    """A folder where a file is expected."""
+    """Put a folder where a file is expected."""
 
     def damage() -> None:
         path = _first(pattern)
@@ -162,17 +162,17 @@ def folder(pattern: str) -> Damage:
 
 
 def cut(pattern: str, kept: int) -> Damage:
-    """Only the first bytes of a file."""
+    """Keep only the first bytes of a file."""
     return lambda: _first(pattern).write_bytes(_first(pattern).read_bytes()[:kept])
 
 
 def _first(pattern: str) -> Path:
-    """The first file that a pattern finds, or the one to be made."""
+    """Return the first file that matches a pattern, or the pattern as a new path."""
     return min(Path().glob(pattern), default=Path(pattern))
 
 
 def flip(pattern: str, place: int) -> Damage:
-    """One bit of the first file that the pattern finds."""
+    """Flip one bit of the first file that matches the pattern."""
 
     def damage() -> None:
         path = _first(pattern)
@@ -184,7 +184,7 @@ def flip(pattern: str, place: int) -> Damage:
 
 
 def change_json(path: str, *keys: str, to: Any = None, drop: bool = False) -> Damage:
-    """One value of a JSON file, found by its keys."""
+    """Change or drop one value of a JSON file, found by its keys."""
 
     def damage() -> None:
         whole = value = json.loads(Path(path).read_text())
@@ -200,7 +200,7 @@ def change_json(path: str, *keys: str, to: Any = None, drop: bool = False) -> Da
 
 
 def change_params(old: str, new: str) -> Damage:
-    """A text of params.yaml."""
+    """Replace a text in params.yaml."""
 
     def damage() -> None:
         text = Path("params.yaml").read_text()
@@ -211,7 +211,7 @@ def change_params(old: str, new: str) -> Damage:
 
 
 def change_array(name: str, **changes: Any) -> Damage:
-    """An array of the store made anew with another shape or type; its manifest says the sizes that are there now."""
+    """Replace an array of the store by one of another shape or type, and its sizes and digests in the manifest."""
 
     def damage() -> None:
         manifest = json.loads(Path("manifests/teacher.json").read_text())

@@ -1,4 +1,4 @@
-"""The families of upstreams, tiny, with random weights: one model each of every arrangement of norms and stem."""
+"""Tiny upstreams with random weights, one for every arrangement of norms and stem in the supported families."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from tests.conftest import TINY
 
 
 def _hubert_25hz() -> PreTrainedModel:
-    """A frame every 40 ms, and a batch norm before the positional convolution whose bias is not 0 (mHuBERT's form)."""
+    """Return a model with 40 ms frames and a batch norm of nonzero bias before the positional convolution (mHuBERT)."""
     eight = {"conv_dim": [16] * 8, "conv_kernel": [10, 3, 3, 3, 3, 2, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2, 2]}
     model = HubertModel(HubertConfig(**TINY | eight, conv_pos_batch_norm=True))
     norm = model.encoder.pos_conv_embed.batch_norm

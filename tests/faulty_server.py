@@ -1,4 +1,4 @@
-"""A server on a raw socket, which may break any rule of HTTP, and the environment that leads to it."""
+"""A server on a raw socket, which can violate HTTP, and the environment for its clients."""
 
 import socket
 import threading
@@ -12,21 +12,21 @@ import pytest
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as it reached the server."""
+    """One request as received."""
 
     line: str
     headers: dict[str, str]
 
     @property
     def span(self) -> tuple[int, int | None]:
-        """The first byte that is asked for and, unless it is the last one's, the one after the last."""
+        """Return the requested range: first byte, and the byte after the last one or None."""
         start, _, end = self.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")
         return int(start), int(end) + 1 if end else None
 
 
 @dataclass
 class Server:
-    """A server on a raw socket. `answer` gives the bytes for the n-th request (from 1 on) and whether to go on."""
+    """Server on a raw socket. `answer` returns the bytes for the n-th request (from 1) and whether to continue."""
 
     answer: Callable[[int, Asked], tuple[bytes, bool]]
     asked: list[Asked] = field(default_factory=list)
@@ -73,7 +73,7 @@ def reply(data: bytes = b"", status: str = "200 OK", **headers: str) -> bytes:
 
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Yield what starts servers that the environment leads to, with keys, and with three attempts."""
+    """Yield a function that starts a server; the environment names it, keys, and three attempts."""
     servers = []
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)

@@ -1,8 +1,8 @@
 """`python -m tests.object_store_bench`: obstore, as extract/store/object_store.py uses it, beside s3fs.
 
-s3fs is no dependency of ours: `pip install s3fs` first. Two servers, each a process of its own: moto, a real S3 API
-whose own speed is part of what is measured, and a bare one that keeps nothing and answers from memory. The clients take
-turns, each in a fresh process, and the medians are printed.
+s3fs is not a dependency of Retort: run `pip install s3fs` first. There are two servers, each in a process of its own:
+moto, a full S3 API whose own speed is part of the result, and a minimal one that answers from memory. The clients are
+run interleaved, each in a new process, and the medians are printed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LISTED = 2_000
 
 
 class Obstore:
-    """The calls of extract/store/object_store.py."""
+    """Client with the calls of extract/store/object_store.py."""
 
     def __init__(self, bucket: str) -> None:
         from extract.store.object_store import Objects
@@ -67,7 +67,7 @@ class Obstore:
 
 
 class S3fs:
-    """The calls of extract/store/location.py while it used s3fs."""
+    """Client with the calls of an earlier version, which used s3fs."""
 
     def __init__(self, bucket: str) -> None:
         import fsspec
@@ -102,7 +102,7 @@ CLIENTS: dict[str, Callable[[str], Any]] = {"obstore": Obstore, "s3fs": S3fs}
 
 
 class Bare(BaseHTTPRequestHandler):
-    """As much of S3 as the clients ask for: objects of one size, of zeros; what is put is read and forgotten."""
+    """The part of S3 that the clients use: objects of one size, all zeros; uploads are read and discarded."""
 
     protocol_version = "HTTP/1.1"
     wbufsize, disable_nagle_algorithm = 1 << 16, True  # head and body in one packet
@@ -177,7 +177,7 @@ class Bare(BaseHTTPRequestHandler):
 
 
 class Slow(Bare):
-    """The bare server behind a line on which one connection gets 60 MB/s, as from an object store of a cloud."""
+    """The server with 60 MB/s per connection, as from an object store in a cloud."""
 
     def _send(self, start: int, end: int) -> None:
         for at in range(start, end, MB):
@@ -191,7 +191,7 @@ SERVERS = {"bare": Bare, "slow": Slow}
 
 @contextmanager
 def running(server: str) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+    """Start a server in a process of its own; yield its address."""
     command = [sys.executable, "-m", "tests.object_store_bench", "--serve", server]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout
@@ -202,7 +202,7 @@ def running(server: str) -> Iterator[str]:
 
 
 def serve(server: str) -> None:
-    """Serve until killed; the first line on stdout is the address."""
+    """Serve until killed; print the address as the first line."""
     if server == "moto":
         from moto.server import ThreadedMotoServer
 
@@ -224,7 +224,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure(client_name: str, megabytes: int) -> dict[str, float]:
-    """All figures of one client, in this process, from the server that the environment names."""
+    """Measure one client in this process, with the server that the environment names."""
     found = {"import, s": timed(lambda: CLIENTS[client_name]("bench"))}
     client, size = CLIENTS[client_name]("bench"), megabytes * MB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -255,7 +255,7 @@ def measure(client_name: str, megabytes: int) -> dict[str, float]:
 
 
 def turn(client: str, address: str, megabytes: int, *, listed: bool) -> dict[str, float]:
-    """The figures of one client in a fresh process."""
+    """Measure one client in a new process."""
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     environment = os.environ | keys | {"AWS_ENDPOINT_URL": address, "BENCH_LISTED": json.dumps(listed)}
     command = [sys.executable, "-m", "tests.object_store_bench", "--client", client, "--megabytes", str(megabytes)]
@@ -265,7 +265,7 @@ def turn(client: str, address: str, megabytes: int, *, listed: bool) -> dict[str
 
 
 def compare(server: str, megabytes: int, rounds: int) -> None:
-    """Print a table of medians: the clients take turns on one server."""
+    """Print a table of medians; the clients are run interleaved on one server."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CLIENTS}
     with running(server) as address:
         if server == "moto":

@@ -1,4 +1,4 @@
-"""A real S3 API on this machine: moto's server, found through the environment as a user's server would be."""
+"""A local S3 server (moto), configured through the environment as a user's server is."""
 
 import logging
 import urllib.request
@@ -18,7 +18,7 @@ BUCKET = "features"
 
 @dataclass(frozen=True)
 class S3:
-    """A running server with one empty bucket, and the requests that it saw."""
+    """A running server with one empty bucket, and its request lines."""
 
     server: ThreadedMotoServer
     seen: list[str]
@@ -33,17 +33,17 @@ class S3:
         return f"s3://{BUCKET}/stores"
 
     def requests(self, method: str, part: str = "") -> list[str]:
-        """Paths that were asked for, such as `/features/stores/…/hidden/c/0/0/0/0`."""
+        """Requested paths, such as `/features/stores/…/hidden/c/0/0/0/0`."""
         return [line.split()[1] for line in self.seen if line.startswith(method) and part in line]
 
     @cached_property
     def client(self) -> Any:
-        """An independent client, to read what lies there."""
+        """An independent client of the server."""
         keys = {"aws_access_key_id": "anybody", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
         return boto3.client("s3", endpoint_url=self.endpoint, **keys)
 
     def objects(self) -> dict[str, bytes]:
-        """Everything in the bucket, by name below the root."""
+        """Return the bytes of every object by name below the root."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="stores/")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         found = {key: self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
@@ -56,14 +56,14 @@ class S3:
         self.client.delete_object(Bucket=BUCKET, Key=f"stores/{name}")
 
     def ask_for_signatures(self, actions: float) -> None:
-        """From the `actions`-th request on, refuse whoever is not known to the server: nobody is."""
+        """From the `actions`-th request on, refuse every key."""
         plain = {"Content-Type": "text/plain"}
         request = urllib.request.Request(f"{self.endpoint}/moto-api/reset-auth", str(actions).encode(), plain)
         urllib.request.urlopen(request).close()
 
 
 class _Seen(logging.Handler):
-    """Keeps the server's request lines: `PUT /bucket/key HTTP/1.1`."""
+    """Collector of the server's request lines, such as `PUT /bucket/key HTTP/1.1`."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Seen(logging.Handler):
 
 @contextmanager
 def running_s3(cache: Path) -> Iterator[S3]:
-    """A server, the environment that leads to it, an empty bucket, and an empty cache for reading."""
+    """Run a server with an empty bucket; set the environment for it and for an empty cache."""
     seen: list[str] = []
     log, handler = logging.getLogger("werkzeug"), _Seen(seen)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

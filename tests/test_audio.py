@@ -1,4 +1,4 @@
-"""Decoding and resampling: damage is reported, oddities are noted, and the samples are those of the file."""
+"""Decoding and resampling: damage is reported, deviations are counted, samples equal those of the file."""
 
 import os
 import struct

@@ -34,7 +34,7 @@ def test_a_public_bucket_needs_no_credentials(tmp_path: Path, monkeypatch: pytes
 
 
 def signer(server: Server) -> tuple[str, str]:
-    """The key and the region that the last request was signed with."""
+    """Return the key and the region that signed the last request."""
     found = re.search(r"Credential=([^/]+)/\d+/([^/]+)/s3", server.asked[-1].headers["authorization"])
     assert found
     return found[1], found[2]

@@ -1,4 +1,4 @@
-"""Manifests and stores that are damaged, changed by hand or a stranger's: one line, exit status 1, nothing touched."""
+"""Damaged, edited or foreign manifests and stores: one line, exit status 1, no file changed."""
 
 import json
 import shutil
@@ -38,8 +38,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter_world(tmp_path / "world", monkeypatch)
 
 
-def says(line: str, message: str, *keys: str, to: Any = None, drop: bool = False) -> Row:
-    """A row whose manifest has another value, or none."""
+def changed(line: str, message: str, *keys: str, to: Any = None, drop: bool = False) -> Row:
+    """Return a row whose manifest has another value, or lacks one."""
     name = f"{'.'.join(keys)} {'missing' if drop else json.dumps(to)[:30]}"
     return Row(name, line, message, change_json(M, *keys, to=to, drop=drop))
 
@@ -58,41 +58,45 @@ MANIFESTS = [
     Row("nested too deep", INFO, "is not JSON", write(M, "[" * 100_000)),
     Row("bytes", INFO, "is not JSON", write(M, b"\xff\xfe\x00")),
     Row("another object", INFO, "format 2", write(M, '{"a": 1}')),
-    says(INFO, "format 2 .format_version 1", "format_version", to=1),
-    says(INFO, "complete False", "complete", to=False),
-    says(INFO, "complete 'yes'", "complete", to="yes"),
-    says(INFO, "`dim` is missing", "dim", drop=True),
-    says(INFO, "'extra': expected one of .*codec", "extra", to=1),
-    says(INFO, "layers: got 3, expected a list", "layers", to=3),
-    says(INFO, "layers: got 'a', expected int", "layers", to=["a"]),
-    says(INFO, r"layers: got \[4, 2\], expected ascending numbers", "layers", to=[4, 2]),
-    says(STATS, "dim: got '7', expected int", "dim", to="7"),
-    says(STATS, "dim: got -1, expected at least 1", "dim", to=-1),
-    says(INFO, "unknown codec in .*'zip': expected one of float16, int4, int8", "codec", to="zip"),
-    says(INFO, "codec: got .'zip'., expected str", "codec", to=["zip"]),
-    says(STATS, "unknown part .*'x': expected one of frames, pooled, stem", "keep", to=["frames", "x"]),
-    says(INFO, "upstream: `id` is missing; expected id, name", "upstream", to={}),
-    says(INFO, "upstream.num_parameters: got 'many', expected int", "upstream", "num_parameters", to="many"),
-    says(INFO, "plan: got 'x', expected a mapping", "plan", to="x"),
-    says(STATS, "plan: `num_packs` is missing", "plan", "num_packs", drop=True),
-    says(STATS, "plan.shard_packs: got 0, expected at least 1", "plan", "shard_packs", to=0),
-    says(STATS, "does not fit 10 utterances and 2 shards", "plan", "num_packs", to=10**12),
-    says(MIRROR, "does not fit 10 utterances and 2 shards", "plan", "num_shards", to=10**12),
-    says(INFO, "objects: got .*, expected a mapping", "objects", to=[]),
-    says(VERIFY, "objects.zarr.json: got 1, expected a list", "objects", to={"zarr.json": 1}),
-    says(VERIFY, r"objects.zarr.json: got \[1, 'x'\], expected .bytes, sha256", "objects", "zarr.json", to=[1, "x"]),
+    changed(INFO, "format 2 .format_version 1", "format_version", to=1),
+    changed(INFO, "complete False", "complete", to=False),
+    changed(INFO, "complete 'yes'", "complete", to="yes"),
+    changed(INFO, "`dim` is missing", "dim", drop=True),
+    changed(INFO, "'extra': expected one of .*codec", "extra", to=1),
+    changed(INFO, "layers: got 3, expected a list", "layers", to=3),
+    changed(INFO, "layers: got 'a', expected int", "layers", to=["a"]),
+    changed(INFO, r"layers: got \[4, 2\], expected ascending numbers", "layers", to=[4, 2]),
+    changed(STATS, "dim: got '7', expected int", "dim", to="7"),
+    changed(STATS, "dim: got -1, expected at least 1", "dim", to=-1),
+    changed(INFO, "unknown codec in .*'zip': expected one of float16, int4, int8", "codec", to="zip"),
+    changed(INFO, "codec: got .'zip'., expected str", "codec", to=["zip"]),
+    changed(STATS, "unknown part .*'x': expected one of frames, pooled, stem", "keep", to=["frames", "x"]),
+    changed(INFO, "upstream: `id` is missing; expected id, name", "upstream", to={}),
+    changed(INFO, "upstream.num_parameters: got 'many', expected int", "upstream", "num_parameters", to="many"),
+    changed(INFO, "plan: got 'x', expected a mapping", "plan", to="x"),
+    changed(STATS, "plan: `num_packs` is missing", "plan", "num_packs", drop=True),
+    changed(STATS, "plan.shard_packs: got 0, expected at least 1", "plan", "shard_packs", to=0),
+    changed(STATS, "does not fit 10 utterances and 2 shards", "plan", "num_packs", to=10**12),
+    changed(MIRROR, "does not fit 10 utterances and 2 shards", "plan", "num_shards", to=10**12),
+    changed(INFO, "objects: got .*, expected a mapping", "objects", to=[]),
+    changed(VERIFY, "objects.zarr.json: got 1, expected a list", "objects", to={"zarr.json": 1}),
+    changed(VERIFY, r"objects.zarr.json: got \[1, 'x'\], expected .bytes, sha256", "objects", "zarr.json", to=[1, "x"]),
     # What leads out of the store: verify renames, mirror and the cache write by these names.
-    says(VERIFY, "'../../../params.yaml' is not the name of an object", "objects", "../../../params.yaml", to=[5, SHA]),
-    says(MIRROR, "'../../../params.yaml' is not the name of an object", "objects", "../../../params.yaml", to=[5, SHA]),
-    says(VERIFY, "'/etc/hostname' is not the name of an object", "objects", "/etc/hostname", to=[5, SHA]),
-    says(VERIFY, "'index/../../x' is not the name of an object", "objects", "index/../../x", to=[5, SHA]),
-    says(MIRROR, "store.path: got '../../etc', expected a path below the root", "store", "path", to="../../etc"),
-    says(VERIFY, "store.path: got '/etc', expected a path below the root", "store", "path", to="/etc"),
-    says(VERIFY, "store.path: got '', expected a path below the root", "store", "path", to=""),
-    says(VERIFY, "store: `root` is missing", "store", "root", drop=True),
-    says(VERIFY, "Protocol not known: nope; expected a local folder or a URL", "store", "root", to="nope://x/y"),
-    says(MIRROR, "digest: got '../../x', expected a sha256", "digest", to="../../x"),
-    says(INFO, "corpus.name: got '../x', expected a plain name", "corpus", "name", to="../x"),
+    changed(
+        VERIFY, "'../../../params.yaml' is not the name of an object", "objects", "../../../params.yaml", to=[5, SHA]
+    ),
+    changed(
+        MIRROR, "'../../../params.yaml' is not the name of an object", "objects", "../../../params.yaml", to=[5, SHA]
+    ),
+    changed(VERIFY, "'/etc/hostname' is not the name of an object", "objects", "/etc/hostname", to=[5, SHA]),
+    changed(VERIFY, "'index/../../x' is not the name of an object", "objects", "index/../../x", to=[5, SHA]),
+    changed(MIRROR, "store.path: got '../../etc', expected a path below the root", "store", "path", to="../../etc"),
+    changed(VERIFY, "store.path: got '/etc', expected a path below the root", "store", "path", to="/etc"),
+    changed(VERIFY, "store.path: got '', expected a path below the root", "store", "path", to=""),
+    changed(VERIFY, "store: `root` is missing", "store", "root", drop=True),
+    changed(VERIFY, "Protocol not known: nope; expected a local folder or a URL", "store", "root", to="nope://x/y"),
+    changed(MIRROR, "digest: got '../../x', expected a sha256", "digest", to="../../x"),
+    changed(INFO, "corpus.name: got '../x', expected a plain name", "corpus", "name", to="../x"),
 ]
 
 STORES = [
@@ -106,8 +110,8 @@ STORES = [
     Row("group's zarr.json", STATS, "zarr.json is damaged: sha256", flip("stores/*/*/zarr.json", 30)),
     Row("index of packs", STATS, "index/pack/c/0 is damaged: sha256", flip("stores/*/*/index/pack/c/0", 0)),
     Row("index of ids", SCORE + " --out n.json", "index/ids/c/0 is damaged", flip("stores/*/*/index/ids/c/0", 3)),
-    says(STATS, r"hidden .* is int8 \(4, 3, 96, 32\), expected int8 \(4, 3, 96, 7\)", "dim", to=7),
-    says(STATS, r"hidden .* is int8 .*, expected float16", "codec", to="float16"),
+    changed(STATS, r"hidden .* is int8 \(4, 3, 96, 32\), expected int8 \(4, 3, 96, 7\)", "dim", to=7),
+    changed(STATS, r"hidden .* is int8 .*, expected float16", "codec", to="float16"),
     Row("other shape", STATS, r"hidden .* is int8 \(4, 3, 96, 16\)", change_array("hidden", shape=(4, 3, 96, 16))),
     Row("other type", STATS, "hidden .* is float64", change_array("hidden", dtype="float64")),
     Row("scale's type", STATS, "scale .* is int8 .*expected float32", change_array("scale", dtype="int8")),

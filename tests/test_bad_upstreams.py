@@ -1,4 +1,4 @@
-"""Wrong corpora, options and upstreams of stage one; and a stranger's upstream, whose code runs when a user says so."""
+"""Invalid corpora, options and upstreams of stage one; code of an untrusted upstream runs only with an option."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ def instead(name: str, old: str, new: str, message: str) -> Row:
 
 
 def configured(key: str, value: Any, message: str) -> Row:
-    """A row whose teacher's config.json says something else."""
+    """Return a row with another value in the teacher's config.json."""
     return Row(f"{key} {value}", EXTRACT, message, change_json("teacher/config.json", key, to=value))
 
 
@@ -90,18 +90,18 @@ CORPORA = [
     Row("card without file", EXTRACT, "tiny.json: `file` is missing", change_json(CARD, "file", drop=True)),
     Row("card with a number", EXTRACT, "file: got 1, expected str", change_json(CARD, "file", to=1)),
     Row("card without digest", EXTRACT, "tiny.json: `digest` is missing", change_json(CARD, "digest", drop=True)),
-    Row("card of another", EXTRACT, "has digest .*its card says", change_json(CARD, "file", to="corpora/other.h5")),
+    Row("card of another", EXTRACT, "has digest .*its card", change_json(CARD, "file", to="corpora/other.h5")),
     Row("card to a system file", EXTRACT, "/etc/passwd is not a readable", change_json(CARD, "file", to="/etc/passwd")),
     Row("audio exchanged", EXTRACT, "the file changed after", lambda: shutil.copy("corpora/other.h5", AUDIO)),
     Row("samples elsewhere", EXTRACT, "its samples lie in another file", samples_elsewhere),
     Row("name climbs", EXTRACT, "name: got '../../x', expected a plain name", name_climbs),
-    Row("fewer starts", EXTRACT, "start is not of its 10 utterances", lambda: change_h5("utterances/start", [0, 1])),
+    Row("fewer starts", EXTRACT, "column start has 2 rows, expected 10", lambda: change_h5("utterances/start", [0, 1])),
     Row("numbers as ids", EXTRACT, "is not a readable corpus", lambda: change_h5("utterances/id", list(range(10)))),
     Row("ids alike", EXTRACT, "ids are not unique names", lambda: change_h5("utterances/id", ["a"] * 10)),
     Row(
         "beyond the end",
         EXTRACT,
-        "its table names .* int16 samples",
+        "its table needs .* int16 samples",
         lambda: change_h5("utterances/start", [9**9] * 10),
     ),
 ]
@@ -224,12 +224,12 @@ PLAN = "extract plan --upstream teacher --corpus corpora/tiny.json --rate 1"
 
 
 def settings_say(key: str, value: Any, message: str, *, line: str = EXTRACT) -> Row:
-    """A row whose preprocessor's settings say something else."""
+    """Return a row with another value in the preprocessor's settings."""
     return Row(f"{key} {value} {line[8:12]}", line, message, change_json(PREPROCESSOR, key, to=value))
 
 
 def sharded(*, lost: bool) -> None:
-    """The teacher's weights as two .bin files and their index, of which one is lost or a program."""
+    """Split the teacher's weights into two .bin files, one of which is missing or a pickled program."""
     tensors = load_file(WEIGHTS)
     Path(WEIGHTS).unlink()
     names = sorted(tensors)

@@ -1,4 +1,4 @@
-"""Checkpoint files: what was written comes back, and nothing else does."""
+"""Checkpoint files: a round trip, and errors for damaged files."""
 
 from pathlib import Path
 

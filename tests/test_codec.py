@@ -1,4 +1,4 @@
-"""Codecs: one contract for all, and each one's own promise.
+"""Codecs: the contract of all, and the error bound of each.
 
 Shapes: L layers, F frames, D features, W codes a frame.
 """
@@ -56,14 +56,14 @@ def _float16_bound(hidden_LFD: Hidden) -> Hidden:
 
 
 def _int8_bound(hidden_LFD: Hidden) -> Hidden:
-    """Half a step of the feature's own 127 a side; a feature whose step would be no normal float32 is 0."""
+    """Return half a step of int8's 127 per side; a feature whose step is subnormal in float32 decodes to 0."""
     peak_L1D = np.abs(hidden_LFD).max(axis=1, keepdims=True)
     tiny = 127 * np.finfo(np.float32).tiny
     return np.broadcast_to(np.where(peak_L1D < tiny * (1 + 2.0**-20), tiny, peak_L1D / 254), hidden_LFD.shape)
 
 
 def _int4_bound(hidden_LFD: Hidden) -> Hidden:
-    """Half of a fifteenth of the way from the group's lowest to its highest, and what rounding to float16 adds."""
+    """Return half of a fifteenth of a group's range, plus the rounding of step and base to float16."""
     bound_LFD = np.empty_like(hidden_LFD)
     for start in range(0, hidden_LFD.shape[1], GROUP):
         group_LTD = hidden_LFD[:, start : start + GROUP]
@@ -83,7 +83,7 @@ def codec(request: pytest.FixtureRequest) -> Codec:
 
 
 def check_contract(codec: Codec, hidden_LFD: Hidden) -> None:
-    """Shapes and types as announced, the size as announced, every value within the codec's bound."""
+    """Check shapes, types and sizes as declared, and every value against the codec's bound."""
     num_layers, num_frames, dim = hidden_LFD.shape
     before = hidden_LFD.copy()
     codes, scale = codec.encode(hidden_LFD)
@@ -149,7 +149,7 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
 
 
 def plan_index(lengths: list[int], row: int) -> int:
-    """The utterance that has a row of the pack: longest first, of equals the first one first."""
+    """Return the utterance of a row of the pack: longest first, equal lengths in corpus order."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     ends = np.cumsum([lengths[index] for index in order])
     return order[int(np.searchsorted(ends, row, side="right"))]
@@ -228,7 +228,7 @@ def test_errors_of_shards_add_up(codec: Codec) -> None:
 
 
 def test_a_store_gives_back_every_utterance_and_its_measured_error(codec: Codec, tmp_path: Path) -> None:
-    """Utterances begin anywhere in a pack of 100 frames, which is no whole number of groups."""
+    """Utterances start anywhere in a pack of 100 frames, which is not a multiple of a group."""
     num_frames = [5 + index * 11 % 60 for index in range(30)]
     card = make_corpus(tmp_path, labels={}, splits=["train"] * 30, num_frames=num_frames)
 
@@ -258,7 +258,7 @@ def test_a_store_gives_back_every_utterance_and_its_measured_error(codec: Codec,
 
 
 def test_int4_bytes_read_by_hand() -> None:
-    """Feature d in the low half of a byte, d + D/2 in the high one; a step and a base every 32 frames."""
+    """Feature d is in the low half of a byte, d + D/2 in the high half; a step and a base every 32 frames."""
     hidden = normal(70, dim=4)
     codes, scale = CODECS["int4"].encode(hidden)
     assert scale is not None
@@ -276,7 +276,7 @@ def test_int4_takes_five_eighths_of_a_byte() -> None:
 
 
 def test_int4_uses_all_of_its_levels() -> None:
-    """A ramp of sixteen even steps comes back exactly, which a coarser or a clipping quantiser could not do."""
+    """A ramp of sixteen equal steps is decoded exactly, which a coarser or clipping quantiser can't do."""
     ramp = (np.arange(GROUP, dtype=np.float32) % 16 - 5).reshape(1, GROUP, 1).repeat(2, axis=2)
     np.testing.assert_array_equal(CODECS["int4"].decode(*CODECS["int4"].encode(ramp)), ramp)
 

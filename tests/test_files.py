@@ -1,4 +1,4 @@
-"""Files written aside: whole or not at all, whatever kills the writer, and nothing of a killed one stays."""
+"""Atomic writing: complete files or none if the writer is killed, and no temporary files left."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from extract.base.files import check_out, read_json, write_json, written_aside
 
 
 class Killed(BaseException):
-    """Stands for the kill of the process at a chosen moment; nothing of ours catches it."""
+    """Stands for a kill of the process at a chosen moment; Retort never catches it."""
 
 
 def make_folder(path: Path, text: str) -> None:

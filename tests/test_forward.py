@@ -58,7 +58,7 @@ def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_
 
 
 def alone(model: PreTrainedModel, waveform: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The model's own hidden states of one waveform, unpadded and without a mask, float32 (layers, T, D)."""
+    """Return the model's own hidden states of one waveform, unpadded and without a mask, float32 (L, T, D)."""
     values = Wav2Vec2FeatureExtractor(do_normalize=True)(waveform, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         output = model(values.input_values, output_hidden_states=True, return_dict=True)
@@ -100,7 +100,7 @@ def test_a_config_that_asks_for_tuples_gives_the_same(teacher: Path, corpus: Cor
 
 
 def split_weights(folder: Path, *, suffix: str, prefix: str = "") -> None:
-    """The folder's weights as two files and their index."""
+    """Split the folder's weights into two files and an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     index = {}
@@ -114,7 +114,7 @@ def split_weights(folder: Path, *, suffix: str, prefix: str = "") -> None:
 
 
 def old_names(folder: Path) -> None:
-    """One .bin of a CTC model, with the names that weight norm had before torch 2."""
+    """Save one .bin of a CTC model, with the names of weight norm before torch 2."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     new = "parametrizations.weight.original"
@@ -150,7 +150,7 @@ def test_weights_are_the_same_in_any_form(form: str, teacher: Path, corpus: Corp
 
 
 def test_the_digest_is_of_the_weights_that_are_opened(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
-    """Every form at once, each of other weights: the digest follows transformers' order of them."""
+    """With all formats present, each of other weights, the digest is of the one that transformers opens."""
     scales = {"model.safetensors": 1.0, "model.safetensors.index.json": 2.0, "pytorch_model.bin": 3.0,
               "pytorch_model.bin.index.json": 4.0}  # fmt: skip
     name = "encoder.layers.3.final_layer_norm.weight"
@@ -200,7 +200,7 @@ def test_the_mended_group_norm_is_the_norm_of_each_utterances_own_frames_bit_for
 
 
 def test_the_mended_group_norm_matters(teacher: Path, corpus: Corpus) -> None:
-    """Without it, a padded batch of a Base model is far off: the test above could fail."""
+    """Without the replaced group norm a padded batch of a Base model is far off: the test above can fail."""
     model = HubertModel.from_pretrained(teacher).eval()
     short, long = torch.from_numpy(corpus.waveform(0))[None, :2_000], torch.zeros(1, 30_000)
     long[:, :2_000] = short
@@ -245,7 +245,7 @@ def test_identity_follows_weights_config_and_normalisation_only(teacher: Path, t
 
 
 def test_students_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    """AutoModel takes the second for the first one's class, because their configs' class is the same."""
+    """AutoModel would open the second with the class of the first, because their config classes have one name."""
     for family, depth in (("layerwise", 12), ("gendistiller", 3)):
         distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=False)
         save_student(tmp_path / family / "student", distiller.student, {})

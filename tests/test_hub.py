@@ -1,4 +1,4 @@
-"""Upstreams by hub id: from the local cache of the hub, by revision, from a hub on this machine, and without any."""
+"""Upstreams by hub id: from the hub's local cache, by revision, from a local hub, and without a network."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ HUB_ID = "somebody/hubert-tiny"
 
 @pytest.fixture(scope="module")
 def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HF_HOME as two downloads leave it: tag v1 with one set of weights, main with another."""
+    """Make HF_HOME as after two downloads: tag v1 with one set of weights, main with another."""
     home = tmp_path_factory.mktemp("hub")
     repository = home / "hub" / "models--somebody--hubert-tiny"
     for seed, (commit, revision) in enumerate(zip(COMMITS, ("v1", "main"), strict=True)):
@@ -149,7 +149,7 @@ FORMS: dict[str, tuple[dict[str, bytes], set[str]]] = {
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """A hub on this machine with a repository `somebody/FORM` for each form: its address, and the files asked for."""
+    """Serve a hub with a repository `somebody/FORM` per format; yield its address and the list of requested files."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""A store at a URL, on a real S3 API: read through the cache bit for bit, written to, mirrored, resumed, refused."""
+"""Stores at a URL, on a real S3 API: reading through the cache, writing, mirroring, resuming, errors."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def s3(tmp_path: Path) -> Iterator[S3]:
 
 @dataclass(frozen=True)
 class Store:
-    """A small finished store in a folder, and what would make it again."""
+    """A small finished store in a folder, and the config that makes it."""
 
     settings: ExtractConfig
     folder: Path  # of the store itself
@@ -68,7 +68,7 @@ def store(teacher: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """Everything in a store, except the manifest, which names the root."""
+    """Return the bytes of every file of a store but the manifest, which names the root."""
     return {
         path.relative_to(store).as_posix(): path.read_bytes()
         for path in sorted(store.rglob("*"))
@@ -92,7 +92,7 @@ def test_reading_from_s3_is_reading_locally_and_then_needs_no_server(s3: S3, sto
     mirror(store.manifest, s3.root, new_manifest=tmp_path / "far.json")
     s3.seen.clear()
     far = StoreReader.open(tmp_path / "far.json")
-    assert len(s3.requests("GET")) == 1  # one listing tells all sizes
+    assert len(s3.requests("GET")) == 1  # one listing has all sizes
     assert_reads_alike(StoreReader.open(store.manifest), far)
     shards = s3.requests("GET", "/hidden/c/")
     assert len(shards) == len(set(shards)) == far.manifest.plan["num_shards"]
@@ -211,7 +211,7 @@ def test_mirroring_again_copies_nothing_and_mends_what_is_damaged(s3: S3, store:
 
 @pytest.fixture(scope="module")
 def long_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Some dozens of shards, to be killed amid."""
+    """A store of some dozens of shards, for kills in the middle."""
     folder = tmp_path_factory.mktemp("long")
     write_corpus(folder / "long.h5", name="long", reader="folder", utterances=noise_utterances(30, shortest=20_000))
     settings = ExtractConfig(
@@ -271,7 +271,7 @@ def test_a_mirror_into_a_folder_killed_half_way_goes_on(s3: S3, long_store: Stor
 
 
 class Stopped(BaseException):
-    """Stands for the kill of the process at a chosen moment; nothing of ours catches it."""
+    """Stands for a kill of the process at a chosen moment; Retort never catches it."""
 
 
 def test_extraction_straight_to_s3_resumed_is_the_local_store(
@@ -332,7 +332,7 @@ def test_a_store_damaged_on_s3_is_made_whole_again(s3: S3, store: Store, tmp_pat
 
 
 def message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that fails says: one line on stderr."""
+    """Run a command that fails; return its one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(arguments)

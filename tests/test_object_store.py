@@ -1,4 +1,4 @@
-"""Object stores that fail, for real: broken bodies, refusals, lost uploads, forks."""
+"""Failing object stores, with a real server: broken bodies, refusals, lost uploads, forks."""
 
 import hashlib
 import multiprocessing
@@ -25,7 +25,7 @@ EXPECTED = [len(DATA), hashlib.sha256(DATA).hexdigest()]
 
 
 def whole(asked: Asked, data: bytes = DATA, **headers: str) -> bytes:
-    """The requests for an object."""
+    """Return the requests for an object."""
     start, end = asked.span
     if "range" not in asked.headers:
         return reply(data, **headers)
@@ -125,7 +125,7 @@ def test_a_read_that_can_not_be_right_is_one_line_and_leaves_nothing(
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, as in a command: workers of pytest-xdist may ignore it."""
+    """Let SIGINT raise KeyboardInterrupt, as in a command; workers of pytest-xdist may ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

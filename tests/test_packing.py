@@ -1,4 +1,4 @@
-"""Packs: every utterance once, whole, in one pack, beside utterances of similar length."""
+"""Packing: every utterance whole in exactly one pack, with utterances of similar length."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_packs_hold_every_utterance_once_and_whole(lengths: list[int], pack_fram
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), pack_frames=st.integers(1, 700))
 def test_packs_are_filled_one_utterance_after_the_other(lengths: list[int], pack_frames: int) -> None:
-    """The layout that every store on disk has: longest first, a new pack where the next one does not fit."""
+    """Compare with the layout of existing stores: longest first, a new pack if the next utterance does not fit."""
     ids = [str(i) for i in range(len(lengths))]
     plan = pack_utterances(
         np.array(lengths, dtype=int), ids=ids, pack_frames=pack_frames, shard_packs=1, drop_long=True

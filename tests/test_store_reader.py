@@ -1,4 +1,4 @@
-"""The index of a store: whatever the lengths and the packs, an utterance gets its own frames back, and no other's."""
+"""Index of a store: for all lengths and packings an utterance is read with exactly its own frames."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.evaluate_stores import make_corpus, make_store
 
 
 def own_values(index: int, num_frames: int) -> NDArray[np.float32]:
-    """Whole numbers that float16 holds, other ones for every utterance, layer and frame: float32 (2, T, 2)."""
+    """Return float32 (2, T, 2), integers exact in float16, different for every utterance, layer and frame."""
     layers, frames = np.arange(2)[:, None], np.arange(num_frames)[None]
     values_LT = 100 * index + 50 * layers + frames
     return np.stack([values_LT, -values_LT], axis=2).astype(np.float32)

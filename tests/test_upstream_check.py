@@ -1,4 +1,4 @@
-"""The check of an upstream when it is loaded, and what stage one then does: runs it one by one, drops, or refuses."""
+"""Check of an upstream when it is loaded, and its consequences: batches, utterances one by one, or an error."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ class Model(HubertModel):
 
 
 def strangers(teacher: Path, folder: Path, body: str) -> Path:
-    """The teacher with a forward pass of its own, which its folder brings."""
+    """Save the teacher with modelling code of its own in its folder."""
     save_teacher(HubertModel.from_pretrained(teacher), folder)
     (folder / f"{folder.name}.py").write_text(STRANGER.format(body=body))
     change_config(folder, auto_map={"AutoConfig": f"{folder.name}.Config", "AutoModel": f"{folder.name}.Model"})
@@ -120,7 +120,7 @@ def test_numbers_that_are_not_finite_are_refused_with_a_way_out(
 def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(
     config: ExtractConfig, corpus: Corpus, tmp_path: Path
 ) -> None:
-    """A teacher of 25 frames a second sees 720 samples a frame; a corpus holds any utterance of 400."""
+    """A teacher of 25 frames per second needs 720 samples for a frame; a corpus may hold utterances of 400."""
     torch.manual_seed(1)
     slow = save_teacher(FAMILIES["hubert-25hz"](), tmp_path / "slow")
     utterances = noise_utterances(12, shortest=420, longest=1_000, seed=3)
@@ -172,7 +172,7 @@ def test_the_manifest_records_how_utterances_were_batched(config: ExtractConfig)
 def test_a_store_of_utterances_run_one_by_one_says_so(
     config: ExtractConfig, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A batch norm whose name Retort does not know, before the positional convolution, leaks padding."""
+    """A batch norm under an unknown name before the positional convolution leaks padding."""
     folder = save_teacher(HubertModel.from_pretrained(config.upstream), tmp_path / "odd")
     (folder / "odd_norm.py").write_text(
         "import torch\nfrom transformers import HubertConfig as Config, HubertModel\n"
