@@ -66,18 +66,18 @@ def audio(name: str, samples: np.ndarray, message: str) -> Row:
     return Row(f"audio {name}", MINE, message, lambda: soundfile.write(ONE, samples, 16_000, subtype="FLOAT"))
 
 
-def asked(line: str, message: str) -> Row:
+def command(line: str, message: str) -> Row:
     return Row(line, line, message)
 
 
 TREES = [
     *(
-        asked(f"pipelines corpus {reader} data/empty --out corpora/x.h5", "not found; expected the layout of")
+        command(f"pipelines corpus {reader} data/empty --out corpora/x.h5", "not found; expected the layout of")
         for reader in READERS
     ),
-    asked("pipelines corpus folder data/none --out corpora/x.h5", "data set folder data/none not found"),
-    asked("pipelines corpus folder params.yaml --out corpora/x.h5", "data set folder params.yaml not found"),
-    asked("pipelines corpus musan data/mine --out corpora/x.h5", "unknown reader 'musan': expected one of fluent"),
+    command("pipelines corpus folder data/none --out corpora/x.h5", "data set folder data/none not found"),
+    command("pipelines corpus folder params.yaml --out corpora/x.h5", "data set folder params.yaml not found"),
+    command("pipelines corpus musan data/mine --out corpora/x.h5", "unknown reader 'musan': expected one of fluent"),
     data_set("bytes", "librispeech", {TRANSCRIPT: BYTES}, "1-2.trans.txt: not text in UTF-8"),
     data_set(
         "no audio", "librispeech", {TRANSCRIPT: "1-2-3 A\n"}, "1 of 1 files can't be used: .*1-2-3.flac .does not exist"
@@ -185,48 +185,52 @@ FOLDERS = [
     audio("short", np.zeros(100), "100 samples at 16 kHz, one frame needs 400"),
     audio("without samples", np.zeros(0), "one.wav .empty"),
     audio("NaN", np.full(9_000, np.nan), "holds NaN or infinite samples"),
-    asked(f"{MINE} --rename a", "--rename 'a': expected OLD=NEW"),
-    asked(f"{MINE} --rename a=b", "--rename a: .*file, speaker, keyword"),
-    asked(f"{MINE} --rename keyword=", "a label's name: got '', expected a plain name"),
-    asked(f"{MINE} --part x", "--part is an option of the reader librispeech, not of folder"),
-    asked(f"{MINE} --lexicon params.yaml", "--lexicon is an option of the reader librispeech"),
-    asked(MINE.replace("mine.h5", "mine.json"), "a corpus is an .h5 file, such as corpora/mine.h5"),
-    asked(MINE.replace("corpora", "params.yaml"), "--out .*params.yaml/mine.h5: .*params.yaml"),
+    command(f"{MINE} --rename a", "--rename 'a': expected OLD=NEW"),
+    command(f"{MINE} --rename a=b", "--rename a: .*file, speaker, keyword"),
+    command(f"{MINE} --rename keyword=", "a label's name: got '', expected a plain name"),
+    command(f"{MINE} --part x", "--part is an option of the reader librispeech, not of folder"),
+    command(f"{MINE} --lexicon params.yaml", "--lexicon is an option of the reader librispeech"),
+    command(MINE.replace("mine.h5", "mine.json"), "a corpus is an .h5 file, such as corpora/mine.h5"),
+    command(MINE.replace("corpora", "params.yaml"), "--out .*params.yaml/mine.h5: .*params.yaml"),
     Row("out a folder", MINE, "mine.h5 is a folder; give a file", folder("corpora/mine.h5")),
     Row("card a folder", MINE, "mine.json is a folder; give a file", folder("corpora/mine.json")),
 ]
 
 OTHERS = [
-    asked("pipelines demo --config none --out demo", "none does not exist; give the params file"),
-    asked("pipelines demo --out data", "--out .*data is a folder without demo.json"),
-    asked("pipelines demo --out params.yaml", "params.yaml is a file; give a folder"),
+    command("pipelines demo --config none --out demo", "none does not exist; give the params file"),
+    command("pipelines demo --out data", "--out .*data is a folder without demo.json"),
+    command("pipelines demo --out params.yaml", "params.yaml is a file; give a folder"),
     Row("demo scale", "pipelines demo --out d", "scale: got 0.0, expected more than 0", change_params("0.02", "0")),
     Row("demo NaN", "pipelines demo --out d", "scale: got nan, expected float", change_params("0.02", ".nan")),
     Row("demo key", "pipelines demo --out d", "unknown key .*'scales'", change_params("scale: 0.02", "scales: 1")),
     Row("demo section", "pipelines demo --out d", "no section `demo`", change_params("demo: {scale: 0.02}", "demo: 3")),
-    asked("pipelines study none", "unknown study 'none': expected one of codecs, generation"),
-    asked("pipelines study stacking --out corpora", "--out corpora .*would be replaced"),
-    asked("pipelines study stacking --out params.yaml/x", "params.yaml "),
-    asked("pipelines study stacking --base none", "unknown study 'none'"),
+    command("pipelines study none", "unknown study 'none': expected one of codecs, generation"),
+    command("pipelines study stacking --out corpora", "--out corpora .*would be replaced"),
+    command("pipelines study stacking --out params.yaml/x", "params.yaml "),
+    command("pipelines study stacking --base none", "unknown study 'none'"),
     Row(
         "study upstreams",
         "pipelines study stacking",
         "params.yaml: section .upstreams. is ",
         change_params("upstreams: {", "upstreams: 3 # {"),
     ),
-    asked("pipelines report --config none", "none does not exist; give the params file"),
-    asked("pipelines report", "manifests/targets/distill.json is missing.*dvc repro"),
-    asked("pipelines report --out params.yaml", "'params.yaml' is a file"),
+    command("pipelines report --config none", "none does not exist; give the params file"),
+    command("pipelines report", "manifests/targets/distill.json is missing.*dvc repro"),
+    command("pipelines report --out params.yaml", "'params.yaml' is a file"),
     Row("report section", "pipelines report", "has no section `report`", change_params("report:", "repot:")),
     Row("report key", "pipelines report", "unknown key .*'spead'", change_params("  speed: {", "  spead: {")),
-    asked("extract speed --config none", "none does not exist; give the params file"),
-    asked("extract speed --out corpora", "--out corpora is a folder"),
+    command("extract speed --config none", "none does not exist; give the params file"),
+    command("extract speed --out corpora", "--out corpora is a folder"),
     Row("speed key", "extract speed", "unknown key .*'audio'", change_params("audio_seconds: 1", "audio: 1")),
     Row("speed value", "extract speed", "rounds: got 0, expected more than 0", change_params("rounds: 1", "rounds: 0")),
-    asked("extract speed --upstream fbank", "--upstream 'fbank': expected NAME=SOURCE"),
-    asked(f"extract compare {MANIFEST} none.json --corpus corpora/tiny.json --out x.json", "none.json does not exist"),
-    asked(f"extract compare {MANIFEST} {MANIFEST} --corpus corpora/other.json --out x.json", "corpus"),
-    asked(f"extract compare {MANIFEST} {MANIFEST} --corpus corpora/tiny.json --split no --out x.json", "no split 'no'"),
+    command("extract speed --upstream fbank", "--upstream 'fbank': expected NAME=SOURCE"),
+    command(
+        f"extract compare {MANIFEST} none.json --corpus corpora/tiny.json --out x.json", "none.json does not exist"
+    ),
+    command(f"extract compare {MANIFEST} {MANIFEST} --corpus corpora/other.json --out x.json", "corpus"),
+    command(
+        f"extract compare {MANIFEST} {MANIFEST} --corpus corpora/tiny.json --split no --out x.json", "no split 'no'"
+    ),
     Row(
         "report students",
         "pipelines report",
@@ -235,27 +239,27 @@ OTHERS = [
     ),
     Row("report manifest", "pipelines report", "is not JSON", write("manifests/targets/distill.json", "{")),
     Row("report fields", "pipelines report", "format_version", write("manifests/targets/distill.json", "{}")),
-    asked("pipelines bench nothing", "No such command 'nothing'"),
-    asked("pipelines bench extract --seconds nan", "--seconds nan: expected more than 0"),
-    asked("pipelines bench extract --rounds 0", "--rounds 0: expected more than 0"),
-    asked("pipelines bench extract --shape big", "unknown shape 'big': expected one of hubert-base"),
-    asked("pipelines bench extract --shape hubert-demo --upstream teacher", "exclude each other; give one"),
-    asked("pipelines bench extract --codec zip", "unknown codec 'zip': expected one of float16"),
-    asked("pipelines bench extract --out corpora", "--out corpora is a folder; give a file"),
-    asked("pipelines bench extract --threads 0", "0 is not in the range x>=1"),
-    asked("pipelines bench train --steps 0", "--steps 0: expected more than 0"),
-    asked("pipelines bench train --codec zip", "unknown codec 'zip'"),
-    asked("pipelines bench train --dtype fp8", "unknown dtype 'fp8'"),
-    asked("pipelines bench growth --rounds -1", "--rounds -1: expected more than 0"),
-    asked("pipelines bench infer --seconds inf", "--seconds inf: expected more than 0"),
-    asked("pipelines bench evaluate --batch-size 0", "--batch-size 0: expected more than 0"),
-    asked("pipelines bench evaluate --codec zip", "unknown codec 'zip'"),
-    asked("pipelines bench codecs --seeds 0", "--seeds 0: expected at least 1"),
-    asked("pipelines bench codecs --student none", "unknown student .*'none'"),
+    command("pipelines bench nothing", "No such command 'nothing'"),
+    command("pipelines bench extract --seconds nan", "--seconds nan: expected more than 0"),
+    command("pipelines bench extract --rounds 0", "--rounds 0: expected more than 0"),
+    command("pipelines bench extract --shape big", "unknown shape 'big': expected one of hubert-base"),
+    command("pipelines bench extract --shape hubert-demo --upstream teacher", "exclude each other; give one"),
+    command("pipelines bench extract --codec zip", "unknown codec 'zip': expected one of float16"),
+    command("pipelines bench extract --out corpora", "--out corpora is a folder; give a file"),
+    command("pipelines bench extract --threads 0", "0 is not in the range x>=1"),
+    command("pipelines bench train --steps 0", "--steps 0: expected more than 0"),
+    command("pipelines bench train --codec zip", "unknown codec 'zip'"),
+    command("pipelines bench train --dtype fp8", "unknown dtype 'fp8'"),
+    command("pipelines bench growth --rounds -1", "--rounds -1: expected more than 0"),
+    command("pipelines bench infer --seconds inf", "--seconds inf: expected more than 0"),
+    command("pipelines bench evaluate --batch-size 0", "--batch-size 0: expected more than 0"),
+    command("pipelines bench evaluate --codec zip", "unknown codec 'zip'"),
+    command("pipelines bench codecs --seeds 0", "--seeds 0: expected at least 1"),
+    command("pipelines bench codecs --student none", "unknown student .*'none'"),
     Row("study of codecs", "pipelines bench codecs", "no section `train`", change_params("train:", "trains:")),
-    asked("pipelines bench load --packs 0", "--packs 0: expected more than 0"),
-    asked("pipelines bench load --dim 7 --codec int4", "needs a dim that divides by 2, got 7; use --codec int8"),
-    asked("pipelines bench load --student none", "unknown student .*'none'"),
+    command("pipelines bench load --packs 0", "--packs 0: expected more than 0"),
+    command("pipelines bench load --dim 7 --codec int4", "needs a dim that divides by 2, got 7; use --codec int8"),
+    command("pipelines bench load --student none", "unknown student .*'none'"),
 ]
 
 

@@ -10,12 +10,13 @@ import pytest
 from scipy.signal import correlate
 
 from extract.base.errors import RetortError
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.lexicon import VOWEL_PHONES, arpabet, lexicon_text
 from pipelines.demo.process_pool import ProcessPool
 from pipelines.demo.room_acoustics import (
     MICROPHONE_HZ,
     NOISE_EXPONENTS,
+    SAMPLE_RATE_HZ,
     Room,
     apply_microphone,
     apply_room,

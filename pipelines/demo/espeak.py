@@ -20,7 +20,6 @@ from scipy.signal import firwin, resample_poly
 from extract.base.errors import RetortError
 from pipelines.demo.voices import Voice
 
-SAMPLE_RATE_HZ = 16_000
 ESPEAK_RATE_HZ = 22_050
 RESAMPLE_UP, RESAMPLE_DOWN = 320, 441  # 16,000 / 22,050 in lowest terms
 # The default filter of resample_poly, computed once instead of for every utterance.

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Phone, Synthesiser
+from pipelines.demo.espeak import Phone, Synthesiser
 from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
-from pipelines.demo.room_acoustics import MAX_PEAK, apply_room, coloured_noise, draw_room
+from pipelines.demo.room_acoustics import MAX_PEAK, SAMPLE_RATE_HZ, apply_room, coloured_noise, draw_room
 from pipelines.demo.sentences import sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
-from pipelines.demo.room_acoustics import apply_random_room
+from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_random_room
 from pipelines.demo.sentences import ADJECTIVES, NOUNS, sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 

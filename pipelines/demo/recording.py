@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.espeak import Synthesiser
+from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ
 
 
 @dataclass

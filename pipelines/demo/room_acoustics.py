@@ -12,7 +12,7 @@ import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import oaconvolve
 
-SAMPLE_RATE_HZ = 16_000
+SAMPLE_RATE_HZ = 16_000  # of the whole demo
 NOISE_EXPONENTS = {"white": 0.0, "pink": 1.0, "brown": 2.0}  # power ~ 1 / frequency ** exponent
 MAX_PEAK = 0.98  # of full scale: a louder waveform is attenuated, never clipped
 MICROPHONE_HZ = np.array([62.5, 125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0])  # octaves

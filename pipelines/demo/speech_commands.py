@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
-from pipelines.demo.room_acoustics import apply_random_room, coloured_noise
+from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_random_room, coloured_noise
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 
 KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Synthesiser
+from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
-from pipelines.demo.room_acoustics import apply_microphone, apply_room, draw_microphone, draw_room
+from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_microphone, apply_room, draw_microphone, draw_room
 from pipelines.demo.sentences import sentences
 from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
 

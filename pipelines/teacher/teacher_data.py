@@ -18,9 +18,9 @@ from rich.progress import track
 
 from extract.base.errors import RetortError
 from extract.base.files import written_aside
-from pipelines.demo.espeak import SAMPLE_RATE_HZ, Speech, Synthesiser
+from pipelines.demo.espeak import Speech, Synthesiser
 from pipelines.demo.process_pool import ProcessPool
-from pipelines.demo.room_acoustics import apply_random_room
+from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_random_room
 from pipelines.demo.sentences import VOCABULARY, sentences
 from pipelines.demo.voices import SCORED_VARIANTS, TEACHER_VARIANTS, Voice, draw_voices
 

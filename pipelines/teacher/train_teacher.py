@@ -40,10 +40,9 @@ from transformers import HubertConfig, HubertModel
 from extract.audio import mel_spectrogram
 from extract.base.files import write_json, written_aside
 from extract.base.malloc import keep_freed_blocks
-from pipelines.demo.room_acoustics import apply_microphone, draw_microphone
+from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_microphone, draw_microphone
 from pipelines.teacher.teacher_data import HOP_SAMPLES, RECEPTIVE_SAMPLES, TeacherData, count_frames
 
-SAMPLE_RATE_HZ = 16_000
 NUM_BANDS = 80
 # All off: the data is drawn anew in every epoch (crops, masks, microphones), and minutes are too few to overfit.
 DROPOUTS: dict[str, Any] = dict.fromkeys((
