@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 from extract.base.errors import RetortError
 from extract.base.machine import describe_machine
 from extract.base.params import read_section
-from extract.base.timing import (
-    Progress,
-    TimedRun,
-    TimedSteps,
-    in_fresh_process,
-    range_of,
-    run_interleaved,
-)
+from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.base.validate import parse
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.macs import count_macs
@@ -172,27 +165,23 @@ def load(request: SpeedRequest, name: str, *, check: bool) -> "Upstream":
 
 
 def table_of(speed: SpeedFile, *, reference: str) -> "Table":
-    """Return one row for each upstream, for the terminal; `reference` is the one that others are compared with."""
+    """Return medians by upstream for the terminal: the ratio of speeds to `reference`, and the bound by MACs."""
     from rich.table import Table
 
-    table = Table(
-        title=f"one utterance at a time (median {speed.utterance_s:.1f} s), {speed.device}, {speed.threads} threads, "
-        f"median (range) of {speed.rounds} rounds",
-        title_justify="left",
-    )
-    table.add_column("upstream")
-    for heading in ("M params", "GMACs/s", "real-time factor", "latency, ms", f"speed / {reference}", "peak memory"):
-        table.add_column(heading, justify="right")
+    title = f"utterances one at a time, median {speed.utterance_s:.1f} s; {speed.device}, threads: {speed.threads}"
+    headings = ("M params", "GMACs/s", "real-time factor", "latency ms", f"÷ {reference}", "by MACs", "MiB")
+    table = Table("upstream", *headings, title=title, title_justify="left")
     base = speed.upstreams[reference]
     for name, one in speed.upstreams.items():
-        low, mid, high = (1e3 * seconds for seconds in (one.latency_s.min, one.latency_s.median, one.latency_s.max))
+        macs_ratio = base.macs_per_audio_s / max(1, one.macs_per_audio_s)
         table.add_row(
             name,
             f"{one.params / 1e6:.2f}",
             f"{one.macs_per_audio_s / 1e9:.2f}",
             f"{one.rtf.median:.4f}",
-            f"{mid:.1f} ({low:.1f}–{high:.1f})",
-            f"{base.rtf.median / one.rtf.median:.2f}× (MACs: {base.macs_per_audio_s / one.macs_per_audio_s:.2f}×)",
-            f"{one.peak_bytes / 2**20:,.0f} MiB",
+            f"{1e3 * one.latency_s.median:.1f}",
+            f"{base.rtf.median / one.rtf.median:.2f}×",
+            f"{macs_ratio:.2f}×",
+            f"{one.peak_bytes / 2**20:,.0f}",
         )
     return table

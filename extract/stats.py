@@ -1,11 +1,11 @@
-"""What a store's layers look like: norms, spread, and how alike the layers are, read out of core with dask.array.
+"""Statistics of a store's layers: norms, standard deviations and linear CKA, computed out of core with dask.array.
 
 `python -m extract stats M.json [--out stats/NAME] [--max-packs N]` writes NAME.json and two figures.
 
-Memory is bounded by construction, whatever the store's size. `hidden_array` is lazy, in the store's own chunks: one
-pack of one layer, decoded when a task asks for it. Sums are taken shard by shard, so that at most one shard is decoded
-at a time; what is carried on is one D x D matrix (float64) for every pair of layers. dask only reads: it never writes
-a store. Rows of a pack that are no utterance's frames never enter an array.
+Memory is bounded for a store of any size. `hidden_array` is lazy, in the store's own chunks: one pack of one layer,
+decoded when a task needs it. Sums are taken shard by shard, so that at most one shard is decoded at a time; the state
+is one D x D matrix (float64) for every pair of layers. dask reads only and never writes a store. Padding rows of a pack
+never enter an array.
 
 Shapes: L layers, N frames (of all utterances in store order), D features.
 """
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-NEAR_DEAD = 0.01  # of the layer's mean standard deviation: a feature that varies less says next to nothing
+NEAR_DEAD = 0.01  # of the layer's mean standard deviation: a feature below it carries almost no information
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer. `spread` is over its features' standard deviations in time, whole store."""
+    """One layer. The standard deviation of each feature is over all frames of the store."""
 
     mean_norm: float  # of a frame, L2
-    spread_mean: float
-    spread_std: float
-    near_dead_share: float  # of features whose standard deviation is at most NEAR_DEAD of spread_mean
+    std_mean: float  # over the features' standard deviations
+    std_std: float
+    near_dead_share: float  # of features whose standard deviation is at most NEAR_DEAD x std_mean
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """A store's statistics; `cka_LL` is symmetric with ones on the diagonal, nan for a layer that never varies."""
+    """Statistics of a store. `cka_LL` is symmetric with ones on the diagonal, and nan for a constant layer."""
 
     layers: tuple[int, ...]
     by_layer: tuple[LayerStats, ...]
@@ -65,9 +65,9 @@ class StoreStats:
 
 
 def hidden_array(reader: StoreReader, packs: Sequence[int]) -> Any:
-    """The frames of some packs' utterances as a lazy dask array, float32 (L, N, D), one chunk a layer and pack.
+    """Return the frames of some packs as a lazy dask array, float32 (L, N, D), one chunk for each layer and pack.
 
-    A chunk is read and decoded when it is asked for, and the padding at a pack's end is left out.
+    A chunk is read and decoded when it is needed, without the padding at the pack's end.
     """
     num_frames = tuple(int(reader.num_frames[reader.utterances_of(pack)].sum()) for pack in packs)
 
@@ -86,7 +86,7 @@ def hidden_array(reader: StoreReader, packs: Sequence[int]) -> Any:
 class Moments:
     """Running sums over frames, float64: norms, and first and second moments about a pivot.
 
-    The pivot, the first pack's mean, keeps the second moments from drowning in the square of a large mean.
+    The pivot is the first pack's mean. Without it, a large mean would cancel the digits of the second moments.
     """
 
     def __init__(self, pivot_LD: NDArray[np.float32]) -> None:
@@ -99,7 +99,7 @@ class Moments:
         self.products = {pair: np.zeros((dim, dim)) for pair in self.pairs}
 
     def add(self, hidden_LND: Any) -> None:
-        """Add a dask array of frames: every chunk is read once and used for all sums."""
+        """Add a dask array of frames, (L, N, D): every chunk is read once and used for all sums."""
         centred_LND = hidden_LND - self.pivot_LD[:, None]
         lazy = (
             da.sqrt((hidden_LND**2).sum(axis=2)).sum(axis=1, dtype=np.float64),
@@ -114,24 +114,22 @@ class Moments:
             self.products[pair] += product_DD
 
     def covariance(self, one: int, other: int) -> NDArray[np.float64]:
-        """The centred covariance of two layers' features, float64 (D, D)."""
+        """Return the centred covariance of two layers' features, float64 (D, D)."""
         mean_LD = self.sum_LD / self.num_frames
         return self.products[one, other] / self.num_frames - np.outer(mean_LD[one], mean_LD[other])
 
     def layer(self, layer: int) -> LayerStats:
-        spread_D = np.sqrt(np.maximum(np.diag(self.covariance(layer, layer)), 0.0))
+        """Return the statistics of one layer."""
+        std_D = np.sqrt(np.maximum(np.diag(self.covariance(layer, layer)), 0.0))
         return LayerStats(
             mean_norm=float(self.norm_L[layer] / self.num_frames),
-            spread_mean=float(spread_D.mean()),
-            spread_std=float(spread_D.std()),
-            near_dead_share=float((spread_D <= NEAR_DEAD * spread_D.mean()).mean()),
+            std_mean=float(std_D.mean()),
+            std_std=float(std_D.std()),
+            near_dead_share=float((std_D <= NEAR_DEAD * std_D.mean()).mean()),
         )
 
     def linear_cka(self) -> NDArray[np.float64]:
-        """Linear CKA of every pair of layers, float64 (L, L), Kornblith et al. 2019 (1905.00414), section 3.
-
-        ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with X and Y centred; the counts of frames cancel.
-        """
+        """Return linear CKA of every pair of layers, float64 (L, L)."""
         energy_LL = np.zeros((len(self.norm_L),) * 2)
         for one, other in self.pairs:
             energy_LL[one, other] = energy_LL[other, one] = np.square(self.covariance(one, other)).sum()
@@ -140,9 +138,9 @@ class Moments:
 
 
 def measure(reader: StoreReader, *, max_packs: int | None = None) -> StoreStats:
-    """The statistics of a store, or of `max_packs` packs spread over the lengths. One pass, shard by shard.
+    """Return the statistics of a store, or of `max_packs` packs spread over the utterance lengths, in one pass.
 
-    Raises RetortError for a store that keeps no frames.
+    Raises RetortError for a store without frames.
     """
     if max_packs is not None and max_packs < 1:
         raise RetortError(f"--max-packs {max_packs}: expected at least 1")
@@ -160,7 +158,7 @@ def measure(reader: StoreReader, *, max_packs: int | None = None) -> StoreStats:
 
 
 def write_stats(stats: StoreStats, reader: StoreReader, out: Path) -> list[Path]:
-    """Write OUT-layers and OUT-cka as .png and .svg, then OUT.json, each atomically; return them."""
+    """Write OUT-layers and OUT-cka as .png and .svg, then OUT.json, each atomically; return the paths."""
     manifest = reader.manifest
     title = f"{manifest.upstream['name']} on {manifest.corpus['name']}"
     written = []
@@ -183,24 +181,24 @@ def write_stats(stats: StoreStats, reader: StoreReader, out: Path) -> list[Path]
 def _save(figure: "Figure", path: Path, kind: str) -> None:
     import matplotlib
 
-    # The same statistics give the same bytes: no date, and no random ids in the SVG.
+    # Equal statistics give equal bytes: no date, and no random ids in the SVG.
     with written_aside(path) as aside, matplotlib.rc_context({"svg.hashsalt": "retort"}):
         figure.savefig(aside, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
 
 
 def draw_layers(stats: StoreStats, title: str) -> "Figure":
-    """Norms and spread by layer, side by side."""
+    """Return a figure of norms and standard deviations by layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    norms, spread = figure.subplots(1, 2)
+    norms, stds = figure.subplots(1, 2)
     layers = [str(layer) for layer in stats.layers]
-    mean, std = (np.array([getattr(one, f"spread_{of}") for one in stats.by_layer]) for of in ("mean", "std"))
+    mean, std = (np.array([getattr(one, f"std_{of}") for one in stats.by_layer]) for of in ("mean", "std"))
     norms.plot(layers, [one.mean_norm for one in stats.by_layer], "o-")
     norms.set_title("mean norm of a frame", fontsize=10)
-    spread.errorbar(layers, mean, yerr=std, fmt="o-", capsize=3)
-    spread.set_title("std of a feature: mean ± std over features", fontsize=10)
-    for axes in (norms, spread):
+    stds.errorbar(layers, mean, yerr=std, fmt="o-", capsize=3)
+    stds.set_title("std of a feature: mean ± std over features", fontsize=10)
+    for axes in (norms, stds):
         axes.set_xlabel("layer")
         axes.set_ylim(bottom=0, top=1.05 * axes.dataLim.y1)
         axes.spines[["top", "right"]].set_visible(False)
@@ -210,7 +208,7 @@ def draw_layers(stats: StoreStats, title: str) -> "Figure":
 
 
 def draw_cka(stats: StoreStats, title: str) -> "Figure":
-    """Linear CKA of every pair of layers as a heat map."""
+    """Return a heat map of linear CKA of every pair of layers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 4), layout="constrained")
@@ -226,7 +224,7 @@ def draw_cka(stats: StoreStats, title: str) -> "Figure":
 
 
 def table_of(stats: StoreStats) -> "Table":
-    """The statistics by layer, with the likeness to the layer before and to the last."""
+    """Return the statistics by layer, with linear CKA to the layer before and to the last one."""
     from rich.table import Table
 
     table = Table(
@@ -238,7 +236,7 @@ def table_of(stats: StoreStats) -> "Table":
         table.add_row(
             str(layer),
             f"{one.mean_norm:.4g}",
-            f"{one.spread_mean:.4g} ± {one.spread_std:.4g}",
+            f"{one.std_mean:.4g} ± {one.std_std:.4g}",
             f"{100 * one.near_dead_share:.1f}%",
             f"{stats.cka_LL[row, row - 1]:.4f}" if row else "",
             f"{stats.cka_LL[row, -1]:.4f}",

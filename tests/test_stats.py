@@ -56,11 +56,11 @@ def test_statistics_equal_numpys_on_the_whole_matrix(tmp_path: Path, codec: str)
     assert found.num_frames == whole_LND.shape[1] < reader.num_packs * reader.pack_frames  # there is padding
     assert found.num_packs == reader.num_packs > 4
     for layer_ND, one in zip(whole_LND, found.by_layer, strict=True):
-        spread_D = layer_ND.std(axis=0)
+        std_D = layer_ND.std(axis=0)
         assert one.mean_norm == pytest.approx(np.linalg.norm(layer_ND, axis=1).mean(), rel=1e-5)
-        assert one.spread_mean == pytest.approx(spread_D.mean(), rel=1e-5)
-        assert one.spread_std == pytest.approx(spread_D.std(), rel=1e-5)
-        assert one.near_dead_share == (spread_D <= NEAR_DEAD * spread_D.mean()).mean()
+        assert one.std_mean == pytest.approx(std_D.mean(), rel=1e-5)
+        assert one.std_std == pytest.approx(std_D.std(), rel=1e-5)
+        assert one.near_dead_share == (std_D <= NEAR_DEAD * std_D.mean()).mean()
     assert [one.near_dead_share for one in found.by_layer] == [0, 0, 1 / DIM]
     expected_LL = [[gram_cka(one, other) for other in whole_LND] for one in whole_LND]
     np.testing.assert_allclose(found.cka_LL, expected_LL, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_statistics_equal_numpys_on_the_whole_matrix(tmp_path: Path, codec: str)
 
 
 def test_padding_would_change_every_number(tmp_path: Path) -> None:
-    """What the padding does to the same store: were it not excluded, the test above would fail."""
+    """Padding changes the statistics of the same store, so the test above fails if padding is included."""
     reader = store(tmp_path, "float16")
     found = measure(reader)
     padded_LND = np.concatenate([reader.pack(pack).codes_LFW for pack in range(reader.num_packs)], axis=1)
