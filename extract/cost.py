@@ -67,7 +67,7 @@ class Size:
     """Amounts of audio, frames and bytes of an extraction: exact, from lengths alone."""
 
     packing: Packing
-    shape: UpstreamSpec
+    spec: UpstreamSpec
     layers: tuple[int, ...]
     keep: frozenset[str]
     audio_s: float  # of the utterances that are kept
@@ -76,12 +76,12 @@ class Size:
     @classmethod
     def of(cls, config: ExtractConfig, corpus: Corpus) -> "Size":
         """Pack the corpus. Raises RetortError as `Extraction.open` does for an upstream, a layer or a packing."""
-        shape = read_spec(config.upstream, revision=config.revision)
-        check_stem(config.keep, shape.stem_dim, config.upstream)
-        packing = pack_corpus(config, corpus, shape)
+        spec = read_spec(config.upstream, revision=config.revision)
+        check_stem(config.keep, spec.stem_dim, config.upstream)
+        packing = pack_corpus(config, corpus, spec)
         audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ
-        layers = check_layers(config.layers, shape.num_layers, config.upstream)
-        return cls(packing, shape, layers, config.keep, audio_s, audio_s / max(1, packing.num_packs))
+        layers = check_layers(config.layers, spec.num_layers, config.upstream)
+        return cls(packing, spec, layers, config.keep, audio_s, audio_s / max(1, packing.num_packs))
 
     @cached_property
     def num_utterances(self) -> int:
@@ -98,19 +98,19 @@ class Size:
 
     def layer_bytes(self, codec: str) -> int:
         """Return the bytes of one layer's hidden states with their scales; every layer takes the same."""
-        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.shape.dim)
+        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.spec.dim)
 
     def stem_bytes(self, codec: str) -> int:
         """Return the bytes of the convolution stem's output with its scales; 0 if it is not kept."""
-        if "stem" not in self.keep or self.shape.stem_dim is None:
+        if "stem" not in self.keep or self.spec.stem_dim is None:
             return 0
-        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.shape.stem_dim)
+        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.spec.stem_dim)
 
     @property
     def pooled_bytes(self) -> int:
         """Bytes of the float32 means, stored twice: in `pooled`, and in the `rows` of shards that it is made from."""
         rows = len(self.packing.pack) + self.num_utterances
-        return 4 * rows * len(self.layers) * self.shape.dim
+        return 4 * rows * len(self.layers) * self.spec.dim
 
     def disk_bytes(self, codec: str) -> int:
         """Return the bytes of the store: kept layers, stem, scales and means. The index, some MB, is not counted."""
@@ -235,8 +235,8 @@ def _print_size(console: "Console", config: ExtractConfig, corpus: Corpus, size:
         "utterances": f"{size.num_utterances:,}"
         + (f" ({dropped:,} longer than a pack or shorter than a frame are dropped)" if dropped else ""),
         "audio": f"{size.audio_s / 3600:,.2f} h",
-        "frames": f"{size.num_frames:,} of {size.shape.dim} features every {size.shape.hop_samples} samples",
-        "layers": f"{len(size.layers)} of {size.shape.num_layers}: {', '.join(map(str, size.layers))}",
+        "frames": f"{size.num_frames:,} of {size.spec.dim} features every {size.spec.hop_samples} samples",
+        "layers": f"{len(size.layers)} of {size.spec.num_layers}: {', '.join(map(str, size.layers))}",
         "packs": f"{packing.num_packs:,} of {packing.pack_frames:,} frames, {100 * size.fill:.1f}% filled",
         "shards": f"{packing.num_shards:,} of {packing.shard_packs} packs",
         "pooled": f"{as_bytes(size.pooled_bytes)}, whatever the codec",

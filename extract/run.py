@@ -148,7 +148,7 @@ def _remarks(facts: UpstreamFacts) -> list[str]:
 def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
     """Return the manifest of an unfinished store; its writer fills in objects, digest and codec error."""
     config, card, corpus, writer = extraction.config, extraction.card, extraction.corpus, extraction.writer
-    shape = extraction.shape
+    spec = extraction.spec
     return Manifest(
         format_version=FORMAT_VERSION,
         complete=False,
@@ -156,10 +156,10 @@ def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
         digest="",
         upstream=card.to_dict() | {"num_parameters": facts.num_parameters},
         layers=writer.layers,
-        dim=shape.dim,
+        dim=spec.dim,
         convention=facts.convention,
-        hop_samples=shape.hop_samples,
-        receptive_samples=shape.receptive_samples,
+        hop_samples=spec.hop_samples,
+        receptive_samples=spec.receptive_samples,
         keep=tuple(sorted(config.keep)),
         codec=config.codec,
         codec_error={},

@@ -50,22 +50,22 @@ class Extraction:
 
     config: ExtractConfig
     card: UpstreamCard
-    shape: UpstreamSpec
+    spec: UpstreamSpec
     corpus: Corpus
     writer: StoreWriter  # holds the packing
 
     @classmethod
     def open(
-        cls, config: ExtractConfig, card: UpstreamCard, corpus: Corpus, shape: UpstreamSpec | None = None
+        cls, config: ExtractConfig, card: UpstreamCard, corpus: Corpus, spec: UpstreamSpec | None = None
     ) -> "Extraction":
-        """Pack a corpus. No weights are needed: dimensions come from the upstream's config.json, or from `shape`.
+        """Pack a corpus. No weights are needed: dimensions come from the upstream's config.json, or from `spec`.
 
         Raises RetortError for layers that the upstream does not have and for a corpus that can't be packed.
         """
-        shape = shape or read_spec(card.id if card.folder is None else str(card.folder))
-        layers = check_layers(config.layers, shape.num_layers, card.id)
-        stem_dim = check_stem(config.keep, shape.stem_dim, card.id)
-        packing = pack_corpus(config, corpus, shape)
+        spec = spec or read_spec(card.id if card.folder is None else str(card.folder))
+        layers = check_layers(config.layers, spec.num_layers, card.id)
+        stem_dim = check_stem(config.keep, spec.stem_dim, card.id)
+        packing = pack_corpus(config, corpus, spec)
         if config.pack_frames >= 1 << 31:
             raise RetortError(f"--pack-frames {config.pack_frames}: a store's index is int32, expected less than 2^31")
         if not packing.num_packs:
@@ -79,14 +79,14 @@ class Extraction:
             remote=location if isinstance(location, RemoteLocation) else None,
             packing=packing,
             layers=layers,
-            dim=shape.dim,
+            dim=spec.dim,
             codec_name=config.codec,
             keep=config.keep,
             stem_dim=stem_dim,
             ids=corpus.ids,
             dtype=config.dtype,
         )
-        return cls(config, card, shape, corpus, writer)
+        return cls(config, card, spec, corpus, writer)
 
     def pack_s(self, pack: int) -> float:
         """Return the seconds of audio in a pack."""
@@ -103,10 +103,10 @@ def store_of(config: ExtractConfig, card: UpstreamCard, corpus: Corpus) -> dict[
     return {"root": root_text(config.store), "path": path}
 
 
-def pack_corpus(config: ExtractConfig, corpus: Corpus, shape: UpstreamSpec) -> Packing:
+def pack_corpus(config: ExtractConfig, corpus: Corpus, spec: UpstreamSpec) -> Packing:
     """Pack the utterances of a corpus, from their lengths alone. Raises RetortError as `pack_utterances` does."""
     num_frames = count_frames(
-        corpus.num_samples, hop_samples=shape.hop_samples, receptive_samples=shape.receptive_samples
+        corpus.num_samples, hop_samples=spec.hop_samples, receptive_samples=spec.receptive_samples
     )
     return pack_utterances(
         num_frames,
@@ -252,7 +252,7 @@ class LocalRunner:
 
         assert isinstance(self.upstream, Transformer)  # fbank has no blocks, which the caller has checked
         path = initial_weights_path(config.manifest)
-        write_initial_weights(self.upstream.model, path, num_blocks=config.initial_blocks)
+        write_initial_weights(self.upstream.model, path, num_blocks=config.initial_blocks, source=self.card.id)
         return {"file": path.name, "sha256": sha256_file(path), "num_blocks": config.initial_blocks}
 
 

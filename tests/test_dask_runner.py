@@ -1,5 +1,7 @@
 """Stage one on Dask: the same bytes as in one process, also when workers or the cluster die."""
 
+import hashlib
+import json
 import os
 import signal
 import time
@@ -8,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from extract.base.errors import RetortError
 from extract.config import ExtractConfig
@@ -73,8 +76,6 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        import json
-
         while not self.address_file.is_file():
             time.sleep(0.05)
         while True:
@@ -119,6 +120,19 @@ def test_two_workers_write_what_one_process_writes(config: ExtractConfig) -> Non
     assert together.digest == alone.digest
     assert together.threads == alone.threads == 1
     assert run.stderr.splitlines()[-1].startswith("extract teacher0 on long:")  # progress, and no line of Dask's
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_initial_weights_do_not_depend_on_where_they_are_made(
+    config: ExtractConfig, teacher: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.chdir(teacher.parent)  # workers get absolute paths
+    manifest, _ = extract(replace(config, upstream=teacher.name, workers=workers, initial_blocks=1))
+    with safe_open(config.manifest.with_suffix(".initial.safetensors"), framework="pt") as file:
+        assert json.loads(file.metadata()["config"])["_name_or_path"] == teacher.name
+    path = config.manifest.with_suffix(".initial.safetensors")
+    assert manifest.initial_weights is not None
+    assert manifest.initial_weights["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_worker_killed_in_mid_shard_loses_nothing(config: ExtractConfig, cluster: Cluster) -> None:

@@ -81,7 +81,7 @@ def teacher(family: str, **changes: Any) -> Any:
 def weights_of(model: Any, folder: Path, *, num_blocks: int = 2) -> InitialWeights:
     """The weights as it comes back from the file that stage one writes."""
     manifest = folder / "m.json"
-    write_initial_weights(model, initial_weights_path(manifest), num_blocks=num_blocks)
+    write_initial_weights(model, initial_weights_path(manifest), num_blocks=num_blocks, source="teacher")
     return read_initial_weights(initial_weights_path(manifest))
 
 

@@ -18,11 +18,11 @@ _KEPT = ("feature_extractor.", "feature_projection.", "encoder.layer_norm.")
 _POSITIONAL = "encoder.pos_conv_embed.conv"
 
 
-def write_initial_weights(model: Any, path: Path, *, num_blocks: int) -> None:
+def write_initial_weights(model: Any, path: Path, *, num_blocks: int, source: str) -> None:
     """Write the initial weights of a wav2vec2-family model, with its first `num_blocks` Transformer blocks.
 
-    model: as `extract.upstream.forward` loads it, on any device. The positional convolution's weight norm is folded:
-    its weight is the product g v / ||v|| that the convolution uses.
+    model: as loaded for extraction, on any device. source: the upstream as the user gave it, for the config in the
+    file. The positional convolution's weight norm is folded: its weight is the product g v / ||v|| that it uses.
     """
     prefixes = (*_KEPT, *(f"encoder.layers.{block}." for block in range(num_blocks)))
     tensors = {
@@ -39,6 +39,7 @@ def write_initial_weights(model: Any, path: Path, *, num_blocks: int) -> None:
         tensors[f"{_POSITIONAL}.weight"] = convolution.weight
         tensors[f"{_POSITIONAL}.bias"] = convolution.bias
     plain = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in tensors.items()}
-    config = json.dumps(model.config.to_dict(), sort_keys=True)
+    # The folder that a process loaded from may be another spelling or a cache; the file's bytes must not depend on it.
+    config = json.dumps(model.config.to_dict() | {"_name_or_path": source}, sort_keys=True)
     with written_aside(path) as aside:
         save_file(plain, aside, metadata={"config": config})
