@@ -33,7 +33,7 @@ LONGEST = (
     "test_real_data.py",
     "test_dask_runner.py",
     "test_crash.py",
-    "test_bench.py",
+    "test_bench_variants.py",
 )
 
 

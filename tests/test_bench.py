@@ -1,141 +1,323 @@
-"""Benchmarks: contenders take turns in processes of their own, see the same utterances, and ratios follow from them."""
+"""Benchmarks: options, figures, tables and sentences, `bench all`, synthetic input."""
 
 import json
-import os
-import statistics
-import time
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
+from extract.base import timing
 from extract.base.errors import RetortError
-from extract.base.timing import Range, TimedRun, TimedSteps, run_interleaved, speed_ratio
+from extract.base.timing import Range, TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from pipelines.bench import material
-from pipelines.bench.codecs import table_of
-from pipelines.bench.extract import ExtractBench, summarise
-from tests.bench_world import run_bench_command
-from tests.processes import run_command
+from pipelines.bench import synthetic
+from pipelines.bench.command import bench_command, benchmarks
+from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, Named, measure, summarise
+from pipelines.bench.options import (
+    OPTIONS,
+    EvaluateOptions,
+    ExtractOptions,
+    LoadOptions,
+    Options,
+    ScalingOptions,
+    TrainOptions,
+    option,
+)
+from pipelines.bench.page import sentences, table, write_page
+from pipelines.bench.suite import SIZES, run_suite
+from tests.bench_world import invented_run
+from tests.processes import WARM, run_command
 
 
-def computing(settings: float) -> TimedSteps:
-    """Computes for `settings` seconds of CPU time after it has waited, and reports its process."""
-    time.sleep(0.05)
+@dataclass(frozen=True, kw_only=True)
+class CountOptions(Options):
+    """Count up."""
+
+    amount: int = option(1000, "Numbers to count.")
+
+
+def prepare(bench: Bench[CountOptions]) -> dict[str, dict[str, Any]]:
+    (bench.folder / "step").write_text("2")
+    return {"small": {"amount": bench.options.amount}, "large": {"amount": 10 * bench.options.amount}}
+
+
+def count(bench: Bench[CountOptions]) -> TimedSteps:
+    step = int((bench.folder / "step").read_text())
     yield
-    start = time.process_time()
-    while time.process_time() - start < settings:
-        pass
+    counted = len(range(0, step * bench.options.amount, step))
     yield
-    return {"process": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+    return {"work": counted, "group": bench.group}
 
 
-def remembering(settings: float) -> TimedSteps:
-    """Takes 200 MiB and computes nothing."""
+def miscount(bench: Bench[CountOptions]) -> TimedSteps:
     yield
-    block = np.ones(200 * 2**20, dtype=np.uint8)
     yield
-    return {"process": os.getpid(), "bytes": int(block.sum())}
+    return {"work": -1}
 
 
-def refusing(settings: float) -> TimedSteps:
-    """Can't be used."""
-    yield
-    raise RetortError("no such device")
+def _seconds(group: Group, variant: str, clock: str) -> Range:
+    return group.range(variant, lambda run: float(getattr(run, clock)))
 
 
-def dying(settings: float) -> TimedSteps:
-    """Is killed, as by a want of memory."""
-    yield
-    os._exit(9)
+def counting(**changes: Any) -> Benchmark[CountOptions]:
+    fields: dict[str, Any] = {
+        "name": "extract",  # a name that `bench all` knows
+        "title": "Counting",
+        "prepare": prepare,
+        "variants": {"bound": count, "ours": count, "usual": count},
+        "rows": ("bound", "ours", "usual"),
+        "figures": (Figure(key="s", title="ms", text="{:.1f}", of=_seconds, clocks=BOTH, scale=1e3, ranged=True),),
+        "subject": Named("ours", "our way"),
+        "limit": Named("bound", "the bound"),
+        "baseline": Named("usual", "the usual way"),
+        "claim": lambda settings, group: (Named("bound", "the bound"), 0.5),
+        "remarks": lambda group: [f"{group.facts['amount']} numbers"],
+        "sizes": {"tiny": "--rounds 2", "small": "--rounds 1", "base": "--rounds 3"},
+    }
+    return Benchmark(**fields | changes)
 
 
-def test_contenders_take_turns_each_in_its_own_process() -> None:
-    said: list[str] = []
-    contenders = {"computing": computing, "remembering": remembering}
-    runs = run_interleaved(contenders, 0.1, rounds=2, threads=3, progress=said.append)
-    assert [(run.round, run.variant) for run in runs] == [
-        (0, "computing"),
-        (0, "remembering"),
-        (1, "remembering"),
-        (1, "computing"),
-    ]
-    assert len({run.outcome["process"] for run in runs} | {os.getpid()}) == 5
-    assert said[0] == "round 1 of 2: computing"
-    for run in runs:
-        if run.variant == "computing":
-            assert run.outcome["threads"] == "3"
-            assert 0.1 <= run.cpu_s <= run.wall_s * 1.5
-            assert run.peak_bytes < 200 * 2**20
-        else:
-            assert run.peak_bytes > 200 * 2**20
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "get_context", lambda kind: WARM)
 
 
-@pytest.mark.parametrize(("contender", "message"), [(refusing, "no such device"), (dying, "was killed")])
-def test_a_contender_that_fails_is_one_line(contender: Any, message: str) -> None:
-    with pytest.raises(RetortError, match=message):
-        run_interleaved({"it": contender}, 0.0, rounds=1, threads=None, progress=lambda text: None)
-
-
-def invented_runs() -> list[TimedRun]:
-    """Three rounds in which a machine slows down: 1, 2 and 4 times the seconds."""
-    seconds = {"bare": 9.0, "extract": 10.0, "dump": 25.0, "matmul": 1.0}
-    return [
-        TimedRun(
-            variant=name,
-            round=number,
-            wall_s=wall_s * slowness + (number if name == "extract" else 0),
-            cpu_s=wall_s,
-            peak_bytes=1000 + number,
-            peak_gpu_bytes=None,
-            outcome={"flop": 5e9} if name == "matmul" else {},
-        )
+def invented(**changes: Any) -> dict[str, Any]:
+    """A result with stated figures: three rounds in which a machine slows down, 1, 2 and 4 times the seconds."""
+    seconds = {"bound": (0.009, 300), "ours": (0.01, 200), "usual": (0.025, 100)}
+    runs = [
+        invented_run(name, wall_s * slowness, round=number, cpu_s=wall_s, peak_bytes=mib * 2**20)
         for number, slowness in enumerate((1, 2, 4))
-        for name, wall_s in seconds.items()
+        for name, (wall_s, mib) in seconds.items()
     ]
+    group = {"facts": {"amount": 7}, "runs": [vars(run) for run in runs]}
+    return {"settings": {}, "groups": {"small": group}} | changes
 
 
-def test_ratios_compare_runs_of_the_same_round() -> None:
-    runs = invented_runs()
-    assert speed_ratio(runs, "extract", "dump", "cpu_s") == Range(median=2.5, min=2.5, max=2.5)
-    summary = summarise(runs, audio_s=180.0, forward_flop=9e9)
-    ratio = summary["times_as_fast"]["extract/bare"]["wall_s"]
-    by_round = [9 / 10, 18 / 21, 36 / 42]
-    assert ratio == {"median": statistics.median(by_round), "min": min(by_round), "max": max(by_round)}
-    assert summary["contenders"]["bare"]["audio_s_per_s"] == {"median": 10.0, "min": 5.0, "max": 20.0}
-    assert summary["contenders"]["extract"]["peak_bytes"]["median"] == 1001
-    assert summary["matrix_flop_per_s"]["median"] == 2.5e9
-    # 9 GFLOP in 18 s, of 2.5 GFLOP/s
-    assert summary["contenders"]["bare"]["share_of_matrix_rate"]["median"] == pytest.approx(0.2)
+def test_figures_follow_from_the_runs() -> None:
+    figures = summarise(counting(), Group.of(invented(), "small"))
+    ours = figures["ours"]
+    assert ours["s"] == {
+        "wall_s": Range(median=0.02, min=0.01, max=0.04),
+        "cpu_s": Range(median=0.01, min=0.01, max=0.01),
+    }
+    assert ours["times_as_fast_as_bound"]["wall_s"].median == pytest.approx(0.9)
+    assert ours["times_as_fast_as_usual"]["cpu_s"].median == pytest.approx(2.5)
+    assert ours["peak_bytes"]["wall_s"].median == 200 * 2**20
+    assert ours["share_of_memory"]["wall_s"].median == 2
+    assert "times_as_fast_as_usual" not in figures["usual"] and "peak_gpu_bytes" not in ours
 
 
-def test_noise_lasts_as_long_as_asked(tmp_path: Path) -> None:
-    for name, lengths in material.LENGTHS.items():
-        material.make_noise(tmp_path / f"{name}.h5", lengths, seconds=60)
+def test_the_table_has_a_row_for_each_variant() -> None:
+    header, rule, *rows = table(invented(), counting()).splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[0] for row in cells] == ["small, bound", "small, ours", "small, usual"]
+    assert "20.0 (10.0–40.0) / 10.0" in rows[1] and "90.0% / 90.0%" in rows[1] and "200 MiB" in rows[1]
+    assert "GPU" not in header and len(rule.split("|")) == len(header.split("|"))
+
+
+def test_sentences_compare_with_bound_usual_approach_and_claim() -> None:
+    (text,) = sentences(invented(), counting())
+    for fact in (
+        "7 numbers",
+        "90.0% of the speed of the bound",
+        "2.50 times as fast as the usual way",
+        "2.00 of its memory",
+    ):
+        assert fact in text
+    assert text.endswith("is met.")
+    (text,) = sentences(invented(), counting(claim=lambda settings, group: (Named("usual", "the usual way"), 100)))
+    assert "100 times" in text and text.endswith("is not met.")
+
+
+def test_a_benchmark_is_measured_by_group(warm: None) -> None:
+    progress: list[str] = []
+    result = measure(counting(), CountOptions(rounds=2, amount=5, threads=1), progress.append)
+    assert result["settings"]["amount"] == 5
+    assert {name: group["facts"] for name, group in result["groups"].items()} == {
+        "small": {"amount": 5}, "large": {"amount": 50},
+    }  # fmt: skip
+    for name, group in result["groups"].items():
+        assert len(group["runs"]) == 6
+        assert {run["outcome"]["group"] for run in group["runs"]} == {name}
+        assert group["figures"]["ours"]["s"]["wall_s"]["min"] == min(
+            run["wall_s"] for run in group["runs"] if run["variant"] == "ours"
+        )
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_variants_that_differ_in_their_work_are_noticed(warm: None) -> None:
+    with pytest.raises(AssertionError, match="differ in the work"):
+        measure(counting(variants={"ours": count, "usual": miscount}), CountOptions(rounds=1), lambda text: None)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_record_of_a_benchmark_is_complete(name: str) -> None:
+    benchmark = benchmarks()[name]
+    assert set(benchmark.rows) <= set(benchmark.variants)
+    for named in (benchmark.subject, benchmark.limit, benchmark.baseline):
+        assert named is None or named.variant in benchmark.rows
+    assert benchmark.sizes.keys() == set(SIZES)
+    command = bench_command.commands[name]
+    for arguments in benchmark.sizes.values():
+        values = command.make_context(name, arguments.split()).params
+        asked = OPTIONS[name](**{key: value for key, value in values.items() if key != "out"})
+        assert asked.rounds > 0 and asked.threads == 1
+
+
+def test_options_become_a_command() -> None:
+    command = bench_command.commands["extract"]
+    values = command.make_context("extract", ["--corpus", "c.h5", "--pack-frames", "128", "--seconds", "2.5"]).params
+    assert values.pop("out") == Path("bench/extract.json")
+    asked = ExtractOptions(**values)
+    assert (asked.corpus, asked.pack_frames, asked.seconds, asked.shape) == (Path("c.h5"), 128, 2.5, None)
+    assert all(isinstance(one, click.Option) and one.help for one in command.params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (ExtractOptions, {"upstream": "there", "shape": "hubert-base"}, "exclude each other"),
+        (ExtractOptions, {"shape": "whisper"}, "unknown shape 'whisper': expected one of hubert-base"),
+        (ExtractOptions, {"seconds": 0.0}, "--seconds 0.0: expected more than 0"),
+        (ExtractOptions, {"seconds": math.nan}, "--seconds nan"),
+        (ExtractOptions, {"rounds": 0}, "--rounds 0"),
+        (TrainOptions, {"dtype": "fp16"}, "unknown dtype 'fp16': expected one of bf16, fp32"),
+        (TrainOptions, {"steps": -1}, "--steps -1: expected more than 0"),
+        (TrainOptions, {"threads": 0}, "--threads 0: expected more than 0"),
+        (EvaluateOptions, {"batch_size": 0}, "--batch-size 0: expected more than 0"),
+        (ScalingOptions, {"codec": "mp3"}, "unknown codec 'mp3'"),
+        (LoadOptions, {"packs": 0}, "--packs 0: expected more than 0"),
+        (LoadOptions, {"dim": 7, "codec": "int4"}, "7"),
+        (LoadOptions, {"student": "none"}, "unknown student .*'none'"),
+    ],
+)
+def test_an_invalid_option_is_one_line(kind: type[Options], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RetortError, match=message) as caught:
+        kind(**change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def suite(warm: None, tmp_path: Path) -> Iterator[Any]:
+    """Run `bench all` on a page, with one benchmark that counts; returns its lines."""
+    benchmark = counting()
+
+    def run(out: Path, rounds: int, **_: Any) -> dict[str, Any]:
+        return measure(benchmark, CountOptions(rounds=rounds), lambda text: None)
+
+    options = [click.Option(["--rounds"], type=int), click.Option(["--out"], type=click.Path(path_type=Path))]
+    command = click.Command("extract", params=[*options], callback=run)
+    page = tmp_path / "page.md"
+
+    def lines(**change: Any) -> list[str]:
+        asked = {"size": "tiny", "only": (), "again": False, "render": False} | change
+        return list(run_suite({"extract": command}, {"extract": benchmark}, page, **asked))
+
+    lines.page = page  # type: ignore[attr-defined]
+    return lines
+
+
+def test_the_page_holds_the_figures_and_keeps_what_was_written_by_hand(suite: Any) -> None:
+    page: Path = suite.page
+    suite()
+    record = json.loads(page.with_suffix(".json").read_text())["tiny"]["extract"]
+    text = page.read_text()
+    assert "python -m pipelines bench extract --rounds 2\n" in text
+    assert table(record["result"], counting()) in text
+    assert all(sentence in text for sentence in sentences(record["result"], counting()))
+    machine = record["result"]["machine"]
+    assert f"{machine['processor']}, {machine['cores']} cores, {machine['memory']}" in text
+
+    page.write_text("By hand.\n\n" + re.sub(r"\| small, ours \|.*", "| overwritten |", text))
+    before = page.with_suffix(".json").read_bytes()
+    assert "skipped" in suite()[0]
+    assert page.read_text() == "By hand.\n\n" + text
+    assert page.with_suffix(".json").read_bytes() == before
+
+
+def test_outdated_figures_are_measured_again(suite: Any) -> None:
+    figures: Path = suite.page.with_suffix(".json")
+    suite()
+    first = json.loads(figures.read_text())["tiny"]["extract"]
+    changed = first | {"code": "of another time"}
+    figures.write_text(json.dumps({"tiny": {"extract": changed}}))
+    assert len(suite(render=True)) == 1
+    assert json.loads(figures.read_text())["tiny"]["extract"] == changed
+    assert "code" in suite()[0]
+    again = json.loads(figures.read_text())["tiny"]["extract"]
+    assert again["code"] == first["code"]
+    assert again["result"]["groups"]["small"]["runs"] != first["result"]["groups"]["small"]["runs"]
+    assert "measuring" in suite(again=True)[0]
+    figures.write_text('{"rows": [1, 2]}')
+    with pytest.raises(RetortError, match="does not hold figures of benchmarks"):
+        suite(render=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "huge"], "unknown size 'huge': expected one of base, small, tiny"),
+        (["--only", "load,codec"], "unknown benchmark (--only) 'codec': expected one of evaluate, extract"),
+        (["--again", "--render"], "--again"),
+        (["--out", "page.json"], "--out page.json"),
+        (["--render", "--out", "nowhere.md"], "--render: nowhere.json does not exist"),
+        (["--out", "tests"], "--out tests is a folder"),
+    ],
+)
+def test_an_invalid_request_for_all_is_one_line(arguments: list[str], message: str) -> None:
+    done = run_command("pipelines", "bench", "all", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_page_without_figures_is_unchanged(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Mine\n\n<!-- bench load -->\n\nolder\n\n<!-- /bench load -->\n\nText.\n")
+    before = page.read_text()
+    write_page(page, {}, benchmarks())
+    assert page.read_text() == before
+
+
+def test_the_page_of_the_repository_is_the_one_that_its_figures_give(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    page = tmp_path / "BENCHMARKS.md"
+    page.write_bytes((root / "BENCHMARKS.md").read_bytes())
+    write_page(page, json.loads((root / "BENCHMARKS.json").read_text()), benchmarks())
+    assert page.read_text() == (root / "BENCHMARKS.md").read_text()
+
+
+def test_noise_is_as_long_as_requested(tmp_path: Path) -> None:
+    for name, lengths in synthetic.LENGTHS.items():
+        synthetic.make_noise(tmp_path / f"{name}.h5", lengths, seconds=60)
         corpus = Corpus.open(tmp_path / f"{name}.h5")
         seconds = corpus.num_samples / SAMPLE_RATE_HZ
         assert 60 <= seconds.sum() <= 60 + lengths.longest_s
         assert lengths.shortest_s <= seconds.min() <= seconds.max() <= lengths.longest_s
 
 
-def test_a_part_of_a_corpus_is_its_own_utterances(tmp_path: Path, corpus: Corpus) -> None:
-    material.take_part(tmp_path / "part.h5", corpus, seconds=5)
+def test_a_part_of_a_corpus_has_utterances_of_that_corpus(tmp_path: Path, corpus: Corpus) -> None:
+    synthetic.take_part(tmp_path / "part.h5", corpus, seconds=5)
     part = Corpus.open(tmp_path / "part.h5")
     assert 5 <= part.num_samples.sum() / SAMPLE_RATE_HZ <= 7
     for index, name in enumerate(part.ids):
         np.testing.assert_array_equal(part.samples(index), corpus.samples(corpus.ids.index(name)))
 
 
-def test_operations_are_those_of_the_formula() -> None:
-    # Late: the contenders above are looked up in this file, in processes that need no torch.
+def test_operations_follow_the_formula() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModel
 
-    square, linear, constant = material.count_flop(str(material.DEMO_TEACHER))
-    config = AutoConfig.from_pretrained(material.DEMO_TEACHER)
-    # Attention is all that grows with the square: q k^T and weights v, of a multiply and an add each, a block.
+    square, linear, constant = synthetic.count_flop(str(synthetic.DEMO_TEACHER))
+    config = AutoConfig.from_pretrained(synthetic.DEMO_TEACHER)
+    # Only attention grows with the square: q k^T and weights v in each block, a multiplication and an addition each.
     assert square * 320**2 == pytest.approx(config.num_hidden_layers * 4 * config.hidden_size, rel=1e-3)
     with torch.device("meta"):
         model = AutoModel.from_config(config).eval()
@@ -146,129 +328,16 @@ def test_operations_are_those_of_the_formula() -> None:
         assert np.polyval((square, linear, constant), length) == pytest.approx(counter.get_total_flops(), rel=1 / 62)
 
 
-def test_a_teacher_of_a_shape_is_one_that_stage_one_takes(tmp_path: Path) -> None:
+def test_stage_one_loads_a_teacher_of_a_shape(tmp_path: Path) -> None:
     from extract.upstream.card import find_upstream
     from extract.upstream.load import load_upstream
 
-    material.make_teacher(tmp_path / "hubert-demo", "hubert-demo")
+    synthetic.make_teacher(tmp_path / "hubert-demo", "hubert-demo")
     upstream = load_upstream(find_upstream(str(tmp_path / "hubert-demo")))
-    assert (
-        upstream.facts.num_parameters == load_upstream(find_upstream(str(material.DEMO_TEACHER))).facts.num_parameters
-    )
+    expected = load_upstream(find_upstream(str(synthetic.DEMO_TEACHER)))
+    assert upstream.facts.num_parameters == expected.facts.num_parameters
+    from transformers import AutoConfig, HubertConfig, WavLMConfig
 
-
-def options(**change: Any) -> dict[str, Any]:
-    defaults = {"upstream": None, "shape": None, "corpus": None, "seconds": 1.0, "rounds": 1, "device": "cpu"}
-    more = {"dtype": "fp32", "threads": 1, "codec": "int8", "pack_frames": 128, "shard_packs": 2}
-    return defaults | more | change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"upstream": "there", "shape": "hubert-base"}, "exclude each other"),
-        ({"shape": "whisper"}, "unknown shape 'whisper': expected one of hubert-base"),
-        ({"seconds": 0.0}, "--seconds 0.0: expected more than 0"),
-        ({"rounds": 0}, "--rounds 0"),
-    ],
-)
-def test_a_wrong_request_is_one_line(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(RetortError, match=message):
-        ExtractBench(**options(**change))
-
-
-def test_the_command_measures_three_contenders_on_the_same_utterances(
-    corpus: Corpus, teacher: Path, tmp_path: Path
-) -> None:
-    arguments = [
-        *("--upstream", str(teacher), "--corpus", str(corpus.path), "--seconds", "5", "--rounds", "1"),
-        *("--threads", "1", "--pack-frames", "128", "--shard-packs", "2", "--out", str(tmp_path / "extract.json")),
-    ]
-    printed = run_bench_command(tmp_path, "extract", *arguments)
-    assert "% of the bare forward pass" in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["extract.json"]  # stores and dumps are gone
-
-    result = json.loads((tmp_path / "extract.json").read_text())
-    assert result.keys() == {"benchmark", "machine", "versions", "settings", "sets"}
-    assert result["settings"]["pack_frames"] == 128
-    measured = result["sets"]["noise"]
-    runs = {run["variant"]: run for run in measured["runs"]}
-    assert runs.keys() == {"bare", "extract", "dump", "matmul"}
-    assert runs["matmul"]["outcome"]["threads"] == 1
-    assert len({runs[name]["outcome"]["utterances_sha256"] for name in ("bare", "extract", "dump")}) == 1
-    assert {runs[name]["outcome"]["num_utterances"] for name in ("bare", "extract", "dump")} == {
-        measured["utterances"]["number"]
-    }
-    for one, other in (("extract", "bare"), ("dump", "bare"), ("extract", "dump")):
-        for clock in ("wall_s", "cpu_s"):
-            ratio = measured["times_as_fast"][f"{one}/{other}"][clock]
-            assert ratio["median"] == pytest.approx(runs[other][clock] / runs[one][clock])
-    for name in ("bare", "extract", "dump"):
-        speed = measured["contenders"][name]["audio_s_per_s"]["median"]
-        assert speed == pytest.approx(measured["utterances"]["audio_s"] / runs[name]["wall_s"])
-        assert runs[name]["peak_bytes"] > 2**20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "pr,sing"], "unknown task 'sing': expected one of asr, asv, er, ic, ks, pr, qbe, sd, sf, sid"),
-        (["--student", "hubert"], "unknown student (section `train` of params.yaml) 'hubert': expected one of"),
-        (["--seeds", "0"], "--seeds 0: expected at least 1"),
-    ],
-)
-def test_a_codec_study_that_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
-    done = run_command("pipelines", "bench", "codecs", *arguments)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
-
-
-def test_a_codec_study_shows_means_and_spreads_over_seeds() -> None:
-    rows = [
-        {"codec": "int8", "seed": seed, "bytes": 2_000_000, "snr_db": {"4": 43.5}, "loss": {"train": loss, "dev": 1.0},
-         "scores": {"pr": {"metric": "per", "test": 40.0 + seed}}}
-        for seed, loss in ((1, 0.5), (2, 0.7))
-    ]  # fmt: skip
-    cells = [list(column.cells) for column in table_of({"rows": rows}).columns]
-    assert cells == [["int8"], ["2"], ["43.5"], ["0.6000 ± 0.1414"], ["1.0000 ± 0.0000"], ["41.50 ± 0.71"]]
-
-
-def test_a_training_step_is_measured_with_four_contenders_on_the_same_batches(tmp_path: Path) -> None:
-    arguments = [
-        *("--shape", "hubert-demo", "--student", "distilhubert", "--seconds", "12", "--pack-frames", "800"),
-        *("--steps", "1", "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "train.json")),
-    ]
-    printed = run_bench_command(tmp_path, "train", *arguments)
-    assert "as fast as online" in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
-    result = json.loads((tmp_path / "train.json").read_text())
-    runs = {run["variant"]: run for run in result["runs"]}
-    assert runs.keys() == result["contenders"].keys() == {"online", "cached", "frozen", "stored", "ready"}
-    assert len({str(run["outcome"]["utterances"]) for run in runs.values()}) == 1 and 10 <= result["step_audio_s"] <= 16
-    # The same student and the same batch: targets differ by the codec, the stem by it and not by being frozen.
-    losses = {name: run["outcome"]["losses"][0] for name, run in runs.items()}
-    assert losses["cached"] == pytest.approx(losses["online"], rel=0.01)
-    assert losses["stored"] == pytest.approx(losses["frozen"], rel=0.01)
-    assert losses["ready"] == losses["stored"]  # the same values, decoded before the clock starts
-    for one, other in (("cached", "online"), ("stored", "online"), ("stored", "frozen"), ("stored", "ready")):
-        ratio = result["times_as_fast"][f"{one}/{other}"]["wall_s"]["median"]
-        assert ratio == pytest.approx(runs[other]["wall_s"] / runs[one]["wall_s"])
-    assert result["contenders"]["online"]["step_s"]["median"] == pytest.approx(runs["online"]["wall_s"])
-    assert all(run["peak_bytes"] > 2**20 for run in runs.values())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"shape": "whisper"}, "unknown shape 'whisper': expected one of hubert-base, hubert-demo"),
-        ({"dtype": "fp16"}, "unknown dtype 'fp16': expected one of bf16, fp32"),
-        ({"steps": 0}, "--steps 0: expected more than 0"),
-    ],
-)
-def test_a_training_benchmark_that_cannot_be_is_one_line(change: dict[str, Any], message: str) -> None:
-    from pipelines.bench.train import TrainBench  # late, as above: it needs torch
-
-    asked = {"shape": "hubert-demo", "student": "layerwise", "seconds": 9.0, "steps": 1, "rounds": 1, "device": "cpu"}
-    more = {"dtype": "fp32", "threads": 1, "codec": "int8", "pack_frames": 800}
-    with pytest.raises(RetortError, match=message):
-        TrainBench(**asked | more | change)
+    for name, expected in (("hubert-base", HubertConfig()), ("wavlm-base-plus", WavLMConfig())):
+        assert AutoConfig.for_model(**synthetic.CONFIGS[name]).to_dict() == expected.to_dict()
+    assert AutoConfig.for_model(**synthetic.CONFIGS["wavlm-large"]).num_hidden_layers == 24

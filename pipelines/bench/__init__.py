@@ -1,7 +1,7 @@
-"""`python -m pipelines bench NAME`: ours, its limit and its alternative, side by side in one run.
+"""`python -m pipelines bench NAME`: each part of the pipeline against its upper bound and the usual approach.
 
-command.py holds the commands, measure.py the frame that every benchmark uses (contenders take turns, each in a fresh
-process), material.py what they work on where no data and no weights are at hand; the others are one benchmark each.
+options.py holds the options of each benchmark, measure.py the record of a benchmark and the one way to run it, page.py
+tables and sentences, synthetic.py corpora and models without real data. Every other file is one benchmark.
 """
 
 from pipelines.bench.command import bench_command

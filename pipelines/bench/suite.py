@@ -1,7 +1,7 @@
 """`python -m pipelines bench all`: the benchmarks, one after another, and the page that is made of their figures.
 
-Each is run by its own command, with the arguments that stand below and on the page. BENCHMARKS.json, beside the page,
-has all that they returned, by size; it is written after each of them, so that a killed run goes on.
+Each benchmark is run by its own command, with the arguments that stand in its record and on the page. BENCHMARKS.json,
+beside the page, holds every result by size. It is written after each benchmark, so that a killed run continues there.
 """
 
 import json
@@ -17,134 +17,104 @@ from click import Command
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, read_json, sha256_matching, written_aside
 from extract.base.machine import describe_machine
-from pipelines.bench.measure import library_versions
+from pipelines.bench.measure import Benchmark, library_versions
 from pipelines.bench.page import write_page
 
 ROOT = Path(__file__).parents[2]
-_DEMO = "--threads 1 --shape hubert-demo"
-_TINY_STEPS = "--seconds 12 --pack-frames 800 --rounds 1"
-SIZES = {
-    "tiny": {
-        "extract": "--threads 1 --seconds 4 --rounds 1 --pack-frames 800",
-        "load": "--threads 1 --packs 2 --dim 160 --pack-frames 800 --rounds 1",
-        "train": f"{_DEMO} --student distilhubert {_TINY_STEPS} --steps 1",
-        "growth": f"{_DEMO} --student interleaved {_TINY_STEPS} --steps 8",
-        "evaluate": f"{_DEMO} --batch-size 2 --steps 1 --rounds 1",
-        "infer": f"{_DEMO} --students distilhubert --seconds 0.5 --utterances 2 --rounds 1",
-        "scaling": "--threads 1 --seconds 8 --rounds 1 --pack-frames 800",
-        "profile": "--seconds 12 --pack-frames 800 --steps 1 --rounds 1",
-    },
-    "small": {
-        "extract": "--threads 1 --seconds 180 --rounds 3",
-        "load": "--threads 1 --packs 4 --rounds 3",
-        "train": f"{_DEMO} --student distilhubert --seconds 90 --pack-frames 2048 --steps 2 --rounds 3",
-        "growth": f"{_DEMO} --student interleaved --seconds 90 --pack-frames 2048 --steps 8 --rounds 1",
-        "evaluate": f"{_DEMO} --steps 4 --rounds 3",
-        "infer": f"{_DEMO} --students distilhubert,layerwise,gendistiller,gendistiller-2d --seconds 10 --rounds 3",
-        "scaling": "--threads 1 --seconds 60 --rounds 2",
-        "profile": "--rounds 3",
-    },
-    "base": {
-        "extract": "--threads 1 --shape hubert-base --seconds 120 --rounds 2",
-        "load": "--threads 1 --packs 8 --rounds 3",
-        "train": "--threads 1 --seconds 64 --pack-frames 800 --rounds 2",
-        "growth": "--threads 1 --seconds 64 --pack-frames 800 --steps 8 --rounds 1",
-        "evaluate": "--threads 1 --rounds 2",
-        "infer": "--threads 1 --seconds 10 --utterances 3 --rounds 2",
-        "scaling": "--threads 1 --shape hubert-base --seconds 60 --rounds 1",
-        "profile": "--shape hubert-base --student layerwise-12x384 --seconds 64 --pack-frames 800 --rounds 1",
-    },
-}
-# What a benchmark's figures depend on, beside the benchmark itself.
-_FRAME = ("pipelines/bench/measure.py", "pipelines/bench/material.py", "pipelines/teacher/model/config.json")
-_STEPS = ("extract/*.py", "train/*.py", "pipelines/bench/train.py", "params.yaml", "pipelines/studies/*.yaml")
-CODE = {
-    "extract": ("extract/*.py", "pipelines/bench/extract.py"),
-    "load": ("extract/*.py", "train/*.py", "pipelines/bench/load.py", "params.yaml"),
-    "train": _STEPS,
-    "growth": (*_STEPS, "pipelines/bench/growth.py"),
-    "evaluate": ("extract/*.py", "evaluate/**/*.py", "pipelines/bench/evaluate.py"),
-    "infer": (*_STEPS, "pipelines/bench/infer.py"),
-    "scaling": ("extract/*.py", "train/data.py", "pipelines/bench/extract.py", "pipelines/bench/scaling.py"),
-    "profile": (*_STEPS, "evaluate/**/*.py", "pipelines/bench/evaluate.py", "pipelines/bench/hotpath.py"),
-}
+SIZES = ("tiny", "small", "base")
+# The figures of every benchmark depend on all of this. One digest: a change measures more than it must, never less.
+CODE = (
+    *(f"{room}/**/*.py" for room in ("extract", "train", "evaluate")),
+    *("pipelines/bench/*.py", "pipelines/studies/*.yaml", "pipelines/teacher/model/config.json", "params.yaml"),
+)
 
 
 def run_suite(
-    commands: Mapping[str, Command], out: Path, *, size: str, only: tuple[str, ...], again: bool, render: bool
+    commands: Mapping[str, Command],
+    benchmarks: Mapping[str, Benchmark[Any]],
+    out: Path,
+    *,
+    size: str,
+    only: tuple[str, ...],
+    again: bool,
+    render: bool,
 ) -> Iterator[str]:
-    """Measure what is missing or has changed, and write the page; says what is kept.
+    """Measure what is missing or outdated, and write the page; yield a line on each benchmark.
 
-    Raises RetortError for an unknown size or benchmark, and for `render` where there are no figures.
+    Raises RetortError for an unknown size or benchmark, and for `render` if there are no figures.
     """
     if size not in SIZES:
         raise unknown("size", size, SIZES)
     for name in only:
-        if name not in CODE:
-            raise unknown("benchmark (--only)", name, CODE)
-    if again and render:
-        raise RetortError("--again measures all, --render measures nothing: give one of them")
+        if name not in benchmarks:
+            raise unknown("benchmark (--only)", name, benchmarks)
     figures = out.with_suffix(".json")
-    check_out(out, "--out")
-    check_out(figures, "--out")
-    if figures == out:
-        raise RetortError(f"--out {out}: the figures go to {figures}; give the page another suffix, such as .md")
-    if render and not figures.is_file():
-        raise RetortError(f"--render: {figures} does not exist; run `python -m pipelines bench all` without --render")
-    kept: dict[str, dict[str, Any]] = read_json(figures) if figures.is_file() else {}
-    if not all(isinstance(records, dict) and records.keys() <= CODE.keys() for records in kept.values()):
-        raise RetortError(f"--out {out}: {figures} holds something else than figures of benchmarks; give another page")
-    for name in () if render else only or CODE:
-        record = kept.setdefault(size, {}).get(name)
-        if record is not None and not again and not (changed := _changed(name, SIZES[size][name], record)):
-            yield f"{name}: kept, nothing that it depends on has changed"
+    _check_files(out, figures, again=again, render=render)
+    records: dict[str, dict[str, Any]] = read_json(figures) if figures.is_file() else {}
+    if not all(isinstance(one, dict) and one.keys() <= benchmarks.keys() for one in records.values()):
+        raise RetortError(f"--out {out}: {figures} does not hold figures of benchmarks; give another page")
+    for name in () if render else only or benchmarks:
+        record, arguments = records.setdefault(size, {}).get(name), benchmarks[name].sizes[size]
+        changed = _changed(arguments, record) if record is not None and not again else ""
+        if record is not None and not again and not changed:
+            yield f"{name}: up to date, skipped"
             continue
-        yield f"{name}: {'other ' + changed if record is not None and not again else 'measuring'}"
-        kept[size][name] = _measure(commands[name], SIZES[size][name])
-        _write(figures, kept)
-        write_page(out, kept)
-    write_page(out, kept)
+        yield f"{name}: measuring" + (f" (changed: {changed})" if changed else "")
+        records[size][name] = _measure(commands[name], benchmarks[name], arguments)
+        _write(figures, records)  # after each: a killed run continues here
+        write_page(out, records, benchmarks)
+    write_page(out, records, benchmarks)
     yield f"{out}: written, with the figures in {figures}"
 
 
-def _measure(command: Command, arguments: str) -> dict[str, Any]:
-    """Run a benchmark's own command."""
-    name = str(command.name)
+def _check_files(out: Path, figures: Path, *, again: bool, render: bool) -> None:
+    if again and render:
+        raise RetortError("--again measures everything, --render nothing: give one of them")
+    check_out(out, "--out")
+    check_out(figures, "--out")
+    if figures == out:  # `--out page.json`
+        raise RetortError(f"--out {out}: the figures go to {figures}; give the page another suffix, such as .md")
+    if render and not figures.is_file():
+        raise RetortError(f"--render: {figures} does not exist; run `python -m pipelines bench all` without --render")
+
+
+def _measure(command: Command, benchmark: Benchmark[Any], arguments: str) -> dict[str, Any]:
+    """Run the command of a benchmark."""
     start = time.monotonic()
     with TemporaryDirectory(prefix="retort-bench-") as folder:
-        result = Path(folder) / f"{name}.json"
-        asked = [*shlex.split(arguments), "--out", str(result)]
-        figures = command.main(asked, name, standalone_mode=False)
+        out = Path(folder) / f"{benchmark.name}.json"
+        result = command.main([*shlex.split(arguments), "--out", str(out)], benchmark.name, standalone_mode=False)
     return {
         "arguments": arguments,
-        "code": code_digest(name),
+        "code": code_digest(),
         "took_s": round(time.monotonic() - start),
-        "result": json.loads(json.dumps(figures)),  # as it will be read; a file of its own would have its keys sorted
+        "result": json.loads(json.dumps(result)),  # as it will be read; the command's own file has sorted keys
     }
 
 
-def _changed(name: str, arguments: str, record: dict[str, Any]) -> str:
-    """What a record's figures were made of that is not so now; empty where all of it is."""
+def _changed(arguments: str, record: Mapping[str, Any]) -> str:
+    """Return what has changed since a record was made, empty if nothing has."""
+    # The load average differs from run to run and does not make figures outdated.
     machine = {key: value for key, value in record["result"]["machine"].items() if key != "load_before"}
-    now = {
+    then_and_now = {
         "settings": (record["arguments"], arguments),
-        "code": (record["code"], code_digest(name)),
+        "code": (record["code"], code_digest()),
         "libraries": (record["result"]["versions"], library_versions()),
         "machine": (machine, describe_machine()),
     }
-    return ", ".join(what for what, (then, today) in now.items() if then != today)
+    return ", ".join(name for name, (then, now) in then_and_now.items() if then != now)
 
 
-def code_digest(name: str) -> str:
-    """The digest of the code that a benchmark measures and of its own."""
-    return sha256_matching(ROOT, (*_FRAME, *CODE[name]))
+def code_digest() -> str:
+    """Return the digest of the measured code and of the benchmarks' own."""
+    return sha256_matching(ROOT, CODE)
 
 
-def _write(path: Path, kept: dict[str, dict[str, Any]]) -> None:
-    """As JSON with a line a benchmark: raw figures are many, and a difference should name the benchmark."""
+def _write(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write JSON with one line a benchmark, so that a difference names the benchmark."""
     sizes = []
-    for size, records in kept.items():
-        lines = [f" {json.dumps(name)}: {json.dumps(record)}" for name, record in records.items()]
+    for size, of_size in records.items():
+        lines = [f" {json.dumps(name)}: {json.dumps(record)}" for name, record in of_size.items()]
         sizes.append(f"{json.dumps(size)}: {{\n" + ",\n".join(lines) + "\n}")
     with written_aside(path) as aside:
         aside.write_text("{\n" + ",\n".join(sizes) + "\n}\n", encoding="utf-8")

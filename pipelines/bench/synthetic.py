@@ -1,28 +1,38 @@
-"""What benchmarks work on where no data and no weights are at hand: noise of stated lengths, teachers of full size.
+"""Synthetic input of the benchmarks: noise of stated lengths, and teachers of published shapes with random weights.
 
-A forward pass costs the same whatever the weights are and whatever is said.
+The cost of a forward pass depends neither on the weights nor on the content of the audio.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 DEMO_TEACHER = Path(__file__).parents[1] / "teacher" / "model"
 SEED = 0
-NOISE = "noise"  # the reader that a corpus of noise names
+NOISE = "noise"  # reader named by a corpus of noise
+CONFIGS: dict[str, dict[str, Any]] = {  # arguments of AutoConfig.for_model; hubert-demo is the folder DEMO_TEACHER
+    "hubert-base": {"model_type": "hubert"},
+    "wavlm-base-plus": {"model_type": "wavlm"},
+    "wavlm-large": {
+        "model_type": "wavlm",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "do_stable_layer_norm": True,
+        "feat_extract_norm": "layer",
+    },
+}
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Utterances' durations: uniform between two bounds."""
+    """Durations of utterances: uniform between two bounds."""
 
     shortest_s: float
     longest_s: float
@@ -35,26 +45,27 @@ LENGTHS = {"short": Lengths(1, 3), "long": Lengths(10, 16)}
 
 
 def make_noise(path: Path, lengths: Lengths, *, seconds: float) -> None:
-    """Write a corpus of noise that lasts `seconds`, its last utterance included."""
+    """Write a corpus of noise of at least `seconds` of audio."""
     write_corpus(path, name=path.stem, reader=NOISE, utterances=noise(lengths, seconds))
 
 
 def noise(lengths: Lengths, seconds: float) -> Iterator[Utterance]:
-    """Utterances that last `seconds` together, the last one included."""
+    """Yield utterances, int16 (samples,), until they last `seconds` together."""
     generator = np.random.default_rng(SEED)
     number, left = 0, seconds
     while left > 0:
         duration = generator.uniform(lengths.shortest_s, lengths.longest_s)
+        # A standard deviation of 3,000 of 32,768: about the level of speech, without clipping.
         samples = (generator.standard_normal(round(duration * SAMPLE_RATE_HZ)) * 3_000).astype(np.int16)
         yield Utterance(f"noise-{number:05d}", samples, split="all", speaker="none")
         number, left = number + 1, left - duration
 
 
 def take_part(path: Path, corpus: Corpus, *, seconds: float) -> None:
-    """Write a corpus of utterances of `corpus`, chosen at random (seeded), that last `seconds` or are all there are."""
+    """Write a corpus of random (seeded) utterances of `corpus`, of at least `seconds` of audio if there is as much."""
     order = np.random.default_rng(SEED).permutation(len(corpus))
-    until = np.cumsum(corpus.num_samples[order]) - corpus.num_samples[order]
-    chosen = np.sort(order[until < seconds * SAMPLE_RATE_HZ])
+    before = np.cumsum(corpus.num_samples[order]) - corpus.num_samples[order]  # samples before each utterance
+    chosen = np.sort(order[before < seconds * SAMPLE_RATE_HZ])
     utterances = (
         Utterance(corpus.ids[index], corpus.samples(index), corpus.splits[index], corpus.speakers[index])
         for index in map(int, chosen)
@@ -62,63 +73,27 @@ def take_part(path: Path, corpus: Corpus, *, seconds: float) -> None:
     write_corpus(path, name=corpus.name, reader=corpus.reader, utterances=utterances)
 
 
-def _hubert_base() -> "PretrainedConfig":
-    from transformers import HubertConfig
-
-    return HubertConfig()
-
-
-def _wavlm_base_plus() -> "PretrainedConfig":
-    from transformers import WavLMConfig
-
-    return WavLMConfig()
-
-
-def _wavlm_large() -> "PretrainedConfig":
-    from transformers import WavLMConfig
-
-    return WavLMConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        do_stable_layer_norm=True,
-        feat_extract_norm="layer",
-    )
-
-
-def _hubert_demo() -> "PretrainedConfig":
-    from transformers import HubertConfig
-
-    return HubertConfig.from_pretrained(DEMO_TEACHER)
-
-
-SHAPES: dict[str, Callable[[], "PretrainedConfig"]] = {
-    "hubert-base": _hubert_base,
-    "wavlm-base-plus": _wavlm_base_plus,
-    "wavlm-large": _wavlm_large,
-    "hubert-demo": _hubert_demo,
-}
-
-
 def make_teacher(folder: Path, shape: str) -> None:
-    """Save a teacher of a published shape with random weights, as the hub's folders have them."""
+    """Save a teacher of a shape (options.SHAPES) with random weights as a folder of transformers."""
     import torch
-    from transformers import AutoModel, Wav2Vec2FeatureExtractor, logging
+    from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor, logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    demo = shape == "hubert-demo"
+    config = AutoConfig.from_pretrained(DEMO_TEACHER) if demo else AutoConfig.for_model(**CONFIGS[shape])
     torch.manual_seed(SEED)
-    AutoModel.from_config(SHAPES[shape]()).save_pretrained(folder)  # type: ignore[no-untyped-call]
-    # Base of WavLM was trained without normalisation of the waveforms, the others with.
+    AutoModel.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    # WavLM Base was trained without normalisation of the waveforms, the other shapes with it.
     prepare = Wav2Vec2FeatureExtractor(do_normalize=shape != "wavlm-base-plus")  # type: ignore[no-untyped-call]
     prepare.save_pretrained(folder)
 
 
 def count_flop(upstream: str) -> tuple[float, float, float]:
-    """Floating-point operations of a forward pass over one utterance of n samples: (a, b, c) of a n² + b n + c.
+    """Return the operations of a forward pass over one utterance of n samples as (a, b, c) of a n² + b n + c.
 
-    Matrix products and convolutions, counted at three lengths on a model without storage. Convolutions and linear
-    layers grow with the length and attention with its square, so the parabola through the three gives every length.
+    Matrix products and convolutions are counted (a multiplication and an addition each) at three lengths, on the meta
+    device. Convolutions and linear layers grow linearly with the length, attention with its square, so the parabola
+    through the three counts holds for every length.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -129,7 +104,7 @@ def count_flop(upstream: str) -> tuple[float, float, float]:
     lengths = np.array([1, 9, 17]) * SAMPLE_RATE_HZ
     counts = []
     for length in lengths:
-        # no_grad: inference mode hides operations from the counter. Meta: the CPU's fused attention is not counted.
+        # Inference mode hides operations from the counter; on the CPU it does not count fused attention.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(1, int(length), device="meta"))
         counts.append(counter.get_total_flops())

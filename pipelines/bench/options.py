@@ -1,0 +1,163 @@
+"""Options of each benchmark: typed records from which the commands are generated (command.py).
+
+The docstring of a record is the help text of its command. No torch and no h5py here: this module is imported with every
+`python -m pipelines …`.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from extract.base.errors import RetortError, unknown
+from extract.store.codec import CODECS
+
+# Shapes of teachers with random weights, each with the study that holds its students; None: the repository's
+# params.yaml. synthetic.py has their configurations.
+SHAPES = {
+    "hubert-base": "hubert-base-ls960",
+    "wavlm-base-plus": "wavlm-base-plus",
+    "wavlm-large": "wavlm-large",
+    "hubert-demo": None,
+}
+
+
+def option(default: Any, help_text: str, choices: Collection[str] | None = None) -> Any:
+    """Return a dataclass field that becomes a command-line option; a number must be above 0 and finite."""
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every benchmark. Raises RetortError for a value that is not valid, before anything is measured."""
+
+    rounds: int = option(3, "Runs of each variant.")
+    threads: int | None = option(None, "Threads of torch and numpy [default: their own choice].")
+    codec: str = option("int8", "Codec of the store, as in `extract run`.", CODECS)
+    # 32 s at 50 frames a second: small enough for a step on a CPU
+    pack_frames: int = option(1600, "Frames of a pack, as in `extract run`.")
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices is not None and value is not None and value not in choices:
+                raise unknown(one.name, value, choices)
+            # nan compares false with everything, so the test is for what is valid
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                raise RetortError(f"--{one.name.replace('_', '-')} {value}: expected more than 0")
+
+
+def _shape(default: str | None) -> Any:
+    return option(default, "Shape of the teacher, which has random weights.", SHAPES)
+
+
+# Help texts that several benchmarks share.
+_DEVICE, _SECONDS = "Device of the models: cpu, cuda, cuda:1, …", "Seconds of audio in the corpus."
+_STUDENT = "Student: a section of `train` in the params.yaml of the shape."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(Options):
+    """Compare `extract run` with the bare forward pass and with a script that saves one utterance at a time.
+
+    Variants: bare (the upper bound: the forward pass over the same batches), extract, dump (the usual approach) and
+    matmul (the arithmetic rate of the device). Stores go to a temporary folder below TMPDIR and are removed.
+    """
+
+    upstream: str | None = option(None, "Folder or hub id of the model [default: the demo teacher].")
+    shape: str | None = option(None, "In place of --upstream, a model of this shape with random weights.", SHAPES)
+    corpus: Path | None = option(None, "Corpus to draw from [default: noise, in short and in long utterances].")  # noqa: RUF009
+    seconds: float = option(600.0, "Seconds of audio of each set of utterances.")
+    device: str = option("cpu", _DEVICE)
+    dtype: str = option("fp32", "Precision of the model.", ("fp32", "bf16", "fp16"))
+    pack_frames: int = option(8192, "Frames of a pack, as in `extract run`.")
+    shard_packs: int = option(4, "Packs of a shard, as in `extract run`.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.upstream and self.shape:
+            raise RetortError(f"--upstream {self.upstream} and --shape {self.shape} exclude each other; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(Options):
+    """Compare the training loader with a memory map and with one file an utterance; measure how long training waits.
+
+    Variants: memmap (the upper bound: the same bytes of one flat file), loader, files (the usual approach: one .npy
+    file an utterance) and train (`train run` over the same packs).
+    """
+
+    config: Path = option(Path("params.yaml"), "The params file.")  # noqa: RUF009
+    student: str = option("distilhubert", "Student to train: a section of `train`.")
+    packs: int = option(8, "Packs of an epoch.")
+    dim: int = option(768, "Width of the three stored layers.")
+    pack_frames: int = option(8192, "Frames of a pack, as in `extract run`.")
+    device: str = option("cpu", _DEVICE)
+
+    def __post_init__(self) -> None:
+        from train.config import read_student  # late: not needed by other commands
+
+        super().__post_init__()
+        CODECS[self.codec].width(self.dim)  # raises for a width that the codec cannot store
+        read_student(self.config, self.student)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """Compare a training step from the cache with a step that runs the teacher on every batch.
+
+    Variants: online (the usual approach: the teacher runs beside the student), cached (the teacher's layers from the
+    store), frozen (the same with a frozen convolution stem), stored (the stem's output from the store too) and ready
+    (the upper bound: batches read and decoded before the clock starts).
+    """
+
+    shape: str = _shape("hubert-base")
+    student: str = option("layerwise-12x384", _STUDENT)
+    seconds: float = option(120.0, _SECONDS)
+    steps: int = option(2, "Timed steps, after one step of warm-up.")
+    device: str = option("cpu", _DEVICE)
+    dtype: Literal["fp32", "bf16"] = option("fp32", "Precision of teacher and student.", ("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthOptions(TrainOptions):
+    """Compare whole runs of students that grow with runs at full depth, and with the teacher online.
+
+    Variants: online, full (the usual approach); each method from waveforms and from the stored stem. `shallow` has the
+    depth of the first stage throughout and is the upper bound of every method.
+    """
+
+    student: str = option("interleaved-12x384", f"{_STUDENT[:-1]}, of a family that grows.")
+    steps: int = option(20, "Steps of a whole run, growth included.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """Compare a step of a SUPERB head from the cache with a step that runs the upstream on every batch.
+
+    Variants: cached, online (the usual approach) and ready (the upper bound: the head alone, its batches read and
+    decoded before the clock starts), for keyword spotting and for phone recognition.
+    """
+
+    shape: str = _shape("hubert-base")
+    batch_size: int = option(8, "Utterances of a step.")
+    steps: int = option(2, "Timed steps, after one step of warm-up.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingOptions(Options):
+    """Measure how the cost of extraction and reading grows with hours of audio, layers and number of utterances."""
+
+    shape: str = _shape("hubert-demo")
+    seconds: float = option(60.0, "Seconds of audio of the smallest size.")
+
+
+OPTIONS: dict[str, type[Options]] = {
+    "extract": ExtractOptions,
+    "load": LoadOptions,
+    "train": TrainOptions,
+    "growth": GrowthOptions,
+    "evaluate": EvaluateOptions,
+    "scaling": ScalingOptions,
+}
