@@ -51,7 +51,7 @@ def make_corpus(
     name: str = "tiny",
     metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """A corpus of quiet noise; utterance u has `num_frames[u]` frames. Returns its card."""
+    """Write a corpus of quiet noise; utterance u has `num_frames[u]` frames. Return its card."""
     generator = np.random.default_rng(len(splits))
     utterances = [
         Utterance(
@@ -77,7 +77,7 @@ def make_store(
     pack_frames: int = 128,
     drop_long: bool = False,
 ) -> Path:
-    """A finished store of `corpus_card` whose hidden states are what `hidden` gives. Returns its manifest."""
+    """Write a finished store of `corpus_card` with the hidden states of `hidden`. Return its manifest."""
     corpus = Corpus.open(corpus_card)
     num_frames = (corpus.num_samples - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1
     plan = pack_utterances(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
@@ -131,7 +131,7 @@ def make_store(
 
 
 def class_corpus(folder: Path, *, num: int = 60, seed: int = 0, noise: float = 0.3) -> tuple[Path, Hidden]:
-    """Keywords in three classes; layer 1 of three tells the class in its time mean, the others are noise."""
+    """Keywords in three classes; the time mean of layer 1 of three is the class, the others are noise."""
     words = [("yes", "no", "up")[index % 3] for index in range(num)]
     splits = [("train", "train", "train", "dev", "test")[index // 3 % 5] for index in range(num)]
     num_frames = [5 + index * 7 % 20 for index in range(num)]
@@ -147,18 +147,18 @@ def class_corpus(folder: Path, *, num: int = 60, seed: int = 0, noise: float = 0
 
 
 def phone_corpus(folder: Path, *, num: int = 50, seed: int = 0, noise: float = 0.3) -> tuple[Path, Hidden]:
-    """Transcripts over four phones, and as text; layer 0 of two tells the phone of each frame, layer 1 is noise."""
+    """Transcripts over four phones, and as text; layer 0 of two encodes the phone of each frame, layer 1 is noise."""
     generator = np.random.default_rng(seed)
     phones = ["AA1", "B", "K", "S"]
     spoken = [generator.integers(0, 4, generator.integers(2, 5)) for _ in range(num)]
     splits = [("train", "train", "train", "dev", "test")[index % 5] for index in range(num)]
-    transcripts = [" ".join(phones[symbol] for symbol in said) for said in spoken]
-    texts = [" ".join(["ab", "cd", "ef", "gh"][symbol] for symbol in said) for said in spoken]
+    transcripts = [" ".join(phones[symbol] for symbol in transcript) for transcript in spoken]
+    texts = [" ".join(["ab", "cd", "ef", "gh"][symbol] for symbol in transcript) for transcript in spoken]
     card = make_corpus(
         folder,
         labels={"phones": transcripts, "text": texts},
         splits=splits,
-        num_frames=[8 * len(said) + 3 for said in spoken],
+        num_frames=[8 * len(transcript) + 3 for transcript in spoken],
     )
     means = np.random.default_rng(seed).normal(size=(5, 12)) * 2
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against scipy's, and against measuring the drawn utterances themselves."""
+"""Bootstrap intervals against scipy's; resampled metrics against metrics of the drawn utterances."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from sklearn.metrics import roc_curve
 from evaluate.bootstrap import Counts, Metric, interval, intervals_of, mean_of, rate
 from evaluate.metrics import accuracy, token_error_rate
 
-said = st.lists(st.sampled_from("ABC"), max_size=6)
+symbols = st.lists(st.sampled_from("ABC"), max_size=6)
 drawn = st.lists(
-    st.tuples(said, st.lists(st.sampled_from("ABC"), min_size=1, max_size=6), st.integers(0, 3)), min_size=1
+    st.tuples(symbols, st.lists(st.sampled_from("ABC"), min_size=1, max_size=6), st.integers(0, 3)), min_size=1
 )
 
 
@@ -92,7 +92,7 @@ def test_resamples_without_a_metric_are_left_out() -> None:
     # Drawn with replacement, a fifth of the resamples miss the one reference that has a token.
     low, high = interval(rate([0, 1, 0], [0, 2, 0]))
     assert low == high == 50
-    with pytest.raises(ValueError, match="sum to 0 is not defined"):
+    with pytest.raises(ValueError, match="sum to 0"):
         rate([1, 2], [0, 0])
     with pytest.raises(ValueError, match="one of each per unit"):
         rate([1, 2], [1])
@@ -108,7 +108,7 @@ def test_the_mean_of_folds_draws_from_all_of_them() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 50 * np.sqrt((0.4 * 0.6 + 0.8 * 0.2) / 50), rel=0.1)
 
 
-def test_a_score_file_has_the_interval_of_its_metric_and_of_what_is_beside_it() -> None:
+def test_a_score_file_has_the_intervals_of_all_test_metrics() -> None:
     words, characters = rate([1, 0, 2], [4, 4, 4]), rate([2, 0, 5], [16, 16, 16])
     found = intervals_of({"wer": words, "cer": characters, "plain": 3.0}, "wer")
     assert found.test == interval(words) and found.also == {"cer": interval(characters)}

@@ -1,4 +1,4 @@
-"""`python -m evaluate` as a user meets it: files, one-line errors, exit status, quick help."""
+"""Commands of `python -m evaluate`: files, one-line errors, exit status, imports."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def command(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def ready(tmp_path: Path) -> list[str | Path]:
-    """Arguments of a run that works; the score goes to scores/hand/ks.json."""
+    """Return valid arguments of a run that writes scores/hand/ks.json."""
     card, hidden = class_corpus(tmp_path)
     config = tmp_path / "params.yaml"
     config.write_text(CONFIG)
@@ -30,7 +30,7 @@ def ready(tmp_path: Path) -> list[str | Path]:
     return ["--config", config, "--manifest", manifest, "--corpus", card, "--out", out]
 
 
-def test_run_writes_the_score_and_says_it(tmp_path: Path, ready: list[str | Path]) -> None:
+def test_run_writes_the_score_and_prints_it(tmp_path: Path, ready: list[str | Path]) -> None:
     result = command("run", "--task", "ks", "--upstream", "mine", *ready)
     assert result.exit_code == 0, result.output
     score = json.loads((tmp_path / "scores/hand/ks.json").read_text())

@@ -1,4 +1,4 @@
-"""EER against scikit-learn's ROC, MTWV against worked examples and a search over thresholds; both at their edges."""
+"""EER against scikit-learn's ROC; MTWV against worked examples and a search over all thresholds; edge cases."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ trials = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_
 
 
 def scikit_learns(scores: list[float], targets: list[bool]) -> float:
-    """The reference toolkit's: scikit-learn's ROC, linear between its points, crossed with miss = false alarm."""
+    """EER of the reference toolkit: scikit-learn's ROC, linear between its points, crossed with miss = false alarm."""
     false_alarms, hits, _ = roc_curve(targets, scores)
     return 100 * brentq(lambda x: 1 - x - interp1d(false_alarms, hits)(x), 0.0, 1.0)
 
@@ -67,7 +67,7 @@ def test_equal_error_rate_needs_both_classes_and_finite_scores() -> None:
 
 
 def searched(scores_QD: np.ndarray, holds_QD: np.ndarray, num_documents: int, num_queries: int) -> float:
-    """MTWV by its definition: every threshold, every query."""
+    """MTWV by its definition, over every threshold and query."""
     best = 0.0
     for threshold in np.unique(scores_QD):
         values = []
@@ -82,11 +82,11 @@ def searched(scores_QD: np.ndarray, holds_QD: np.ndarray, num_documents: int, nu
 
 
 def test_the_weight_of_a_false_alarm_is_quessts() -> None:
-    # Its scoring tool takes the prior 0.0741289, with both costs in it.
+    # The scoring tool is given the prior 0.0741289, which includes both costs.
     assert pytest.approx(0.0741289, abs=1e-7) == 1 / (1 + FALSE_ALARM_WEIGHT)
 
 
-def test_max_term_weighted_value_is_what_a_search_finds() -> None:
+def test_max_term_weighted_value_equals_a_search_over_thresholds() -> None:
     generator = np.random.default_rng(1)
     for decimals in (0, 1, 6):
         holds = generator.random((6, 40)) < 0.1
@@ -108,7 +108,7 @@ def test_max_term_weighted_value_by_hand() -> None:
     assert max_term_weighted_value(scores, holds).value == pytest.approx(100)
     scores[0, 5] = 3  # one false alarm of a hundred, for one of two queries
     assert max_term_weighted_value(scores, holds).value == pytest.approx(100 * (1 - FALSE_ALARM_WEIGHT / 100 / 2))
-    scores[0, 6:40] = 3  # too many: better to give up that query's
+    scores[0, 6:40] = 3  # too many false alarms: accepting nothing of that query is better
     assert max_term_weighted_value(scores, holds).value == 0
     scores[1, 1] = 4
     assert max_term_weighted_value(scores, holds).value == pytest.approx(50)

@@ -1,4 +1,4 @@
-"""DER against simpleder, by hand and by a search over matchings; frame labels and the median filter."""
+"""DER against simpleder, worked examples and a search over mappings; frame labels; the median filter."""
 
 import itertools
 
@@ -25,12 +25,12 @@ def der(turns: list[Turn], active: np.ndarray) -> float:
 
 
 def as_turns(active_TS: np.ndarray) -> list[Turn]:
-    """What a system said as turns of one frame, which simpleder merges."""
+    """Return a system's output as turns of one frame, which simpleder merges."""
     return [(f"s{s}", t * FRAME_S, (t + 1) * FRAME_S) for t, s in zip(*np.nonzero(active_TS), strict=True)]
 
 
 def random_turns(generator: np.random.Generator, speakers: int, seconds: float) -> list[Turn]:
-    """Turns with overlap between speakers, none within one; boundaries anywhere, some behind the last frame."""
+    """Draw turns that overlap between speakers only; boundaries are anywhere, some after the last frame."""
     turns = []
     for speaker in range(speakers):
         edges = np.sort(generator.uniform(0, seconds, 4)).tolist()
@@ -49,7 +49,7 @@ def test_the_rate_is_simpleders(speakers: int) -> None:
 
 
 def test_the_rate_is_the_best_of_all_matchings() -> None:
-    """By its definition on a fine grid: at every moment max(reference, system) - correct."""
+    """Compare with the definition on a fine grid: max(reference, system) - correct at every moment."""
     generator = np.random.default_rng(9)
     for _ in range(20):
         labels, active = (generator.random((50, 2)) < 0.4 for _ in range(2))
@@ -64,32 +64,32 @@ def test_the_rate_by_hand() -> None:
     active = np.zeros((100, 2), dtype=bool)
     assert der(turns, active) == pytest.approx(100)  # all missed
     active[0:50, 1] = active[25:75, 0] = True
-    assert der(turns, active) == pytest.approx(0)  # whatever the system calls them
+    assert der(turns, active) == pytest.approx(0)  # the names of the system's speakers do not matter
     active[75:100, 0] = True  # half a second too much, of two seconds of speech
     assert der(turns, active) == pytest.approx(25)
     active[:] = False
-    active[0:75, 0] = True  # one voice for both: bob's half second alone is confused, half a second of overlap missed
+    active[0:75, 0] = True  # bob alone (0.5 s) is confused, overlap (0.5 s) missed
     assert der(turns, active) == pytest.approx(50)
 
 
-def test_recordings_are_weighed_by_their_speech() -> None:
+def test_recordings_are_weighted_by_their_speech() -> None:
     long, short = [("a", 0.0, 1.8)], [("b", 0.0, 0.2)]
-    heard, deaf = np.ones((90, 2), dtype=bool), np.zeros((10, 2), dtype=bool)
-    heard[:, 1] = False
+    correct, silent = np.ones((90, 2), dtype=bool), np.zeros((10, 2), dtype=bool)
+    correct[:, 1] = False
     references = [Reference.of(long, 90, frame_s=FRAME_S), Reference.of(short, 10, frame_s=FRAME_S)]
-    assert diarization_error_rate(references, [heard, deaf]).value == pytest.approx(10)
+    assert diarization_error_rate(references, [correct, silent]).value == pytest.approx(10)
 
 
 def test_a_recording_of_silence_counts_its_false_alarms_and_silence_alone_has_no_rate() -> None:
     silent, spoken = Reference.of([], 50, frame_s=FRAME_S), Reference.of([("a", 0, 1)], 50, frame_s=FRAME_S)
-    heard = np.zeros((50, 2), dtype=bool)
-    heard[:25, 0] = True
-    assert diarization_error_rate([silent, spoken], [heard, heard]).value == pytest.approx(100)
+    half = np.zeros((50, 2), dtype=bool)
+    half[:25, 0] = True
+    assert diarization_error_rate([silent, spoken], [half, half]).value == pytest.approx(100)
     with pytest.raises(ValueError, match="no speech"):
-        diarization_error_rate([silent], [heard])
+        diarization_error_rate([silent], [half])
 
 
-def test_speech_behind_the_last_frame_is_missed() -> None:
+def test_speech_after_the_last_frame_is_missed() -> None:
     assert der([("a", 0.0, 2.0)], np.ones((50, 1), dtype=bool)) == pytest.approx(50)
 
 
@@ -110,5 +110,5 @@ def test_frame_labels_go_to_the_nearest_frame_in_the_order_of_names() -> None:
 def test_turns_are_parsed_and_anything_else_is_named() -> None:
     assert parse_turns("ann 0.5 1.25; bob 1 2", where="x") == [("ann", 0.5, 1.25), ("bob", 1.0, 2.0)]
     assert parse_turns("", where="x") == []
-    with pytest.raises(RetortError, match=r"here: 'ann 0\.5' is not a turn; expected"):
+    with pytest.raises(RetortError, match=r"here: 'ann 0\.5' is not a turn"):
         parse_turns("ann 0.5", where="here")

@@ -1,4 +1,4 @@
-"""Subsequence warping against dtw-python, which the reference calls, and against every path."""
+"""Subsequence warping against dtw-python, which the reference calls, and against a search over all paths."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def starts_of(documents: list[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("num_query", [1, 2, 5, 17])
 def test_costs_are_dtw_pythons(num_query: int) -> None:
-    """With the reference's distance and row normalisation, for documents shorter and longer than the query."""
+    """Use the reference's distance and row normalisation, on documents shorter and longer than the query."""
     query, documents = pair(num_query, [9, 30, 4, 17, 60, 5], num_query)
     starts = starts_of(documents)
     ours = row_min_max(distances(unit(query), unit(np.concatenate(documents))), starts)
@@ -60,7 +60,7 @@ def test_a_document_costs_the_same_by_itself_and_among_others() -> None:
 
 def test_a_document_that_holds_the_query_costs_nothing() -> None:
     query, (document, other) = pair(1, [40, 40], 10)
-    document[20:30] = 3 * query  # louder is no distance
+    document[20:30] = 3 * query  # scaling does not change the cosine
     costs = subsequence_costs(distances(unit(query), unit(np.concatenate([document, other]))), np.array([0, 40]))
     assert costs[0] == pytest.approx(0, abs=1e-6)
     assert costs[1] > 0.3

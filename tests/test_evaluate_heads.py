@@ -1,4 +1,4 @@
-"""The heads against independent ones: torch's own modules, packed sequences, and the frames behind a time mean."""
+"""Heads against independent references: torch's modules, packed sequences, and all frames of a time mean."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ F64 = torch.float64
 
 
 class ReferencePooledHead(nn.Module):
-    """KS, IC, SID and ER as the reference runs them: weighted sum of a padded batch, Linear, masked mean, Linear."""
+    """Head of KS, IC, SID and ER as in the reference: weighted sum of a padded batch, Linear, masked mean, Linear."""
 
     def __init__(self, head: LinearHead) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ReferencePooledHead(nn.Module):
 
 
 def reference_loss(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: list[int]) -> Tensor:
-    """The cross-entropy of each label's slice of the output, added up, as the reference's IC has it."""
+    """Sum of the cross-entropies of each label's slice of the output, as in the reference's IC."""
     loss, start = torch.zeros((), dtype=logits_BC.dtype), 0
     for group, num_classes in enumerate(num_classes_G):
         loss = loss + F.cross_entropy(logits_BC[:, start : start + num_classes], classes_BG[:, group])
@@ -102,7 +102,7 @@ def test_the_layer_sum_is_weighted_by_a_softmax_of_the_logits() -> None:
 
 
 def reference_recurrent(head: RecurrentHead, utterances: list[Tensor], depth: int) -> list[Tensor]:
-    """The same head with torch's own packed bidirectional LSTMs, one utterance's frames (T, D) after another."""
+    """Run the head with torch's packed bidirectional LSTMs on the frames (T, D) of each utterance."""
     x = [head.projection(frames_TD) for frames_TD in utterances]
     s = head.stack
     x = [y[: len(y) // s * s].reshape(len(y) // s, -1) for y in x]

@@ -1,4 +1,4 @@
-"""Tasks x upstreams on a Dask cluster: the scores that one command after another makes, whatever happens."""
+"""Scoring of all tasks and upstreams, on a Dask cluster and in one process: same scores, skipped ones, errors."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def scaled(hidden: Hidden, gain: float) -> Hidden:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two upstreams' stores of two corpora, laid out as dvc.yaml does it, and params.yaml."""
+    """Write two upstreams' stores of two corpora in the layout of dvc.yaml, and params.yaml."""
     for name, make in (("words", class_corpus), ("phones", phone_corpus)):
         card, hidden = make(tmp_path / name)
         (tmp_path / "corpora").mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every score below a folder, without its wall clock."""
+    """Return every score below a folder without its wall clock."""
     found = {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("*.json")}
     return {name: {key: value for key, value in made.items() if key != "seconds"} for name, made in found.items()}
 

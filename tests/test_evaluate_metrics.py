@@ -26,8 +26,8 @@ pairs = st.lists(st.tuples(sentence, sentence), min_size=1, max_size=6)
 
 @settings(max_examples=40, deadline=None)
 @given(pairs)
-def test_rates_equal_jiwer(said_and_meant: list[tuple[str, str]]) -> None:
-    hypotheses, references = map(list, zip(*said_and_meant, strict=True))
+def test_rates_equal_jiwer(pairs: list[tuple[str, str]]) -> None:
+    hypotheses, references = map(list, zip(*pairs, strict=True))
     assert word_error_rate(hypotheses, references).value == pytest.approx(100 * jiwer.wer(references, hypotheses))
     assert character_error_rate(hypotheses, references).value == pytest.approx(100 * jiwer.cer(references, hypotheses))
 
@@ -71,7 +71,7 @@ def test_rates_equal_the_reference_authors_package(monkeypatch: pytest.MonkeyPat
 slots = st.lists(
     st.tuples(st.sampled_from(["city", "track", "artist"]), st.text("ABC", min_size=1, max_size=5)), max_size=5
 )
-# A set of slots without any is no line that speech-metrics can read.
+# speech-metrics cannot read a line without slots.
 some_slots = slots.filter(bool)
 
 
@@ -83,14 +83,14 @@ def test_slot_metrics_equal_the_reference_authors_package(monkeypatch: pytest.Mo
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.tuples(some_slots, some_slots), min_size=1, max_size=6))
-    def check(said_and_meant: list[tuple[list[tuple[str, str]], list[tuple[str, str]]]]) -> None:
-        said, meant = map(list, zip(*said_and_meant, strict=True))
-        assert slot_type_f1(said, meant).value == pytest.approx(
-            100 * speech_metrics.slot_type_f1(lines(said), lines(meant))
+    def check(pairs: list[tuple[list[tuple[str, str]], list[tuple[str, str]]]]) -> None:
+        hypotheses, references = map(list, zip(*pairs, strict=True))
+        assert slot_type_f1(hypotheses, references).value == pytest.approx(
+            100 * speech_metrics.slot_type_f1(lines(hypotheses), lines(references))
         )
         # 0.2.2 takes the hypotheses for the references and the other way round; s3prl's own metric does not.
-        expected = speech_metrics.slot_value_cer(lines(meant), lines(said))
-        assert slot_value_cer(said, meant).value == pytest.approx(100 * expected)
+        expected = speech_metrics.slot_value_cer(lines(references), lines(hypotheses))
+        assert slot_value_cer(hypotheses, references).value == pytest.approx(100 * expected)
 
     check()
 
@@ -100,20 +100,20 @@ def test_slot_metrics_equal_the_reference_authors_package(monkeypatch: pytest.Mo
 def test_f1_is_symmetric_within_bounds_and_full_where_types_agree(
     pairs: list[tuple[list[tuple[str, str]], list[tuple[str, str]]]],
 ) -> None:
-    said, meant = map(list, zip(*pairs, strict=True))
-    assert slot_type_f1(said, meant).value == pytest.approx(slot_type_f1(meant, said).value)
-    assert 0 <= slot_type_f1(said, meant).value <= 100
-    assert slot_type_f1([[(kind, "other") for kind, _ in row] for row in meant], meant).value == 100
-    if any(meant):
-        assert slot_value_cer(meant, meant).value == 0
-        assert slot_value_cer([[] for _ in meant], meant).value == 100
+    hypotheses, references = map(list, zip(*pairs, strict=True))
+    assert slot_type_f1(hypotheses, references).value == pytest.approx(slot_type_f1(references, hypotheses).value)
+    assert 0 <= slot_type_f1(hypotheses, references).value <= 100
+    assert slot_type_f1([[(kind, "other") for kind, _ in row] for row in references], references).value == 100
+    if any(references):
+        assert slot_value_cer(references, references).value == 0
+        assert slot_value_cer([[] for _ in references], references).value == 100
 
 
 def test_slot_type_f1_by_hand() -> None:
-    # 2 of 3 said are meant, 2 of 2 meant are said: P 2/3, R 1, F1 0.8. A type that comes twice is one type.
-    said = [("city", "ROME"), ("city", "PARIS"), ("track", "X"), ("artist", "Y")]
-    meant = [("city", "OSLO"), ("track", "Z")]
-    assert slot_type_f1([said], [meant]).value == pytest.approx(80)
+    # 2 of 3 types are correct, 2 of 2 are found: precision 2/3, recall 1, F1 0.8. A type that occurs twice is one type.
+    hypotheses = [("city", "ROME"), ("city", "PARIS"), ("track", "X"), ("artist", "Y")]
+    references = [("city", "OSLO"), ("track", "Z")]
+    assert slot_type_f1([hypotheses], [references]).value == pytest.approx(80)
     # A mean over utterances, not over slots: 1, 0 and 0 where one side is empty, 1 where both are.
     assert slot_type_f1([[("a", "X")], [("a", "X")], [], []], [[("a", "Y")], [], [("a", "Y")], []]).value == 50
     assert slot_type_f1([[("a", "X")]], [[("b", "X")]]).value == 0
@@ -121,9 +121,9 @@ def test_slot_type_f1_by_hand() -> None:
 
 def test_slot_value_cer_by_hand() -> None:
     # The closest of the type: PARIS against PARIZ is 1 edit of 5; ROME has nothing of its type, 4 of 4.
-    said = [("city", "OSLO"), ("city", "PARIZ"), ("track", "ROME")]
-    assert slot_value_cer([said], [[("city", "PARIS"), ("artist", "ROME")]]).value == pytest.approx(100 * 5 / 9)
-    # Two references of a type may take the same value; what is said beyond the references costs nothing.
+    hypotheses = [("city", "OSLO"), ("city", "PARIZ"), ("track", "ROME")]
+    assert slot_value_cer([hypotheses], [[("city", "PARIS"), ("artist", "ROME")]]).value == pytest.approx(100 * 5 / 9)
+    # Two references of a type may take the same value; a hypothesis beyond the references costs nothing.
     assert slot_value_cer([[("a", "XY"), ("b", "Q")]], [[("a", "XY"), ("a", "XZ")]]).value == 25
     # Over the corpus, not a mean of utterances, and insertions count.
     assert slot_value_cer([[("a", "XYZ")], [("a", "LONG")]], [[("a", "X")], [("a", "LONG")]]).value == pytest.approx(40)

@@ -1,4 +1,4 @@
-"""A killed task goes on: the same score, bit for bit, wherever it was killed; a damaged checkpoint is one line."""
+"""Resumption of killed tasks: the same score, bit for bit, wherever they were killed; damaged checkpoints."""
 
 import signal
 import time
@@ -133,14 +133,16 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     )
     arguments = ["run", "--task", "pr", "--config", "params.yaml", "--manifest", str(job.manifest), "--corpus",
                  str(job.corpus)]  # fmt: skip
-    process = Command("tests.hasty_evaluate", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path)
+    process = Command("tests.evaluate_every_step", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path)
     while not list(tmp_path.glob("checkpoints/evaluate/hand-pr-*/1.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
-    done = run_command("tests.hasty_evaluate", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path, check=True)
+    done = run_command(
+        "tests.evaluate_every_step", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path, check=True
+    )
     assert "phone recognition per" in done.stdout
     run_command("evaluate", *arguments, "--out", "whole/hand/pr.json", cwd=tmp_path, check=True)
     killed, whole = (ScoreFile.read(tmp_path / name / "hand/pr.json") for name in ("killed", "whole"))

@@ -106,7 +106,7 @@ def test_each_task_adds_its_share_and_slot_filling_is_one_task() -> None:
     assert shares["sf"] == pytest.approx(100 * sum(slots) / 2)
 
 
-def test_tasks_on_which_the_teacher_is_no_better_than_fbank_are_left_out(tmp_path: Path) -> None:
+def test_tasks_on_which_the_teacher_is_not_better_than_fbank_are_left_out(tmp_path: Path) -> None:
     ends = {"fbank": FBANK | {"sd": 10.0}, "teacher": TEACHER | {"sd": 11.0}}
     row = {"pr": 50.0, "ks": 65.0, "sd": 5.0}
     assert score_of(row, **ends) == score_of({"pr": 50.0, "ks": 65.0}, fbank=FBANK, teacher=TEACHER)
@@ -121,7 +121,7 @@ def test_tasks_on_which_the_teacher_is_no_better_than_fbank_are_left_out(tmp_pat
 def test_relative_score_refuses_other_tasks_and_no_scale_at_all() -> None:
     with pytest.raises(RetortError, match=r"same tasks.*ks"):
         score_of({"pr": 50.0}, fbank=FBANK, teacher=TEACHER)
-    with pytest.raises(RetortError, match="needs a task on which the teacher is better than fbank"):
+    with pytest.raises(RetortError, match="on which the teacher is better than fbank"):
         score_of(FBANK, fbank=TEACHER, teacher=TEACHER)
 
 
@@ -168,7 +168,7 @@ def write_table(folder: Path) -> None:
             write_score(folder, upstream, task, value)
 
 
-def test_a_table_has_one_row_an_upstream_with_its_score_of(tmp_path: Path) -> None:
+def test_a_table_has_one_row_an_upstream_with_its_relative_score(tmp_path: Path) -> None:
     write_table(tmp_path)
     summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
     assert summary.to_dict()["upstreams"]["small"] == {"pr": 50.0, "ks": 65.0, "relative_score": pytest.approx(500)}
@@ -194,7 +194,7 @@ def write_official(folder: Path, **changes: Any) -> None:
     write_score(folder, "hubert", "sf", 88.53, also={"cer": 25.20}, interval=intervals)
 
 
-def test_official_gives_superb_s_with_its_shares_and_says_that_its_constants_are_inferred(tmp_path: Path) -> None:
+def test_official_gives_superb_s_with_its_shares_and_notes_that_its_constants_are_inferred(tmp_path: Path) -> None:
     write_official(tmp_path)
     summary = summarise(gather([tmp_path]), official=True)
     assert summary.kind == "superb_s" and summary.one_score["hubert"] == pytest.approx(941, abs=0.6)
@@ -241,7 +241,7 @@ def test_scores_of_different_measurements_are_refused(tmp_path: Path, field: str
         gather([tmp_path])
 
 
-def test_what_is_no_score_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_outdated_score_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match="no score files"):
         gather([tmp_path])
     write_json(tmp_path / "a.json", {"format_version": 1})

@@ -1,4 +1,4 @@
-"""Slot filling: what a head is to say, what is read from what it says, and the task on a tiny real store."""
+"""Slot filling: encoding of labels, decoding of slots, and the task on a tiny real store."""
 
 from pathlib import Path
 from typing import Any
@@ -39,39 +39,39 @@ def test_neighbours_of_one_type_are_one_slot_and_of_two_types_two() -> None:
 
 def test_punctuation_is_dropped_and_an_ampersand_spelled_as_the_reference_does() -> None:
     assert "".join(encode("STOP , NOW & THEN ?", "O O O O O O")) == "STOP NOW AND THEN"
-    # Punctuation parts two slots of a type where it is outside of them, and is no part of one.
+    # Punctuation outside of slots separates two slots of one type; inside a slot it is dropped.
     assert read_slots(encode("A , B", "x O x")) == [("x", "A"), ("x", "B")]
     assert read_slots(encode("A , B !", "x x x x")) == [("x", "A B")]
     assert encode(", .", "x O") == []
 
 
 def test_words_and_slots_must_be_as_many() -> None:
-    with pytest.raises(RetortError, match=r"'PLAY IT' has 2 words and 1 slots .'O'.; expected one a word"):
+    with pytest.raises(RetortError, match=r"'PLAY IT' has 2 words and 1 slots .'O'."):
         encode("PLAY IT", "O")
 
 
 WORDS = st.text("ABC'", min_size=1, max_size=4)
-SAID = st.lists(st.tuples(WORDS, st.sampled_from(["O", "track", "city"])), max_size=7)
+SENTENCES = st.lists(st.tuples(WORDS, st.sampled_from(["O", "track", "city"])), max_size=7)
 
 
 @settings(max_examples=60, deadline=None)
-@given(SAID)
-def test_slots_are_read_as_they_were_written(said: list[tuple[str, str]]) -> None:
-    symbols = encode(" ".join(word for word, _ in said), " ".join(kind for _, kind in said))
+@given(SENTENCES)
+def test_slots_are_read_as_they_were_written(words: list[tuple[str, str]]) -> None:
+    symbols = encode(" ".join(word for word, _ in words), " ".join(kind for _, kind in words))
     expected: list[tuple[str, str]] = []
     before = "O"
-    for word, kind in said:
+    for word, kind in words:
         if kind != "O" and kind == before:
             expected[-1] = (kind, f"{expected[-1][1]} {word}")
         elif kind != "O":
             expected.append((kind, word))
         before = kind
     assert read_slots(symbols) == expected
-    assert "".join(symbol for symbol in symbols if len(symbol) == 1) == " ".join(word for word, _ in said)
+    assert "".join(symbol for symbol in symbols if len(symbol) == 1) == " ".join(word for word, _ in words)
 
 
 @pytest.mark.parametrize(
-    ("said", "slots"),
+    ("symbols", "slots"),
     [
         ([], []),
         (list("NO SLOTS"), []),
@@ -81,15 +81,15 @@ def test_slots_are_read_as_they_were_written(said: list[tuple[str, str]]) -> Non
         (["B-a", " ", "E-a"], []),
         (["B-a", " ", *"X", " ", " ", *"Y", " ", "E-a"], [("a", "X Y")]),
         (["B-a", *"X", "E-b", *"Y", "E-a"], [("a", "XY")]),  # another's end within
-        (["B-a", *"X", "B-b", *"Y", "E-b", *"Z", "E-a"], [("a", "XYZ")]),  # another slot within is no slot
+        (["B-a", *"X", "B-b", *"Y", "E-b", *"Z", "E-a"], [("a", "XYZ")]),  # the other slot inside is dropped
         (["B-a", *"X", "B-a", *"Y", "E-a"], [("a", "XY")]),  # begun twice
         (["B-a", "B-b", *"Y", "E-b"], [("b", "Y")]),  # the first never ends
         (["B-a", *"X", "E-a", "B-a", *"Y", "E-a"], [("a", "X"), ("a", "Y")]),
         (["B-song", *"X", "E-song_owner", "E-song"], [("song", "X")]),  # one type begins with another's name
     ],
 )
-def test_what_a_head_says_is_read_however_broken(said: list[str], slots: list[tuple[str, str]]) -> None:
-    assert read_slots(said) == slots
+def test_slots_are_read_from_broken_output(symbols: list[str], slots: list[tuple[str, str]]) -> None:
+    assert read_slots(symbols) == slots
 
 
 def test_both_metrics_are_reported() -> None:
@@ -115,7 +115,7 @@ def test_adaptive_masks_follow_the_longest_utterance_as_the_references_do() -> N
 
 
 def slot_corpus(folder: Path, num: int = 50) -> tuple[Path, Path]:
-    """A letter in a slot of one of two types, after one in none; layer 0 of two tells the symbol of each frame."""
+    """A letter in a slot of one of two types, after one in none; layer 0 of two encodes the symbol of each frame."""
     generator = np.random.default_rng(0)
     names = [("A", "B")[index] for index in generator.integers(0, 2, num)]
     kinds = [("city", "track")[index] for index in generator.integers(0, 2, num)]

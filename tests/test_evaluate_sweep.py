@@ -1,4 +1,4 @@
-"""The sweep on a problem small enough to redo by hand: one pass, chosen on dev, test once."""
+"""The sweep on a problem small enough to redo by hand: one pass, choice on dev, test once."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ RECIPE = Recipe(learning_rates=(1e-1, 1e-2, 1e-3), steps=30, batch_size=8, dev_e
 
 @dataclass
 class Points:
-    """Regression on random points; `dev` and `test` are what is asked of it, and every call is counted."""
+    """Regression on random points that counts its batches and evaluations."""
 
     seed: int = 0
     metric: str = "error"
@@ -59,7 +59,7 @@ def run(problem: Points, recipe: Recipe = RECIPE) -> SweepResult:
 
 
 def by_hand(lr: float, recipe: Recipe) -> list[float]:
-    """One head trained alone with torch's own optimiser; its dev error at every evaluation."""
+    """Train one head alone with torch's Adam; return its dev error at every evaluation."""
     problem = Points()
     torch.manual_seed(recipe.seed)
     head = problem.new_head()
@@ -101,7 +101,7 @@ def test_all_rates_are_trained_in_one_pass() -> None:
     assert problem.batches_given == RECIPE.steps
 
 
-def test_dev_is_seen_evenly_and_test_once_with_one_head() -> None:
+def test_dev_is_measured_evenly_and_test_once_with_one_head() -> None:
     problem = Points()
     run(problem)
     assert problem.measured == [("dev", 3)] * 5 + [("test", 1)]
@@ -136,7 +136,7 @@ class Scripted(Points):
         return [{"error": 7.0}]
 
 
-def test_dev_chooses_rate_and_checkpoint_whatever_test_would_prefer() -> None:
+def test_dev_chooses_rate_and_checkpoint_regardless_of_test() -> None:
     # On test the lowest rate would be perfect and the chosen one the worst of the three.
     problem = Scripted()
     result = run(problem)
@@ -146,7 +146,7 @@ def test_dev_chooses_rate_and_checkpoint_whatever_test_would_prefer() -> None:
     assert not torch.equal(problem.scored, problem.states[4][1])
 
 
-def test_higher_is_better_turns_every_choice() -> None:
+def test_higher_is_better_inverts_every_choice() -> None:
     problem = Scripted(higher_is_better=True)
     result = run(problem)
     assert (result.chosen_lr, result.dev) == (1e-2, 6)
@@ -167,7 +167,7 @@ def test_the_middle_of_the_grid_and_a_grid_of_one_are_not_noted() -> None:
 
 
 class Exploding(Points):
-    """The head of the highest rate, made last, stops being finite at the fourth batch."""
+    """Problem in which the loss of the highest rate (its head is made last) is NaN at the fourth batch."""
 
     made: tuple[LinearHead, ...] = ()
 
@@ -180,7 +180,7 @@ class Exploding(Points):
         return super().loss(head, batch) * (torch.nan if explodes else 1)
 
 
-def test_a_diverged_rate_is_named_and_the_others_go_on_unharmed() -> None:
+def test_a_diverged_rate_is_named_and_the_others_are_not_affected() -> None:
     result = run(Exploding())
     calm = {point.lr: point.dev for point in run(Points()).grid}
     assert {point.lr: point.dev for point in result.grid} == pytest.approx({lr: calm[lr] for lr in (1e-3, 1e-2)})

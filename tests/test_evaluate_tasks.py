@@ -1,4 +1,4 @@
-"""The tasks on tiny real stores: that they learn, what they read, and what they say when something is missing."""
+"""Tasks on tiny real stores: learning, what they read, score files, errors; vocabulary, CTC and SpecAugment."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_keywords_from_a_store_that_keeps_pooled_alone(classes: tuple[Path, Path
     assert score.num_test == 12
 
 
-def test_a_score_says_what_it_was_made_from(classes: tuple[Path, Path]) -> None:
+def test_a_score_records_what_it_was_made_from(classes: tuple[Path, Path]) -> None:
     manifest, card = classes
     score, corpus, reader = run("ks", manifest, card), Corpus.open(card), StoreReader.open(manifest)
     assert score.corpus_digest == corpus.digest
@@ -98,7 +98,7 @@ def test_speakers_are_identified_from_the_corpuss_own_column(tmp_path: Path) -> 
     assert any("whole utterances" in note for note in score.notes)
 
 
-def test_a_class_that_training_never_had_counts_as_wrong_and_is_noted(tmp_path: Path) -> None:
+def test_a_class_outside_training_counts_as_wrong_and_is_noted(tmp_path: Path) -> None:
     splits = ["train"] * 12 + ["dev"] * 4 + ["test"] * 4
     words = ["yes", "no"] * 9 + ["maybe", "maybe"]
     card = make_corpus(tmp_path, labels={"keyword": words}, splits=splits, num_frames=[5] * 20)
@@ -115,7 +115,7 @@ def test_phones_are_recognised(phones: tuple[Path, Path, Hidden]) -> None:
     assert without_seconds(score) == without_seconds(run("pr", manifest, card))
 
 
-def test_a_layer_that_tells_is_weighed_up_against_a_loud_one(tmp_path: Path) -> None:
+def test_an_informative_layer_outweighs_a_noisy_one(tmp_path: Path) -> None:
     card, hidden = phone_corpus(tmp_path, noise=3.0)
     score = run("pr", make_store(tmp_path, card, hidden), card)
     assert score.layer_weights[0] > 0.6
@@ -168,7 +168,7 @@ def test_buckets_hold_similar_lengths_and_every_utterance_once() -> None:
 
 
 def test_ctc_loss_is_the_reference_toolkits(phones: tuple[Path, Path, Hidden]) -> None:
-    """End to end against nn.CTCLoss on padded logits."""
+    """Compare with nn.CTCLoss on padded logits, end to end."""
     manifest, card, _ = phones
     features = open_features(TASKS["pr"], manifest=manifest, corpus=card)
     problem = pr.PhoneRecognition(features, pr.PrRecipe(batch_size=8))

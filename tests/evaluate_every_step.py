@@ -1,4 +1,4 @@
-"""`python -m evaluate` that keeps a checkpoint after every step, so that a test need not wait for one."""
+"""`python -m evaluate` that saves a checkpoint after every step, so that a test need not wait for one."""
 
 from evaluate import checkpoint
 from evaluate.__main__ import main
