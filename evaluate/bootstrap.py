@@ -44,6 +44,9 @@ class Metric:
         return self.value
 
 
+Metrics = Mapping[str, Metric | float]  # by name, in percent; a plain number has no bootstrap interval
+
+
 def rate(numerators_U: ArrayLike, denominators_U: ArrayLike | None = None, *, units: str = UTTERANCES) -> Metric:
     """Return 100 x sum of numerators / sum of denominators, both (U,); without denominators 100 x the mean.
 
@@ -88,7 +91,7 @@ def interval(metric: Metric) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals_of(test: Mapping[str, Metric | float], metric: str) -> Interval:
+def intervals_of(test: Metrics, metric: str) -> Interval:
     """Return the intervals of a score file: of `metric` and of the other test metrics that have one."""
     found = {name: interval(value) for name, value in test.items() if isinstance(value, Metric)}
     chosen = test[metric]

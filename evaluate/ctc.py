@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.batches import FrameReader, bucket, steps_from
+from evaluate.bootstrap import Metrics
 from evaluate.heads import Head, Ragged, RecurrentHead
-from evaluate.sweep import HeadPool, Metrics
+from evaluate.sweep import HeadPool
 from evaluate.task import Features, FrameRecipe
 from extract.base.errors import RetortError
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.batches import steps_from
+from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
-from evaluate.sweep import HeadPool, Metrics, SweepResult, sweep
-from evaluate.task import Features, Recipe
+from evaluate.sweep import HeadPool, sweep
+from evaluate.task import Features, Recipe, SweepResult
 
 
 @dataclass(frozen=True, kw_only=True)

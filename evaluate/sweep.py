@@ -21,17 +21,16 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from evaluate.bootstrap import Metric, mean_of
+from evaluate.bootstrap import Metric, Metrics, mean_of
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import Head
-from evaluate.scorefile import GridPoint, LayerPoint
-from evaluate.task import Recipe
+from evaluate.scorefile import GridPoint
+from evaluate.task import Recipe, SweepResult
 from extract.base.errors import RetortError
 
 H = TypeVar("H", bound=Head)
 Batch = TypeVar("Batch")
 Out = TypeVar("Out")
-Metrics = Mapping[str, Metric | float]  # by name, in percent; a plain number has no bootstrap interval
 
 
 class Problem(Protocol[H, Batch]):
@@ -80,24 +79,6 @@ class HeadPool:
     def each(self, work: Callable[..., Out], *columns: Iterable[Any]) -> list[Out]:
         """Return `work` of every row of the columns, as `map` does; raises what it raises."""
         return list(self._pool.map(work, *columns))
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Choice made on dev, and its test metrics.
-
-    A task without a head has no learning rate: its grid holds the layers, and the chosen one has all the weight.
-    `checkpoints` holds the metrics of every head at every dev evaluation.
-    """
-
-    chosen_lr: float | None
-    dev: float
-    test: Metrics
-    grid: tuple[GridPoint, ...] | tuple[LayerPoint, ...]
-    layer_weights: tuple[float, ...]
-    num_test: int
-    notes: tuple[str, ...] = ()
-    checkpoints: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""Definition of a task: its record, its recipe, the features it reads, and the task section of params.yaml.
+"""Definition of a task: its record, recipe, features and result, and the task section of params.yaml.
 
 A new task is one new file in evaluate/tasks/ and one line in the dict there. This module imports no torch, whose import
 takes seconds that --help, the report and error lines do not need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate.bootstrap import Metrics
+from evaluate.scorefile import GridPoint, LayerPoint
 from extract.base.errors import RetortError
 from extract.base.validate import parse
 
 if TYPE_CHECKING:
     from evaluate.checkpoint import TaskSession
-    from evaluate.sweep import SweepResult
     from extract.corpus import Corpus
     from extract.store.reader import StoreReader
 
@@ -114,6 +115,24 @@ class Features:
         """
         column = self.corpus.speakers if name == SPEAKER else self.corpus.label(name)
         return [column[index] for index in indices]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Choice made on dev, and its test metrics.
+
+    A task without a head has no learning rate: its grid holds the layers, and the chosen one has all the weight.
+    `checkpoints` holds the metrics of every head at every dev evaluation.
+    """
+
+    chosen_lr: float | None
+    dev: float
+    test: Metrics
+    grid: tuple[GridPoint, ...] | tuple[LayerPoint, ...]
+    layer_weights: tuple[float, ...]
+    num_test: int
+    notes: tuple[str, ...] = ()
+    checkpoints: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from evaluate.checkpoint import TaskSession
 from evaluate.jobs import open_features
 from evaluate.pooled import PooledClassification, PooledRecipe, PooledSplit
 from evaluate.scorefile import ScoreFile
-from evaluate.sweep import HeadPool, SweepResult, cross_validate, sweep
+from evaluate.sweep import HeadPool, cross_validate, sweep
+from evaluate.task import SweepResult
 from evaluate.tasks import TASKS
 from evaluate.tasks.er import folds
 from evaluate.tasks.ic import LABELS

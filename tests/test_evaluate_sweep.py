@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from evaluate.batches import generator_of
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import LinearHead
-from evaluate.sweep import HeadPool, SweepResult, sweep
-from evaluate.task import Recipe
+from evaluate.sweep import HeadPool, sweep
+from evaluate.task import Recipe, SweepResult
 from extract.base.errors import RetortError
 
 RECIPE = Recipe(learning_rates=(1e-1, 1e-2, 1e-3), steps=30, batch_size=8, dev_evaluations=5, seed=3)

@@ -3,11 +3,12 @@
 python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/asr.json
 """
 
+from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts
 from evaluate.metrics import character_error_rate, word_error_rate
-from evaluate.sweep import Metrics, SweepResult, sweep
-from evaluate.task import Features, Task
+from evaluate.sweep import sweep
+from evaluate.task import Features, SweepResult, Task
 
 
 def characters(text: str) -> list[str]:

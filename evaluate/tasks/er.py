@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from evaluate.checkpoint import TaskSession
 from evaluate.pooled import PooledRecipe, pooled_problem, read_pooled
-from evaluate.sweep import SweepResult, cross_validate
-from evaluate.task import Features, Task
+from evaluate.sweep import cross_validate
+from evaluate.task import Features, SweepResult, Task
 from extract.base.errors import RetortError
 
 LABELS = ("emotion",)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.ctc import Noise, Texts, Transcription
 from evaluate.heads import LinearHead, Ragged
 from evaluate.metrics import token_error_rate
-from evaluate.sweep import Metrics, SweepResult, sweep
-from evaluate.task import Features, FrameRecipe, Task
+from evaluate.sweep import sweep
+from evaluate.task import Features, FrameRecipe, SweepResult, Task
 
 
 @dataclass(frozen=True, kw_only=True)

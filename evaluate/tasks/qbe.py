@@ -19,8 +19,7 @@ from evaluate.checkpoint import TaskSession
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
 from evaluate.metrics import max_term_weighted_value
 from evaluate.scorefile import LayerPoint
-from evaluate.sweep import SweepResult
-from evaluate.task import Features, Settings, Task
+from evaluate.task import Features, Settings, SweepResult, Task
 from extract.base.errors import RetortError
 
 SHORTEST_QUERY_FRAMES = 5

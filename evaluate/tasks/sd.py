@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluate.batches import FrameBatch, FrameReader, bucket, shuffled, steps_from
-from evaluate.bootstrap import Metric
+from evaluate.bootstrap import Metric, Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.diarization import Reference, Turn, diarization_error_rate, frame_labels, median_filtered, parse_turns
 from evaluate.heads import Head, Ragged
-from evaluate.sweep import HeadPool, Metrics, SweepResult, sweep
-from evaluate.task import Features, FrameRecipe, Task
+from evaluate.sweep import HeadPool, sweep
+from evaluate.task import Features, FrameRecipe, SweepResult, Task
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
 

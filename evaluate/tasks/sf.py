@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
+from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts
 from evaluate.metrics import Slots, slot_type_f1, slot_value_cer
-from evaluate.sweep import Metrics, SweepResult, sweep
-from evaluate.task import Features, Task
+from evaluate.sweep import sweep
+from evaluate.task import Features, SweepResult, Task
 from extract.base.errors import RetortError
 
 BEGIN, END = "B-", "E-"
