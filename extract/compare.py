@@ -32,7 +32,7 @@ def compare_stores(teacher_path: Path, student_path: Path, corpus_path: Path, sp
     cka_SL = np.empty((0, 0))
     if problem is None:
         cka_SL = cka_of_frames(read_frames(student, indices), read_frames(teacher, indices))
-    num_frames = int(np.minimum(teacher.num_frames[indices], FRAMES_EACH).sum())
+    num_frames = int(np.minimum(teacher.num_frames[indices], FRAMES_EACH).sum())  # N, as read_frames reads them
     return CompareFile(
         teacher=teacher.manifest.upstream["name"],
         student=student.manifest.upstream["name"],
@@ -62,6 +62,7 @@ def find_problem(teacher: StoreReader, student: StoreReader, indices: NDArray[np
             return f"{reader.source} keeps {', '.join(sorted(reader.keep))} and no frames"
     if student.hop_samples != teacher.hop_samples:
         return f"its frames are {student.hop_samples} samples apart, the teacher's {teacher.hop_samples}"
+    # Equal hops are not enough: receptive fields of other sizes give other numbers of frames.
     if not np.array_equal(student.num_frames[indices], teacher.num_frames[indices]):
         return "its utterances and the teacher's differ in their numbers of frames"
     return None if len(indices) else "no utterance of the split is in both stores"
@@ -86,6 +87,7 @@ def cka_of_frames(student_SNE: NDArray[np.float32], teacher_LND: NDArray[np.floa
     """Return linear CKA of all pairs of layers, float64 (S, L), from the same N frames of both."""
     student_SNE, teacher_LND = _centred(student_SNE), _centred(teacher_LND)
     cross_SL = np.array([[_energy(one_NE, other_ND) for other_ND in teacher_LND] for one_NE in student_SNE])
+    # S x L products of (E, N) with (N, D); the own ones are needed once per layer
     own_S, own_L = (np.array([_energy(layer, layer) for layer in layers]) for layers in (student_SNE, teacher_LND))
     return linear_cka(cross_SL, own_S, own_L)
 

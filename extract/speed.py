@@ -71,6 +71,7 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedFile:
     corpus = Corpus.open(Path(audio.corpus))
     lengths_s = [len(waveform) / SAMPLE_RATE_HZ for waveform in choose_waveforms(corpus, audio)]
     progress("counting parameters and multiply-accumulates")
+    # In another process, too: this one then needs neither torch nor the memory of the models.
     sizes = in_fresh_process(count_sizes, request, threads=audio.threads)
     variants = {name: partial(_timed_passes, name=name) for name in request.sources}
     runs = run_interleaved(variants, request, rounds=audio.rounds, threads=audio.threads, progress=progress)
@@ -100,7 +101,7 @@ def _figures(
         source=source,
         params=params,
         macs_per_audio_s=macs_per_audio_s,
-        rtf=range_of(runs, name, lambda run: run.wall_s / audio_s),
+        rtf=range_of(runs, name, lambda run: run.wall_s / audio_s),  # s of computing / s of audio
         latency_s=range_of(runs, name, lambda run: statistics.median(run.outcome["latencies_s"])),
         peak_bytes=max(run.peak_bytes for run in own),
         peak_gpu_bytes=max(gpu_bytes, default=None),

@@ -92,10 +92,11 @@ class Moments:
     def __init__(self, pivot_LD: NDArray[np.float32]) -> None:
         num_layers, dim = pivot_LD.shape
         self.pivot_LD = pivot_LD
-        self.num_frames = 0
-        self.norm_L = np.zeros(num_layers)
-        self.sum_LD = np.zeros((num_layers, dim))
+        self.num_frames = 0  # N so far
+        self.norm_L = np.zeros(num_layers)  # sum over frames of the L2 norm
+        self.sum_LD = np.zeros((num_layers, dim))  # sum over frames of (x - pivot)
         self.pairs = [(one, other) for one in range(num_layers) for other in range(one, num_layers)]
+        # sum over frames of (x - pivot)(y - pivot)' for every pair of layers, each (D, D)
         self.products = {pair: np.zeros((dim, dim)) for pair in self.pairs}
 
     def add(self, hidden_LND: Any) -> None:
@@ -106,6 +107,7 @@ class Moments:
             centred_LND.sum(axis=1, dtype=np.float64),
             [da.tensordot(centred_LND[one], centred_LND[other], axes=(0, 0)) for one, other in self.pairs],
         )
+        # one compute for all sums, so that dask reads each chunk once
         norm_L, sum_LD, products = da.compute(*lazy)  # type: ignore[no-untyped-call]
         self.num_frames += hidden_LND.shape[1]
         self.norm_L += norm_L
@@ -115,11 +117,12 @@ class Moments:
 
     def covariance(self, one: int, other: int) -> NDArray[np.float64]:
         """Return the centred covariance of two layers' features, float64 (D, D)."""
-        mean_LD = self.sum_LD / self.num_frames
+        mean_LD = self.sum_LD / self.num_frames  # of x - pivot: the pivot cancels in the covariance
         return self.products[one, other] / self.num_frames - np.outer(mean_LD[one], mean_LD[other])
 
     def layer(self, layer: int) -> LayerStats:
         """Return the statistics of one layer."""
+        # rounding can make the variance of a constant feature slightly negative
         std_D = np.sqrt(np.maximum(np.diag(self.covariance(layer, layer)), 0.0))
         return LayerStats(
             mean_norm=float(self.norm_L[layer] / self.num_frames),

@@ -27,11 +27,11 @@ SERIES = tuple(f"#0102{index:02x}" for index in range(NUM_COLOURS))
 CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", SURFACE: "var(--surface)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)
 }
-MARKERS = {"o": "●", "X": "✖", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
+MARKERS = {"o": "●", "X": "✖", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}  # of matplotlib -> in text
 WIDTH, HEIGHT = 370, 235  # points
 _SVG = "http://www.w3.org/2000/svg"
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text, not outlines: it is selectable and has the font of the page
     "font.size": 10.5,
     "axes.labelsize": 10.5,
     "axes.edgecolor": RULE,
@@ -51,7 +51,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "xtick.major.size": 3,
-    "ytick.major.size": 0,
+    "ytick.major.size": 0,  # the grid lines serve as ticks
     "lines.solid_capstyle": "round",
 }
 
@@ -99,8 +99,9 @@ def scatter(points: Sequence[Point], *, key: str, title: str, description: str, 
     """Return an SVG of relative score (y) against a cost (x), with names and the Pareto frontier."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(width=300, height=270)  # a laptop shows three side by side
-        width = max(point.x for point in points) or 1.0
+        width = max(point.x for point in points) or 1.0  # costs start at 0; 1.0 if fbank is the only point
         axes.set_xlim(-0.06 * width, 1.08 * width)
+        # Both ends of the scale are shown, and scores beyond them.
         low, high = min(0.0, *(point.y for point in points)), max(1000.0, *(point.y for point in points))
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         for level in (0, 1000):
@@ -108,18 +109,7 @@ def scatter(points: Sequence[Point], *, key: str, title: str, description: str, 
         front = frontier(points)
         axes.plot([p.x for p in front], [p.y for p in front], color=MUTED, linewidth=1.2, alpha=0.7, zorder=2)
         for number, point in enumerate(points):
-            axes.plot(
-                [point.x],
-                [point.y],
-                linestyle="none",
-                marker=point.look.marker,
-                markersize=9,
-                color=point.look.colour,
-                markeredgecolor=SURFACE,
-                markeredgewidth=1.4,
-                gid=f"tip-{number}",
-                zorder=4,
-            )
+            _mark(axes, point.x, point.y, point.look, size=9, edge_width=1.4, gid=f"tip-{number}")
         _name_points(axes, points, front)
         axes.set_xlabel(x_label)
         axes.set_ylabel("relative score")
@@ -130,9 +120,8 @@ def scatter(points: Sequence[Point], *, key: str, title: str, description: str, 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other point beats in both directions, cheapest first."""
-    ordered = sorted(points, key=lambda point: (point.x, -point.y))
     front: list[Point] = []
-    for point in ordered:
+    for point in sorted(points, key=lambda point: (point.x, -point.y)):  # of equal costs the best first
         if not front or point.y > front[-1].y:
             front.append(point)
     return front
@@ -142,19 +131,20 @@ def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) ->
     """Write each name beside its point, towards the middle and off the frontier; move names up that overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
-    line = 0.062 * (high - low)
-    placed: list[tuple[float, float]] = []
+    line = 0.062 * (high - low)  # height of a line of text
+    placed: list[tuple[float, float]] = []  # where names were written
     for point in sorted(points, key=lambda point: point.y):
-        on_the_left = point.x > left + 0.6 * (right - left)
+        on_the_left = point.x > left + 0.6 * (right - left)  # a name on the right would leave the chart
         aside = -1 if on_the_left else 1
         # The frontier rises to the right: a name on its right goes below the line, one on its left above.
         wanted = point.y - (aside * 0.5 * line if point in front else 0)
         x, y = point.x + aside * 0.035 * (right - left), wanted
         for other_x, other_y in sorted(placed, key=lambda place: place[1]):
+            # 0.4 of the width: about the length of a name
             if abs(other_x - x) < 0.4 * (right - left) and abs(other_y - y) < line:
                 y = other_y + line
         placed.append((x, y))
-        if y - wanted > 0.4 * line:
+        if y - wanted > 0.4 * line:  # far from its point: a thin line joins them
             axes.plot([point.x, x], [point.y, y], color=MUTED, linewidth=0.7, zorder=3)
         side = "right" if on_the_left else "left"
         axes.text(x, y, point.name, va="center", ha=side, gid=f"halo-{point.name}", zorder=5)
@@ -177,7 +167,7 @@ def loss_curves(
         axes.set_xlim(0, 1.03 * max([step for step, _ in (*train, *dev)], default=1))
         _mark_growth(axes, growth)
         values = [value for _, value in [*train, *dev]]
-        if values and min(values) > 0 and max(values) / min(values) > 20:
+        if values and min(values) > 0 and max(values) / min(values) > 20:  # else the end of the curve looks flat
             axes.set_yscale("log")
         axes.set_xlabel("optimiser steps")
         axes.set_ylabel("loss")
@@ -199,7 +189,7 @@ def _mark_growth(axes: Axes, growth: Sequence[GrowthStep]) -> None:
         place = stage.step / axes.get_xlim()[1]
         if place < written_to:
             continue
-        written_to = place + (4 + 5.6 * len(label)) / (0.85 * WIDTH)
+        written_to = place + (4 + 5.6 * len(label)) / (0.85 * WIDTH)  # 5.6 points a letter; axes take 85% of the width
         axes.annotate(
             label,
             (stage.step, 1),
@@ -224,41 +214,35 @@ def dev_search(
         tips: dict[str, str] = {}
         for number, (name, score) in enumerate(scores.items()):
             look = looks[name]
-            rates, devs = [point.at for point in score.grid], [point.dev for point in score.grid]
-            axes.plot(rates, devs, color=look.colour, linewidth=1.5, alpha=0.85)
+            tried, devs = [point.at for point in score.grid], [point.dev for point in score.grid]
+            axes.plot(tried, devs, color=look.colour, linewidth=1.5, alpha=0.85)
+            # hollow markers for all values tried, a filled one for the chosen value
             axes.plot(
-                rates,
-                devs,
-                linestyle="none",
-                marker=look.marker,
-                markersize=4.5,
-                markerfacecolor=SURFACE,
+                tried, devs, linestyle="none", marker=look.marker, markersize=4.5, markerfacecolor=SURFACE,
                 markeredgecolor=look.colour,
-            )
-            axes.plot(
-                [score.chosen],
-                [score.dev],
-                linestyle="none",
-                marker=look.marker,
-                markersize=8.5,
-                color=look.colour,
-                markeredgecolor=SURFACE,
-                gid=f"tip-{number}",
-                zorder=4,
-            )
+            )  # fmt: skip
+            _mark(axes, score.chosen, score.dev, look, size=8.5, edge_width=1.0, gid=f"tip-{number}")
             tips[f"tip-{number}"] = f"{name}: dev {score.dev:.2f} at {searched} {score.chosen:g}"
         if layers:
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         else:
             axes.set_xscale("log")
-            tried = sorted({point.at for score in scores.values() for point in score.grid})
-            axes.xaxis.set_major_locator(FixedLocator(tried) if len(tried) <= 5 else LogLocator(base=10, numticks=8))
+            rates = sorted({point.at for score in scores.values() for point in score.grid})
+            axes.xaxis.set_major_locator(FixedLocator(rates) if len(rates) <= 5 else LogLocator(base=10, numticks=8))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.06, y=0.1)
         axes.set_xlabel(searched)
         axes.set_ylabel(y_label)
         return _inline(figure, key, title, "; ".join(tips.values()) + ".", tips)
+
+
+def _mark(axes: Axes, x: float, y: float, look: Look, *, size: float, edge_width: float, gid: str) -> None:
+    """Draw one filled marker, above lines (zorder) and with an edge that separates it from markers below."""
+    axes.plot(
+        [x], [y], linestyle="none", marker=look.marker, markersize=size, color=look.colour, markeredgecolor=SURFACE,
+        markeredgewidth=edge_width, gid=gid, zorder=4,
+    )  # fmt: skip
 
 
 def _figure(width: int = WIDTH, height: int = HEIGHT) -> tuple[Figure, Axes]:
@@ -282,15 +266,15 @@ def _inline(figure: Figure, key: str, title: str, description: str, tips: Mappin
         root.remove(unwanted)
     for element in root.iter():
         name = element.get("id", "")
-        if name in tips:
+        if name in tips:  # matplotlib writes a gid as the id of a group
             element.insert(0, _text("title", tips[name]))
             element.set("class", "mark")
         for kind in ("halo", "grown"):
             if name.startswith(f"{kind}-"):
                 element.set("class", kind)
         if element.tag == f"{{{_SVG}}}g" and name:
-            del element.attrib["id"]
-    for attribute in ("width", "height", "version"):
+            del element.attrib["id"]  # equal in all charts, while an id is unique on a page
+    for attribute in ("width", "height", "version"):  # without a size the view box scales to the column
         root.attrib.pop(attribute, None)
     root.set("role", "img")
     root.set("aria-labelledby", f"{key}-title {key}-description")

@@ -100,10 +100,10 @@ def draw_stages(stages: Sequence[Stage]) -> Drawing:
         layout = SugiyamaLayout(part)
         layout.xspace, layout.yspace = COLUMN_GAP, ROW_GAP
         layout.init_all()
-        layout.draw(3)
+        layout.draw(3)  # sweeps that move boxes towards their neighbours; more change nothing for such small graphs
         placed = [(vertex.data, *vertex.view.xy, vertex.view.w) for vertex in part.sV]
         start = min(x - width / 2 for _, x, _, width in placed)
-        start = min([start, *(x for edge in part.sE for x, _ in edge.view.points)])
+        start = min([start, *(x for edge in part.sE for x, _ in edge.view.points)])  # edges may pass left of all boxes
         top = min(y for _, _, y, _ in placed) - BOX_HEIGHT / 2 - 1
         boxes += [Box(stage, x - start + left, y - top, width) for stage, x, y, width in placed]
         paths += [[(x - start + left, y - top) for x, y in edge.view.points] for edge in part.sE]
@@ -120,6 +120,7 @@ def direct_edges(stages: Sequence[Stage]) -> list[tuple[str, str]]:
     """Return the (need, stage) pairs that do not follow from others: the transitive reduction."""
     needs = {stage.name: set(stage.needs) for stage in stages}
 
+    # recursion without a cache: a pipeline has about ten stages
     def reached(name: str) -> set[str]:
         return needs[name].union(*map(reached, needs[name]))
 
@@ -152,7 +153,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     for number, (next_x, next_y) in enumerate(points[1:], 2):
         last = number == len(points)
         enter, leave = next_y - half - (ARROW if last else 0), next_y + half
-        bend = (enter - y) / 2
+        bend = (enter - y) / 2  # control points half-way: the curve leaves and enters vertically
         path += f"C{x:.1f} {y + bend:.1f} {next_x:.1f} {enter - bend:.1f} {next_x:.1f} {enter:.1f}"
         if not last:
             path += f"V{leave:.1f}"

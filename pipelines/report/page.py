@@ -52,7 +52,7 @@ def render_page(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelt name in page.html is an error, not an empty string
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -93,6 +93,7 @@ def _headline(results: Results, columns: Sequence[Column]) -> list[tuple[Upstrea
 
 def _unbroken(sentence: str, names: Sequence[str]) -> Markup:
     """Return the sentence, escaped, with every upstream name kept on one line despite its hyphens."""
+    # longest first: a name may begin with another one
     either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     parts = re.split(rf"({either})", sentence)
     return Markup("").join(
@@ -103,7 +104,7 @@ def _unbroken(sentence: str, names: Sequence[str]) -> Markup:
 def choose_looks(results: Results) -> dict[str, Look]:
     """Return colour and marker by upstream name: fixed ones for teacher and baseline, the others by number."""
     fixed = {"teacher": TEACHER_LOOK, "baseline": BASELINE_LOOK}
-    numbers = iter(range(len(results.upstreams)))
+    numbers = iter(range(len(results.upstreams)))  # counts upstreams without a fixed look only
     return {one.name: fixed.get(one.kind) or student_look(next(numbers)) for one in results.upstreams}
 
 
@@ -111,6 +112,7 @@ def _highlights(results: Results) -> list[tuple[str, str]]:
     """Return up to three figures of the best student: (number, meaning)."""
     if not (ranked := rank_students(results)):
         return []
+    # seeds of one student have equal sizes and about equal speeds: the first stands for all
     best, student = ranked[0], ranked[0].upstreams[0].speed
     found = [(write_mean(best.relative, write_relative), f"relative score of {best.name}; its teacher has 1000")]
     teacher = results.upstreams[0].speed
@@ -209,7 +211,7 @@ def _similarity_rows(found: CompareFile) -> list[tuple[int, list[Heat]]]:
     """
     rows = []
     for layer, cka_L in zip(found.student_layers, found.linear_cka, strict=True):
-        top = max((cka for cka in cka_L if cka is not None), default=0.0)
+        top = max((cka for cka in cka_L if cka is not None), default=0.0)  # None: a constant layer
         cells = [
             Heat(NONE, 0, False) if cka is None else Heat(f"{100 * cka:.0f}", round(100 * cka**2), cka == top)
             for cka in cka_L

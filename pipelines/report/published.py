@@ -54,7 +54,7 @@ def published_table(results: Results) -> TextTable | None:
     params = {one.name: one.speed.params / 1e6 if one.speed else None for one in results.upstreams}
     models = [_placed(name, True, params[name], values) for name, values in results.official.items()]
     models += [_placed(name, False, params_m, values) for name, (params_m, values) in PUBLISHED.items()]
-    if any(model.superb_s is None for model in models):
+    if any(model.superb_s is None for model in models):  # fewer than ten tasks: there is no common order
         models.sort(key=lambda model: (not model.ours, model.name))
     else:
         models.sort(key=lambda model: -(model.superb_s or 0.0))

@@ -81,6 +81,7 @@ def read_results(
     kinds = {name: kind for kind, names in rows for name in names}
     scores = {name: {task: _read_score(root, name, task) for task in tasks} for name in kinds}
     runs = {name: _read_run(root, name, teacher) for name, kind in kinds.items() if kind == "student"}
+    # gather also checks that scores of a task agree in corpus, labels, recipe and seed
     table = gather([root / "scores" / name / f"{task}.json" for name in kinds for task in tasks])
     relative, score_notes = _relative(table, tasks)
     if official:

@@ -65,6 +65,7 @@ class TextTable:
             header_style="none",
         )  # fmt: skip
         for number, (title, unit) in enumerate(self.heads):
+            # title above unit; a unit of several words takes two lines, so that numbers set the width of a column
             heading = Text.assemble(title, "\n" if unit else "", (unit.replace(" ", "\n", 1), "dim"))
             justify: Literal["left", "right"] = "left" if number < self.num_names else "right"
             table.add_column(heading, justify=justify, no_wrap=True, vertical="bottom")
@@ -95,6 +96,7 @@ class Column:
         if not known:
             return frozenset()
         winner = (min if self.better == "low" else max)(value for _, value in known)
+        # By text: a difference that the table does not show is not a win.
         return frozenset(one.name for one, value in known if self.write(value) == self.write(winner))
 
 
@@ -119,6 +121,7 @@ def make_columns(results: Results) -> tuple[Column, ...]:
     return (
         *columns,
         Column("params", "M", "low", _of_speed(lambda speed: speed.params / 1e6), _write_size),
+        # 4 bytes per parameter; MB are 10^6 bytes
         Column("size", "MB, fp32", "low", _of_speed(lambda speed: 4 * speed.params / 1e6), _write_size),
         Column("MACs", "G/s", "low", _of_speed(lambda speed: speed.macs_per_audio_s / 1e9), _write_size),
         Column("speed", "× real time", "high", _of_speed(lambda speed: 1 / speed.rtf.median), lambda x: f"{x:,.0f}"),
@@ -134,7 +137,7 @@ def _of_speed(figure: Callable[[UpstreamSpeed], float]) -> Callable[[Upstream], 
 
 
 def _write_size(value: float) -> str:
-    return f"{value:.2f}" if value else "0"
+    return f"{value:.2f}" if value else "0"  # fbank has exactly 0 parameters
 
 
 def task_title(task: str) -> str:
@@ -211,6 +214,7 @@ def find_seed_groups(results: Results) -> tuple[SeedGroup, ...]:
     for upstream, training in results.students:
         if upstream.name.endswith(suffix := f"-s{training.seed}"):
             settings = {key: value for key, value in training.config.items() if key != "seed"}
+            # repr, because settings nest dicts and lists, which are not hashable
             found.setdefault((upstream.name.removesuffix(suffix), repr(settings)), []).append(upstream)
     return tuple(SeedGroup(name, tuple(group)) for (name, _), group in found.items() if len(group) > 1)
 
@@ -262,7 +266,7 @@ def _seed_columns(results: Results, groups: Sequence[SeedGroup]) -> list[Column]
         return f"{value:.3f}"
 
     return [
-        *make_columns(results)[: 1 + len(results.tasks)],
+        *make_columns(results)[: 1 + len(results.tasks)],  # size and speed do not depend on the seed
         Column("dev loss", "own", "low", lambda upstream: runs[upstream.name].loss.dev, write),
         *(Column(f"layer {layer}", "dev MSE", "low", partial(squared_error, layer=layer), write) for layer in layers),
         Column("training", "s", "low", lambda upstream: runs[upstream.name].seconds, lambda value: f"{value:.0f}"),
@@ -271,4 +275,5 @@ def _seed_columns(results: Results, groups: Sequence[SeedGroup]) -> list[Column]
 
 def _seed_text(group: SeedGroup, column: Column) -> str:
     values = [value for one in group.upstreams if (value := column.value(one)) is not None]
+    # A mean over some of the seeds would not be comparable with the others.
     return NONE if len(values) < len(group.upstreams) else write_mean(values, column.write)

@@ -49,7 +49,7 @@ def by_task(results: Results) -> str:
         scores = [(upstream.scores[task].test, upstream.name) for upstream, _ in results.students]
         best = (max if results.score_of_teacher(task).higher_is_better else min)(scores)[0]
         for value, name in scores:
-            if f"{value:.2f}" == f"{best:.2f}":
+            if f"{value:.2f}" == f"{best:.2f}":  # as printed: equal scores share the task
                 won.setdefault(name, []).append(task_title(task))
     listed = "; ".join(f"{name} on {_listed(tasks)}" for name, tasks in won.items())
     return f"Best student by task: {listed}." if listed else ""
@@ -70,6 +70,7 @@ def caveats(results: Results) -> list[str]:
         score = results.score_of_teacher(task)
         if score.interval.test is not None:
             low, high = score.interval.test
+            # half the width of the teacher's interval, in points of the metric
             widths.append(f"{(high - low) / 2:.1f} on {task_title(task)} ({score.num_test})")
     if widths:
         lines.append(
