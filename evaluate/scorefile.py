@@ -3,17 +3,10 @@
 `ScoreFile` is the only writer and reader of this format. It imports no torch, so that tables and reports start fast.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from extract.base.errors import RetortError
-from extract.base.files import read_json, write_json
-from extract.base.validate import parse
-
-FORMAT_VERSION = 2
-_AGAIN = "score again with `python -m evaluate run` or `python -m evaluate many`"
+from extract.base.record import Record
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,14 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreFile:
+class ScoreFile(Record):
     """Result of one upstream on one task. Learning rate and checkpoint are chosen on dev; test is measured once.
 
     Metrics are in percent. `chosen_lr` is None for a task without a head, which chooses a layer instead.
     """
+
+    FORMAT_VERSION = 2
+    REMEDY = "`python -m evaluate run` or `python -m evaluate many`"
 
     task: str
     upstream: str
@@ -91,6 +87,12 @@ class ScoreFile:
     notes: tuple[str, ...]  # deviations from the reference recipe
     seconds: float
 
+    def __post_init__(self) -> None:
+        if not self.layers or len(self.layers) != len(self.layer_weights):
+            raise RetortError(
+                f"layer_weights: got {len(self.layer_weights)}, expected one for each of {len(self.layers)} layers"
+            )
+
     @property
     def heaviest_layer(self) -> int:
         """Layer with the largest weight; of equals the highest."""
@@ -100,36 +102,3 @@ class ScoreFile:
     def chosen(self) -> float:
         """Learning rate that dev chose, or the layer."""
         return self.heaviest_layer if self.chosen_lr is None else self.chosen_lr
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any], *, path: Path) -> "ScoreFile":
-        """Parse a score file's content: all fields, no other, each of its type.
-
-        Raises RetortError that names `path` and the field.
-        """
-        content = dict(value)
-        if (found := content.pop("format_version", None)) != FORMAT_VERSION:
-            raise RetortError(f"{path}: format_version is {found!r}, expected {FORMAT_VERSION}; {_AGAIN}")
-        try:
-            score = parse(cls, content, where=str(path))
-        except RetortError as error:
-            raise RetortError(f"{error}; {_AGAIN}") from None
-        if not score.layers or len(score.layers) != len(score.layer_weights):
-            raise RetortError(
-                f"{path}: {len(score.layer_weights)} layer_weights for {len(score.layers)} layers, expected one each; "
-                f"{_AGAIN}"
-            )
-        return score
-
-    @classmethod
-    def read(cls, path: Path) -> "ScoreFile":
-        """Read a score file. Raises RetortError if it is missing or invalid."""
-        return cls.from_dict(read_json(path), path=path)
-
-    def write(self, path: Path) -> None:
-        """Write the file atomically."""
-        write_json(path, self.to_dict())

@@ -15,7 +15,7 @@ from extract.base.errors import RetortError
 from extract.base.files import read_json
 from pipelines.demo.espeak import Phone, Speech
 from pipelines.teacher.probe_teacher import fbank_features, probe_table, teacher_features
-from pipelines.teacher.teacher_data import TeacherData, count_frames, phone_of_frames, plan_set
+from pipelines.teacher.teacher_data import TeacherData, hubert_frames, phone_of_frames, plan_set
 from pipelines.teacher.train_teacher import (
     PHASES,
     TeacherConfig,
@@ -44,7 +44,7 @@ def data() -> TeacherData:
     """Twelve utterances of noise, two speakers, three phones."""
     generator = np.random.default_rng(0)
     num_samples = generator.integers(4_000, 12_000, 12)
-    num_frames = np.array([count_frames(int(length)) for length in num_samples])
+    num_frames = np.array([hubert_frames(int(length)) for length in num_samples])
     return TeacherData(
         samples=(generator.standard_normal(num_samples.sum()) * 3_000).astype(np.int16),
         phones=generator.integers(0, 3, num_frames.sum()).astype(np.int16),
@@ -70,7 +70,7 @@ def test_a_frame_has_the_phone_at_its_middle() -> None:
 def test_frames_are_those_of_the_model() -> None:
     model = HubertModel(hubert_config(1)).eval()
     for num_samples in (400, 719, 720, 16_000):
-        assert model(torch.zeros(1, num_samples)).last_hidden_state.shape[1] == count_frames(num_samples)
+        assert model(torch.zeros(1, num_samples)).last_hidden_state.shape[1] == hubert_frames(num_samples)
 
 
 def test_trained_and_probed_voices_and_sentences_are_disjoint() -> None:
@@ -87,7 +87,7 @@ def test_batches_take_every_utterance_at_most_once_and_pad_none(data: TeacherDat
     assert waveform_BN.shape == (len(found[0]), data.num_samples[found[0]].min())
     cropped, *_ = make_batch(data, found[0], replace(QUICK, crop_s=0.1), np.random.default_rng(0))
     assert cropped.shape == (len(found[0]), 1_600)
-    assert mask_BT.shape == phones_BT.shape == (len(found[0]), count_frames(waveform_BN.shape[1]))
+    assert mask_BT.shape == phones_BT.shape == (len(found[0]), hubert_frames(waveform_BN.shape[1]))
     assert torch.equal(speaker_B, torch.from_numpy(data.speaker[found[0]]))
 
 
@@ -124,7 +124,7 @@ def test_the_rate_warms_up_and_ends_at_zero_and_stages_follow_the_clock() -> Non
 def test_log_mel_has_the_frames_of_the_teacher() -> None:
     model = TeacherModel(QUICK, 3, 2)
     mel = model.log_mel(torch.randn(2, 7_000, generator=torch.Generator().manual_seed(0)))
-    assert mel.shape == (2, count_frames(7_000), 80)
+    assert mel.shape == (2, hubert_frames(7_000), 80)
     assert mel.mean((1, 2)).abs().max() < 1e-5
 
 
@@ -195,14 +195,14 @@ def test_an_export_is_the_model_rounded_to_float16(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.from_numpy(waveform)[None]).last_hidden_state[0].numpy()
     hidden = teacher_features(tmp_path)(waveform)
-    assert hidden.shape == (3, count_frames(8_000), 160)
+    assert hidden.shape == (3, hubert_frames(8_000), 160)
     assert np.abs(hidden[-1] - expected).max() < 0.05
 
 
 def test_fbank_frames_line_up_with_the_teachers() -> None:
     for num_samples in (400, 1_000, 16_000):
         waveform = np.random.default_rng(0).standard_normal(num_samples).astype(np.float32)
-        assert fbank_features(waveform).shape == (1, count_frames(num_samples), 240)
+        assert fbank_features(waveform).shape == (1, hubert_frames(num_samples), 240)
 
 
 def test_missing_data_is_one_line_with_the_command(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.base.errors import RetortError
-from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.corpus import SAMPLE_RATE_HZ, Corpus, normalise_waveform
 from extract.store.codec import Codec, Scale
 from extract.store.reader import StoreReader
 
@@ -219,14 +219,8 @@ class DistillationData:
             waveform = waveforms_BS[row, : num_samples[row]]
             self.corpus.waveform(int(index), out=waveform)
             if self.normalise:
-                waveform[:] = _normalised(waveform)
+                waveform[:] = normalise_waveform(waveform)
         return waveforms_BS
-
-
-def _normalised(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return zero mean and unit variance, with the formula of transformers' Wav2Vec2FeatureExtractor."""
-    scaled: NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
-    return scaled
 
 
 def read_ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:

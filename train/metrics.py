@@ -4,14 +4,9 @@ This module is the only reader and writer of that file. It does not import torch
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from extract.base.errors import RetortError
-from extract.base.files import read_json, write_json
-from extract.base.validate import parse
-
-FORMAT_VERSION = 1
+from extract.base.record import Record
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,10 @@ class GrowthStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunMetrics:
+class RunMetrics(Record):
     """Measurements of one training run, and the settings and versions that produced them."""
+
+    REMEDY = "`python -m train run`"
 
     student: str
     family: str
@@ -66,27 +63,5 @@ class RunMetrics:
     exposure_bias: float | None  # dev loss of free running minus that of teacher forcing; None without a history
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON value of the file."""
-        errors = {str(layer): asdict(error) for layer, error in self.dev_by_layer.items()}
-        return asdict(self) | {"format_version": FORMAT_VERSION, "dev_by_layer": errors}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any], *, path: Path) -> "RunMetrics":
-        """Return the metrics of a JSON value. Raises RetortError, which names the field, unless every field fits."""
-        fields = dict(value)
-        version = fields.pop("format_version", None)
-        try:
-            if version != FORMAT_VERSION:
-                raise RetortError(f"{path}.format_version: got {version!r}, expected {FORMAT_VERSION}")
-            return parse(cls, fields, where=str(path))
-        except RetortError as error:
-            raise RetortError(f"{error}; train the student again to write the file anew") from None
-
-    @classmethod
-    def read(cls, path: Path) -> "RunMetrics":
-        """Read a metrics file. Raises RetortError if it does not exist or does not fit."""
-        return cls.from_dict(read_json(path), path=path)
-
-    def write(self, path: Path) -> None:
-        """Write the file atomically."""
-        write_json(path, self.to_dict())
+        errors = {str(layer): asdict(error) for layer, error in self.dev_by_layer.items()}  # JSON's keys are text
+        return super().to_dict() | {"dev_by_layer": errors}

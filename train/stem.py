@@ -9,6 +9,7 @@ import numpy as np
 from extract.base.errors import RetortError
 from extract.base.validate import check_fields
 from extract.corpus import Corpus
+from extract.store.packing import count_frames, receptive_field
 from extract.store.reader import StoreReader
 
 
@@ -29,9 +30,8 @@ class StemShape:
 
     @property
     def receptive_samples(self) -> int:
-        """Samples that one frame depends on: 1 + the sum over layers of (kernel - 1) x the hop below the layer."""
-        hops = (math.prod(self.strides[:index]) for index in range(len(self.strides)))
-        return 1 + sum((kernel - 1) * hop for kernel, hop in zip(self.kernels, hops, strict=True))
+        """Samples that one frame depends on."""
+        return receptive_field(self.kernels, self.strides)
 
 
 STANDARD = StemShape()
@@ -79,9 +79,8 @@ def has_frames_of(stem: StemShape, store: StoreReader) -> bool:
 
 def check_frames(stem: StemShape, store: StoreReader, corpus: Corpus) -> None:
     """Raise RetortError unless a student with this stem has as many frames of every utterance as the store."""
-    num_frames = corpus.num_samples  # (utterances,)
-    for kernel, stride in zip(stem.kernels, stem.strides, strict=True):
-        num_frames = (num_frames - kernel) // stride + 1
+    hop, receptive = stem.hop_samples, stem.receptive_samples
+    num_frames = count_frames(corpus.num_samples, hop_samples=hop, receptive_samples=receptive)  # (utterances,)
     unequal = np.flatnonzero((store.pack_of >= 0) & (num_frames != store.num_frames))
     if len(unequal):
         raise RetortError(

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from extract.base.errors import RetortError
 from extract.base.files import written_aside
+from extract.store.packing import count_frames
 from pipelines.demo.espeak import Speech, Synthesiser
 from pipelines.demo.process_pool import ProcessPool
 from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_random_room
@@ -87,14 +88,14 @@ class TeacherData:
         return self.phones[start : start + num_frames].astype(np.int64)
 
 
-def count_frames(num_samples: int) -> int:
-    """Return the number of frames of HuBERT's convolution stem, which does not pad."""
-    return (num_samples - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1
+def hubert_frames(num_samples: int) -> int:
+    """Return the number of frames of HuBERT's convolution stem."""
+    return int(count_frames(np.array(num_samples), hop_samples=HOP_SAMPLES, receptive_samples=RECEPTIVE_SAMPLES))
 
 
 def phone_of_frames(speech: Speech) -> list[str]:
     """Return the phone at the middle of every frame; stress marks are kept, all pauses are `_`."""
-    middles = np.arange(count_frames(len(speech.samples))) * HOP_SAMPLES + RECEPTIVE_SAMPLES // 2
+    middles = np.arange(hubert_frames(len(speech.samples))) * HOP_SAMPLES + RECEPTIVE_SAMPLES // 2
     starts = np.array([phone.start for phone in speech.phones])
     names = ["_" if phone.is_pause else phone.name for phone in speech.phones]
     return [names[max(index, 0)] for index in np.searchsorted(starts, middles, side="right") - 1]

@@ -41,7 +41,7 @@ from extract.audio import mel_spectrogram
 from extract.base.files import write_json, written_aside
 from extract.base.malloc import keep_freed_blocks
 from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_microphone, draw_microphone
-from pipelines.teacher.teacher_data import HOP_SAMPLES, RECEPTIVE_SAMPLES, TeacherData, count_frames
+from pipelines.teacher.teacher_data import HOP_SAMPLES, RECEPTIVE_SAMPLES, TeacherData, hubert_frames
 
 NUM_BANDS = 80
 # All off: the data is drawn anew in every epoch (crops, masks, microphones), and minutes are too few to overfit.
@@ -217,7 +217,7 @@ def make_batch(
     Each utterance is cropped to the shortest of them, at most `crop_s`, and filtered by a microphone of its own.
     """
     num_samples = min(int(data.num_samples[batch].min()), round(config.crop_s * SAMPLE_RATE_HZ))
-    num_frames = count_frames(num_samples)
+    num_frames = hubert_frames(num_samples)
     # Crops begin at whole frames, so that the phones of the frames stay valid.
     first_frames = [int(generator.integers((data.num_samples[i] - num_samples) // HOP_SAMPLES + 1)) for i in batch]
     crops = list(zip(batch, first_frames, strict=True))
