@@ -19,6 +19,8 @@ import click
 
 from extract.base.errors import CommandGroup
 
+_PATH = click.Path(path_type=Path)
+
 
 @click.group(cls=CommandGroup)
 def main() -> None:
@@ -27,23 +29,18 @@ def main() -> None:
 
 @main.command()
 @click.option("--student", required=True, help="Name of a section of `train` in the params file.")
-@click.option("--config", "params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
+@click.option("--config", "params", type=_PATH, default=Path("params.yaml"), show_default=True)
 @click.option(
     "--manifest",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     required=True,
     help="Manifest of the teacher's features, NAME.json; its initial weights are NAME.initial.safetensors beside it.",
 )
-@click.option(
-    "--corpus",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Corpus of these features: NAME.json or NAME.h5.",
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the student.")
+@click.option("--corpus", type=_PATH, required=True, help="Corpus of these features: NAME.json or NAME.h5.")
+@click.option("--out", type=_PATH, required=True, help="Folder for the student.")
 @click.option(
     "--run",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Folder for metrics.json and the curves [default: runs/STUDENT]. With torchrun write -- before `train`, or "
     "torchrun takes this option for its own.",
 )
@@ -87,9 +84,9 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_PATH)
 @click.option("--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="File to write [default: FOLDER.onnx beside the folder].")
+@click.option("--out", type=_PATH, help="File to write [default: FOLDER.onnx beside the folder].")
 def export(folder: Path, form: str, out: Path | None) -> None:
     """Write a student's FOLDER as one file for another runtime, and compare the two.
 

@@ -54,6 +54,7 @@ class ProcessGroup:
         if self.size == 1:
             return
         for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+            # One message per bucket: many small all-reduces would cost their latency each.
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             with _collective():
                 distributed.all_reduce(flat)
@@ -63,6 +64,7 @@ class ProcessGroup:
 
     def check_equal(self, **values: object) -> None:
         """Raise RetortError, on all processes alike, if a value differs between processes."""
+        # Each value is gathered from all processes, so all raise the same error and none waits for the others.
         for name, found in ((name, self.all_gather(value)) for name, value in values.items()):
             for rank, value in enumerate(found):
                 if value != found[0]:
@@ -94,6 +96,7 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     try:
         yield ProcessGroup(rank, size)
     except (Exception, KeyboardInterrupt) as error:
+        # The rendezvous store outlives the process group, so its counter works after a failed collective.
         if _is_reported(store):
             raise SystemExit(1) from None
         _write_torchrun_error(error)

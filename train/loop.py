@@ -50,9 +50,8 @@ def train(request: TrainRequest) -> RunMetrics:
         request.student,
         first=state.step,
         total=request.config.steps,
-        folder=request.run_folder,
+        folder=request.run_folder if processes.is_main else None,
         curve=state.curve,
-        is_shown=processes.is_main,
     )
     batches = run.data.training_batches(state.packs, rank=processes.rank, size=processes.size)
     with progress, closing(batches):

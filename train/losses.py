@@ -239,11 +239,29 @@ def build_distiller(
         note: text of the teacher's author that is shown beside its scores; it is copied to the student's config.
         depth: number of blocks; None: the shape's.
     """
-    shape = config.shape
-    generates, two_dimensional = config.family in GENERATING, config.family == "gendistiller-2d"
+    depth = config.shape.layers if depth is None else depth
+    student_config = _student_config(config, targets, normalise=normalise, stem=stem, depth=depth)
+    if note is not None:
+        student_config.retort_note = note
+    distiller: Distiller
+    if config.family == "gendistiller-2d":
+        distiller = GenerationDistiller(config, RetortGen2dStudent(student_config))
+    elif config.family == "gendistiller":
+        distiller = GenerationDistiller(config, RetortGenStudent(student_config))
+    elif config.family == "distilhubert":
+        distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
+    else:
+        distiller = LayerDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
+    distiller.train_stem(config.stem_trains_from == 0)
+    return distiller
+
+
+def _student_config(
+    config: StudentConfig, targets: tuple[int, ...], *, normalise: bool, stem: StemShape, depth: int
+) -> RetortStudentConfig:
+    shape, generates = config.shape, config.family in GENERATING
     layer_embedding = config.generation.layer_embedding
-    depth = shape.layers if depth is None else depth
-    student_config = RetortStudentConfig(
+    return RetortStudentConfig(
         family=config.family,
         hidden_size=shape.dim,
         intermediate_size=shape.ffn,
@@ -262,17 +280,5 @@ def build_distiller(
         target_layers=targets,
         stack_depth=depth if generates else 1,
         skip=config.generation.skip,
-        layer_embedding=two_dimensional if layer_embedding is None else layer_embedding,
+        layer_embedding=config.family == "gendistiller-2d" if layer_embedding is None else layer_embedding,
     )
-    if note is not None:
-        student_config.retort_note = note
-    distiller: Distiller
-    if generates:
-        kind = RetortGen2dStudent if two_dimensional else RetortGenStudent
-        distiller = GenerationDistiller(config, kind(student_config))
-    elif config.family == "distilhubert":
-        distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
-    else:
-        distiller = LayerDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
-    distiller.train_stem(config.stem_trains_from == 0)
-    return distiller

@@ -17,64 +17,54 @@ class TrainingProgress:
     Arguments:
         title: name of the student.
         first, total: steps done before, and steps of the whole run.
-        folder: folder for DVCLive, emptied first.
+        folder: folder for DVCLive, emptied first; None: show and write nothing, as in all but the main process.
         curve: points (step, values) that an interrupted run had logged; they are written again.
-        is_shown: False for a process that is not the main one: it shows and writes nothing.
     """
 
     def __init__(
-        self,
-        title: str,
-        *,
-        first: int,
-        total: int,
-        folder: Path,
-        curve: list[tuple[int, dict[str, float]]],
-        is_shown: bool,
+        self, title: str, *, first: int, total: int, folder: Path | None, curve: list[tuple[int, dict[str, float]]]
     ) -> None:
-        self.is_shown, self.done = is_shown, first
-        if not is_shown:
+        self.done = first
+        self.bar: ProgressBar | None = None
+        if folder is None:
             return
+        from dvclive.live import Live  # slow to import
+
         self.bar = ProgressBar(title, total=total, unit="steps", done=first)
-        self.live = _open_live(folder)
+        self.live: Any = Live(dir=str(folder), dvcyaml=None, save_dvc_exp=False, report=None)
         for step, values in curve:
             self.log(step, values)
 
     def __enter__(self) -> Self:
-        if self.is_shown:
+        if self.bar:
             self.bar.__enter__()
         return self
 
+    # Errors pass through: the bar stops and the curves are closed for a failed run too.
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.is_shown:
+        if self.bar:
             self.bar.__exit__(kind, error, trace)
             self.live.end()
 
     def write_line(self, text: str) -> None:
         """Print one line to stderr."""
-        if self.is_shown:
+        if self.bar:
             self.bar.say(text)
 
     def advance(self, *, loss: float, depth: int, audio_s: float) -> None:
         """Count one more step; `audio_s`: seconds of audio so far in this process."""
         self.done += 1
-        if self.is_shown:
+        if self.bar:
+            # Of this process since its start, so that a resumed run shows its present speed.
             speed = audio_s / max(self.bar.elapsed_s, 1e-9)
             self.bar.advance(1, detail=f"loss {loss:.4f}, {depth} layers, {speed:.0f} s of audio a second")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append points to the curves at `step`."""
-        if not self.is_shown:
-            return
-        self.live.step = step
-        for name, value in values.items():
-            self.live.log_metric(name, value)
-        self.live.make_summary()
-
-
-def _open_live(folder: Path) -> Any:
-    from dvclive.live import Live  # slow to import
-
-    return Live(dir=str(folder), dvcyaml=None, save_dvc_exp=False, report=None)
+        if self.bar:
+            self.live.step = step
+            for name, value in values.items():
+                self.live.log_metric(name, value)
+            self.live.make_summary()

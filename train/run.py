@@ -95,26 +95,23 @@ def begin(request: TrainRequest) -> Run:
     Raises RetortError for settings that do not fit the store and for missing or changed initial weights.
     """
     config = request.config
-    torch.manual_seed(config.seed)  # of random initial weights
+    torch.manual_seed(config.seed)  # of random initial weights: no other draw may come before the student is built
     corpus = Corpus.open(request.corpus)
     store = StoreReader.open(request.manifest, corpus)
     check_input(config, store, corpus)
     weights, stem = _read_teacher(config, store)
     check_frames(stem, store, corpus)
-    data = _open_data(request, store, corpus)
     stages = plan_stages(config)
-    distiller = build_distiller(
-        config,
-        targets=data.layers,
-        teacher_dim=store.dim,
-        normalise=data.normalise,
-        stem=stem,
-        note=store.manifest.upstream.get("note"),
-        depth=stages[0].depth,
+    data = DistillationData(
+        corpus,
+        store,
+        layers=choose_targets(config, store),
+        train_splits=config.train_splits,
+        dev_split=config.dev_split,
+        seed=config.seed,
+        stored_draws=config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0,
     )
-    parts = LoadedParts()
-    if weights is not None:
-        parts = load_initial_weights(distiller.student, weights, num_blocks=config.initial_blocks)
+    distiller, parts = _initial_distiller(config, store, data, stem, weights)
     distiller.to(request.device).train()
     key = checkpoint.run_key(
         config,
@@ -137,6 +134,7 @@ def begin(request: TrainRequest) -> Run:
         key=key,
         checkpoint=checkpoint.checkpoint_path(request.student, key, request.packs_per_step),
     )
+    # Every process reads the same file; check_equal below refuses a folder that is not shared.
     if (found := checkpoint.load(run.checkpoint)) is not None:
         _resume(run, found)
     request.processes.check_equal(settings=(key, config.optimiser.accumulate), **{"steps done before": run.state.step})
@@ -156,17 +154,26 @@ def _read_teacher(config: StudentConfig, store: StoreReader) -> tuple[InitialWei
     return None, teacher_stem(store, read_initial_weights(path).config if is_unknown else None)
 
 
-def _open_data(request: TrainRequest, store: StoreReader, corpus: Corpus) -> DistillationData:
-    config = request.config
-    return DistillationData(
-        corpus,
-        store,
-        layers=choose_targets(config, store),
-        train_splits=config.train_splits,
-        dev_split=config.dev_split,
-        seed=config.seed,
-        stored_draws=config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0,
+def _initial_distiller(
+    config: StudentConfig,
+    store: StoreReader,
+    data: DistillationData,
+    stem: StemShape,
+    weights: InitialWeights | None,
+) -> tuple[Distiller, LoadedParts]:
+    """Return the student of the first stage with its heads, and the parts copied from the teacher."""
+    distiller = build_distiller(
+        config,
+        targets=data.layers,
+        teacher_dim=store.dim,
+        normalise=data.normalise,
+        stem=stem,
+        note=store.manifest.upstream.get("note"),
+        depth=plan_stages(config)[0].depth,
     )
+    if weights is None:
+        return distiller, LoadedParts()
+    return distiller, load_initial_weights(distiller.student, weights, num_blocks=config.initial_blocks)
 
 
 def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]:
@@ -227,6 +234,7 @@ def deepen(distiller: Distiller, stage: Stage) -> None:
     """Grow the student, in place, from the depth of the stage before to that of `stage`."""
     assert stage.sources is not None and isinstance(distiller, LayerDistiller)
     student = distiller.student
+    # Originals stay the same module objects; their parameter names follow their new positions.
     student.encoder.layers = grow_layers(student.encoder.layers, stage.sources)
     student.config.num_hidden_layers = stage.depth
     distiller.match(stage)
@@ -235,7 +243,7 @@ def deepen(distiller: Distiller, stage: Stage) -> None:
 def grow(run: Run, stage: Stage) -> None:
     """Grow the student and its average, and carry the optimiser's state over as `growth.optimiser` sets."""
     config = run.request.config
-    state = read_state(run.optimiser, run.distiller)
+    state = read_state(run.optimiser, run.distiller)  # by the names of the shallower model
     deepen(run.distiller, stage)
     if run.average is not None:
         deepen(run.average, stage)
