@@ -1,4 +1,4 @@
-"""What the processes of tests/test_train_distributed.py do: one training run after another in one start of torchrun.
+"""Script of the processes in tests/test_train_distributed.py: several training runs in one start of torchrun.
 
     torchrun --nproc-per-node 2 tests/distributed_script.py RUNS.json
 
@@ -28,7 +28,7 @@ def run_one(
     stop: int | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Train `name` in the world at `paths`; `stop`: until so many steps are done."""
+    """Train `name` in the world at `paths`; `stop`: number of steps after which it is interrupted."""
     world = World(*map(Path, paths))
     show: Callable[..., None] = TrainingProgress.advance
 

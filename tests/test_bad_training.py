@@ -39,12 +39,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(old: str, new: str, message: str) -> Row:
-    """A row whose student's section has `new` in the place of `old`."""
+    """Return a row whose student's section has `new` in place of `old`."""
     return Row(new.replace("\n   ", ""), TRAIN, message, change_params(old, new))
 
 
 def also(more: str, message: str) -> Row:
-    """A row whose student's section has one more line."""
+    """Return a row whose student's section has one more line."""
     return trained("steps: 4", f"steps: 4\n    {more}", message)
 
 
@@ -72,7 +72,7 @@ def stem(kernels: Any, strides: Any) -> Damage:
 
 
 def unrecorded(name: str, message: str, damage: Damage) -> Row:
-    """A row whose manifest does not record the initial weights, as manifests that older versions wrote."""
+    """Return a row whose manifest does not record the initial weights, as older versions wrote it."""
 
     def damages() -> None:
         change_json(MADE, "initial_weights", drop=True)()
@@ -165,7 +165,7 @@ TRAINING = [
         "holds filter banks, which have no conv",
         change_json(MADE, "upstream", "family", to="fbank"),
     ),
-    # What stands at --out is replaced: only a student may stand there.
+    # --out is replaced: only a student's folder may be there.
     asked("out holds data", TRAIN.replace("--out out", "--out corpora"), "--out corpora .*would be replaced"),
     asked("out is here", TRAIN.replace("--out out", "--out ."), "--out . .*would be replaced"),
     asked("out a file", TRAIN.replace("--out out", "--out params.yaml"), "--out params.yaml is a file; give a folder"),
@@ -267,8 +267,8 @@ def test_export_runs_no_code_of_the_folder() -> None:
     assert {name for name in tree() if name not in before} == {"student.onnx"}
 
 
-def test_a_student_is_replaced_by_a_student_alone() -> None:
-    """The rule that refuses other folders must leave what `dvc repro` does: the same command over its own result."""
+def test_only_a_student_is_replaced_by_a_student() -> None:
+    """The rule that refuses other folders must allow a second run of the same command, as in `dvc repro`."""
     first = run(TRAIN)
     assert first.exit_code == 0, first.output
     again = run(TRAIN)

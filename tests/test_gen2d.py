@@ -1,4 +1,4 @@
-"""GenDistiller of 2023: who sees whom over (layer, time), and that the ways to compute it are one function."""
+"""GenDistiller of 2023: attention over cells (layer, time), and its implementations as one function."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def some_history(start_BTD: Tensor) -> list[Tensor]:
 
 
 def dense_mask(mask_B11T: Tensor) -> Tensor:
-    """Who sees whom, written out cell by cell: (B, 1, N, N)."""
+    """Return the attention mask, written out cell by cell: bool (B, 1, N, N)."""
     size, num_frames = len(mask_B11T), mask_B11T.shape[-1]
     mask = torch.zeros(size, LAYERS * num_frames, LAYERS * num_frames, dtype=torch.bool)
     for layer in range(LAYERS):
@@ -85,10 +85,10 @@ def test_gradients_of_both_ways_agree() -> None:
 
 
 @torch.no_grad()
-def test_no_cell_sees_a_later_layer() -> None:
+def test_no_cell_attends_to_a_later_layer() -> None:
     model, start, mask = model_and_start()
     history = some_history(start)
-    for changed in range(LAYERS - 1):  # history[i] is g_{i + 1}: what comes after it may move, nothing else
+    for changed in range(LAYERS - 1):  # history[i] is g_{i + 1}: only later layers may change
         other = [layer + 10 * (index == changed) for index, layer in enumerate(history)]
         for way, keys in ((model.teacher_forced, mask), (model.all_at_once, dense_mask(mask))):
             before, after = way(start, history, keys), way(start, other, keys)  # type: ignore[operator]
@@ -96,8 +96,8 @@ def test_no_cell_sees_a_later_layer() -> None:
             assert moved == [index > changed for index in range(LAYERS)]
 
 
-def test_a_cell_sees_every_valid_time_of_its_layer_and_of_those_before_and_no_more() -> None:
-    """By gradient, with the dense mask too: exactly zero where there is no sight, nowhere zero where there is."""
+def test_a_cell_attends_to_all_own_frames_of_its_layer_and_those_before() -> None:
+    """Gradients are exactly zero where a cell does not attend, and nowhere zero where it does."""
     model, start, mask = model_and_start()
     valid_BT = mask[:, 0, 0]
     for way, keys in ((model.teacher_forced, mask), (model.all_at_once, dense_mask(mask))):
@@ -124,7 +124,7 @@ def test_padding_never_leaks_from_the_history() -> None:
             torch.testing.assert_close(many[row : row + 1, :num_frames], one, atol=1e-4, rtol=0)
 
 
-def test_layers_are_told_apart_by_their_embedding_alone() -> None:
+def test_only_the_embedding_distinguishes_layers() -> None:
     # In one block and without them, exchanging two layers of the history changes nothing for the layers after both.
     for embedding in (False, True):
         model, start, mask = model_and_start(stack_depth=1, layer_embedding=embedding)

@@ -1,4 +1,4 @@
-"""Growth: the ancestry tables of docs/methods.md, weights and moments traced, schedules, where losses sit."""
+"""Growth: the ancestry tables of docs/methods.md, weights and moments traced, schedules, the intermediate loss."""
 
 from itertools import pairwise
 
@@ -29,7 +29,7 @@ ANCESTRY: dict[Family, dict[int, list[int]]] = {
     "progressive": {3: [1, 2, 3], 6: [1, 2, 3] * 2, 12: [1, 2, 3] * 4},
     "one-shot": {3: [1, 2, 3], 12: [1] * 4 + [2] * 4 + [3] * 4},
 }
-# The same by the layer that is copied at each growth step, which tells MIDAS from gradual stacking.
+# The same by the layer that is copied at each growth, in which MIDAS differs from gradual stacking.
 COPIED: dict[Family, list[list[int]]] = {
     "interleaved": [
         [0, 0, 1, 1, 2, 2],
@@ -48,7 +48,7 @@ COPIED: dict[Family, list[list[int]]] = {
 
 
 def marked(values: list[float]) -> nn.ModuleList:
-    """Layers that carry a number each."""
+    """Return layers with one number each as weight."""
     layers = nn.ModuleList(nn.Linear(1, 1) for _ in values)
     for layer, value in zip(layers, values, strict=True):
         nn.init.constant_(layer.weight, value)
@@ -70,7 +70,7 @@ def test_ancestry_traced_through_weights(method: Family) -> None:
 
 
 @pytest.mark.parametrize("method", COPIED)
-def test_each_step_copies_the_weights_of_that_moment(method: Family) -> None:
+def test_each_growth_copies_the_present_weights(method: Family) -> None:
     layers = marked([0, 1, 2])
     for sources, expected in zip(growth_tables(method, 3, 12), COPIED[method], strict=True):
         grown = grow_layers(layers, sources)
@@ -112,7 +112,7 @@ def test_any_depth_that_growth_reaches_keeps_originals_and_descends_from_them_al
     schedule=st.sampled_from(["equal", "proportional", "late"]),
     exponent=st.floats(0, 4),
 )
-def test_stages_take_every_step_once_and_know_where_originals_are(
+def test_stages_take_every_step_once_and_record_the_originals(
     method: Family, steps: int, schedule: str, exponent: float
 ) -> None:
     config = student(method, steps, growth={"schedule": schedule, "exponent": exponent})
@@ -178,7 +178,7 @@ def test_a_family_that_does_not_grow_has_one_stage() -> None:
 
 
 @pytest.mark.parametrize("method", ["interleaved", "gradual", "midas"])
-def test_where_the_intermediate_loss_sits(method: Family) -> None:
+def test_layers_of_the_intermediate_loss(method: Family) -> None:
     stages = plan_stages(student(method, 100))
     ends = [[matched_position(stage, stages, layer, 12, "block-end") for layer in (4, 8, 12)] for stage in stages]
     assert ends == [[0, 1, 2], [1, 3, 5], [2, 5, 8], [3, 7, 11]]
@@ -252,7 +252,7 @@ def test_learning_rate_warms_up_and_decays_once_or_at_every_stage() -> None:
     assert [again[start + 1] for start in (0, 25, 50, 75)] == pytest.approx([1e-3] * 4)
 
 
-def test_defaults_are_the_ones_said() -> None:
+def test_defaults() -> None:
     assert GrowthConfig() == GrowthConfig(
         first=3, schedule="equal", optimiser="copy", learning_rate="restart", intermediate="block-end"
     )

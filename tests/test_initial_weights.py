@@ -31,7 +31,7 @@ from train.losses import build_distiller
 from train.modeling_retort import RetortStudent
 from train.stem import StemShape
 
-# WavLM's own attention passes masks of two types to torch, which warns.
+# WavLM's attention passes masks of two types to torch, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
 
 SHAPE = {
@@ -60,7 +60,7 @@ BLOCKS = ["layer 1", "layer 2"]
 
 @torch.no_grad()
 def perturbed(model: Any) -> Any:
-    """The model with every weight, norm and bias far enough from its first value to be missed where it is lost."""
+    """Return the model with every weight, norm and bias changed enough that a missing copy shows."""
     torch.manual_seed(5)
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
@@ -79,7 +79,7 @@ def teacher(family: str, **changes: Any) -> Any:
 
 
 def weights_of(model: Any, folder: Path, *, num_blocks: int = 2) -> InitialWeights:
-    """The weights as it comes back from the file that stage one writes."""
+    """Return the initial weights as read from the file that stage one writes."""
     manifest = folder / "m.json"
     write_initial_weights(model, initial_weights_path(manifest), num_blocks=num_blocks, source="teacher")
     return read_initial_weights(initial_weights_path(manifest))
@@ -112,7 +112,7 @@ def differences(model: Any, student: RetortStudent) -> dict[str, float]:
     return {part: (one - other).abs().max().item() for part, (one, other) in pairs.items()}
 
 
-# teacher, its config's changes, the student's, the parts that are not copied, and a word of the reason
+# teacher, its config's changes, the student's, the parts that are not copied, and a part of the reason
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str], str]] = [
     ("hubert", {}, {}, [], ""),
     ("wav2vec2", {}, {}, [], ""),
@@ -169,7 +169,7 @@ def test_a_part_computes_what_the_teacher_computes_or_is_not_copied(
 def test_what_is_not_copied_would_compute_something_else(
     tmp_path: Path, family: str, changes: dict[str, Any], shape: dict[str, Any], left: list[str], reason: str
 ) -> None:
-    """The refusals are not idle: the tensors, copied by name and shape, give other outputs."""
+    """The refused tensors, copied by name and shape, give other outputs."""
     model = teacher(family, **changes)
     weights, other = weights_of(model, tmp_path), fresh(model.config, **shape)
     for name, value in other.state_dict().items():
@@ -281,7 +281,7 @@ def test_blocks_that_the_file_does_not_have_are_named(tmp_path: Path) -> None:
 
 
 def test_the_file_keeps_config_and_names(tmp_path: Path) -> None:
-    """A file that another version wrote, with metadata of the config's fields alone, is read as it is."""
+    """A file whose metadata has only some fields of the config is read as it is."""
     weights = weights_of(teacher("hubert"), tmp_path)
     path = initial_weights_path(tmp_path / "m.json")
     save_file(load_file(path), path, metadata={"config": json.dumps({"num_attention_heads": 2})})

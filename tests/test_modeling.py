@@ -1,4 +1,4 @@
-"""The students' models: sizes, exactness, transformers' HuBERT as an independent reference, AutoModel elsewhere."""
+"""Student models: sizes, padding invariance, transformers' HuBERT as an independent reference, AutoModel."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_sizes_beside_the_abstracts_of_gendistiller() -> None:
 def test_a_padded_batch_equals_each_utterance_alone(family: str, norm: str) -> None:
     model = make(family, feat_extract_norm=norm, conv_bias=norm == "layer")
     rows = waveforms(16_000, 5_123, 400, 9_999)
-    # Garbage instead of zeros in the padding: nothing of it may reach a frame.
+    # Noise instead of zeros in the padding: no frame may depend on it.
     batch, mask = padded(rows, fill=5.0)
     together = model(batch, attention_mask=mask, output_hidden_states=True).hidden_states
     for row, waveform in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The s3prl upstream of the docs gives the hidden states that stage one gives."""
+"""The s3prl upstream of the docs has the hidden states of stage one."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ FILE = Path(__file__).parent.parent / "docs/s3prl_upstream/expert.py"
 
 @pytest.fixture(scope="module")
 def expert() -> ModuleType:
-    """The file, imported from where it lies, as s3prl imports its copy."""
+    """Import the file from its path, as s3prl imports its copy."""
     spec = importlib.util.spec_from_file_location("expert", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def expert() -> ModuleType:
 
 
 def save(family: str, folder: Path, *, normalise: bool, stem: StemShape = STANDARD) -> Path:
-    """A real student with random weights, in the folder that `train run` leaves. Gains far from 1: layers differ."""
+    """Save a student with random weights as `train run` does. Gains far from 1 make the layers differ."""
     torch.manual_seed(0)
     distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=normalise, stem=stem)
     for module in distiller.student.modules():
@@ -71,7 +71,7 @@ def test_hidden_states_are_those_of_stage_one(
     for row, hidden_LTD in enumerate(expected):
         assert np.ptp(hidden_LTD) > 0.5
         np.testing.assert_allclose(found_LBTD[:, row, : hidden_LTD.shape[1]], hidden_LTD, rtol=0, atol=1e-4)
-    # s3prl cuts utterances to round(samples / rate) frames and bears with a difference below 5.
+    # s3prl cuts utterances to round(samples / rate) frames and accepts a difference below 5.
     rate = wrapped.get_downsample_rates("hidden_states")
     assert rate == 320
     assert abs(found_LBTD.shape[2] - round(max(map(len, spoken)) / rate)) < 5

@@ -1,4 +1,4 @@
-"""params.yaml -> typed settings: what is wrong is said with its place and the valid names."""
+"""Settings of students from params.yaml: errors name the place and the valid names."""
 
 import copy
 import math
@@ -61,7 +61,7 @@ def test_reads_a_section(tmp_path: Path) -> None:
         ({"init": "random", "optimiser": {"stem_grad_scale": 0}}, ["stem_grad_scale", "freezes"]),
     ],
 )
-def test_what_is_wrong_is_named(changes: dict[str, Any], messages: list[str]) -> None:
+def test_a_wrong_value_is_named(changes: dict[str, Any], messages: list[str]) -> None:
     with pytest.raises(RetortError) as caught:
         parse(StudentConfig, section(**changes), where="here")
     for message in messages:

@@ -1,4 +1,4 @@
-"""Batches: own frames beside own waveforms, no dev utterance among them, the order a function of position."""
+"""Batches: waveforms with their own frames, no dev utterance in training, order as a function of position."""
 
 import threading
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def test_batches_hold_an_utterance_and_its_own_features(world: World) -> None:
         assert first == targets.shape[1] == len(batch.rows_F)
 
 
-def test_codes_stay_as_stored_until_they_are_asked_for(world: World) -> None:
+def test_codes_stay_as_stored_until_they_are_decoded(world: World) -> None:
     data = data_of(world)
     batch, codec = data.training_batch(0), data.store.codec
     assert batch.codes_LFW.numpy().dtype == codec.dtype
@@ -81,7 +81,7 @@ def test_unknown_splits_and_no_training_utterances(world: World) -> None:
     assert len(data_of(world, dev_split=None).dev) == 0
 
 
-def test_any_position_goes_on_as_if_uninterrupted() -> None:
+def test_any_position_resumes_as_if_uninterrupted() -> None:
     sampler = PackSampler(range(7), seed=3)
     whole = list(islice(sampler.from_position(0), 40))
     for position in range(30):
@@ -107,7 +107,7 @@ def test_read_ahead_keeps_order_ends_and_leaves_no_thread() -> None:
     assert list(read_ahead(iter(range(5)))) == list(range(5))
 
 
-def test_read_ahead_raises_where_the_item_is_asked_for() -> None:
+def test_read_ahead_raises_where_the_item_is_returned() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise OSError("the disk is gone")

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: the same losses as one, resumed on either side of growth, and no end that hangs."""
+"""Two processes under torchrun: the losses of one, resumption before and after growth, errors that end both."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ from train.run import begin
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# With the default dropout: its masks belong to packs, not to processes.
+# With the default dropout, whose masks depend on the pack and not on the process.
 PAIR = {"log_every": 1, "optimiser": {"lr": 1e-3, "accumulate": 1, "ema": 0.5}}
 ALONE_WITH_TWO = PAIR | {"optimiser": PAIR["optimiser"] | {"accumulate": 2}}
 BF16 = {"precision": "bf16"}
@@ -51,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def trained(world: World) -> World:
-    """Runs of two processes, all in one start of torchrun, and the runs of one that they are held against.
+    """Runs of two processes, all in one start of torchrun, and runs of one process to compare with.
 
     Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n resumes from n - 1.
     """
@@ -84,7 +84,7 @@ def trained(world: World) -> World:
         command = [*TORCHRUN, str(ROOT / "tests" / "distributed_script.py"), "runs.json"]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        (world.folder / "said.txt").write_text(done.stderr)
+        (world.folder / "stderr.txt").write_text(done.stderr)
         run_one(**run("two-then-one", "interleaved", ALONE_WITH_TWO | EVERY))
     finally:
         os.chdir(here)
@@ -112,10 +112,10 @@ def weights(world: World, name: str) -> dict[str, torch.Tensor]:
         ("one-gen", "two-gen", 1e-5),
         ("one", "one-then-two", 1e-5),
         ("one", "two-then-one", 1e-5),
-        ("one-bf16", "two-bf16", 2e-3),  # a last bit of bf16 is 0.4%
+        ("one-bf16", "two-bf16", 2e-3),  # the last bit of bf16 is 0.4%
     ],
 )
-def test_two_processes_do_what_one_does(trained: World, one: str, two: str, tolerance: float) -> None:
+def test_two_processes_have_the_losses_of_one(trained: World, one: str, two: str, tolerance: float) -> None:
     assert len(losses(trained, one)) == 8
     np.testing.assert_allclose(losses(trained, two), losses(trained, one), rtol=0, atol=tolerance)
     np.testing.assert_allclose(losses(trained, two, "dev"), losses(trained, one, "dev"), rtol=0, atol=tolerance)
@@ -126,13 +126,13 @@ def test_two_processes_do_what_one_does(trained: World, one: str, two: str, tole
         assert together["dev_by_layer"][layer] == pytest.approx(error, abs=tolerance)
 
 
-def test_who_trained_is_told(trained: World) -> None:
+def test_only_the_main_process_prints(trained: World) -> None:
     assert [metrics(trained, name)["processes"] for name in ("one", "two")] == [1, 2]
     made_from = json.loads((trained.folder / "students" / "two" / "train_config.json").read_text())
     assert made_from["packs_per_step"] == 2
-    said = (trained.folder / "said.txt").read_text().splitlines()
-    assert sum(line.startswith("two: interleaved, 8 steps over 5 packs on 2 processes;") for line in said) == 1
-    assert sum(line.startswith("two: grown to 6 layers at step 2") for line in said) == 1
+    lines = (trained.folder / "stderr.txt").read_text().splitlines()
+    assert sum(line.startswith("two: interleaved, 8 steps over 5 packs on 2 processes;") for line in lines) == 1
+    assert sum(line.startswith("two: grown to 6 layers at step 2") for line in lines) == 1
 
 
 @pytest.mark.parametrize(("whole", "parts"), [("two", "parts"), ("two-bf16", "parts-bf16")])
@@ -142,13 +142,13 @@ def test_two_processes_resume_bit_for_bit(trained: World, whole: str, parts: str
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(trained, whole) == losses(trained, parts)
     assert metrics(trained, whole)["dev_by_layer"] == metrics(trained, parts)["dev_by_layer"]
-    said = (trained.folder / "said.txt").read_text()
-    # On either side of the growth at step 2.
-    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 2" in said
-    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 3" in said
+    lines = (trained.folder / "stderr.txt").read_text()
+    # Before and after the growth at step 2.
+    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 2" in lines
+    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 3" in lines
 
 
-def test_other_packs_a_step_start_anew_and_say_so(
+def test_other_packs_per_step_start_a_new_run_with_a_note(
     trained: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(trained.folder)
@@ -156,11 +156,11 @@ def test_other_packs_a_step_start_anew_and_say_so(
     assert same.state.step == 2
     paths = [str(path) for path in (trained.folder, trained.corpus, trained.manifest, trained.teacher)]
     run_one(paths, "left", "interleaved", PAIR | EVERY, stop=1)
-    said = capsys.readouterr().err
-    assert "1 packs per step, " in said and "-2 has another number of them" in said
+    lines = capsys.readouterr().err
+    assert "1 packs per step, " in lines and "-2 has another number of them" in lines
 
 
-def test_masks_of_dropout_belong_to_packs() -> None:
+def test_dropout_masks_depend_on_the_pack() -> None:
     def mask(seed: int, position: int) -> list[bool]:
         seed_dropout(seed, position)
         return torch.nn.functional.dropout(torch.ones(64)).bool().tolist()
@@ -177,7 +177,7 @@ def test_buckets_hold_all_gradients_in_order(monkeypatch: pytest.MonkeyPatch) ->
     assert list(_buckets([])) == []
 
 
-def test_alone_every_sum_is_its_own_term() -> None:
+def test_one_process_needs_no_collectives() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, 2.0])
     SINGLE_PROCESS.all_reduce_gradients([parameter])
@@ -213,7 +213,7 @@ def test_the_command_under_torchrun(world: World) -> None:
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_both(world: World, tmp_path: Path) -> None:
-    """The scale of the second process's second pack is NaN: both stop, that pack's utterances are named, once."""
+    """The scale of the second process's second pack is NaN: both stop, and its utterances are named once."""
     folder = tmp_path / "world"
     poisoned = make_world(folder)
     store = StoreReader.open(poisoned.manifest)
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(world: World, tmp_p
     ids = Corpus.open(poisoned.corpus).ids
     training = [ids[index] for index in store.utterances_of(odd) if int(ids[index][-2:]) % 4 != 1]
     assert f"on utterances {', '.join(training)};" in line and "loss nan" in line and "at step 1" in line
-    # torchrun's own report ends with our line, not with a shrug.
+    # torchrun's own report ends with the error line.
     assert "traceback : error: poisoned: loss nan" in done.stderr
     assert not (folder / "students").exists()
 
@@ -247,8 +247,8 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_when_one_process_ends_so_do_the_others(world: World, kind: signal.Signals) -> None:
-    """Ctrl-C at one, or the system's killer; then the same command resumes from the last checkpoint."""
+def test_if_one_process_ends_so_do_the_others(world: World, kind: signal.Signals) -> None:
+    """One process gets SIGINT or SIGKILL: all end, with at most one line."""
     name = f"ended-{kind.name.lower()}"
     arguments = command(world, name, steps=400, checkpoint_every_steps=1)
     process = subprocess.Popen(arguments, cwd=world.folder, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -262,12 +262,12 @@ def test_when_one_process_ends_so_do_the_others(world: World, kind: signal.Signa
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    said = lines_of_ours(stderr)
-    assert len(said) <= 1
+    lines = lines_of_ours(stderr)
+    assert len(lines) <= 1
     if kind == signal.SIGINT:
-        assert said and "interrupted" in said[0]
+        assert lines and "interrupted" in lines[0]
     else:
-        assert "Signal 9 (SIGKILL)" in stderr and all("a process of this run has ended" in line for line in said)
+        assert "Signal 9 (SIGKILL)" in stderr and all("a process of this run has ended" in line for line in lines)
 
 
 def test_processes_with_unequal_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

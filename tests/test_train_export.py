@@ -1,4 +1,4 @@
-"""`train export`: the ONNX file gives what the student gives, at any batch size, length and padding."""
+"""`train export`: the ONNX file computes what the student computes, at any batch size, length and padding."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
     ],
 )
 @torch.no_grad()
-def test_onnxruntime_gives_what_the_student_gives(tmp_path: Path, family: str, changes: dict[str, object]) -> None:
+def test_onnxruntime_equals_the_student(tmp_path: Path, family: str, changes: dict[str, object]) -> None:
     model = make(family, **changes)
     save_student(tmp_path / "student", model, {})
     done = CliRunner().invoke(main, ["export", str(tmp_path / "student"), "--format", "onnx"])
@@ -52,14 +52,14 @@ def test_onnxruntime_gives_what_the_student_gives(tmp_path: Path, family: str, c
         rows = waveforms(*lengths)
         batch, mask = padded(rows, fill=5.0)
         last, *states = session.run(None, {"input_values": batch.numpy(), "attention_mask": mask.numpy()})
-        for row, waveform in enumerate(rows):  # each utterance as the student hears it alone
+        for row, waveform in enumerate(rows):  # each utterance alone in the student
             alone = model(waveform[None], output_hidden_states=True).hidden_states
             num_frames = (len(waveform) - shortest) // hop + 1
             for one, many in zip((*alone, alone[-1]), (*states, last), strict=True):
                 np.testing.assert_allclose(many[row, :num_frames], one[0], rtol=0, atol=1e-4)
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_student_is_one_line(tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "does not exist"), (ROOT / "pipelines/teacher/model", "'hubert'")):
         result = CliRunner().invoke(main, ["export", str(folder), "--out", str(tmp_path / "x.onnx")])
         assert result.exit_code == 1 and message in result.stderr
@@ -67,8 +67,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
-    """A Python that sees all of this environment but onnxruntime."""
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    """A Python with this environment except onnxruntime."""
     save_student(tmp_path / "student", make("distilhubert"), {})
     code = (
         "import sys, importlib.machinery as m\n"
@@ -87,8 +87,8 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
     )
 
 
-def test_a_shape_frozen_into_the_graph_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is not idle: a graph whose batch size is that of the trace fails it, and leaves no file."""
+def test_a_shape_frozen_into_the_graph_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph with the batch size of the trace fails the check and leaves no file."""
     save_student(tmp_path / "student", make("gendistiller"), {})
     start = type(make("gendistiller")).start
 

@@ -86,7 +86,7 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
 
 
 @pytest.mark.parametrize("family", ["gendistiller", "gendistiller-2d"])
-def test_forcing_feeds_the_teachers_layers(world: World, family: str) -> None:
+def test_forcing_reads_the_teachers_layers(world: World, family: str) -> None:
     distiller, batch = distiller_and_batch(world, family)
     assert isinstance(distiller, GenerationDistiller)
     distiller.eval()
@@ -111,7 +111,7 @@ def test_settings_of_generation(family: str, embeds: bool | None, skip: str) -> 
     every_layer = tuple(range(1, 13))
     made = build_distiller(config, targets=every_layer, teacher_dim=16, normalise=False).student
     assert isinstance(made, RetortGen2dStudent if family == "gendistiller-2d" else RetortGenStudent)
-    # Not said, layers have an embedding where nothing else tells them apart.
+    # By default layers have an embedding only if nothing else distinguishes them.
     assert (made.layer_embedding is not None) == (family == "gendistiller-2d" if embeds is None else embeds)
     assert made.config.skip == skip and len(made.encoder.layers) == 2
     states = made(torch.randn(1, 4_000), output_hidden_states=True).hidden_states

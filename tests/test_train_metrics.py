@@ -1,4 +1,4 @@
-"""runs/NAME/metrics.json: what is written is read back, and a file that does not fit is refused by the field."""
+"""runs/NAME/metrics.json: read as written, and an error that names the field if a file does not fit."""
 
 import json
 import subprocess

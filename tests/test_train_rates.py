@@ -1,4 +1,4 @@
-"""A student has its teacher's frames, whatever the teacher's stem, or training is refused."""
+"""A student has its teacher's frames for any stem of the teacher, or training is refused."""
 
 import contextlib
 import io
@@ -61,7 +61,7 @@ def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World
 
 
 def own(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The world with a folder and a manifest of its own for what a test writes."""
+    """Return the world with a new folder and manifest for the outputs of one test."""
     monkeypatch.chdir(folder)
     for file in world.manifest.parent.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -91,7 +91,7 @@ def test_a_student_of_25_frames_a_second_has_its_teachers_frames(world: World, f
             assert run.distiller.student(waveform_BS).last_hidden_state.shape[1] == run.store.num_frames[index]
 
 
-def test_a_saved_slow_student_gives_its_teachers_frames(world: World) -> None:
+def test_a_saved_slow_student_has_its_teachers_frames(world: World) -> None:
     metrics = train(train_request(world, student("gendistiller", 2)))
     assert metrics.loss.dev > 0
     folder = world.folder / "students" / "tiny"
@@ -138,13 +138,13 @@ def test_a_student_starts_as_its_slow_teacher(world: World) -> None:
 
 def test_the_stored_stem_is_the_slow_teachers(world: World) -> None:
     frozen = {"optimiser": {"lr": 1e-3, "stem_grad_scale": 0.0}}
-    heard = train(train_request(world, student("distilhubert", 6, **frozen), "heard"))
+    from_waveforms = train(train_request(world, student("distilhubert", 6, **frozen), "waveforms"))
     read = train(train_request(world, student("distilhubert", 6, **frozen, stem="stored"), "read"))
-    assert read.loss.dev == pytest.approx(heard.loss.dev, rel=2e-3)
+    assert read.loss.dev == pytest.approx(from_waveforms.loss.dev, rel=2e-3)
 
 
 def interrupted(world: World, monkeypatch: pytest.MonkeyPatch, family: str) -> Path:
-    """Train up to the checkpoint of step 5; its file."""
+    """Train up to the checkpoint of step 5 and return its file."""
     config = student(family, 8, checkpoint_every_steps=1)
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -186,16 +186,16 @@ def test_the_key_changes_with_everything_that_decides_the_result(world: World) -
 # ----------------------------------------------------------------------------------- manifests without the stem's shape
 
 
-def test_a_manifest_without_a_stem_is_helped_by_the_seed(world: World) -> None:
+def test_a_manifest_without_a_stem_takes_it_from_the_initial_weights(world: World) -> None:
     record_stem(world.manifest, stem=None)
     for init in ("teacher", "random"):
         config = begin(train_request(world, student("distilhubert", init=init))).distiller.student.config
         assert (config.conv_kernel, config.conv_stride) == (KERNELS, STRIDES)
     world.manifest.with_suffix(".initial.safetensors").unlink()
-    said = refused(world, init="random")
+    error = refused(world, init="random")
     assert (
-        "720 samples every 640 are not those of the standard stem (400 every 320)" in said
-        and "--initial-blocks" in said
+        "720 samples every 640 are not those of the standard stem (400 every 320)" in error
+        and "--initial-blocks" in error
     )
     assert "--initial-blocks" in refused(world)
 
@@ -229,11 +229,11 @@ def test_a_stem_that_does_not_give_the_stores_frames_is_refused(world: World, st
             begin(train_request(world, student("distilhubert", init=init)))
 
 
-def test_frames_of_another_rate_than_the_manifest_says_are_refused(world: World) -> None:
+def test_frames_of_another_rate_than_the_manifests_are_refused(world: World) -> None:
     stem = {"conv_kernel": KERNELS[:7], "conv_stride": STRIDES[:7]}
     record_stem(world.manifest, hop_samples=320, receptive_samples=400, stem=stem)
-    said = refused(world, init="random")
-    assert "utterance-00 has 7 frames there, expected the 14 of a stem" in said
+    error = refused(world, init="random")
+    assert "utterance-00 has 7 frames there, expected the 14 of a stem" in error
 
 
 @pytest.mark.parametrize("init", ["teacher", "random"])
@@ -248,8 +248,8 @@ def test_filter_banks_have_no_frames_for_a_student(world: World, init: str) -> N
                 pack_frames=96,
             )
         )
-    said = refused(replace(world, manifest=world.folder / "f.json"), init=init)
-    assert "f.json holds filter banks, which have no convolution stem" in said and "hubert" in said
+    error = refused(replace(world, manifest=world.folder / "f.json"), init=init)
+    assert "f.json holds filter banks, which have no convolution stem" in error and "hubert" in error
 
 
 # ------------------------------------------------------------------------------------------------ what a run reports
@@ -307,7 +307,7 @@ def test_changed_initial_weights_do_not_resume_an_old_run(
     assert begin(train_request(world, random, "parts")).key == begin(train_request(world, random, "again")).key
 
 
-def test_a_wider_student_is_told_the_sizes(world: World) -> None:
+def test_a_wider_student_names_the_sizes(world: World) -> None:
     run = begin(train_request(world, student("distilhubert", shape=SHAPE | {"dim": 32})))
     assert run.parts.copied == ["stem"]
     assert "16 x 8, the student's 32 x 8" in run.parts.random["projection"]

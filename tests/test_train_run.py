@@ -1,4 +1,4 @@
-"""Whole runs on a tiny world: resumed equals uninterrupted, what a student starts from, errors, the command."""
+"""Whole runs on a tiny world: resumption, initial weights, errors, the command."""
 
 import copy
 import filecmp
@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The same with a folder of its own for what a test writes."""
+    """Return the world with a new folder for the outputs of one test."""
     monkeypatch.chdir(tmp_path)
     return World(tmp_path, made.corpus, made.manifest, made.teacher)
 
@@ -51,8 +51,8 @@ def curves(world: World, name: str) -> dict[str, str]:
     return {file.relative_to(root).as_posix(): file.read_text() for file in root.rglob("*.tsv")}
 
 
-# Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n goes on from the checkpoint before: with one
-# at every step from n - 1, which is once just before a growth and once just after it.
+# Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n resumes from the last checkpoint; with one
+# per step that is n - 1, so that runs resume just before and just after a growth.
 @pytest.mark.parametrize(
     ("family", "every", "stops"),
     [
@@ -105,7 +105,7 @@ def test_the_average_of_weights_follows_its_formula_through_growth(
         assert one.average is not None and one.average.keys() == average.keys()
         for name, value in average.items():
             torch.testing.assert_close(one.average[name], value, rtol=1e-5, atol=1e-6)
-    # The average is what is saved and scored; what trains does not feel it.
+    # The average is saved and scored; the weights that train do not depend on it.
     saved = weights(world, "tiny")
     assert all(torch.equal(saved[name], kept[-1].average[f"student.{name}"]) for name in saved)
     plain = train(train_request(world, student("interleaved", 8, optimiser={"lr": 1e-2}), "plain"))
@@ -113,7 +113,7 @@ def test_the_average_of_weights_follows_its_formula_through_growth(
     assert scored.loss.train == plain.loss.train and scored.loss.dev != plain.loss.dev
 
 
-def test_a_resumed_run_really_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_resumed_run_starts_at_its_checkpoint(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     config = student("distilhubert", 6, checkpoint_every_steps=2)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
@@ -121,7 +121,7 @@ def test_a_resumed_run_really_goes_on(world: World, monkeypatch: pytest.MonkeyPa
             train(train_request(world, config))
     run = begin(train_request(world, config))
     assert run.state.step == 4 and run.state.packs == 4
-    # Other settings have nothing to do with that checkpoint.
+    # Other settings do not read that checkpoint.
     assert begin(train_request(world, student("distilhubert", 6, seed=1, checkpoint_every_steps=2))).state.step == 0
     train(train_request(world, config))
     assert "from step 4" in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_seeds_differ_and_runs_repeat(world: World) -> None:
 
 
 def test_dev_utterances_change_nothing(world: World) -> None:
-    """With the dev split measured and unmeasured the student is the same, bit for bit."""
+    """With and without dev scores the student is the same, bit for bit."""
     scored = train(train_request(world, student("distilhubert", 4), "scored"))
     unscored = train(train_request(world, student("distilhubert", 4, dev_split=None), "unscored"))
     one, other = weights(world, "scored"), weights(world, "unscored")
@@ -152,7 +152,7 @@ def test_learning_lowers_the_loss(world: World) -> None:
     assert last.dev_by_layer[6].cosine > first.dev_by_layer[6].cosine
 
 
-def test_metrics_and_what_it_was_made_from(world: World) -> None:
+def test_metrics_and_provenance(world: World) -> None:
     metrics = train(train_request(world, student("interleaved", 8)))
     written = json.loads((world.folder / "runs" / "tiny" / "metrics.json").read_text())
     assert written == json.loads(json.dumps(metrics.to_dict()))
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_named(world: World) -> None:
         begin(train_request(world, config))
 
 
-def test_half_a_checkpoint_is_never_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_written_checkpoint_is_never_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     config = student("distilhubert", 6, checkpoint_every_steps=2)
     written: list[Path] = []
     save = checkpoint.save
@@ -298,7 +298,7 @@ def arguments(world: World, params: Path, name: str) -> list[str]:
     ]
 
 
-def test_the_command_says_what_is_wrong_in_one_line(world: World) -> None:
+def test_errors_of_the_command_are_one_line(world: World) -> None:
     params = world.folder / "params.yaml"
     params.write_text(yaml.safe_dump({"train": {"one": {"family": "distilhubert", "steps": 2, "shape": SHAPE}}}))
     for changed, message in (
@@ -314,7 +314,7 @@ def test_the_command_says_what_is_wrong_in_one_line(world: World) -> None:
 
 
 def test_killed_and_run_again(world: World) -> None:
-    """The real command, kill -9 once a checkpoint is there, run again: the same student as in one go."""
+    """The command, killed after a checkpoint and run again, gives the student of an uninterrupted run."""
     section = {
         "family": "distilhubert",
         "steps": 20,

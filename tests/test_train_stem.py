@@ -38,13 +38,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The same with a folder of its own for what a test writes."""
+    """Return the world with a new folder for the outputs of one test."""
     monkeypatch.chdir(tmp_path)
     return replace(made, folder=tmp_path)
 
 
 def without_audio(world: World) -> World:
-    """The world with a corpus file of the index alone: any look at a sample is an error."""
+    """Return the world with a corpus file that has only the index: reading a sample is an error."""
     path = world.folder / "index.h5"
     with h5py.File(world.corpus, "r") as whole, h5py.File(path, "w") as index:
         index.attrs.update(whole.attrs)
@@ -63,33 +63,37 @@ def losses(world: World, name: str) -> list[float]:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("do_normalize", [True, False])
-def test_a_batch_holds_what_the_frozen_stem_gives(tmp_path: Path, codec: str, do_normalize: bool) -> None:
+def test_a_batch_has_the_output_of_the_frozen_stem(tmp_path: Path, codec: str, do_normalize: bool) -> None:
     world = make(tmp_path, codec=codec, do_normalize=do_normalize)
     run = begin(train_request(world, student("distilhubert", optimiser=FROZEN)))
     worst = json.loads(world.manifest.read_text())["codec_error"]["stem"]["max_abs_error"]
     data = run.data
     pairs = [[data.training_batch(int(pack), stored=stored) for stored in (False, True)] for pack in data.sampler.packs]
     pairs += zip(data.dev_batches(), data.dev_batches(stored=True), strict=True)
-    for heard, read in pairs:
-        assert read.waveforms_BS is None and heard.stem_codes_1FW is None and heard.utterances == read.utterances
-        expected_BTC, valid_BT = run.distiller.stem(heard)
+    for from_waveforms, read in pairs:
+        assert (
+            read.waveforms_BS is None
+            and from_waveforms.stem_codes_1FW is None
+            and from_waveforms.utterances == read.utterances
+        )
+        expected_BTC, valid_BT = run.distiller.stem(from_waveforms)
         stem_BTC, same_BT = run.distiller.stem(read)
         assert torch.equal(valid_BT, same_BT) and stem_BTC.shape == expected_BTC.shape
         assert (stem_BTC - expected_BTC)[valid_BT].abs().max() <= worst * 1.001 + 1e-5
         assert not stem_BTC[~valid_BT].any()
-        assert torch.equal(heard.targets(), read.targets())
+        assert torch.equal(from_waveforms.targets(), read.targets())
 
 
 @pytest.mark.parametrize("family", ["distilhubert", "interleaved", "gendistiller"])
 def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
     changes = {"optimiser": FROZEN | {"accumulate": 2}, "log_every": 1, "init": "teacher"}
-    heard = train(train_request(world, student(family, 12, **changes), "heard"))
+    from_waveforms = train(train_request(world, student(family, 12, **changes), "waveforms"))
     read = train(train_request(world, student(family, 12, **changes, stem="stored"), "read"))
-    # float16 keeps eleven bits of a stem's value; twelve steps of learning spread that a little.
-    assert losses(world, "read") == pytest.approx(losses(world, "heard"), rel=2e-3)
+    # float16 keeps eleven bits of a stem's value; twelve steps increase the difference a little.
+    assert losses(world, "read") == pytest.approx(losses(world, "waveforms"), rel=2e-3)
     assert len(set(losses(world, "read"))) == 12
-    assert read.loss.dev == pytest.approx(heard.loss.dev, rel=2e-3)
-    assert heard.loss.dev_stored_stem is None
+    assert read.loss.dev == pytest.approx(from_waveforms.loss.dev, rel=2e-3)
+    assert from_waveforms.loss.dev_stored_stem is None
     assert 0 < abs(read.loss.dev_stored_stem - read.loss.dev) < 2e-3 * read.loss.dev
     seed = load_file(world.manifest.with_suffix(".initial.safetensors"))
     saved = weights(world, "read")
@@ -97,33 +101,33 @@ def test_losses_are_those_from_waveforms(world: World, family: str) -> None:
 
 
 def test_no_waveform_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From an index without audio comes the same student as with audio; with audio, not a sample is looked at."""
+    """An index without audio gives the student of the full corpus, from which no sample is read either."""
     config = student("distilhubert", 6, optimiser=FROZEN, stem="stored", dev_split=None)
-    train(train_request(without_audio(world), config, "deaf"))
+    train(train_request(without_audio(world), config, "index-only"))
     read: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(Corpus, "samples", lambda self, index: read.append(index))
         train(train_request(world, config, "counted"))
     assert not read
-    deaf, counted = weights(world, "deaf"), weights(world, "counted")
+    deaf, counted = weights(world, "index-only"), weights(world, "counted")
     assert all(torch.equal(deaf[name], counted[name]) for name in deaf)
 
 
-def test_what_a_coarse_codec_costs_is_said(
+def test_the_loss_of_a_coarse_codec_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     world = make(tmp_path, codec="int4")
     metrics = train(train_request(world, student("distilhubert", 20, optimiser=FROZEN, stem="stored"), "coarse"))
-    stored, heard = metrics.loss.dev_stored_stem, metrics.loss.dev
-    assert (f"dev loss {heard:.4f} from waveforms, {stored:.4f} from the stored stem" in capsys.readouterr().err) == (
-        abs(heard - stored) > 0.01 * heard
-    )
-    assert stored != heard
+    stored, from_waveforms = metrics.loss.dev_stored_stem, metrics.loss.dev
+    assert (
+        f"dev loss {from_waveforms:.4f} from waveforms, {stored:.4f} from the stored stem" in capsys.readouterr().err
+    ) == (abs(from_waveforms - stored) > 0.01 * from_waveforms)
+    assert stored != from_waveforms
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Make a run stop dead once `steps` steps are done."""
+    """Raise in a run once `steps` steps are done."""
     show: Callable[..., None] = TrainingProgress.advance
 
     def shown(self: TrainingProgress, **values: Any) -> None:
@@ -166,7 +170,7 @@ def test_an_unfrozen_stem_learns_and_only_then(world: World) -> None:
         train(train_request(world, config, source))
     saved = weights(world, "stored")
     assert not any(torch.equal(saved[name], seed[name]) for name in seed if name.startswith(STEM))
-    # With the schedule from waveforms throughout, the same student comes out but for the codec.
+    # With waveforms in all steps the student is the same except for the codec.
     assert losses(world, "stored") == pytest.approx(losses(world, "waveforms"), rel=2e-3)
     other = weights(world, "waveforms")
     for name in saved:
@@ -199,10 +203,10 @@ def one_line(world: World, config: StudentConfig) -> str:
 def test_a_store_and_a_student_that_do_not_fit(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
     stored = {"stem": "stored", "optimiser": FROZEN}
     plain = make_world(tmp_path_factory.mktemp("plain"))
-    said = one_line(plain, student("distilhubert", **stored))
-    assert "keeps frames, pooled" in said and "--keep frames,pooled,stem" in said
-    said = one_line(world, student("distilhubert", **stored, shape=SHAPE | {"stem_channels": 4}))
-    assert "shape.stem_channels: got 4" in said and "8 channels" in said
+    error = one_line(plain, student("distilhubert", **stored))
+    assert "keeps frames, pooled" in error and "--keep frames,pooled,stem" in error
+    error = one_line(world, student("distilhubert", **stored, shape=SHAPE | {"stem_channels": 4}))
+    assert "shape.stem_channels: got 4" in error and "8 channels" in error
     assert "stem does not fit" in one_line(
         world, student("distilhubert", **stored, shape=SHAPE | {"stem_norm": "layer"})
     )
@@ -217,8 +221,8 @@ def test_a_store_and_a_student_that_do_not_fit(world: World, tmp_path_factory: p
     ],
 )
 def test_waveforms_that_are_needed_and_missing(world: World, changes: dict[str, Any], setting: str) -> None:
-    said = one_line(without_audio(world), student("distilhubert", **changes))
-    assert said.startswith(setting) and "needs waveforms" in said and "index.h5" in said
+    error = one_line(without_audio(world), student("distilhubert", **changes))
+    assert error.startswith(setting) and "needs waveforms" in error and "index.h5" in error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A tiny world for the tests of stage two: a real teacher with random weights, its real store and seed, a corpus."""
+"""Tiny inputs for the tests of stage two: a teacher with random weights, its store and initial weights, a corpus."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class World:
-    """Where everything lies. `teacher` may be deleted: training must not need it."""
+    """Paths of the inputs. `teacher` may be deleted: training must not need it."""
 
     folder: Path
     corpus: Path
@@ -44,7 +44,7 @@ class World:
 
 
 def teacher_config(**changes: object) -> HubertConfig:
-    """Six layers of 16, in HuBERT's form; no dropout and no masking of its own."""
+    """Return the config of a HuBERT with six layers of 16, without dropout and masking."""
     settings = {
         "hidden_size": 16,
         "num_hidden_layers": 6,
@@ -73,7 +73,10 @@ def make_world(
     keep: frozenset[str] = KEEP_DEFAULT,
     changes: dict[str, object] | None = None,
 ) -> World:
-    """Ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both. `changes` are the teacher's."""
+    """Make ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both, and their features.
+
+    `changes` are fields of the teacher's config.
+    """
     generator = np.random.default_rng(0)
     lengths = np.linspace(0.3, 0.9, 14) * 16_000
     utterances = [
@@ -110,7 +113,7 @@ def make_world(
 
 
 def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
-    """A tiny student of a family, parsed as from params.yaml."""
+    """Return a tiny student of a family, parsed as from params.yaml."""
     shape = SHAPE | ({"layers": 1} if family in GENERATING else {})
     if family not in ("distilhubert", *GENERATING):
         shape = SHAPE | {"layers": 12, "dim": 8, "ffn": 16}
