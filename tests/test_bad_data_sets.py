@@ -272,7 +272,7 @@ def test_no_code_but_this_repositorys_runs_when_speed_is_measured(change: str) -
 
     audio = SpeedConfig(corpus="", split="test", audio_seconds=1.0, threads=1, rounds=1)
     request = SpeedRequest(sources={"student": "student"}, audio=audio, device="cpu", trust_remote_code=False)
-    assert load(request, "student", check=False).dim == 32
+    assert load(request, "student", check=False).spec.dim == 32
     assert find_upstream("student").family == "retort-student"
     code, config = Path("student/modeling_retort.py"), Path("student/config.json")
     touches = "\nfrom pathlib import Path\nPath('ran').touch()\n"

@@ -89,7 +89,7 @@ def student(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         manifest=manifest,
         corpus=digits,
         out=folder / "distilhubert",
-        run=folder / "run",
+        run_folder=folder / "run",
         device=find_device("cpu"),
     )
     metrics = train(job)
