@@ -37,9 +37,9 @@ class TimedRun:
 
     variant: str
     round: int
-    wall_s: float
+    wall_s: float  # between the first and the second yield
     cpu_s: float  # of all threads of the process
-    peak_bytes: int
+    peak_bytes: int  # resident memory
     peak_gpu_bytes: int | None  # None if nothing ran on a GPU
     outcome: dict[str, Any]  # the variant's return value
 

@@ -28,6 +28,7 @@ def benchmarks() -> "dict[str, Benchmark[Any]]":
     """Return every benchmark by name, in the order of `bench all`."""
     from pipelines.bench import evaluate, extract, growth, load, scaling, train  # late: torch
 
+    # The order of the sections on the page too.
     every: tuple[Benchmark[Any], ...] = (
         extract.BENCHMARK,
         load.BENCHMARK,

@@ -99,7 +99,7 @@ def _bound(group: Group, variant: str, clock: str) -> Range | None:
     deep_s, shallow_s = (_seconds(group, f"{source}, {one}", clock).median for one in (FULL, SHALLOW))
     # Seconds of a whole run for each block; the intercept is the stem, the loss and the optimiser.
     slope_s = (deep_s - shallow_s) / (deep - shallow)
-    steps = depth_of_steps[method]
+    steps = depth_of_steps[method]  # depth of each step
     run_s = sum(shallow_s + slope_s * (depth - shallow) for depth in steps) / len(steps)
     return Range.of([deep_s / run_s])
 
@@ -111,6 +111,7 @@ def _of_bound(group: Group, variant: str, clock: str) -> Range | None:
 
 def _remarks(group: Group) -> Iterator[str]:
     settings, grown = group.settings, _SUBJECT.variant
+    # By CPU time: whole runs take long, and other work on the machine changes it little.
     gained, ideal, of_bound = (one(group, grown, "cpu_s") for one in (_than_full, _ideal, _of_bound))
     assert gained and ideal and of_bound
     yield (

@@ -31,6 +31,7 @@ from pipelines.bench.options import Options
 Asked = TypeVar("Asked", bound=Options)
 AskedCo = TypeVar("AskedCo", bound=Options, covariant=True)
 WALL, BOTH = ("wall_s",), tuple(CLOCKS)  # clocks of a figure; those without a clock have the key wall_s
+# Other versions of these make figures outdated.
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "h5py")
 
 
@@ -222,6 +223,7 @@ def measure(benchmark: Benchmark[Asked], options: Asked, progress: Progress) -> 
     }
     with TemporaryDirectory(prefix="retort-bench-") as name:
         bench = Bench(options, Path(name))
+        # In a process of its own: this one stays small, and threads are set when torch is imported.
         progress("preparing models, corpora and stores")
         for title, facts in in_fresh_process(benchmark.prepare, bench, threads=options.threads).items():
             runs = run_interleaved(

@@ -81,6 +81,7 @@ def _check_files(out: Path, figures: Path, *, again: bool, render: bool) -> None
 def _measure(command: Command, benchmark: Benchmark[Any], arguments: str) -> dict[str, Any]:
     """Run the command of a benchmark."""
     start = time.monotonic()
+    # The command writes a file; the record of all benchmarks is written by _write.
     with TemporaryDirectory(prefix="retort-bench-") as folder:
         out = Path(folder) / f"{benchmark.name}.json"
         result = command.main([*shlex.split(arguments), "--out", str(out)], benchmark.name, standalone_mode=False)
