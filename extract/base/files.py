@@ -41,11 +41,11 @@ def written_aside(path: Path) -> Iterator[Path]:
                     if file.is_file():
                         _flush(file)
                 if path.is_dir():
-                    path.replace(before)  # a kill during its removal would leave half a folder under its name
+                    path.replace(before)  # rename() needs an empty target; removing it could be killed half-way
             else:
                 _flush(aside)
             aside.replace(path)
-            _flush(path.parent)
+            _flush(path.parent)  # the rename itself survives a power failure
         finally:
             for left in (aside, before):
                 _remove(left)
@@ -155,7 +155,7 @@ def in_main_tree(path: Path | str) -> Path:
         return path
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):  # the current folder is inside a temporary experiment
             return folder.parents[2] / path
     return here / path
 

@@ -179,7 +179,7 @@ class RemoteLocation:
 
     def cached(self, digest: str, objects: Mapping[str, Expected]) -> "CachedLocation":
         """Return the location to read from: this one through the local cache."""
-        return CachedLocation(self, _cache_root() / digest[:16], objects)
+        return CachedLocation(self, _cache_root() / digest[:16], objects)  # 64 bits: digests do not collide
 
     def staging(self) -> Path:
         """Return the folder in which this process makes objects before it uploads them; removed when it ends."""
@@ -214,7 +214,7 @@ class CachedLocation:
         """Fetch an object unless the cache has it. A lock makes other processes and threads wait for the first one."""
         if name not in self.objects or self._has(name):
             return
-        lock = self.folder / ".locks" / f"{name.replace('/', '.')}.lock"
+        lock = self.folder / ".locks" / f"{name.replace('/', '.')}.lock"  # one per object: others are fetched meanwhile
         lock.parent.mkdir(exist_ok=True)
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -239,6 +239,7 @@ class _FetchingStore(LocalStore):
         assert read_only
         return self
 
+    # zarr uses the asynchronous or the synchronous method, depending on its version and pipeline.
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
@@ -273,7 +274,7 @@ def check_sizes(objects: Mapping[str, Expected], location: "Location | CachedLoc
 
 def check_bytes(file: Path, expected: Expected, *, what: str) -> None:
     """Raises RetortError if a file differs from the expected size or digest; `what` names the object."""
-    if (size := file.stat().st_size) != expected[0]:
+    if (size := file.stat().st_size) != expected[0]:  # before the digest, which reads all bytes
         _compare(expected, size, "", what=what)
     _compare(expected, size, sha256_file(file), what=what)
 

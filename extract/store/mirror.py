@@ -98,6 +98,7 @@ def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
 
 def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressBar) -> list[str]:
     """Copy missing objects, several parts at once; return the names of the copied ones."""
+    # Objects of a shard without a valid record in the source are copied one by one, like metadata and index.
     parts = [_Part(tuple(objects), record) for record, objects in _records(manifest, source).items()]
     of_shards = {name for part in parts for name in part.names}
     parts += [_Part((name,)) for name in manifest.objects if name not in of_shards]
@@ -111,7 +112,7 @@ def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressB
                 copied += (names := future.result())
                 bar.advance(_megabytes(manifest, names))
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # after an error: started copies end, waiting ones are dropped
     return copied
 
 
@@ -155,7 +156,7 @@ def _copy_object(source: Location, target: Location, name: str, expected: Expect
     elif isinstance(source, LocalLocation):
         check_bytes(source.folder / name, expected, what=f"{source}/{name}")
         target.put(source.folder / name, name)
-    else:
+    else:  # from URL to URL: through a file, so that the digest is checked before the upload
         with staging_folder() as folder:
             source.fetch(name, folder / "object", expected)
             target.put(folder / "object", name)

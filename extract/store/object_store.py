@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _KINDS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-_PART_BYTES = 8 << 20
-_MOST_PARTS = 10_000  # of one upload, by S3's rules
+_PART_BYTES = 8 << 20  # S3 requires at least 5 MB for all parts but the last
+_MOST_PARTS = 10_000  # of one upload, a limit of S3
 _AT_ONCE = 4  # concurrent parts of one object
 _EXAMPLE = "expected a local folder or a URL such as s3://bucket/prefix"
 
@@ -107,7 +107,7 @@ class Objects:
             whole = {} if num_bytes <= _PART_BYTES else {"range": (0, _PART_BYTES)}
             first = obstore.get(self._connection, name, options=whole)  # type: ignore[arg-type]
             size, tag, pieces = first.meta["size"], first.meta["e_tag"], iter(first.stream())
-        starts = deque(range(first.range[1], size, _PART_BYTES))
+        starts = deque(range(first.range[1], size, _PART_BYTES))  # of the parts after the first request
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             coming: deque[Future[bytes]] = deque()
             try:
@@ -127,6 +127,7 @@ class Objects:
     def _part(self, name: str, start: int, size: int, tag: str | None) -> bytes:
         with self._in_one_line(name):
             span = (start, min(start + _PART_BYTES, size))
+            # if_match: all parts are of the version that the first request found.
             part = obstore.get(self._connection, name, options={"range": span, "if_match": tag})
             return bytes(part.bytes())
 
@@ -144,7 +145,7 @@ class Objects:
         if _forked():
             b"".join(self._elsewhere("put_file", name, str(file.absolute())))
             return num_bytes
-        part_bytes = max(_PART_BYTES, -(-num_bytes // _MOST_PARTS))
+        part_bytes = max(_PART_BYTES, -(-num_bytes // _MOST_PARTS))  # larger parts beyond 80 GB
         with file.open("rb") as source, self._in_one_line(name):
             data = source.read() if num_bytes <= part_bytes else _pieces(source, part_bytes)
             obstore.put(self._connection, name, data, chunk_size=part_bytes, max_concurrency=_AT_ONCE)

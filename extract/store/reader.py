@@ -68,7 +68,7 @@ class StoreReader:
         self.num_utterances: int = manifest.corpus["num_utterances"]
         # No reader uses `rows/`: these objects are neither required nor fetched.
         self._objects = {name: expected for name, expected in manifest.objects.items() if not name.startswith("rows/")}
-        self._location = manifest.location.cached(manifest.digest, self._objects)
+        self._location = manifest.location.cached(manifest.digest, self._objects)  # the folder, or the cache of a URL
 
     @classmethod
     def open(cls, manifest: Path | str, corpus: Corpus | None = None) -> "StoreReader":
@@ -125,8 +125,8 @@ class StoreReader:
         """Read a part of an array. Raises RetortError if the bytes are not those of a shard."""
         try:
             return np.asarray(array[where])
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, RetortError):
+        except (ValueError, RuntimeError) as error:  # zarr's, for a shard's index or checksum
+            if isinstance(error, RetortError):  # a ValueError, too: the cache could not fetch the object
                 raise
             raise RetortError(
                 f"the store of {self.source} is damaged: {array.path} can't be read ({error}); `python -m extract "
@@ -239,7 +239,7 @@ class StoreReader:
         rows = self._rows(layers)
         if isinstance(rows, slice):
             return self._read(array, pack, rows, *tail)
-        return np.stack([self._read(array, pack, row, *tail) for row in rows])
+        return np.stack([self._read(array, pack, row, *tail) for row in rows])  # one read per layer: chunks are layers
 
     def hidden(self, utterance_id: str, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Read the hidden states of an utterance, float32 (layers, frames, dim). Raises RetortError for another id."""
@@ -255,10 +255,11 @@ class StoreReader:
     def stem_at(self, index: int) -> NDArray[np.float32]:
         """Read the stem's output for the utterance at a corpus index, float32 (frames, channels)."""
         pack, first, count = self._span_of(index)
-        codes_1FW = self._read(self._stem, pack, slice(first, first + count))[None]
+        codes_1TW = self._read(self._stem, pack, slice(first, first + count))[None]  # as one layer, for the codec
         scale = None if self._stem_scale is None else self._read(self._stem_scale, pack)[None]
-        stem_FC: NDArray[np.float32] = self.codec.decode(codes_1FW, scale, first_frame=first)[0]
-        return stem_FC
+        stem_1TC: NDArray[np.float32] = self.codec.decode(codes_1TW, scale, first_frame=first)
+        stem_TC: NDArray[np.float32] = stem_1TC[0]
+        return stem_TC
 
     def _span_of(self, index: int) -> tuple[int, int, int]:
         """Return the pack of the utterance at a corpus index, its first row there and its number of frames."""
@@ -273,25 +274,25 @@ class StoreReader:
     def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Read the hidden states of the utterance at a corpus index, float32 (layers, frames, dim)."""
         pack, first, count = self._span_of(index)
-        codes = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
-        scale = None if self._scale is None else self._layers_of(self._scale, pack, layers)
-        return self.codec.decode(codes, scale, first_frame=first)
+        codes_LTW = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
+        scale = None if self._scale is None else self._layers_of(self._scale, pack, layers)  # of the whole pack
+        return self.codec.decode(codes_LTW, scale, first_frame=first)
 
     def own_frames(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Decode one pack without its padding, its utterances end to end: float32 (layers, frames, dim)."""
         pack = self.pack(index, layers)
         own = [slice(first, first + count) for first, count in zip(pack.first_frame, pack.num_frames, strict=True)]
-        hidden = self.codec.decode(pack.codes_LFW, pack.scale)
-        return np.concatenate([hidden[:, rows] for rows in own], axis=1)
+        hidden_LFD = self.codec.decode(pack.codes_LFW, pack.scale)
+        return np.concatenate([hidden_LFD[:, rows] for rows in own], axis=1)
 
     def pooled(
         self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None
     ) -> NDArray[np.float32]:
         """Read the time means of utterances (all, or those at `indices`), float32 (utterances, layers, dim)."""
-        values: NDArray[np.float32] = self._read(self._pooled, slice(None))
+        values_ULD: NDArray[np.float32] = self._read(self._pooled, slice(None))  # U utterances; small beside the frames
         if indices is not None:
-            values = values[indices]
-        return values[:, self._rows(layers)]
+            values_ULD = values_ULD[indices]
+        return values_ULD[:, self._rows(layers)]
 
 
 def _agree(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

@@ -42,7 +42,7 @@ def folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
         if (folder / name).is_file():
             if name.endswith(_INDEX):
                 folder = _from_hub(upstream, revision, *_parts_of(folder, name))
-            break
+            break  # transformers opens the first format that exists
     return folder
 
 
@@ -128,7 +128,7 @@ def own_normalisation(folder: Path) -> bool:
             "feature_extractor), which states whether waveforms are normalised; add it, or give --normalise or "
             "--no-normalise"
         )
-    wanted = {where: value.get("do_normalize", True) for where, value in settings.items()}
+    wanted = {where: value.get("do_normalize", True) for where, value in settings.items()}  # transformers' default
     for where, value in wanted.items():
         convert(bool, value, where=f"{where}: do_normalize")
     if len(set(wanted.values())) > 1:

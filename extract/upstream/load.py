@@ -145,7 +145,7 @@ def _check_alone(
 ) -> _States:
     """Return the states of each probe alone. Raises RetortError if they are not as in step 1 above."""
     found: _States = []
-    for probe in [*probes, probes[1]]:
+    for probe in [*probes, probes[1]]:  # the second one twice, for reproducibility
         try:
             states_1TD = upstream.forward([probe])
         except _FAILURES as error:
@@ -225,6 +225,7 @@ class _Gap:
         root_mean_square = norm / own_TD.size**0.5
         self.max_abs = float(error_TD.max())
         self.relative = float(np.linalg.norm(error_TD)) / max(norm, 1e-30)
+        # The second bound of the module's docstring.
         self.scaled = float((error_TD / (max(1.0, root_mean_square) + np.abs(own_TD))).max())
 
     def fits(self, dtype: str) -> bool:
