@@ -41,12 +41,7 @@ class PooledSplit:
     classes_NG: Tensor  # int64
 
 
-@dataclass(frozen=True)
-class PooledBatch:
-    """Time means and classes of a batch."""
-
-    hidden_LBD: Tensor  # float32
-    classes_BG: Tensor  # int64
+PooledBatch = tuple[Tensor, Tensor]  # time means float32 (L, B, D) and classes int64 (B, G)
 
 
 class PooledClassification:
@@ -79,7 +74,7 @@ class PooledClassification:
     def batches(self, seed: int, first: int) -> Iterator[PooledBatch]:
         """Yield epochs in random order; the last batch of each may be smaller."""
         for (rows_B, classes_BG), _ in steps_from(first, seed, self._draw_epoch):
-            yield PooledBatch(self.pooled_ULD[rows_B].transpose(0, 1), classes_BG)
+            yield self.pooled_ULD[rows_B].transpose(0, 1), classes_BG
 
     def _draw_epoch(self, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor]]:
         """Return rows and classes of the training split in batches."""
@@ -96,8 +91,8 @@ class PooledClassification:
         ]
 
     def loss(self, head: LinearHead, batch: PooledBatch) -> Tensor:
-        logits_BC = head(head.sum_layers(batch.hidden_LBD))
-        return summed_cross_entropy(logits_BC, batch.classes_BG, self.num_classes_G)
+        hidden_LBD, classes_BG = batch
+        return summed_cross_entropy(head(head.sum_layers(hidden_LBD)), classes_BG, self.num_classes_G)
 
     def measure(self, heads: Sequence[LinearHead], split: str, pool: HeadPool) -> list[Metrics]:
         data = self.splits[split]

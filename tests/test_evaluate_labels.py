@@ -101,7 +101,7 @@ def test_balanced_batches_draw_every_combination_of_labels_equally_often() -> No
         recipe=PooledRecipe(balanced=True, batch_size=100),
     )
     batches = problem.batches(0, 0)
-    drawn = torch.cat([next(batches).classes_BG for _ in range(30)])
+    drawn = torch.cat([next(batches)[1] for _ in range(30)])
     counts = torch.unique(drawn, dim=0, return_counts=True)[1] / len(drawn)
     assert counts.tolist() == pytest.approx([1 / 3] * 3, abs=0.04)
 

@@ -40,8 +40,8 @@ class Block:
     hidden_LFD: NDArray[np.float32]
 
 
-def blocks(features: Features, rows: NDArray[np.int64], layers: list[int], *, most_frames: int) -> Iterator[Block]:
-    """Yield the utterances in the store's order, about `most_frames` at a time; every pack is read once."""
+def blocks(features: Features, rows: NDArray[np.int64], layers: list[int]) -> Iterator[Block]:
+    """Yield the utterances in the store's order, about BLOCK_FRAMES at a time; every pack is read once."""
     reader = features.reader
     waiting: list[tuple[int, NDArray[np.float32]]] = []
     packs = np.unique(reader.pack_of[rows])
@@ -50,7 +50,7 @@ def blocks(features: Features, rows: NDArray[np.int64], layers: list[int], *, mo
         ends = np.cumsum(reader.num_frames[utterances])[:-1]
         parts = np.split(reader.own_frames(int(pack), layers), ends, axis=1)
         waiting += [(row, part) for row, part in zip(utterances.tolist(), parts, strict=True) if row in rows]
-        if pack == packs[-1] or sum(part.shape[1] for _, part in waiting) >= most_frames:
+        if pack == packs[-1] or sum(part.shape[1] for _, part in waiting) >= BLOCK_FRAMES:
             counts = np.array([part.shape[1] for _, part in waiting])
             found = np.array([row for row, _ in waiting])
             yield Block(found, np.cumsum(counts) - counts, np.concatenate([part for _, part in waiting], axis=1))
@@ -62,7 +62,7 @@ def normalisation(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean and standard deviation over all frames of the utterances, float32 (L, 1, D) each."""
     total_LD, square_LD, count = 0.0, 0.0, 0
-    for block in blocks(features, rows, layers, most_frames=BLOCK_FRAMES):
+    for block in blocks(features, rows, layers):
         # Sums in float64: variance as a difference of two sums loses most digits in float32.
         total_LD = total_LD + block.hidden_LFD.sum(1, dtype=np.float64)
         square_LD = square_LD + np.square(block.hidden_LFD, dtype=np.float64).sum(1)
@@ -88,11 +88,11 @@ def search(features: Features, split: str, layers: list[int]) -> NDArray[np.floa
     place_of_query = {row: place for place, row in enumerate(queries.tolist())}
     place_of_document = {row: place for place, row in enumerate(documents.tolist())}
     query_frames: dict[int, NDArray[np.float32]] = {}
-    for block in blocks(features, queries, layers, most_frames=BLOCK_FRAMES):
+    for block in blocks(features, queries, layers):
         parts = np.split(normalised(block), block.starts_N[1:], axis=1)
         query_frames |= {place_of_query[row]: part for row, part in zip(block.rows_N.tolist(), parts, strict=True)}
     costs_LQN = np.zeros((len(layers), len(queries), len(documents)))
-    for block in blocks(features, documents, layers, most_frames=BLOCK_FRAMES):
+    for block in blocks(features, documents, layers):
         hidden_LFD = normalised(block)
         places = [place_of_document[row] for row in block.rows_N.tolist()]
         for query, query_LTD in query_frames.items():
