@@ -20,13 +20,14 @@ def study_settings(base: Mapping[str, Any], change: Mapping[str, Any], folder: P
     for key in ("upstreams", "train", "corpora", "tasks", "features"):
         if base and not isinstance(base.get(key), dict):
             raise RetortError(f"{where}: section `{key}` is {base.get(key)!r:.60}, expected keys")
-    students = base.get("students", [])
+    students = base.get("students", [])  # they are in the base's folder, and not upstreams of the study
     settings = dict(base)
     settings["upstreams"] = {name: row for name, row in base.get("upstreams", {}).items() if name not in students}
     if design is not None:
         settings["train"] = _designed(design, base.get("train", {}), where)
         settings["students"] = [name for name in settings["train"] if name != "defaults"]
     settings = merge(settings, change)
+    # A student is trained into the study's folder, and is an upstream there.
     paths = {student: (folder / "students" / student).as_posix() for student in settings["students"]}
     settings["upstreams"] |= {student: {"source": path, "watch": path} for student, path in paths.items()}
     _leave_out_unscored(settings)
@@ -49,7 +50,7 @@ def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -
         if not names:
             raise unknown(f"student in {where}", wanted, sections)
         for seed in design["seeds"]:
-            section = sections[names[0]]
+            section = sections[names[0]]  # without the defaults, which the study's file has too
             for change in (design.get("all", {}), own):
                 section = merge(section, change)
                 if factor := section.pop("times_steps", None):

@@ -27,11 +27,13 @@ def study_stages(
     folder of the base, {} and None for a complete study. Corpora and students that the base makes from the same
     settings are copied from there.
     """
+    # Demo data are made by the main pipeline alone: the corpora of a study depend on the files of its data sets.
     made = {name: _moved_stage(stage, folder) for name, stage in stages.items() if name != "demo-data"}
     corpora = [name for name in settings["corpora"] if _same(settings, base, "corpora", name)]
     students = _shared_students(settings, base)
     made["corpus"]["foreach"] = {name: row for name, row in settings["corpora"].items() if name not in corpora}
     made["train"]["matrix"] = {"student": [name for name in settings["students"] if name not in students]}
+    # DVC refuses a foreach or a matrix without items.
     if not made["corpus"]["foreach"]:
         del made["corpus"]
     if not made["train"]["matrix"]["student"]:
@@ -56,6 +58,7 @@ def _same(settings: Mapping[str, Any], base: Mapping[str, Any], *keys: str) -> b
 
 def _shared_students(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     """Return the students that the base trains from the same targets with the same settings."""
+    # What decides the targets, and how a student is computed.
     inputs = (("teacher",), ("store",), ("upstreams", "teacher"), ("corpora", "distill"), ("machine", "train"))
     if not all(_same(settings, base, *keys) for keys in inputs):
         return []
@@ -71,10 +74,11 @@ def _moved_stage(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a stage with the paths of its settings and results below `folder`."""
     if "do" in stage:
         return {**stage, "do": _moved_stage(stage["do"], folder)}
-    moved = dict(stage) | {"wdir": os.path.relpath(".", folder)}
+    moved = dict(stage) | {"wdir": os.path.relpath(".", folder)}  # so that paths of code and data stay as they are
     for key in {"cmd", "deps", "outs", "metrics", "plots"} & moved.keys():
         moved[key] = _moved(moved[key], folder)
     if "params" in moved:
+        # DVC would look for params.yaml in `wdir`; ${…} in commands does come from the one beside dvc.yaml.
         moved["params"] = [{(folder / "params.yaml").as_posix(): moved["params"]}]
     return moved
 
