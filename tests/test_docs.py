@@ -1,4 +1,4 @@
-"""What the README and docs/ tell people to type works: blocks are run, or read by the parser that would read them.
+"""Commands and code of the README and docs/: blocks are run, or read by the parser that would read them.
 
 docs/extending.md is followed in a copy of the repository: its patches applied, its commands run. The code of
 docs/interop.md and of the README runs on a small world. Commands that need a hub model, a GPU, a cluster or s3prl are
@@ -52,7 +52,7 @@ NOT_OURS = {"torch.utils.tensorboard": "tensorboard", "mlflow": "mlflow"}
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. `file`: what the line before it says that it is, as in "`shared.yaml`:"."""
+    """One fenced block. `file`: the name that the line before it gives it, as in "`shared.yaml`:"."""
 
     page: Path
     line: int
