@@ -271,7 +271,8 @@ def write_librispeech(folder: Path, parts: list[str]) -> None:
 def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None:
     for room in ("extract", "train", "evaluate", "pipelines"):
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / ".dvcignore", tree)
+    for name in (".dvcignore", ".gitignore"):  # DVC skips a folder that git ignores
+        shutil.copy(ROOT / name, tree)
     parts = ["train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean", "test-other"]
     write_librispeech(tree / "data/librispeech/LibriSpeech", parts)
     make("wavlm-large")
@@ -285,7 +286,8 @@ def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("dvc", "init", "--no-scm", "--quiet")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    run("dvc", "init", "--quiet")
     with Repo(str(tree)) as repo:
         commands = {stage.addressing: stage.cmd for stage in repo.index.stages}
         needs = {(one.addressing, other.addressing) for one, other in repo.index.graph.edges}
