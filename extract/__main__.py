@@ -283,7 +283,7 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
 
     done = copy_store(manifest, newroot, new_manifest=new_manifest)
     click.echo(
-        f"{done.location}: {done.copied_objects} of {len(done.manifest.objects)} objects copied "
+        f"{done.manifest.location}: {done.copied_objects} of {len(done.manifest.objects)} objects copied "
         f"({done.copied_bytes / 1e6:.1f} MB), the others were there already"
         + (f"; {new_manifest} is its manifest" if new_manifest else "")
     )

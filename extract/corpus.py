@@ -128,7 +128,7 @@ class Corpus:
         return len(self.ids)
 
     def _check_table(self) -> None:
-        """Raises RetortError for columns and samples that do not fit each other: the file may be from a stranger."""
+        """Raise RetortError for columns and samples that do not fit each other: the file may be from a stranger."""
         columns: dict[str, Any] = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
         columns |= {"speaker": self.speakers} | self.labels
         if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):

@@ -123,7 +123,7 @@ def test_a_server_or_keys_that_can_not_be_used_are_one_line(
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
 
 
-def test_amazon_says_where_a_bucket_lies() -> None:
+def test_the_region_of_a_bucket_comes_from_amazon() -> None:
     for status in ("200 OK", "301 Moved", "403 Forbidden"):
         answer = reply(status=status, **{"x-amz-bucket-region": "eu-west-3"})
         server = Server(lambda number, asked, answer=answer: (answer, False))  # type: ignore[misc]

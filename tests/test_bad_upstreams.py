@@ -346,7 +346,7 @@ STRANGERS = [
 
 @pytest.mark.parametrize("row", STRANGERS, ids=lambda row: row.name)
 @pytest.mark.parametrize("line", ["run", "plan"])
-def test_a_strangers_code_does_not_run_unasked(row: Row, line: str) -> None:
+def test_untrusted_code_does_not_run_without_the_option(row: Row, line: str) -> None:
     write("teacher/stranger.py", CODE)()
     command = row.line
     if line == "plan":
@@ -355,7 +355,7 @@ def test_a_strangers_code_does_not_run_unasked(row: Row, line: str) -> None:
     assert not Path("ran").exists()
 
 
-def test_a_strangers_code_runs_when_a_user_says_so() -> None:
+def test_untrusted_code_runs_with_the_option() -> None:
     write("teacher/stranger.py", CODE)()
     change_json("teacher/config.json", "auto_map", to=AUTO_MAP)()
     done = run(f"{EXTRACT} --trust-remote-code")
@@ -378,7 +378,7 @@ def test_weights_that_are_a_program_are_not_run(trust: str) -> None:
     assert not Path("ran").exists()
 
 
-def test_a_student_is_run_with_the_users_word() -> None:
+def test_a_student_runs_with_the_option() -> None:
     before = tree()
     done = run(EXTRACT.replace("teacher", "student").replace("0,2,4", "0,2") + " --trust-remote-code")
     assert done.exit_code == 0, done.output

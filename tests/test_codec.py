@@ -257,7 +257,7 @@ def test_a_store_gives_back_every_utterance_and_its_measured_error(codec: Codec,
         assert measured["max_abs_error"] == pytest.approx(peak[layer], rel=1e-3)
 
 
-def test_int4_bytes_read_by_hand() -> None:
+def test_int4_bytes_match_the_layout() -> None:
     """Feature d is in the low half of a byte, d + D/2 in the high half; a step and a base every 32 frames."""
     hidden = normal(70, dim=4)
     codes, scale = CODECS["int4"].encode(hidden)

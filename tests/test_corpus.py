@@ -100,7 +100,7 @@ def test_a_locked_corpus_is_read_and_written(tmp_path: Path) -> None:
         file["x"] = 1
 
 
-def test_trouble_of_the_place_is_not_told_as_damage(tmp_path: Path) -> None:
+def test_errors_of_access_are_not_reported_as_damage(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=noise_utterances(2))
     (tmp_path / "loop.h5").symlink_to("loop.h5")
     (tmp_path / "folder.h5").mkdir()

@@ -32,7 +32,7 @@ from tests.train_world import student
 from train.losses import build_distiller
 from train.student_folder import save_student
 
-# WavLM's own attention passes masks of two types to torch, which warns; its result is what is tested here.
+# WavLM's attention passes masks of two types to torch, which warns; the tests compare its result.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
 
 
@@ -85,7 +85,7 @@ def test_behind_an_adapter_the_encoders_own_layers_are_kept(width: int, corpus: 
         values = Wav2Vec2FeatureExtractor()(corpus.waveform(index), sampling_rate=16_000, return_tensors="pt")
         with torch.no_grad():
             own = model(values.input_values, output_hidden_states=True)
-        assert own.last_hidden_state.shape[1] < len(encoded[-1])  # the adapter's output is another thing
+        assert own.last_hidden_state.shape[1] < len(encoded[-1])  # the output of the adapter is shorter
         expected = np.stack([*(state[0].numpy() for state in own.hidden_states[:4]), encoded[-1].numpy()])
         assert np.abs(states_LTD - expected).max() <= 1e-4
     assert "adapter" in upstream.facts.convention
@@ -244,7 +244,7 @@ def test_identity_follows_weights_config_and_normalisation_only(teacher: Path, t
     assert other.identity["config_sha256"] == here.identity["config_sha256"]
 
 
-def test_students_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_students_in_folders_of_one_name_are_different_models(tmp_path: Path) -> None:
     """AutoModel would open the second with the class of the first, because their config classes have one name."""
     for family, depth in (("layerwise", 12), ("gendistiller", 3)):
         distiller = build_distiller(student(family), targets=(2, 4, 6), teacher_dim=16, normalise=False)

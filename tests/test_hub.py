@@ -95,7 +95,7 @@ def test_a_shape_needs_no_weights(hub_home: Path, cached: Callable[[Path], None]
         ({}, "no such/hub id/at all"),
     ],
 )
-def test_without_a_network_one_line_says_where_to_place_the_files(
+def test_without_a_network_one_line_names_the_files_to_provide(
     hub_home: Path, corpus: Corpus, tmp_path: Path, environment: dict[str, str], upstream: str
 ) -> None:
     done = run_offline(
@@ -122,7 +122,7 @@ def index_of(*parts: str) -> bytes:
     return json.dumps({"weight_map": {f"w{number}": part for number, part in enumerate(parts)}}).encode()
 
 
-# Of each repository: the files that it has beside the clutter, and those that are fetched with its weights.
+# Per repository: its files beside unrelated ones, and the files that are fetched with its weights.
 ALL_FORMS: dict[str, bytes] = {
     "model.safetensors": b"one",
     "model.safetensors.index.json": index_of(*PARTS),
@@ -161,7 +161,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
                 content = files_of(parts[1])[name]
                 if body:
                     asked.append(name)
-            elif parts[1] != "models":  # what else a client may ask for
+            elif parts[1] != "models":  # other requests of a client
                 self.send_error(404)
                 return
             elif "tree" in parts:
@@ -229,7 +229,7 @@ def test_only_what_is_opened_is_fetched(
     assert there[::2] == [settings] * len(FORMS)
     assert there[1::2] == [settings | expected for _, expected in FORMS.values()]
     assert sorted(asked) == sorted(name for _, expected in FORMS.values() for name in [*settings, *expected])
-    cached(tmp_path)  # what was fetched is found again without the hub, and is what is opened
+    cached(tmp_path)  # fetched files are found again without the hub
     for form, (_, expected) in FORMS.items():
         folder = folder_of(f"somebody/{form}", None, weights=True)
         assert {path.name for path in weights_files(folder, {})} == expected - {"modeling_other.py"}

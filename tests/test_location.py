@@ -267,7 +267,7 @@ def test_a_mirror_into_a_folder_killed_half_way_goes_on(s3: S3, long_store: Stor
     prefix = f"/features/stores/{long_store.folder.relative_to(long_store.settings.store)}/"
     fetched = {name.removeprefix(prefix) for name in s3.requests("GET", "/hidden/c/")}
     assert not fetched & kept and fetched
-    assert contents(back) == contents(long_store.folder)  # and no half file is left
+    assert contents(back) == contents(long_store.folder)  # and no temporary file is left
 
 
 class Stopped(BaseException):
@@ -413,13 +413,13 @@ def test_a_damaged_source_and_a_cache_that_is_no_folder_are_one_line(
         StoreReader.open(tmp_path / "far.json").pooled()
 
 
-def test_what_needs_a_folder_says_so(s3: S3, store: Store) -> None:
+def test_a_store_at_a_url_has_no_folder(s3: S3, store: Store) -> None:
     far = mirror(store.manifest, s3.root).manifest
     with pytest.raises(RetortError, match=r"s3://features/.*; copy it with `python -m extract mirror`"):
         _ = far.folder
 
 
-def test_the_command_says_what_it_did(s3: S3, store: Store, tmp_path: Path) -> None:
+def test_the_command_prints_its_work(s3: S3, store: Store, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "extract", "mirror", str(store.manifest), s3.root]
     said = subprocess.run(
         [*command, "--manifest", str(tmp_path / "far.json")], cwd=ROOT, capture_output=True, text=True

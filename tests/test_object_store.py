@@ -65,7 +65,7 @@ def test_a_read_outlives_a_fault(
     RemoteLocation("s3://bucket/store").fetch("x", tmp_path / "x", EXPECTED)
     assert (tmp_path / "x").read_bytes() == DATA
     asked = sorted(request.span[0] for request in server.asked)
-    # What has arrived isn't asked for again.
+    # Bytes that have arrived are not requested again.
     assert asked == starts if starts else len(asked) == 3 and 0 < asked[1] < asked[2] == PART
 
 
@@ -143,10 +143,10 @@ def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
             return reply(b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"), True
         second = "partNumber=2" in asked.line
         if interrupted and second:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C amid the upload: Python gives it to the main thread
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C during the upload, delivered to the main thread
             signalled.set()
         elif interrupted and "partNumber" in asked.line:
-            signalled.wait(30)  # or all parts might be through before the second one is
+            signalled.wait(30)  # otherwise all parts could finish before the second signal
         return reply(status="403 Forbidden" if second and not interrupted else "200 OK"), True
 
     server = serve(answer)
@@ -158,7 +158,7 @@ def test_an_upload_that_fails_or_is_interrupted_is_taken_back(
     assert interrupted or re.match("s3://bucket/store/x: .*403 Forbidden", str(stopped.value))
     asked = [request.line.split()[:2] for request in server.asked]
     parts = [request for request in server.asked if "partNumber" in request.line]
-    digest = hashlib.sha256(bytes(PART)).hexdigest()  # the server compares it with what has arrived
+    digest = hashlib.sha256(bytes(PART)).hexdigest()  # the server compares it with the bytes received
     assert {request.headers["x-amz-content-sha256"] for request in parts} == {digest}
     assert ["DELETE", "/bucket/store/x?uploadId=7"] in asked
     assert ["POST", "/bucket/store/x?uploadId=7"] not in asked, "never completed, so never visible"

@@ -169,7 +169,7 @@ def test_the_manifest_records_how_utterances_were_batched(config: ExtractConfig)
     assert "padded" in CliRunner().invoke(main, ["info", str(config.manifest)]).output
 
 
-def test_a_store_of_utterances_run_one_by_one_says_so(
+def test_a_manifest_records_utterances_run_one_by_one(
     config: ExtractConfig, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A batch norm under an unknown name before the positional convolution leaks padding."""

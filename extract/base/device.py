@@ -17,7 +17,7 @@ def named_device(name: str, *, expected: str) -> torch.device:
 
 
 def check_there(device: torch.device, *, or_else: str = "") -> None:
-    """Raises RetortError for a CUDA device that this machine does not have. or_else: text of another remedy."""
+    """Raise RetortError for a CUDA device that this machine does not have. or_else: text of another remedy."""
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RetortError(
             f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu{or_else}"

@@ -122,13 +122,13 @@ def is_plain(text: str) -> bool:
 
 
 def check_name(name: str, *, where: str) -> None:
-    """Raises RetortError for a name that is not one part of a path: it could lead out of the folder it is for."""
+    """Raise RetortError for a name that is not one part of a path: it could lead out of the folder it is for."""
     if name in (".", "..") or not is_plain(name) or re.search(r"[/\\]", name):
         raise RetortError(f"{where}: got {name!r}, expected a plain name without slashes")
 
 
 def check_below(path: str, *, where: str) -> None:
-    """Raises RetortError for a path that is absolute or leads upwards."""
+    """Raise RetortError for a path that is absolute or leads upwards."""
     for part in path.split("/"):
         if part in (".", "..") or not is_plain(part) or "\\" in part:
             raise RetortError(f"{where}: got {path!r}, expected a path below the root, without `..`")

@@ -257,7 +257,7 @@ class _FetchingStore(LocalStore):
 
 
 def check_sizes(objects: Mapping[str, Expected], location: "Location | CachedLocation", *, source: object) -> None:
-    """Raises RetortError unless all `objects` are at `location` with their sizes; `source` names the manifest."""
+    """Raise RetortError unless all `objects` are at `location` with their sizes; `source` names the manifest."""
     found = {name: location.size(name) for name in objects}
     if not any(found.values()):
         raise RetortError(
@@ -273,7 +273,7 @@ def check_sizes(objects: Mapping[str, Expected], location: "Location | CachedLoc
 
 
 def check_bytes(file: Path, expected: Expected, *, what: str) -> None:
-    """Raises RetortError if a file differs from the expected size or digest; `what` names the object."""
+    """Raise RetortError if a file differs from the expected size or digest; `what` names the object."""
     if (size := file.stat().st_size) != expected[0]:  # before the digest, which reads all bytes
         _compare(expected, size, "", what=what)
     _compare(expected, size, sha256_file(file), what=what)

@@ -51,7 +51,7 @@ def is_object(name: str) -> bool:
 
 
 def check_keep(keep: frozenset[str]) -> None:
-    """Raises RetortError for a `--keep` that a store cannot have."""
+    """Raise RetortError for a `--keep` that a store cannot have."""
     if odd := keep - KEEP:
         raise unknown("--keep", min(odd), KEEP)
     if "pooled" not in keep:

@@ -37,10 +37,9 @@ _AT_ONCE = 4  # concurrent copies; one connection to an object store is slower t
 
 @dataclass(frozen=True)
 class Mirrored:
-    """Result of a mirror: the manifest of the new root, the location of the store, and the amount copied."""
+    """Result of a mirror: the manifest of the new root, and the amount copied."""
 
     manifest: Manifest
-    location: Location
     copied_objects: int
     copied_bytes: int
 
@@ -75,11 +74,11 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
     target.write(MANIFEST_NAME, json_text(new.to_dict()).encode())
     if new_manifest:
         write_json(new_manifest, _with_initial_weights(old, new, manifest, new_manifest).to_dict())
-    return Mirrored(new, target, len(missing), sum(old.objects[name][0] for name in missing))
+    return Mirrored(new, len(missing), sum(old.objects[name][0] for name in missing))
 
 
 def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
-    """Raises RetortError for a target that is the source, or has a finished store of the same name and other bytes."""
+    """Raise RetortError for a target that is the source, or has a finished store of the same name and other bytes."""
     same = (
         source.folder.resolve() == target.folder.resolve()
         if isinstance(source, LocalLocation) and isinstance(target, LocalLocation)

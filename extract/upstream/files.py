@@ -102,7 +102,7 @@ def _parts_of(folder: Path, index: str) -> list[str]:
 
 
 def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> None:
-    """Raises RetortError for quantised weights and for a PEFT adapter, which only some machines would apply."""
+    """Raise RetortError for quantised weights and for a PEFT adapter, which only some machines would apply."""
     if config.get("quantization_config") is not None:
         raise RetortError(
             f"upstream {upstream}: {folder / 'config.json'} has a quantization_config, expected fp32 weights; give the "
@@ -138,7 +138,7 @@ def own_normalisation(folder: Path) -> bool:
 
 
 def check_preprocessor(upstream: str, folder: Path) -> None:
-    """Raises RetortError for a preprocessor whose input is not a 16 kHz mono waveform."""
+    """Raise RetortError for a preprocessor whose input is not a 16 kHz mono waveform."""
     for where, settings in _preprocessors(folder).items():
         kind = settings.get("feature_extractor_type", _EXTRACTOR)
         if kind != _EXTRACTOR:

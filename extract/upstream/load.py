@@ -121,7 +121,7 @@ def _in_fp32(upstream: Transformer) -> Iterator[None]:
 
 
 def _check_formula(upstream: Transformer, name: str) -> None:
-    """Raises RetortError if the model's own formula of frames differs from `count_frames`, which all readers use."""
+    """Raise RetortError if the model's own formula of frames differs from `count_frames`, which all readers use."""
     formula = getattr(upstream.model, "_get_feat_extract_output_lengths", None)
     if formula is None:
         return  # a student has none; `_check_shapes` compares the frames of its output
