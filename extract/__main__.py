@@ -126,7 +126,7 @@ def run(**options: Any) -> None:
     from extract.base.malloc import keep_freed_blocks
     from extract.run import extract
 
-    keep_freed_blocks()
+    keep_freed_blocks()  # before torch allocates anything
     config = _config(**options)
     _print_made(config.manifest, *extract(config))
 

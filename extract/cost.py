@@ -49,10 +49,10 @@ class CostConfig:
     extract: ExtractConfig
     sample_s: float = 60.0  # seconds of audio to time the upstream on; 0 for no timing
     rate: float | None = None  # seconds of audio per second; None to time a sample
-    read_mb_s: float = 500.0
-    write_mb_s: float = 200.0
+    read_mb_s: float = 500.0  # MB/s: one process, uncompressed chunks, local disk; these two are the slow end
+    write_mb_s: float = 200.0  # MB/s: through zarr-python, one shard at a time
     student_layers: tuple[int, ...] | None = None  # that a student reads every epoch; None for all kept ones
-    student_epochs: int = 0
+    student_epochs: int = 0  # 0: no comparison of an online teacher with the cache
 
     def __post_init__(self) -> None:
         for name in ("rate", "read_mb_s", "write_mb_s"):
@@ -68,10 +68,10 @@ class Size:
 
     packing: Packing
     spec: UpstreamSpec
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # kept ones
     keep: frozenset[str]
     audio_s: float  # of the utterances that are kept
-    mean_pack_s: float
+    mean_pack_s: float  # seconds of audio
 
     @classmethod
     def of(cls, config: ExtractConfig, corpus: Corpus) -> "Size":
@@ -122,9 +122,9 @@ class Size:
 class Times:
     """Seconds over the whole corpus, as the docstring of the module defines them."""
 
-    teacher_s: float
-    extraction_s: float
-    reading_s: float
+    teacher_s: float  # each epoch with an online teacher
+    extraction_s: float  # once
+    reading_s: float  # each epoch from the cache
 
     @classmethod
     def of(
@@ -169,7 +169,7 @@ def measure_rate(
     started = time.perf_counter()
     for batch in waveforms:
         upstream.hidden_states(batch, layers)
-    elapsed_s = time.perf_counter() - started
+    elapsed_s = time.perf_counter() - started  # outputs are numpy arrays, so a GPU has finished
     return sum(len(waveform) for batch in waveforms for waveform in batch) / SAMPLE_RATE_HZ / elapsed_s
 
 
@@ -178,7 +178,7 @@ def free_bytes(root: str) -> int | None:
     if "://" in root:
         return None
     folder = in_main_tree(root).absolute()
-    while not folder.exists():
+    while not folder.exists():  # ends at the root of the file system
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
@@ -258,7 +258,7 @@ def _print_codecs(console: "Console", config: CostConfig, size: Size, rate: floa
         sizes = [size.layer_bytes(codec) if frames else 0, *[size.stem_bytes(codec)] * stem, disk]
         cells = [as_bytes(count) for count in (*sizes, disk // max(1, size.packing.num_shards))]
         if rate is None:
-            cells += ["?", "?", "?"]
+            cells += ["?", "?", "?"]  # times need a rate
         else:
             times = _times(config, size, codec, rate)
             epochs = "never" if times.break_even_epochs is None else f"{times.break_even_epochs:.2f}"

@@ -39,7 +39,7 @@ class DaskRunner:
     def __init__(self, config: ExtractConfig, card: UpstreamCard) -> None:
         self.config = config
         self.card = replace(card, folder=card.folder and card.folder.resolve())
-        self._started = ExitStack()
+        self._started = ExitStack()  # holds the pool, if a store needed it
 
     @cached_property
     def pool(self) -> DaskPool:

@@ -40,7 +40,7 @@ def read_configs(params: Path, name: str, *, corpora: Path, out: Path, **options
     features = convert(dict[str, str], read_section(params, "features"), where=f"{params}: features")
     if not features:
         raise RetortError(f"{params}: features: expected at least one corpus, such as `librispeech: frames,pooled`")
-    known = read_params(params).get("corpora", features)
+    known = read_params(params).get("corpora", features)  # a params file without `corpora` has corpora from elsewhere
     if odd := [corpus for corpus in features if corpus not in known]:
         raise unknown(f"corpus in {params}: features:", odd[0], known)
     store = parse(StoreParams, read_section(params, "store"), where=f"{params}: store")

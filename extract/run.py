@@ -47,7 +47,7 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
         check_out(config.manifest, "--manifest")
     if not is_url(root := root_text(first.store)):
         check_out(in_main_tree(root), "--store", folder_with=".")  # the root may hold anything else
-    corpora = [Corpus.open(config.corpus) for config in configs]
+    corpora = [Corpus.open(config.corpus) for config in configs]  # all, so that errors come before any work
     card = find_upstream(first.upstream, revision=first.revision, normalise=first.normalise, name=first.name)
     _check_initial_blocks(first, card)
     with _runner(first, card) as runner:
@@ -58,13 +58,14 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
 def _extract(config: ExtractConfig, card: UpstreamCard, corpus: Corpus, runner: ShardRunner) -> tuple[Manifest, bool]:
     manifest, worked = _finished(config, card, corpus), False
     if manifest is None:
+        # Packing needs lengths and config.json alone: its errors come before the upstream is loaded.
         manifest, worked = make_store(Extraction.open(config, card, corpus), runner), True
     if config.initial_blocks:
         record = _kept_initial_weights(config, manifest.fingerprint)
         if record is None:
             record, worked = runner.write_initial_weights(config), True
         manifest = replace(manifest, initial_weights=record)
-    write_json(config.manifest, manifest.to_dict())
+    write_json(config.manifest, manifest.to_dict())  # last: what it records is complete
     return manifest, worked
 
 
@@ -121,7 +122,7 @@ def _kept_initial_weights(config: ExtractConfig, fingerprint: str) -> dict[str, 
 def make_store(extraction: Extraction, runner: ShardRunner) -> Manifest:
     """Write what is missing of a store; return its manifest, which the store holds too."""
     card, corpus, writer = extraction.card, extraction.corpus, extraction.writer
-    facts = runner.open(extraction)
+    facts = runner.open(extraction)  # before any file is written: an upstream that fails leaves no store
     writer.create()
     shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
     total_s = sum(map(extraction.shard_s, shards))
@@ -146,12 +147,12 @@ def _remarks(facts: UpstreamFacts) -> list[str]:
 
 
 def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
-    """Return the manifest of an unfinished store; its writer fills in objects, digest and codec error."""
+    """Return the manifest of an unfinished store."""
     config, card, corpus, writer = extraction.config, extraction.card, extraction.corpus, extraction.writer
     spec = extraction.spec
     return Manifest(
         format_version=FORMAT_VERSION,
-        complete=False,
+        complete=False,  # set by `StoreWriter.finish`, which also fills in objects, digest and codec_error
         fingerprint=config.fingerprint(card.identity),
         digest="",
         upstream=card.to_dict() | {"num_parameters": facts.num_parameters},
