@@ -173,7 +173,7 @@ CONFIGS = {
 
 
 def assert_gives(loaded: Upstream, spec: UpstreamSpec) -> None:
-    """What a loaded upstream returns has the dimensions of the spec, frames at both ends of a hop included."""
+    """Check the shape of a loaded upstream's output against the spec, at both ends of a hop."""
     for num_samples, num_frames in (
         (spec.receptive_samples, 1),
         (spec.receptive_samples + spec.hop_samples - 1, 1),
