@@ -135,10 +135,12 @@ class Transcription(ABC, Generic[H]):
             columns = [features.labels(label, indices) for label in self.labels]
             values = zip(indices.tolist(), *columns, strict=True)
             references[split] = {row: self.symbols(*labels) for row, *labels in values}
+            # A reference of length 0 has no error rate; a whole split of them is a missing label column.
             if not any(references[split].values()):
                 raise RetortError(
                     f"corpus {features.corpus.name}: label {self.labels[0]!r} is empty for the whole split {split!r}"
                 )
+        # From training alone: symbols of dev and test that training lacks become <unk>, hence errors.
         vocabulary = Vocabulary.of(references["train"].values())
         splits = {
             split: Transcripts(
@@ -181,10 +183,10 @@ class Transcription(ABC, Generic[H]):
         return F.ctc_loss(
             self.logits(head, mixed_FD, batch.frames, batch.noise).log_softmax(-1).transpose(0, 1),  # (T, B, C)
             batch.labels_BS,
-            batch.frames.num_frames_B // self.stack,
+            batch.frames.num_frames_B // self.stack,  # frames of the logits
             batch.num_labels_B,
             blank=BLANK,
-            zero_infinity=True,
+            zero_infinity=True,  # loss and gradient of an utterance without a path
         )
 
     def measure(self, heads: Sequence[H], split: str, pool: HeadPool) -> list[Metrics]:
@@ -203,6 +205,7 @@ class Transcription(ABC, Generic[H]):
     @torch.no_grad()  # applies to this thread only, hence not around the pool's work
     def _decode(self, head: H, *, hidden_LFD: Tensor, frames: Ragged) -> list[list[str]]:
         """Return the head's hypothesis for each utterance."""
+        # Greedy decoding: no language model, no beam.
         best_BT = self.logits(head, head.sum_layers(hidden_LFD), frames, Noise()).argmax(-1)
         counts = (frames.num_frames_B // self.stack).tolist()
         return [self.vocabulary.decode(best_T[:count]) for best_T, count in zip(best_BT, counts, strict=True)]
@@ -243,8 +246,8 @@ class RecurrentRecipe(FrameRecipe):
     """
 
     projection: int = 1024
-    hidden: int = 1024
-    depth: int = 2
+    hidden: int = 1024  # units of each LSTM and direction
+    depth: int = 2  # bidirectional LSTMs
     dropout: float = 0.2
     head_hop_samples: int = 0
     time_masks: int = 2
@@ -252,7 +255,7 @@ class RecurrentRecipe(FrameRecipe):
     time_mask_ratio: float = 0.0
     most_time_masks: int = 20
     feature_masks: int = 4
-    feature_mask_width: int = 50
+    feature_mask_width: int = 50  # features, exclusive
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,6 +303,7 @@ def masked(lengths_B: Tensor, size: int, *, masks: int, width: int, generator: t
     Interspeech 2019; sizes as the reference toolkit's).
     """
     shape = (len(lengths_B), masks)
+    # Drawn for all M masks of all utterances at once, as floats, and rounded down.
     span_BM = (torch.rand(shape, generator=generator) * width).floor().minimum(lengths_B[:, None])
     start_BM = (torch.rand(shape, generator=generator) * (lengths_B[:, None] - span_BM + 1)).floor()
     place_T = torch.arange(size)
@@ -322,8 +326,10 @@ def draw_noise(
         generator=generator,
     )
     own_BT = torch.arange(longest) < num_frames_B[:, None]  # without padding: selects the F frames in order
+    # An entry is kept if neither its frame nor its feature is masked: (B, T, 1) | (B, 1, D), then rows to F.
     features_FD = (~(time_BT[..., None] | feature_BD[:, None])[own_BT]).float()
     shape = (len(num_frames_B), longest // stack, 2 * recipe.hidden)
     keep = 1 - recipe.dropout
+    # Inverted dropout: what is kept is scaled, so that evaluation needs no factor. One mask for each LSTM's output.
     kept = tuple((torch.rand(shape, generator=generator) < keep) / keep for _ in range(recipe.depth))
     return Noise(features_FD, kept)

@@ -49,6 +49,7 @@ def blocks(features: Features, rows: NDArray[np.int64], layers: list[int]) -> It
         utterances = reader.utterances_of(int(pack))
         ends = np.cumsum(reader.num_frames[utterances])[:-1]
         parts = np.split(reader.own_frames(int(pack), layers), ends, axis=1)
+        # A pack may hold utterances of other splits; they are read with it and dropped.
         waiting += [(row, part) for row, part in zip(utterances.tolist(), parts, strict=True) if row in rows]
         if pack == packs[-1] or sum(part.shape[1] for _, part in waiting) >= BLOCK_FRAMES:
             counts = np.array([part.shape[1] for _, part in waiting])
@@ -69,7 +70,7 @@ def normalisation(
         count += block.hidden_LFD.shape[1]
     mean_LD = np.asarray(total_LD) / count
     variance_LD = (np.asarray(square_LD) - count * mean_LD**2) / max(1, count - 1)
-    deviation_LD = np.sqrt(np.maximum(variance_LD, 1e-18))
+    deviation_LD = np.sqrt(np.maximum(variance_LD, 1e-18))  # a constant feature is divided by 1e-9, not by 0
     return mean_LD[:, None].astype(np.float32), deviation_LD[:, None].astype(np.float32)
 
 
@@ -91,6 +92,7 @@ def search(features: Features, split: str, layers: list[int]) -> NDArray[np.floa
     for block in blocks(features, queries, layers):
         parts = np.split(normalised(block), block.starts_N[1:], axis=1)
         query_frames |= {place_of_query[row]: part for row, part in zip(block.rows_N.tolist(), parts, strict=True)}
+    # All queries stay in memory; documents, which are longer, pass by once.
     costs_LQN = np.zeros((len(layers), len(queries), len(documents)))
     for block in blocks(features, documents, layers):
         hidden_LFD = normalised(block)
@@ -99,8 +101,10 @@ def search(features: Features, split: str, layers: list[int]) -> NDArray[np.floa
             if query_LTD.shape[1] < SHORTEST_QUERY_FRAMES:
                 continue
             for layer in range(len(layers)):
+                # Distances of a query's frames to every frame of the block are scaled for each document alone.
                 distance_TF = row_min_max(distances(query_LTD[layer], hidden_LFD[layer]), block.starts_N)
                 costs_LQN[layer, query, places] = subsequence_costs(distance_TF, block.starts_N)
+    # Z-scores for each query, so that one threshold serves queries of all lengths.
     centred_LQN = costs_LQN.mean(-1, keepdims=True) - costs_LQN
     return np.asarray(centred_LQN / np.maximum(costs_LQN.std(-1, keepdims=True), 1e-9))
 
@@ -154,7 +158,7 @@ def score(features: Features, recipe: QbeRecipe, session: TaskSession) -> SweepR
     scorer = MtwvScorer.of(features, "dev")
     dev = [float(scorer.mtwv(scores_QN)) for scores_QN in search(features, "dev", layers)]
     session.advance(0.9)
-    best = int(np.argmax(dev))
+    best = int(np.argmax(dev))  # of equal layers the lowest
     scorer = MtwvScorer.of(features, "test")
     dropped = features.corpus.metadata.get("dropped", {})
     wider = scorer.num_queries - int((scorer.num_holding_Q > 0).sum())

@@ -80,13 +80,14 @@ def permutation_free_loss(logits_BTS: Tensor, labels_BTS: Tensor, num_frames_B: 
     sum_b min_order mean_s sum_t BCE(logits[b, t, s], labels[b, t, order(s)]) / sum_b T_b. Source: permutation-free loss
     of Fujita et al., Interspeech 2019.
     """
-    own_BT1 = (torch.arange(logits_BTS.shape[1]) < num_frames_B[:, None])[..., None]
+    own_BT1 = (torch.arange(logits_BTS.shape[1]) < num_frames_B[:, None])[..., None]  # False on padding
     losses_B = [
         (F.binary_cross_entropy_with_logits(logits_BTS, labels_BTS[..., list(order)], reduction="none") * own_BT1)
-        .sum(1)
-        .mean(1)
+        .sum(1)  # over frames: (B, S)
+        .mean(1)  # over speakers: (B,)
         for order in itertools.permutations(range(SPEAKERS))
     ]
+    # The order is chosen for each chunk alone: speakers have no identity across chunks.
     return torch.stack(losses_B).amin(0).sum() / num_frames_B.sum()
 
 
@@ -144,6 +145,7 @@ class Diarization:
             labels = [
                 torch.from_numpy(part_TS)
                 for row in rows_B.tolist()
+                # The same cuts as those of the hidden states, so that chunk k has labels k.
                 for part_TS in np.split(self.labels[row], self._cuts(row)[1:-1])
             ]
             yield FrameBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
@@ -182,6 +184,7 @@ class Diarization:
                 for row, group in itertools.groupby(parts, key=lambda part: part[0]):
                     own[row] = np.concatenate([probability_TS[:count] for _, probability_TS, count in group])
 
+        # Decisions of a recording are joined over its chunks before the median filter, which crosses their borders.
         def grid(own: dict[int, NDArray[np.float32]]) -> dict[tuple[float, int], Metric]:
             references = [self.references[row] for row in own]
             return {
@@ -203,9 +206,10 @@ class Diarization:
         parts = []
         utterances = torch.split(hidden_LFD, self.store.num_frames[rows_B].tolist(), 1)
         for row, own_LFD in zip(rows_B.tolist(), utterances, strict=True):
-            if self.stack > 1:
+            if self.stack > 1:  # two frames of 10 ms, for example, are averaged to one of 20 ms
                 count = max(1, own_LFD.shape[1] // self.stack)
                 own_LFD = torch.unflatten(own_LFD[:, : count * self.stack], 1, (count, self.stack)).mean(2)
+            # Labels count from samples, frames from the receptive field: the last frame stands for what is missing.
             at_F = (torch.arange(int(self.num_frames[row])) // self.repeat).clamp(max=own_LFD.shape[1] - 1)
             parts.append(own_LFD[:, at_F])
         cuts = {row: self._cuts(row) for row in rows_B.tolist()}

@@ -39,6 +39,7 @@ def encode(text: str, slots: str) -> list[str]:
     if len(words) != len(types):
         raise RetortError(f"{text!r} has {len(words)} words and {len(types)} slots ({slots!r}); expected one a word")
     symbols: list[str] = []
+    # Words of one slot type in a row are one value: a value is compared as a whole.
     for kind, group in itertools.groupby(zip(types, words, strict=True), key=itemgetter(0)):
         spoken = " ".join("AND" if word == "&" else word for _, word in group if word not in PUNCTUATION)
         if spoken:
@@ -55,7 +56,7 @@ def read_slots(symbols: Sequence[str]) -> Slots:
     """
     slots, read = [], 0
     for place, symbol in enumerate(symbols):
-        kind = symbol.removeprefix(BEGIN)
+        kind = symbol.removeprefix(BEGIN)  # the symbol itself if it begins no slot
         if place < read or kind == symbol or END + kind not in symbols[place:]:
             continue
         read = symbols.index(END + kind, place)
