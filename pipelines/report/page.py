@@ -17,7 +17,7 @@ from pipelines.report import charts, text
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
 from pipelines.report.graph import Stage, draw_stages
 from pipelines.report.published import published_table
-from pipelines.report.results import COMPARE, Results, Upstream, merged_versions
+from pipelines.report.results import Results, Upstream, merged_versions
 from pipelines.report.table import (
     NONE,
     TASKS,
@@ -191,7 +191,7 @@ def _similarity(results: Results) -> dict[str, Any]:
     for upstream, run in results.students:
         found = upstream.comparison
         if found is None:
-            notes.append(f"{upstream.name}: not compared; make it with `dvc repro {COMPARE / upstream.name}.json`")
+            notes.append(f"{upstream.name}: not compared; run stage compare@{upstream.name} (`dvc repro` runs all)")
         elif found.problem:
             notes.append(f"{upstream.name} can’t be compared with its teacher: {found.problem}")
         else:

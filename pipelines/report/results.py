@@ -14,6 +14,7 @@ from typing import Literal
 from evaluate.scorefile import ScoreFile
 from evaluate.table import Scores, check_sizes, gather, summarise, terms_of, without_scale
 from extract.base.errors import RetortError
+from extract.base.files import read_json
 from extract.measures import CompareFile, SpeedFile, UpstreamSpeed
 from extract.store.manifest import Manifest
 from train.metrics import RunMetrics
@@ -74,7 +75,7 @@ def read_results(
     do not belong together.
     """
     tasks = tuple(tasks)
-    teacher = Manifest.read(_existing(root / TARGETS))
+    teacher = Manifest.read(root / TARGETS)
     rows: list[tuple[Kind, Iterable[str]]] = [
         ("teacher", [TEACHER]), ("student", students), ("model", models), ("baseline", [BASELINE]),
     ]  # fmt: skip
@@ -110,14 +111,8 @@ def read_results(
     )
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise RetortError(f"{path} is missing; make it with `dvc repro {path}`")
-    return path
-
-
 def _read_score(root: Path, upstream: str, task: str) -> ScoreFile:
-    path = _existing(root / "scores" / upstream / f"{task}.json")
+    path = root / "scores" / upstream / f"{task}.json"
     score = ScoreFile.read(path)
     for name, expected in (("task", task), ("upstream", upstream)):
         if (found := getattr(score, name)) != expected:
@@ -126,12 +121,12 @@ def _read_score(root: Path, upstream: str, task: str) -> ScoreFile:
 
 
 def _read_run(root: Path, student: str, teacher: Manifest) -> RunMetrics:
-    _existing(root / "students" / student / "config.json")
-    run = RunMetrics.read(_existing(root / "runs" / student / "metrics.json"))
+    read_json(root / "students" / student / "config.json")  # raises if the student was deleted
+    run = RunMetrics.read(root / "runs" / student / "metrics.json")
     if run.teacher != teacher.fingerprint:
         raise RetortError(
             f"student {student} was trained from teacher store {run.teacher[:12]}, {TARGETS} names "
-            f"{teacher.fingerprint[:12]}; train it again with `dvc repro train@{student}`"
+            f"{teacher.fingerprint[:12]}; train it again: stage train@{student} (`dvc repro` runs all)"
         )
     return run
 
@@ -172,13 +167,15 @@ def _read_measures(
     notes = []
     speed = SpeedFile.read(root / SPEED) if (root / SPEED).is_file() else None
     if missing := names if speed is None else [name for name in names if name not in speed.upstreams]:
-        notes.append(f"no speed of {', '.join(missing)}: measure it with `dvc repro {SPEED}`")
+        notes.append(f"no speed of {', '.join(missing)}: run stage speed (`dvc repro` runs all)")
     comparisons = {}
     for path in sorted((root / COMPARE).glob("*.json")):
         found = CompareFile.read(path)
         digests = {score.store_digest for score in scores.get(path.stem, {}).values() if score.corpus == found.corpus}
         if digests and found.student_digest not in digests:
-            notes.append(f"{COMPARE / path.name} is out of date: make it again with `dvc repro {COMPARE / path.name}`")
+            notes.append(
+                f"{COMPARE / path.name} is out of date: run stage compare@{path.stem} again (`dvc repro` runs all)"
+            )
         else:
             comparisons[path.stem] = found
     return speed, comparisons, tuple(notes)
