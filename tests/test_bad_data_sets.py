@@ -215,7 +215,7 @@ OTHERS = [
         change_params("upstreams: {", "upstreams: 3 # {"),
     ),
     command("pipelines report --config none", "none does not exist; give the params file"),
-    command("pipelines report", "manifests/targets/distill.json is missing.*dvc repro"),
+    command("pipelines report", "manifests/targets/distill.json does not exist.*dvc repro"),
     command("pipelines report --out params.yaml", "'params.yaml' is a file"),
     Row("report section", "pipelines report", "has no section `report`", change_params("report:", "repot:")),
     Row("report key", "pipelines report", "unknown key .*'spead'", change_params("  speed: {", "  spead: {")),
