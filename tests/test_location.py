@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
 from extract.run import extract
 from extract.store.location import CachedLocation
+from extract.store.manifest import Manifest
 from extract.store.mirror import mirror
 from extract.store.reader import StoreReader
 from extract.store.writer import StoreWriter
@@ -43,18 +44,18 @@ def s3(tmp_path: Path) -> Iterator[S3]:
 class Store:
     """A small finished store in a folder, and the config that makes it."""
 
-    settings: ExtractConfig
+    config: ExtractConfig
     folder: Path  # of the store itself
 
     @property
     def manifest(self) -> Path:
-        return self.settings.manifest
+        return self.config.manifest
 
 
 @pytest.fixture(scope="module")
 def store(teacher: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("local")
-    settings = ExtractConfig(
+    config = ExtractConfig(
         upstream=str(teacher),
         corpus=corpus.path,
         store=folder / "stores",
@@ -63,8 +64,8 @@ def store(teacher: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
         shard_packs=1,
         initial_blocks=1,
     )
-    manifest, _ = extract(settings)
-    return Store(settings, manifest.folder)
+    manifest, _ = extract(config)
+    return Store(config, manifest.folder)
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -200,12 +201,12 @@ def test_mirroring_again_copies_nothing_and_mends_what_is_damaged(s3: S3, store:
     for root in (s3.root, str(tmp_path / "there")):
         assert mirror(store.manifest, root).copied_objects == len(StoreReader.open(store.manifest).manifest.objects)
         assert mirror(store.manifest, root).copied_objects == 0
-    there = tmp_path / "there" / store.folder.relative_to(store.settings.store)
+    there = tmp_path / "there" / store.folder.relative_to(store.config.store)
     (there / "hidden/c/1/0/0/0").write_bytes(bytes((there / "hidden/c/1/0/0/0").stat().st_size))
     (there / "index/ids/zarr.json").unlink()
     assert mirror(store.manifest, str(tmp_path / "there")).copied_objects == 2
     assert contents(there) == contents(store.folder)
-    s3.remove(f"{store.folder.relative_to(store.settings.store)}/hidden/c/1/0/0/0")
+    s3.remove(f"{store.folder.relative_to(store.config.store)}/hidden/c/1/0/0/0")
     assert mirror(store.manifest, s3.root).copied_objects == 1
 
 
@@ -214,7 +215,7 @@ def long_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Store
     """A store of some dozens of shards, for kills in the middle."""
     folder = tmp_path_factory.mktemp("long")
     write_corpus(folder / "long.h5", name="long", reader="folder", utterances=noise_utterances(30, shortest=20_000))
-    settings = ExtractConfig(
+    config = ExtractConfig(
         upstream=str(teacher),
         corpus=folder / "long.json",
         store=folder / "stores",
@@ -222,19 +223,30 @@ def long_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Store
         pack_frames=128,
         shard_packs=1,
     )
-    manifest, _ = extract(settings)
+    manifest, _ = extract(config)
     assert manifest.plan["num_shards"] > 20
-    return Store(settings, manifest.folder)
+    return Store(config, manifest.folder)
+
+
+def killed_mirror(manifest: Path, roots: Iterable[str], written: Callable[[str], int]) -> str:
+    """Kill a mirror to one root after another, each after three shards, until a kill lands within the copy.
+
+    On a busy machine a copy may end before it is killed. written: counts the shards at a root. Returns the root.
+    """
+    num_shards = Manifest.read(manifest).plan["num_shards"]
+    for root in roots:
+        command = [sys.executable, "-m", "extract", "mirror", str(manifest), root]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and written(root) < 3:
+            time.sleep(0.002)
+        process.kill()
+        if process.wait() == -signal.SIGKILL and written(root) < num_shards:
+            return root
+    raise AssertionError("every copy ended before it was killed")
 
 
 def test_a_mirror_killed_half_way_goes_on(s3: S3, long_store: Store, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "extract", "mirror", str(long_store.manifest), s3.root]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while len(s3.requests("PUT", "/shards/")) < 3:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed_mirror(long_store.manifest, [s3.root], lambda root: len(s3.requests("PUT", "/shards/")))
     before = s3.objects()
     assert not any(name.endswith("manifest.json") for name in before)
     finished = {name for name in before if "/shards/" in name}
@@ -252,24 +264,16 @@ def test_a_mirror_killed_half_way_goes_on(s3: S3, long_store: Store, tmp_path: P
 
 def test_a_mirror_into_a_folder_killed_half_way_goes_on(s3: S3, long_store: Store, tmp_path: Path) -> None:
     mirror(long_store.manifest, s3.root, new_manifest=tmp_path / "far.json")
-    path = long_store.folder.relative_to(long_store.settings.store)
+    path = long_store.folder.relative_to(long_store.config.store)
     chunks = {name for name in contents(long_store.folder) if name.startswith("hidden/c/")}
-    for attempt in range(10):  # on a busy machine a copy may end before it is killed
-        root = tmp_path / f"back-{attempt}"
-        command = [sys.executable, "-m", "extract", "mirror", str(tmp_path / "far.json"), str(root)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and len(list(root.glob("*/*/shards/*.json"))) < 3:
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
-        back = root / path
-        kept = {name for name in contents(back) if not name.endswith(".aside")}
-        if chunks - kept:
-            break
+    roots = (str(tmp_path / f"back-{attempt}") for attempt in range(10))
+    root = killed_mirror(tmp_path / "far.json", roots, lambda root: len(list(Path(root).glob("*/*/shards/*.json"))))
+    back = Path(root) / path
+    kept = {name for name in contents(back) if not name.endswith(".aside")}
     assert chunks & kept and chunks - kept
     assert not (back / "manifest.json").exists()
     s3.seen.clear()
-    mirror(tmp_path / "far.json", str(root))
+    mirror(tmp_path / "far.json", root)
     fetched = {name.removeprefix(f"/features/stores/{path}/") for name in s3.requests("GET", "/hidden/c/")}
     assert not fetched & kept and fetched
     assert contents(back) == contents(long_store.folder)  # and no temporary file is left
@@ -282,7 +286,7 @@ class Stopped(BaseException):
 def test_extraction_straight_to_s3_resumed_is_the_local_store(
     s3: S3, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0)
+    far = replace(store.config, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0)
     write, wrote = StoreWriter.write_shard, []
 
     def stopping(self: StoreWriter, shard: int, packs: list[object]) -> None:
@@ -317,7 +321,7 @@ def test_extraction_straight_to_s3_resumed_is_the_local_store(
 
 
 def test_a_worker_without_a_shared_disk_writes_to_s3(s3: S3, store: Store, tmp_path: Path) -> None:
-    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0, workers=1, threads=1)
+    far = replace(store.config, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0, workers=1, threads=1)
     manifest, _ = extract(far)
     assert manifest.objects == StoreReader.open(store.manifest).manifest.objects
     assert StoreReader.open(far.manifest).damaged() == []
@@ -327,7 +331,7 @@ def test_a_worker_without_a_shared_disk_writes_to_s3(s3: S3, store: Store, tmp_p
 
 
 def test_a_store_damaged_on_s3_is_made_whole_again(s3: S3, store: Store, tmp_path: Path) -> None:
-    far = replace(store.settings, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0)
+    far = replace(store.config, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0)
     manifest, _ = extract(far)
     s3.remove(f"{manifest.store['path']}/hidden/c/2/0/0/0")
     s3.seen.clear()
@@ -364,8 +368,8 @@ def test_a_wrong_root_is_one_line(
     s3: S3, store: Store, root: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mirroring = message(["mirror", str(store.manifest), root], capsys)
-    settings = store.settings
-    run = ["run", "--upstream", settings.upstream, "--corpus", str(settings.corpus), "--manifest", "never.json"]
+    config = store.config
+    run = ["run", "--upstream", config.upstream, "--corpus", str(config.corpus), "--manifest", "never.json"]
     for line in (mirroring, message([*run, "--store", root], capsys)):
         assert re.search(expected, line)
 
@@ -389,7 +393,7 @@ def test_a_server_that_refuses_or_is_gone_is_one_line(
 
 
 def test_a_root_that_is_taken_is_one_line(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = store.settings.store
+    root = store.config.store
     (tmp_path / "link").symlink_to(root)
     for same in (str(root), f"{root}/", str(tmp_path / "link")):
         assert "NEWROOT: the store is already at" in message(["mirror", str(store.manifest), same], capsys)
