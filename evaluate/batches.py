@@ -1,7 +1,7 @@
 """Batches of utterances: their order, and their frames from the store.
 
 The batch of a training step is a function of the seed and the step alone. A run that was killed after step 1000 thus
-goes on with the batches it would have seen, and a checkpoint needs no generator state.
+resumes with the same batches, and a checkpoint needs no generator state.
 
 Packs hold utterances of similar length, and so do batches: a batch touches one or two packs. Packs stay in memory in
 the codec's stored form up to a limit, so that a small corpus is read once and a large one is streamed.

@@ -36,7 +36,7 @@ def read_configs(params: Path, name: str, *, corpora: Path, out: Path, **options
     """
     upstreams = read_upstreams(params)
     if name not in upstreams:
-        raise unknown(f"upstream in {params}: upstreams:", name, upstreams)
+        raise unknown(f"upstream of {params}", name, upstreams)
     features = convert(dict[str, str], read_section(params, "features"), where=f"{params}: features")
     if not features:
         raise RetortError(f"{params}: features: expected at least one corpus, such as `librispeech: frames,pooled`")

@@ -82,7 +82,7 @@ def _runner(config: ExtractConfig, card: UpstreamCard) -> Iterator[ShardRunner]:
 
 
 def _check_initial_blocks(config: ExtractConfig, card: UpstreamCard) -> None:
-    """Raise RetortError if the upstream has fewer blocks than initial weights are asked for."""
+    """Raise RetortError if the upstream has fewer blocks than `initial_blocks`."""
     if not config.initial_blocks:
         return
     if card.family == FBANK:
@@ -108,7 +108,7 @@ def _finished(config: ExtractConfig, card: UpstreamCard, corpus: Corpus) -> Mani
 
 
 def _kept_initial_weights(config: ExtractConfig, fingerprint: str) -> dict[str, Any] | None:
-    """Return the record of initial weights if an earlier manifest has the one asked for and its file is unchanged."""
+    """Return an earlier manifest's record of initial weights; None if it differs or its file changed."""
     try:
         old = Manifest.read(config.manifest)
         old.check_initial_weights(config.manifest)

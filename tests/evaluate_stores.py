@@ -19,7 +19,7 @@ from evaluate.tasks import TASKS
 from extract.base.progress import ProgressBar
 from extract.corpus import Corpus, Utterance, write_corpus
 from extract.store.manifest import FORMAT_VERSION, Manifest
-from extract.store.packing import pack_utterances
+from extract.store.packing import Packing, pack_utterances
 from extract.store.writer import StoreWriter
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400
@@ -80,21 +80,37 @@ def make_store(
     """Write a finished store of `corpus_card` with the hidden states of `hidden`. Return its manifest."""
     corpus = Corpus.open(corpus_card)
     num_frames = (corpus.num_samples - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1
-    plan = pack_utterances(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
+    packing = pack_utterances(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
     num_layers, _, dim = hidden(0, int(num_frames[0])).shape
     location = folder / "stores" / "hand" / corpus.name
-    writer = StoreWriter(location, plan, tuple(range(num_layers)), dim, codec, frozenset(keep))
+    writer = StoreWriter(location, packing, tuple(range(num_layers)), dim, codec, frozenset(keep))
     writer.create()
-    for shard in range(plan.num_shards):
+    for shard in range(packing.num_shards):
         packs = []
-        for pack in plan.packs_of(shard):
+        for pack in packing.packs_of(shard):
             rows_LFD = np.zeros((num_layers, pack_frames, dim), dtype=np.float32)
-            for index in plan.by_pack[pack]:
-                first, count = int(plan.first_frame[index]), int(num_frames[index])
+            for index in packing.by_pack[pack]:
+                first, count = int(packing.first_frame[index]), int(num_frames[index])
                 rows_LFD[:, first : first + count] = hidden(int(index), count)
             packs.append(writer.encode_pack(pack, rows_LFD))
         writer.write_shard(shard, packs)
-    manifest = Manifest(
+    manifest = _manifest(folder, corpus, packing, dim=dim, layers=writer.layers, codec=codec, keep=keep)
+    writer.finish(manifest, ids=corpus.ids)
+    return location / "manifest.json"
+
+
+def _manifest(
+    folder: Path,
+    corpus: Corpus,
+    packing: Packing,
+    *,
+    dim: int,
+    layers: tuple[int, ...],
+    codec: str,
+    keep: Sequence[str],
+) -> Manifest:
+    """Return the manifest of a store whose upstream is the test itself."""
+    return Manifest(
         format_version=FORMAT_VERSION,
         complete=False,
         fingerprint="f" * 64,
@@ -107,7 +123,7 @@ def make_store(
             "weights_sha256": "",
             "normalise": False,
         },
-        layers=tuple(range(num_layers)),
+        layers=layers,
         dim=dim,
         convention="by hand",
         hop_samples=HOP_SAMPLES,
@@ -119,15 +135,13 @@ def make_store(
         dtype_error={},
         threads=1,
         attention="none",
-        plan=plan.summary(),
+        plan=packing.summary(),
         corpus={"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
-        dropped=tuple(corpus.ids[index] for index in np.flatnonzero(plan.pack < 0)),
+        dropped=tuple(corpus.ids[index] for index in np.flatnonzero(packing.pack < 0)),
         store={"root": (folder / "stores").as_posix(), "path": f"hand/{corpus.name}"},
         objects={},
         versions={},
     )
-    writer.finish(manifest, ids=corpus.ids)
-    return location / "manifest.json"
 
 
 def class_corpus(folder: Path, *, num: int = 60, seed: int = 0, noise: float = 0.3) -> tuple[Path, Hidden]:

@@ -135,8 +135,10 @@ def test_round_trip_property(name: str, hidden_LFD: Hidden) -> None:
 def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
     name: str, odd: float, lengths: list[int], data: st.DataObject
 ) -> None:
-    plan = pack_utterances(np.array(lengths), ids=[str(i) for i in range(len(lengths))], pack_frames=128, shard_packs=1)
-    writer = StoreWriter(Path("unused"), plan, (0, 1), 4, name, frozenset({"frames", "pooled"}))
+    packing = pack_utterances(
+        np.array(lengths), ids=[str(i) for i in range(len(lengths))], pack_frames=128, shard_packs=1
+    )
+    writer = StoreWriter(Path("unused"), packing, (0, 1), 4, name, frozenset({"frames", "pooled"}))
     hidden_LFD = np.zeros((2, 128, 4), np.float32)
     hidden_LFD[:, : sum(lengths)] = normal(sum(lengths), dim=4)[:2]
     writer.encode_pack(0, hidden_LFD)
@@ -291,8 +293,8 @@ def test_what_float16_cannot_hold_is_refused(name: str) -> None:
 def test_int4_refuses_an_odd_dim_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match=r"codec int4 .* needs a dim that divides by 2, got 5; use --codec int8"):
         CODECS["int4"].encode(normal(dim=5))
-    plan = pack_utterances(np.array([40, 30]), ids=["a", "b"], pack_frames=64, shard_packs=1)
-    writer = StoreWriter(tmp_path / "store", plan, (0,), 5, "int4", frozenset({"frames", "pooled"}))
+    packing = pack_utterances(np.array([40, 30]), ids=["a", "b"], pack_frames=64, shard_packs=1)
+    writer = StoreWriter(tmp_path / "store", packing, (0,), 5, "int4", frozenset({"frames", "pooled"}))
     with pytest.raises(RetortError, match="got 5"):
         writer.create()
     assert not writer.folder.exists()

@@ -306,9 +306,9 @@ def test_pooled_alone(config: ExtractConfig, corpus: Corpus) -> None:
     ("dtype", "way"), [("fp32", "--layers below 1"), ("bf16", "--dtype fp32"), ("fp16", "--dtype bf16 or fp32")]
 )
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, wrong: tuple[float, ...], dtype: str, way: str) -> None:
-    plan = pack_utterances(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
+    packing = pack_utterances(np.array([40, 30]), ids=["a", "b"], pack_frames=100, shard_packs=1)
     keep = frozenset({"pooled"})
-    writer = StoreWriter(folder=tmp_path, packing=plan, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
+    writer = StoreWriter(folder=tmp_path, packing=packing, layers=(0, 1), dim=4, codec_name="int8", keep=keep)
     writer = replace(writer, ids=["a", "b"], dtype=dtype)
     hidden_LFD = np.full((2, 100, 4), np.finfo(np.float32).max)
     hidden_LFD[:, 70:] = 0

@@ -15,33 +15,33 @@ from extract.store.packing import Packing, count_frames, pack_utterances, spread
     shard_packs=st.integers(1, 4),
 )
 def test_packs_hold_every_utterance_once_and_whole(lengths: list[int], pack_frames: int, shard_packs: int) -> None:
-    plan = pack_utterances(
+    packing = pack_utterances(
         np.array(lengths), ids=[str(i) for i in range(len(lengths))], pack_frames=pack_frames, shard_packs=shard_packs
     )
-    assert sorted(np.concatenate(plan.by_pack).tolist()) == list(range(len(lengths)))
-    for members in plan.by_pack:
+    assert sorted(np.concatenate(packing.by_pack).tolist()) == list(range(len(lengths)))
+    for members in packing.by_pack:
         # In order of first frame, without a gap, within the pack.
-        assert plan.first_frame[members].tolist() == [0, *np.cumsum(plan.num_frames[members])[:-1].tolist()]
-        assert plan.num_frames[members].sum() <= pack_frames
-    packs = [pack for shard in range(plan.num_shards) for pack in plan.packs_of(shard)]
-    assert packs == list(range(plan.num_packs))
+        assert packing.first_frame[members].tolist() == [0, *np.cumsum(packing.num_frames[members])[:-1].tolist()]
+        assert packing.num_frames[members].sum() <= pack_frames
+    packs = [pack for shard in range(packing.num_shards) for pack in packing.packs_of(shard)]
+    assert packs == list(range(packing.num_packs))
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), pack_frames=st.integers(1, 700))
 def test_packs_are_filled_one_utterance_after_the_other(lengths: list[int], pack_frames: int) -> None:
     """Compare with the layout of existing stores: longest first, a new pack if the next utterance does not fit."""
     ids = [str(i) for i in range(len(lengths))]
-    plan = pack_utterances(
+    packing = pack_utterances(
         np.array(lengths, dtype=int), ids=ids, pack_frames=pack_frames, shard_packs=1, drop_long=True
     )
     pack, filled = 0, 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if lengths[index] > pack_frames:
-            assert plan.pack[index] == -1
+            assert packing.pack[index] == -1
             continue
         if filled + lengths[index] > pack_frames:
             pack, filled = pack + 1, 0
-        assert (plan.pack[index], plan.first_frame[index]) == (pack, filled)
+        assert (packing.pack[index], packing.first_frame[index]) == (pack, filled)
         filled += lengths[index]
 
 
@@ -53,25 +53,25 @@ def test_packs_are_filled_one_utterance_after_the_other(lengths: list[int], pack
 def test_every_row_of_a_pack_is_of_one_utterance_at_most_and_the_plan_is_the_same_again(
     lengths: list[int], pack_frames: int, shard_packs: int
 ) -> None:
-    def plan_again() -> Packing:
+    def pack_again() -> Packing:
         ids = [str(index) for index in range(len(lengths))]
         array = np.array(lengths, dtype=np.int64)
         return pack_utterances(array, ids=ids, pack_frames=pack_frames, shard_packs=shard_packs, drop_long=True)
 
-    plan = plan_again()
-    owner = np.full((plan.num_packs, pack_frames), -1)
+    packing = pack_again()
+    owner = np.full((packing.num_packs, pack_frames), -1)
     for index, length in enumerate(lengths):
         if length > pack_frames:
-            assert plan.pack[index] == -1
+            assert packing.pack[index] == -1
             continue
-        rows = owner[plan.pack[index], plan.first_frame[index] : plan.first_frame[index] + length]
+        rows = owner[packing.pack[index], packing.first_frame[index] : packing.first_frame[index] + length]
         assert len(rows) == length and (rows == -1).all()
         rows[:] = index
-    assert (owner >= 0).sum() == plan.summary()["num_frames"] == sum(one for one in lengths if one <= pack_frames)
+    assert (owner >= 0).sum() == packing.summary()["num_frames"] == sum(one for one in lengths if one <= pack_frames)
     assert (owner >= 0).any(axis=1).all(), "no pack is empty"
-    again = plan_again()
+    again = pack_again()
     for name in ("pack", "first_frame", "num_frames"):
-        np.testing.assert_array_equal(getattr(plan, name), getattr(again, name))
+        np.testing.assert_array_equal(getattr(packing, name), getattr(again, name))
 
 
 @given(num_packs=st.integers(0, 400), count=st.integers(0, 500))
@@ -92,11 +92,11 @@ def test_frames_are_those_that_fit(num_samples: int, hop: int, receptive: int) -
 
 def test_a_pack_is_nearly_padding_free() -> None:
     lengths = np.random.default_rng(0).integers(50, 800, size=2_000)
-    plan = pack_utterances(lengths, ids=[str(i) for i in range(2_000)], pack_frames=8192, shard_packs=4)
-    padded = sum(len(members) * lengths[members].max() for members in plan.by_pack)
+    packing = pack_utterances(lengths, ids=[str(i) for i in range(2_000)], pack_frames=8192, shard_packs=4)
+    padded = sum(len(members) * lengths[members].max() for members in packing.by_pack)
     assert lengths.sum() / padded > 0.98
     # Every pack but the last is full up to less than the longest utterance (799 frames).
-    assert lengths.sum() >= (plan.num_packs - 1) * (8192 - 799)
+    assert lengths.sum() >= (packing.num_packs - 1) * (8192 - 799)
 
 
 def test_too_long_and_too_short_are_named_with_the_option_that_helps() -> None:
@@ -105,8 +105,8 @@ def test_too_long_and_too_short_are_named_with_the_option_that_helps() -> None:
         RetortError, match=r"'b' has 900 frames, a pack holds 600 \(2 such\).*--pack-frames 900.*--drop-long"
     ):
         pack_utterances(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1)
-    plan = pack_utterances(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1, drop_long=True)
-    assert plan.pack.tolist() == [0, -1, -1]
+    packing = pack_utterances(lengths, ids=["a", "b", "c"], pack_frames=600, shard_packs=1, drop_long=True)
+    assert packing.pack.tolist() == [0, -1, -1]
     with pytest.raises(RetortError, match=r"'a' is too short for one frame .*\(1 such\).*--drop-short"):
         pack_utterances(np.array([0, 3]), ids=["a", "b"], pack_frames=600, shard_packs=1)
     both = pack_utterances(

@@ -39,17 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_paddi
 
 
 @pytest.fixture
-def config(teacher: Path, corpus: Corpus, tmp_path: Path) -> ExtractConfig:
-    return ExtractConfig(
-        upstream=str(teacher),
-        corpus=corpus.path,
-        store=tmp_path / "stores",
-        manifest=tmp_path / "m.json",
-        layers=(1, 4),
-        keep=ALL,
-        pack_frames=128,
-        shard_packs=2,
-    )
+def config(config: ExtractConfig) -> ExtractConfig:
+    return replace(config, layers=(1, 4), keep=ALL, codec="int8")
 
 
 def alone(model: Any, waveform: np.ndarray, *, normalise: bool = True) -> np.ndarray:

@@ -198,7 +198,7 @@ class CachedLocation:
         return str(self.remote)
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object. The server is asked (once) only if the cache lacks an object."""
+        """Return the bytes of an object; a request is sent only if the cache lacks it."""
         here = LocalLocation(self.folder).size(name)
         return here if here == self.objects[name][0] else self.remote.size(name)
 
