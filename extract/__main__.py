@@ -51,7 +51,9 @@ _how_to_run = shared_options(
     click.option("--trust-remote-code", is_flag=True, help="Run the modelling code in an upstream's folder."),
 )
 _what_to_extract = shared_options(
-    click.option("--upstream", required=True, help="`fbank`, a local folder, or a hub id."),
+    click.option(
+        "--upstream", required=True, help="`fbank`, a local folder, or a hub id, org/name or org/name@REVISION."
+    ),
     _path("--corpus", required=True, help="corpora/NAME.json or .h5."),
     click.option(
         "--store",
@@ -59,7 +61,6 @@ _what_to_extract = shared_options(
         show_default=True,
         help="ROOT of all stores: a folder, or a URL such as s3://bucket/prefix.",
     ),
-    click.option("--revision", help="Revision of a hub id."),
     click.option("--layers", help="`all`, or numbers such as 4,8,12 [default: all]."),
     click.option(
         "--keep",
@@ -114,7 +115,9 @@ def plan(student_layers: str | None, **options: Any) -> None:
 @_what_to_extract
 @_where_to_run
 @_path("--manifest", required=True, help="The JSON to write.")
-@click.option("--name", help="Name of the upstream in results [default: the last part of --upstream].")
+@click.option(
+    "--name", help="Name of the upstream in results [default: the last part of --upstream, without its revision]."
+)
 @click.option(
     "--initial-blocks",
     default=0,
@@ -209,9 +212,10 @@ def _rows(it: "Manifest") -> dict[str, str]:
     """Return the rows of `info`; a row without a value is left out."""
     frames, packs = it.plan["num_frames"], it.plan["num_packs"]
     rows = packs * it.plan["pack_frames"]
+    revision = it.upstream.get("revision")
     hours = frames * it.hop_samples / 16_000 / 3600
     return {
-        "upstream": f"{it.upstream['name']} ({it.upstream['id']})",
+        "upstream": f"{it.upstream['name']} ({it.upstream['id']}" + (f"@{revision})" if revision else ")"),
         "parameters": f"{it.upstream['num_parameters'] / 1e6:.2f} M",
         "note": it.upstream["note"] or "",
         "weights": it.upstream["weights_sha256"][:12],

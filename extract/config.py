@@ -21,12 +21,11 @@ DTYPES = ("fp32", "bf16", "fp16")  # fp32 or an autocast; weights stay fp32
 class ExtractConfig:
     """One upstream on one corpus. Raises RetortError for a value that no command accepts."""
 
-    upstream: str  # `fbank`, a local folder, or a hub id
+    upstream: str  # `fbank`, a local folder, or a hub id: org/name or org/name@REVISION
     corpus: Path  # corpora/NAME.json, or the .h5 itself
     manifest: Path = Path("manifest.json")  # the JSON to write; `extract plan` writes none
     store: Path | str = Path("stores")  # root of all stores: a folder or a URL
     name: str | None = None  # of the upstream in results; None for the last part of `upstream`
-    revision: str | None = None  # of a hub id
     layers: tuple[int, ...] | None = None  # None for all
     codec: str = "int8"
     keep: frozenset[str] = KEEP_DEFAULT

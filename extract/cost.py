@@ -76,7 +76,7 @@ class Size:
     @classmethod
     def of(cls, config: ExtractConfig, corpus: Corpus) -> "Size":
         """Pack the corpus. Raises RetortError as `Extraction.open` does for an upstream, a layer or a packing."""
-        spec = read_spec(config.upstream, revision=config.revision)
+        spec = read_spec(config.upstream)
         check_stem(config.keep, spec.stem_dim, config.upstream)
         packing = pack_corpus(config, corpus, spec)
         audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ
@@ -207,7 +207,7 @@ def _find_rate(config: CostConfig, corpus: Corpus, size: Size) -> tuple[float | 
 
     keep_freed_blocks()
     asked = config.extract
-    card = find_upstream(asked.upstream, revision=asked.revision, normalise=asked.normalise)
+    card = find_upstream(asked.upstream, normalise=asked.normalise)
     batches = sample_batches(size, corpus.num_samples, config.sample_s)
     sampled_s = sum(corpus.num_samples[batch].sum() for batch in batches) / SAMPLE_RATE_HZ
     rate = measure_rate(LocalRunner(asked, card).upstream, corpus, size.layers, batches)

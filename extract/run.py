@@ -48,7 +48,7 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
     if not is_url(root := root_text(first.store)):
         check_out(in_main_tree(root), "--store", folder_with=".")  # the root may hold anything else
     corpora = [Corpus.open(config.corpus) for config in configs]  # all, so that errors come before any work
-    card = find_upstream(first.upstream, revision=first.revision, normalise=first.normalise, name=first.name)
+    card = find_upstream(first.upstream, normalise=first.normalise, name=first.name)
     _check_initial_blocks(first, card)
     with _runner(first, card) as runner:
         for config, corpus in zip(configs, corpora, strict=True):

@@ -163,7 +163,20 @@ OPTIONS = [
 UPSTREAMS = [
     instead("nowhere", "teacher", "nobody/none", "'nobody/none' is not a folder .* hub"),
     instead("a file", "teacher", "params.yaml", "'params.yaml' is not a folder"),
-    instead("an odd folder", "teacher", "corpora", "corpora/config.json does not exist"),
+    instead("an odd folder", "teacher", "corpora", "corpora/config.json does not exist; expected .*save_pretrained"),
+    Row(
+        "a fairseq folder",
+        EXTRACT.replace("teacher", "fairseq"),
+        "fairseq/config.json does not exist, and base.pt looks like a fairseq checkpoint: .*convert_hubert_original",
+        write("fairseq/base.pt", "weights"),
+    ),
+    Row(
+        "a fairseq file",
+        EXTRACT.replace("teacher", "base.pt"),
+        "'base.pt' is not a folder but a file, which looks like a fairseq checkpoint: .*convert_hubert_original",
+        write("base.pt", "weights"),
+    ),
+    instead("an empty revision", "teacher", "nobody/none@", "'nobody/none@': the revision after @ is empty"),
     Row("no config", EXTRACT, "teacher/config.json does not exist", remove("teacher/config.json")),
     Row("config cut off", EXTRACT, "teacher/config.json is not JSON", cut("teacher/config.json", 100)),
     Row("config a list", EXTRACT, "holds a JSON list, expected an object", write("teacher/config.json", "[]")),

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from transformers import HubertConfig, HubertModel
 
 from extract.__main__ import main
+from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
@@ -67,7 +68,7 @@ def test_a_revision_is_the_one_that_is_run_and_recorded(
         done = CliRunner().invoke(
             main,
             [
-                "run", "--upstream", HUB_ID, *(["--revision", revision] if revision else []),
+                "run", "--upstream", HUB_ID + (f"@{revision}" if revision else ""),
                 "--corpus", str(corpus.path), "--store", str(tmp_path / "stores"), "--manifest", str(manifest),
                 "--codec", "float16",
             ],
@@ -75,7 +76,7 @@ def test_a_revision_is_the_one_that_is_run_and_recorded(
         assert done.exit_code == 0, done.output
         reader = StoreReader.open(manifest)
         assert reader.manifest.upstream["id"] == HUB_ID
-        assert reader.manifest.upstream["revision"] == revision
+        assert reader.manifest.upstream["revision"] == (revision or commit)  # a branch moves: its commit is recorded
         expected = load_upstream(find_upstream(str(own[commit]))).hidden_states([corpus.waveform(0)], (0, 4))[0]
         assert abs(reader.hidden_at(0, [0, 4]) - expected).max() < 5e-3
     assert len(list((tmp_path / "stores").glob("hubert-tiny-*"))) == 2
@@ -84,7 +85,69 @@ def test_a_revision_is_the_one_that_is_run_and_recorded(
 def test_a_shape_needs_no_weights(hub_home: Path, cached: Callable[[Path], None]) -> None:
     cached(hub_home)
     expected = read_spec(str(hub_home / "hub/models--somebody--hubert-tiny/snapshots" / COMMITS[0]))
-    assert read_spec(HUB_ID, revision="v1") == expected
+    assert read_spec(f"{HUB_ID}@v1") == expected
+
+
+def test_a_revision_is_a_part_of_the_source(
+    hub_home: Path, tmp_path: Path, cached: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(hub_home)
+    monkeypatch.chdir(tmp_path)
+    cards = [find_upstream(f"{HUB_ID}{at}") for at in ("", "@main", "@v1", f"@{COMMITS[0]}")]
+    assert {(card.id, card.name) for card in cards} == {(HUB_ID, "hubert-tiny")}
+    assert [card.revision for card in cards] == [COMMITS[1], "main", "v1", COMMITS[0]]
+    assert cards[0].identity == cards[1].identity != cards[2].identity == cards[3].identity
+    with pytest.raises(RetortError, match=r"at revision 'v9' .*preprocessor_config"):
+        find_upstream(f"{HUB_ID}@v9")
+    with pytest.raises(RetortError, match="the revision after @ is empty; give somebody/hubert-tiny@REVISION"):
+        find_upstream(f"{HUB_ID}@")
+    # A local folder comes first, whatever its name.
+    torch.manual_seed(5)
+    save_teacher(HubertModel(HubertConfig(**TINY)), tmp_path / HUB_ID / "@v1")
+    (tmp_path / f"{HUB_ID}@v1").symlink_to(tmp_path / HUB_ID / "@v1")
+    local = find_upstream(f"{HUB_ID}@v1")
+    assert (local.id, local.revision) == (f"{HUB_ID}@v1", None)
+    assert local.identity != cards[2].identity
+
+
+def test_a_configured_source_has_its_revision(
+    hub_home: Path, corpus: Corpus, tmp_path: Path, cached: Callable[[Path], None]
+) -> None:
+    cached(hub_home)
+    params = {
+        "upstreams": {"old": {"source": f"{HUB_ID}@v1"}},
+        "features": {"noise": "pooled"},
+        "store": {"root": str(tmp_path / "stores"), "codec": "int8", "pack_frames": 128, "shard_packs": 2},
+    }
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    done = CliRunner().invoke(
+        main,
+        [
+            "many", "--config", str(tmp_path / "params.yaml"), "--upstream", "old",
+            "--corpora", str(corpus.path.parent), "--out", str(tmp_path / "manifests"),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    upstream = StoreReader.open(tmp_path / "manifests/old/noise.json").manifest.upstream
+    assert (upstream["name"], upstream["id"], upstream["revision"]) == ("old", HUB_ID, "v1")
+    shown = CliRunner().invoke(main, ["info", str(tmp_path / "manifests/old/noise.json")])
+    assert f"old ({HUB_ID}@v1)" in shown.output
+
+
+def test_an_untracked_folder_of_the_main_tree_serves_a_temporary_experiment(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / ".dvc/tmp/exps/tmpabc"
+    copy.mkdir(parents=True)
+    (tmp_path / "models").symlink_to(teacher.parent)
+    monkeypatch.chdir(copy)
+    source = f"models/{teacher.name}"
+    card = find_upstream(source)
+    assert (card.id, card.folder) == (source, tmp_path / source)
+    assert card.identity == find_upstream(str(teacher)).identity
+    (copy / "models").mkdir()
+    save_teacher(HubertModel(HubertConfig(**TINY)), copy / source)
+    assert find_upstream(source).folder == Path(source)  # the copy's own folder comes first
 
 
 @pytest.mark.parametrize(
@@ -209,7 +272,7 @@ import json, sys
 from extract.upstream.files import folder_of
 for form in sys.argv[1:]:
     for weights in (False, True):
-        folder = folder_of(f"somebody/{form}", None, weights=weights)
+        folder = folder_of(f"somebody/{form}", weights=weights)
         print(json.dumps([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]))
 """
 
@@ -231,5 +294,5 @@ def test_only_what_is_opened_is_fetched(
     assert sorted(asked) == sorted(name for _, expected in FORMS.values() for name in [*settings, *expected])
     cached(tmp_path)  # fetched files are found again without the hub
     for form, (_, expected) in FORMS.items():
-        folder = folder_of(f"somebody/{form}", None, weights=True)
+        folder = folder_of(f"somebody/{form}", weights=True)
         assert {path.name for path in weights_files(folder, {})} == expected - {"modeling_other.py"}

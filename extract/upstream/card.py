@@ -1,7 +1,7 @@
 """Identity of an upstream: found, named and fingerprinted without loading it.
 
-An upstream is `fbank`, a local folder or a hub id of the wav2vec 2.0 family, or a Retort student's folder. The manifest
-records its card. `extract.upstream.load` loads it.
+An upstream is `fbank`, a local folder or a hub id (`org/name` or `org/name@REVISION`) of the wav2vec 2.0 family, or a
+Retort student's folder. The manifest records its card. `extract.upstream.load` loads it.
 """
 
 import hashlib
@@ -12,7 +12,14 @@ from typing import Any
 
 from extract.base.files import sha256_file
 from extract.base.validate import check_name, convert
-from extract.upstream.files import folder_of, own_normalisation, weights_files
+from extract.upstream.files import (
+    commit_of,
+    folder_of,
+    local_folder,
+    own_normalisation,
+    split_revision,
+    weights_files,
+)
 from extract.upstream.spec import FBANK, read_config
 
 # Hashed in place of a config.json: a change of fbank's definition must change this text.
@@ -24,8 +31,8 @@ class UpstreamCard:
     """Identity of an upstream. `folder`, with its files on this machine, is not a part of it."""
 
     name: str
-    id: str
-    revision: str | None
+    id: str  # as given, without its revision
+    revision: str | None  # of a hub id: as given, or the commit that was fetched
     family: str
     weights_sha256: str
     config_sha256: str
@@ -43,9 +50,7 @@ class UpstreamCard:
         return {key: getattr(self, key) for key in ("family", "weights_sha256", "config_sha256", "normalise")}
 
 
-def find_upstream(
-    upstream: str, *, revision: str | None = None, normalise: bool | None = None, name: str | None = None
-) -> UpstreamCard:
+def find_upstream(upstream: str, *, normalise: bool | None = None, name: str | None = None) -> UpstreamCard:
     """Find an upstream and fingerprint it.
 
     normalise: overrides the checkpoint's own setting. name: of the upstream in results, None for the last part of its
@@ -57,13 +62,17 @@ def find_upstream(
         return UpstreamCard(
             FBANK if name is None else name, FBANK, None, FBANK, "", _sha256_text(_FBANK_RECIPE), False, None, None
         )
-    folder = folder_of(upstream, revision, weights=True)
+    folder = folder_of(upstream, weights=True)
     config = read_config(upstream, folder)
-    name = Path(upstream).name if name is None else name
+    found_id, revision = upstream, None
+    if local_folder(upstream) is None:
+        found_id, revision = split_revision(upstream)
+        revision = revision or commit_of(folder)
+    name = Path(found_id).name if name is None else name
     check_name(name, where=f"--name of upstream {upstream!r}")  # the folder of its stores begins with it
     return UpstreamCard(
         name=name,
-        id=upstream,
+        id=found_id,
         revision=revision,
         family=config["model_type"],
         weights_sha256=_weights_digest(folder, config),

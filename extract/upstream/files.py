@@ -3,6 +3,8 @@
 Of a hub id only the files that are used are fetched: the config, the settings of the preprocessor, the modelling code
 if the config names it, and the weights in the first format that transformers looks for. No tokenizer, optimizer,
 adapter, or weights of another framework or precision are fetched.
+
+`org/name@REVISION` is a hub id at a branch, tag or commit. A folder on this machine of the same name comes first.
 """
 
 import re
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError
-from extract.base.files import read_json
+from extract.base.files import in_main_tree, read_json
 from extract.base.validate import check_fields, check_name, convert
 from extract.corpus import SAMPLE_RATE_HZ
 
@@ -22,18 +24,59 @@ _OF_OTHER_FRAMEWORKS = ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index")
 _EXTRACTOR = "Wav2Vec2FeatureExtractor"
 
 
-def folder_of(upstream: str, revision: str | None, *, weights: bool) -> Path:
+_COMMIT = re.compile("[0-9a-f]{40}")  # name of a snapshot's folder in the hub's cache
+_CONVERT = (
+    "looks like a fairseq checkpoint: convert it with convert_hubert_original_pytorch_checkpoint_to_pytorch.py of "
+    "transformers' repository (src/transformers/models/hubert; wav2vec2 and wavlm have their own), and give the folder "
+    "that it writes"
+)
+
+
+def local_folder(upstream: str) -> Path | None:
+    """Return the folder on this machine that an upstream names, None for a hub id. Raises RetortError for a file."""
+    # A temporary DVC experiment lacks untracked folders: they are in the main working tree.
+    for path in (Path(upstream), in_main_tree(upstream)):
+        if path.is_dir():
+            return path
+        if path.is_file():
+            fix = f"which {_CONVERT}" if path.suffix == ".pt" else "give the folder with config.json and the weights"
+            raise RetortError(f"upstream {upstream!r} is not a folder but a file, {fix}")
+    return None
+
+
+def split_revision(upstream: str) -> tuple[str, str | None]:
+    """Return a hub id and its revision, None for a source without one.
+
+    Raises RetortError for an empty revision.
+    """
+    hub_id, at, revision = upstream.rpartition("@")
+    if not at:
+        return upstream, None
+    if not revision:
+        raise RetortError(
+            f"upstream {upstream!r}: the revision after @ is empty; give {hub_id}@REVISION (a branch, tag or commit), "
+            f"or {hub_id}"
+        )
+    return hub_id, revision
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a folder in the hub's cache, None if its name is not one."""
+    return folder.name if _COMMIT.fullmatch(folder.name) else None
+
+
+def folder_of(upstream: str, *, weights: bool) -> Path:
     """Return the folder of an upstream; a hub id is fetched, with its weights if `weights`.
 
-    Raises RetortError for a hub id that can't be fetched.
+    Raises RetortError for a file and for a hub id that can't be fetched.
     """
-    if Path(upstream).is_dir():
-        return Path(upstream)
+    if (local := local_folder(upstream)) is not None:
+        return local
+    upstream, revision = split_revision(upstream)
     folder = _from_hub(upstream, revision, *_SETTINGS)
     if not weights:
         return folder
-    if re.fullmatch("[0-9a-f]{40}", folder.name):
-        revision = folder.name  # all files of one commit, even if another is pushed meanwhile
+    revision = commit_of(folder) or revision  # all files of one commit, even if another is pushed meanwhile
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "auto_map" in config:
         folder = _from_hub(upstream, revision, "*.py")
@@ -50,13 +93,15 @@ def _from_hub(upstream: str, revision: str | None, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    at = "" if revision is None else f" at revision {revision!r}"
     try:
         return Path(snapshot_download(upstream, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RetortError(
-            f"upstream {upstream!r} is not a folder on this machine and could not be fetched from the hub ({reason}); "
-            "put its config.json, model.safetensors and preprocessor_config.json into a folder and give that folder"
+            f"upstream {upstream!r} is not a folder on this machine and could not be fetched from the hub{at} "
+            f"({reason}); put its config.json, model.safetensors and preprocessor_config.json into a folder and "
+            "give that folder"
         ) from None
 
 
@@ -178,3 +223,16 @@ def _preprocessors(folder: Path) -> dict[str, dict[str, Any]]:
     if path.is_file():
         found[str(path)] = read_json(path)
     return found
+
+
+def check_config_file(folder: Path) -> None:
+    """Raise RetortError for a folder without config.json, such as one with a fairseq checkpoint."""
+    path = folder / "config.json"
+    if path.is_file():
+        return
+    if found := sorted(folder.glob("*.pt")):
+        raise RetortError(f"{path} does not exist, and {found[0].name} {_CONVERT}")
+    raise RetortError(
+        f"{path} does not exist; expected a folder that `save_pretrained` of transformers wrote, or a student that "
+        "`python -m train run` finished"
+    )

@@ -19,7 +19,7 @@ from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.validate import check_fields
 from extract.store.packing import receptive_field
-from extract.upstream.files import check_plain_weights, check_preprocessor, folder_of
+from extract.upstream.files import check_config_file, check_plain_weights, check_preprocessor, folder_of
 
 if TYPE_CHECKING:
     import torch
@@ -97,14 +97,14 @@ class Upstream(Protocol):
         return [features.hidden_LTD for features in self.features(waveforms, layers)]
 
 
-def read_spec(upstream: str, *, revision: str | None = None) -> UpstreamSpec:
+def read_spec(upstream: str) -> UpstreamSpec:
     """Return the dimensions of an upstream from its config.json; of a hub id no weights are fetched.
 
     Raises RetortError if it can't be found, is not of a supported family, or its config lacks a field.
     """
     if upstream == FBANK:
         return FBANK_SPEC
-    config = read_config(upstream, folder_of(upstream, revision, weights=False))
+    config = read_config(upstream, folder_of(upstream, weights=False))
     return UpstreamSpec(
         num_layers=config["num_hidden_layers"] + 1,
         dim=config["hidden_size"],
@@ -116,6 +116,7 @@ def read_spec(upstream: str, *, revision: str | None = None) -> UpstreamSpec:
 
 def read_config(upstream: str, folder: Path) -> dict[str, Any]:
     """Read an upstream's config.json. Raises RetortError for a family, dimensions or input that are not supported."""
+    check_config_file(folder)
     path = folder / "config.json"
     config = read_json(path)
     family = config.get("model_type", "(none)")
