@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from dvc.repo import Repo
 
 from evaluate.table import TEST_SIZES, superb_s
 from extract.base.errors import RetortError
@@ -45,18 +46,65 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_results_json_holds_the_relative_score_and_flat_numbers(made: Made) -> None:
-    upstreams = json.loads((made.root / "report/results.json").read_text())["upstreams"]
-    for name, row in upstreams.items():
+def metrics_in(folder: Path) -> dict[str, dict[str, float]]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_metrics_hold_the_relative_score_and_flat_numbers(made: Made) -> None:
+    rows = metrics_in(made.root / "metrics")
+    assert rows.keys() == PARAMS.keys()
+    for name, row in rows.items():
         shares = [(tests[name] - tests["fbank"]) / (tests["teacher"] - tests["fbank"]) for *_, tests in TASKS.values()]
-        assert row.pop("relative_score") == pytest.approx(250 * sum(shares), abs=0.06)
-        measured = invented_speed().upstreams[name]
-        assert row == {
-            "kind": name if name == "teacher" else "baseline" if name == "fbank" else "student",
-            "params": PARAMS[name],
-            "macs_per_audio_s": measured.macs_per_audio_s,
-            "rtf": pytest.approx(measured.rtf.median, abs=1e-6),
-        } | {task: tests[name] for task, (_, _, tests) in TASKS.items()}
+        assert row.pop("score") == pytest.approx(250 * sum(shares), abs=1e-4)
+        if name in STUDENTS:
+            assert row.pop("dev_loss") == 0.47
+        scores = {task: tests[name] for task, (_, _, tests) in TASKS.items()}
+        assert row == scores | {"params_m": pytest.approx(PARAMS[name] / 1e6, abs=1e-4)}
+
+
+def test_metrics_are_one_table_in_git_that_dvc_compares_with_any_commit(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["report"]
+    stage = stage | {"deps": ["scores"], "cmd": stage["cmd"].replace("python", sys.executable, 1)}
+    (tree / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"report": stage}}))
+    shutil.copy(ROOT / ".gitignore", tree)
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def git(*arguments: str) -> str:
+        me = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+        return subprocess.run(["git", *me, *arguments], check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    with Repo.init(str(tree)) as repo:
+        repo.reproduce()
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "claim")
+    with Repo(str(tree)) as repo:
+        assert repo.reproduce() == [] and git("status", "--porcelain") == ""
+        shown = repo.metrics.show()[""]["data"]
+        assert shown == {f"metrics/{name}.json": {"data": row} for name, row in metrics_in(tree / "metrics").items()}
+        change(tree / "scores/demo-layerwise/ks.json", test=88.0)
+        repo.reproduce()
+        changed = repo.metrics.diff()["diff"]
+    assert changed.keys() == {"metrics/demo-layerwise.json"}
+    assert changed["metrics/demo-layerwise.json"]["ks"] == {"old": 92.0, "new": 88.0, "diff": -4.0}
+    assert changed["metrics/demo-layerwise.json"].keys() == {"ks", "score"}
+    params = yaml.safe_load((tree / "params.yaml").read_text())
+    del params["upstreams"]["demo-layerwise"]
+    (tree / "params.yaml").write_text(yaml.safe_dump(params))
+    report_of(tree, [name for name in STUDENTS if name != "demo-layerwise"], ["ks"], monkeypatch)
+    assert metrics_in(tree / "metrics").keys() == PARAMS.keys() - {"demo-layerwise"}
+
+
+def test_a_folder_of_other_files_is_not_replaced_by_metrics(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    done = CliRunner().invoke(report_command, ["--metrics", "runs"])
+    assert isinstance(done.exception, RetortError) and "--metrics runs is a folder without teacher.json" in str(
+        done.exception
+    )
+    assert (tree / "runs/demo-layerwise/metrics.json").is_file() and not (tree / "report").exists()
 
 
 def test_students_are_ranked_with_their_scores(made: Made) -> None:
@@ -169,7 +217,7 @@ def test_a_report_without_a_scale_has_its_other_parts(tree: Path, monkeypatch: p
     shutil.rmtree(tree / "runs/demo-layerwise/plots")
     output = report_of(tree, ["demo-layerwise"], ["asr"], monkeypatch)
     assert "on no task is the teacher better than fbank" in output
-    assert json.loads((tree / "report/results.json").read_text())["upstreams"]["teacher"]["relative_score"] is None
+    assert metrics_in(tree / "metrics")["teacher"] == {"asr": 25.0, "params_m": 4.1}
     assert "on no task is the teacher better than fbank" in (tree / "report/results.md").read_text()
     assert len(list(svgs((tree / "report/index.html").read_text()))) == 2  # training and search, no trade-offs
 
@@ -185,7 +233,7 @@ def test_without_measurements_their_columns_are_absent_with_a_note(tree: Path, m
     for text in (output, page, markdown):
         assert "run stage speed" in text and "× real time" not in text
     assert page.count("run stage compare@demo-") == len(STUDENTS)
-    assert "macs_per_audio_s" not in (tree / "report/results.json").read_text()
+    assert "params_m" not in metrics_in(tree / "metrics")["teacher"]
     assert len(Tables(page).tables[0][0]) == 2 + len(TASKS)  # upstream, relative score, tasks
 
 
@@ -225,7 +273,7 @@ def report_of_markdown(tree: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_report_is_rendered_without_torch(tree: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipelines.report.command import make_report, read_config\n"
-        "root = Path(sys.argv[1]); make_report(root, read_config(root / 'params.yaml'), root / 'out')\n"
+        "root = Path(sys.argv[1]); make_report(root, read_config(root / 'params.yaml'), root / 'out', root / 'm')\n"
         "print('loaded:', sorted({'torch', 'torchaudio', 'transformers'} & sys.modules.keys()))"
     )
     done = subprocess.run(

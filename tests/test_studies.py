@@ -298,6 +298,7 @@ def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None
     assert "--manifest studies/wavlm-large/manifests/targets/distill.json" in teacher
     assert "--out studies/wavlm-large/students/gendistiller" in commands[f"{large}:train@gendistiller"]
     assert sum(name.startswith(f"{large}:evaluate@") for name in commands) == 6
+    assert "--metrics studies/wavlm-large/metrics" in commands[f"{large}:report"]
     assert (f"{large}:copy-corpus@distill", "studies/hubert-base-ls960/dvc.yaml:corpus@distill") in needs
     assert (f"{stacking}:copy-corpus@librispeech", "corpus@librispeech") in needs
     assert not any(other.endswith("demo-data") for one, other in needs if one.startswith("studies/"))

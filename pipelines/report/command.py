@@ -1,8 +1,8 @@
 """`python -m pipelines report --config params.yaml --out report`: the results, as tables and as one page.
 
 Reads the records of all stages (results.py) and the pipeline's graph (graph.py), and writes index.html (page.py),
-results.md (markdown.py) and results.json, a flat DVC metric. It measures nothing and imports no torch. Slow imports are
-late, because every `python -m pipelines …` loads this module.
+results.md (markdown.py) and one file of DVC metrics for each upstream. It measures nothing and imports no torch. Slow
+imports are late, because every `python -m pipelines …` loads this module.
 """
 
 from dataclasses import dataclass, field
@@ -72,19 +72,29 @@ def read_config(path: Path) -> ReportConfig:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("report"),
     show_default=True,
-    help="Folder for index.html, results.md and results.json.",
+    help="Folder for index.html and results.md.",
 )
-def report_command(config: Path, out: Path) -> None:
+@click.option(
+    "--metrics",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("metrics"),
+    show_default=True,
+    help="Folder for UPSTREAM.json, which `dvc metrics show` prints as one table; an existing one is replaced.",
+)
+def report_command(config: Path, out: Path, metrics: Path) -> None:
     """Print the results table and write it as a self-contained HTML page.
 
     Reads students/, runs/, scores/, measures/ and the teacher's manifest in the folder of the params file.
     """
+    from pipelines.report.results import TEACHER
+
     settings = read_config(config)
     check_out(out / "index.html", "--out")
-    make_report(config.parent, settings, out)
+    check_out(metrics, "--metrics", folder_with=f"{TEACHER}.json")
+    make_report(config.parent, settings, out, metrics)
 
 
-def make_report(root: Path, config: ReportConfig, out: Path) -> None:
+def make_report(root: Path, config: ReportConfig, out: Path, metrics: Path) -> None:
     """Read the records below `root`, print the tables, write the files. Raises RetortError for a missing record."""
     from extract.base.files import write_json, written_aside
     from pipelines.report.graph import read_stages
@@ -103,7 +113,9 @@ def make_report(root: Path, config: ReportConfig, out: Path) -> None:
     for name, content in texts.items():
         with written_aside(out / name) as aside:
             aside.write_text(content, encoding="utf-8")
-    write_json(out / "results.json", {"upstreams": {one.name: _metrics(one) for one in results.upstreams}})
+    with written_aside(metrics) as aside:
+        for upstream in results.upstreams:
+            write_json(aside / f"{upstream.name}.json", _metrics(upstream))
     _print(results, out / "index.html")
 
 
@@ -130,15 +142,14 @@ def _print(results: "Results", page: Path) -> None:
         console.print("\n" + line, soft_wrap=True)
 
 
-def _metrics(upstream: "Upstream") -> dict[str, Any]:
-    """Return the flat numbers of one upstream, as `dvc metrics show` prints them."""
-    measured: dict[str, Any] = {}
-    if (speed := upstream.speed) is not None:
-        measured = {"params": speed.params, "macs_per_audio_s": speed.macs_per_audio_s}
-        measured["rtf"] = round(speed.rtf.median, 6)
-    return {
-        "kind": upstream.kind,
-        "relative_score": None if upstream.relative is None else round(upstream.relative, 1),
-        **measured,
-        **{task: round(score.test, 4) for task, score in upstream.scores.items()},
-    }
+def _metrics(upstream: "Upstream") -> dict[str, float]:
+    """Return the figures of one upstream: a row of `dvc metrics show`, whose keys are the columns.
+
+    They are the same each time that the same records are made: no timings, which would change files in git.
+    """
+    figures = {"score": upstream.relative} | {task: score.test for task, score in upstream.scores.items()}
+    if upstream.speed is not None:
+        figures["params_m"] = upstream.speed.params / 1e6
+    if upstream.training is not None:
+        figures["dev_loss"] = upstream.training.loss.dev
+    return {name: round(value, 4) for name, value in figures.items() if value is not None}

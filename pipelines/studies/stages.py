@@ -10,7 +10,8 @@ from extract.base.params import merge
 
 # Paths of results and of settings in dvc.yaml; `report` is a command of `python -m pipelines`, too.
 _MOVED = re.compile(
-    r"(?<![\w./-])(?<!-m pipelines )(params\.yaml|(?:corpora|manifests|measures|report|runs|scores|students)(?=/|\s|$))"
+    r"(?<![\w./-])(?<!-m pipelines )"
+    r"(params\.yaml|(?:corpora|manifests|measures|metrics|report|runs|scores|students)(?=/|\s|$))"
 )
 
 
