@@ -3,11 +3,11 @@
 The layer sum, both linear layers and the mean over time commute. The mean of each layer over time, L x D numbers an
 utterance, thus gives the same logits, loss and gradients as all frames.
 
-Shapes: U utterances of the corpus, N utterances of a split, B utterances of a batch, L layers, D features, C classes,
-G labels of an utterance (three for IC, else one).
+Shapes: U utterances of all splits together, N utterances of a split, B utterances of a batch, L layers, D features,
+C classes, G labels of an utterance (three for IC, else one).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,24 @@ class PooledRecipe(Recipe):
 
     projection: int = 256
     balanced: bool = False
+
+
+@dataclass(frozen=True)
+class PooledMeans:
+    """Time means of some utterances of a corpus."""
+
+    indices_U: NDArray[np.int64]  # in the corpus, ascending
+    values_ULD: Tensor  # float32
+
+    @classmethod
+    def read(cls, features: Features, wanted: Iterable[NDArray[np.int64]]) -> "PooledMeans":
+        """Read the time means of utterances, given by their corpus indices; each is read once."""
+        indices_U = np.unique(np.concatenate(list(wanted)))
+        return cls(indices_U, torch.from_numpy(features.reader.pooled(indices_U)))
+
+    def rows(self, indices_N: NDArray[np.int64]) -> Tensor:
+        """Return the rows of `values_ULD` that hold the utterances at corpus indices, int64."""
+        return torch.from_numpy(np.searchsorted(self.indices_U, indices_N))
 
 
 @dataclass(frozen=True)
@@ -82,7 +100,7 @@ class PooledClassification:
         if self.recipe.balanced:
             _, kind_N, count = torch.unique(train.classes_NG, dim=0, return_inverse=True, return_counts=True)
             share_N = 1 / count.to(torch.float64)[kind_N]  # proportional to the probability of each utterance
-            order_N = torch.multinomial(share_N, len(share_N), replacement=True, generator=generator)
+            order_N = draw(share_N, len(share_N), generator)
         else:
             order_N = torch.randperm(len(train.rows_N), generator=generator)
         return [
@@ -107,6 +125,15 @@ class PooledClassification:
         return pool.each(accuracy_of, heads)
 
 
+def draw(share_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` of N with replacement, each with a probability proportional to its share (float64); int64.
+
+    Draws what `torch.multinomial` does, from the same random numbers, without its limit of 2^24 shares.
+    """
+    below_N = share_N.cumsum(0)
+    return torch.searchsorted(below_N / below_N[-1], torch.rand(count, dtype=torch.float64, generator=generator))
+
+
 def summed_cross_entropy(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: Sequence[int]) -> Tensor:
     """Return the sum over labels of the cross-entropy of their part of the logits, each a mean over the batch."""
     groups = torch.split(logits_BC, list(num_classes_G), dim=-1)
@@ -116,18 +143,14 @@ def summed_cross_entropy(logits_BC: Tensor, classes_BG: Tensor, num_classes_G: S
 
 def classify(features: Features, recipe: PooledRecipe, session: TaskSession, *, labels: Sequence[str]) -> SweepResult:
     """Score the classification of utterances by `labels`, all of which must be correct."""
-    problem = pooled_problem(features, read_pooled(features), labels, features.train_dev_test(), recipe)
+    rows = features.train_dev_test()
+    problem = pooled_problem(features, PooledMeans.read(features, rows.values()), labels, rows, recipe)
     return sweep(problem, recipe, session)
-
-
-def read_pooled(features: Features) -> Tensor:
-    """Return the time means of all utterances, float32 (U, L, D)."""
-    return torch.from_numpy(features.reader.pooled())
 
 
 def pooled_problem(
     features: Features,
-    pooled_ULD: Tensor,
+    means: PooledMeans,
     labels: Sequence[str],
     rows: Mapping[str, NDArray[np.int64]],
     recipe: PooledRecipe,
@@ -143,5 +166,5 @@ def pooled_problem(
             classes[split].append([class_of.get(name, -1) for name in names[split]])
             if num := classes[split][-1].count(-1):
                 notes.append(f"{num} {split} utterances have a {label} that training never had, so they count as wrong")
-    splits = {split: PooledSplit(torch.from_numpy(rows[split]), torch.tensor(classes[split]).T) for split in rows}
-    return PooledClassification(pooled_ULD, splits, num_classes_G=num_classes_G, recipe=recipe, notes=notes)
+    splits = {split: PooledSplit(means.rows(rows[split]), torch.tensor(classes[split]).T) for split in rows}
+    return PooledClassification(means.values_ULD, splits, num_classes_G=num_classes_G, recipe=recipe, notes=notes)

@@ -274,7 +274,7 @@ def measure_precision(upstream: "Upstream", extraction: Extraction) -> dict[str,
     """Return the error of the upstream's precision against fp32, by layer, on 30 s of utterances of all lengths."""
     writer = extraction.writer
     stem = writer.stem_dim is not None
-    by_length = np.concatenate(writer.packing.by_pack)  # packs hold the longest utterances first
+    by_length = writer.packing.by_pack.order  # packs hold the longest utterances first
     places = np.unique(np.linspace(0, len(by_length) - 1, _PROBED_UTTERANCES).astype(int))
     error, probed_s = CodecError.none(len(writer.error_rows)), 0.0
     for index in by_length[places][::-1]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import dask.array as da
 import numpy as np
@@ -77,6 +78,7 @@ def hidden_array(reader: StoreReader, packs: Sequence[int]) -> Any:
 
     return da.map_blocks(  # type: ignore[no-untyped-call]
         read,
+        name=f"hidden-{uuid4().hex}",  # without a name dask hashes `read`, and with it the reader's manifest and index
         chunks=((1,) * len(reader.layers), num_frames, (reader.dim,)),
         dtype=np.float32,
         meta=np.empty((0, 0, 0), dtype=np.float32),

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluate.checkpoint import TaskSession
-from evaluate.pooled import PooledRecipe, pooled_problem, read_pooled
+from evaluate.pooled import PooledMeans, PooledRecipe, pooled_problem
 from evaluate.sweep import cross_validate
 from evaluate.task import Features, SweepResult, Task
 from extract.base.errors import RetortError
@@ -47,8 +47,9 @@ def folds(features: Features) -> Iterator[dict[str, NDArray[np.int64]]]:
 
 def score(features: Features, recipe: ErRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads of all folds."""
-    pooled_ULD = read_pooled(features)
-    problems = [pooled_problem(features, pooled_ULD, LABELS, rows, recipe) for rows in folds(features)]
+    every = list(folds(features))
+    means = PooledMeans.read(features, every[0].values())  # a fold has all sessions
+    problems = [pooled_problem(features, means, LABELS, rows, recipe) for rows in every]
     return cross_validate(problems, recipe, session)
 
 

@@ -8,6 +8,7 @@ every file under the same paths and be started in the root of the repository (`d
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, LocalCluster, as_completed
@@ -18,6 +19,7 @@ from distributed.scheduler import NoValidWorkerError
 from extract.base.errors import RetortError
 
 _CONNECT_S = 10
+_IN_FLIGHT = 500  # pieces submitted at a time, more than the threads of most clusters
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
@@ -62,11 +64,21 @@ class DaskPool(AbstractContextManager["DaskPool"]):
         return out
 
     def each(self, work: Callable[[Item], Out], items: Sequence[Item]) -> Iterator[tuple[Item, Out]]:
-        """Yield every item with its result as it finishes. The first error ends the others and is raised."""
-        futures = {self.client.submit(work, item, pure=False): item for item in items}
+        """Yield every item with its result as it finishes. The first error ends the others and is raised.
+
+        At most `_IN_FLIGHT` items are submitted at a time: the scheduler keeps some 13 kB for each.
+        """
+        waiting = iter(items)
+        futures = {self.client.submit(work, item, pure=False): item for item in islice(waiting, _IN_FLIGHT)}
+        finished = as_completed(list(futures))
         try:
-            for future in as_completed(list(futures)):
-                yield futures[future], self._result(future)
+            for future in finished:
+                result = self._result(future)
+                item = futures.pop(future)
+                for following in islice(waiting, 1):
+                    futures[submitted := self.client.submit(work, following, pure=False)] = following
+                    finished.add(submitted)
+                yield item, result
         finally:
             self.client.cancel(list(futures))
 

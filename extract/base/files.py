@@ -22,16 +22,20 @@ from typing import Any
 
 from extract.base.errors import RetortError
 
+ASIDES = ".*.aside"  # temporary files of `written_aside`, as a pattern for `sweep`
+
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, swept: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and rename it to `path`, on failure remove it.
 
     The body makes a file or a folder there. An existing folder at `path` is replaced. Temporary files of killed
-    writers of `path` are removed first.
+    writers of `path` are removed first, unless the caller has `swept` the folder: that lists all of its files, which
+    would be quadratic for the many files of a store.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, f".{glob.escape(path.name)}.*.aside")
+    if not swept:
+        sweep(path.parent, f".{glob.escape(path.name)}.*.aside")
     aside, before = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.aside") for _ in range(2))
     with writing_in(path.parent):
         try:
@@ -115,9 +119,9 @@ def check_out(path: Path, option: str, *, folder_with: str | None = None) -> Non
         raise RetortError(f"{option} {path}: {above} is not writable; give another path")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON with sorted keys, atomically."""
-    with written_aside(Path(path)) as aside:
+def write_json(path: Path, value: object, *, swept: bool = False) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically; `swept` as for `written_aside`."""
+    with written_aside(Path(path), swept=swept) as aside:
         aside.write_text(json_text(value), encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from extract.base.errors import RetortError, is_full_disk
-from extract.base.files import in_main_tree, sha256_file, sweep, written_aside
+from extract.base.files import ASIDES, in_main_tree, sha256_file, sweep, written_aside
 
 if TYPE_CHECKING:
     from extract.store.object_store import Objects
@@ -87,13 +87,13 @@ class LocalLocation:
 
     def fetch(self, name: str, into: Path, expected: Expected) -> None:
         """Copy an object to the file `into`. Raises RetortError if its bytes are not the expected ones."""
-        with written_aside(into) as aside:
+        with written_aside(into, swept=True) as aside:
             shutil.copyfile(self.folder / name, aside)
             check_bytes(aside, expected, what=f"{self}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small object atomically."""
-        with written_aside(self.folder / name) as aside:
+        with written_aside(self.folder / name, swept=True) as aside:
             aside.write_bytes(data)
 
     def cached(self, digest: str, objects: Mapping[str, Expected]) -> "LocalLocation":
@@ -114,7 +114,7 @@ class LocalLocation:
         """Remove damaged objects, and the temporary files of killed writers unless another process writes."""
         for file in self.folder.rglob(f"*{_DAMAGED}"):
             file.unlink(missing_ok=True)
-        sweep(self.folder, "**/.*.aside", "**/*.partial")  # of `written_aside`, and of zarr
+        sweep(self.folder, f"**/{ASIDES}", "**/*.partial")  # of `written_aside`, and of zarr
 
     def staging(self) -> Path:
         """Return the folder in which the store is written: its own."""
@@ -161,7 +161,7 @@ class RemoteLocation:
     def fetch(self, name: str, into: Path, expected: Expected) -> None:
         """Download an object to the file `into`. Raises RetortError if its bytes are not the expected ones."""
         digest = hashlib.sha256()
-        with written_aside(into) as aside:
+        with written_aside(into, swept=True) as aside:
             with aside.open("wb") as file:
                 for piece in self._objects.chunks(name, expected[0]):
                     digest.update(piece)
@@ -219,7 +219,9 @@ class CachedLocation:
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self._has(name):  # another process may have fetched it meanwhile
-                self.remote.fetch(name, self.folder / name, self.objects[name])
+                (into := self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                sweep(into.parent, ASIDES)  # of a killed reader; each shard of an array has a folder of its own
+                self.remote.fetch(name, into, self.objects[name])
 
     def _has(self, name: str) -> bool:
         return LocalLocation(self.folder).size(name) == int(self.objects[name][0])

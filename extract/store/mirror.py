@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from extract.base.errors import RetortError
-from extract.base.files import check_out, json_text, parse_json, write_json, writing_in, written_aside
+from extract.base.files import ASIDES, check_out, json_text, parse_json, sweep, write_json, writing_in, written_aside
 from extract.base.progress import ProgressBar
 from extract.store.location import (
     Expected,
@@ -172,9 +172,11 @@ def _alone_in(target: Location) -> Iterator[None]:
         lock = (target.folder / ".lock").open("w")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise RetortError(f"NEWROOT: can't write to the folder {target} ({error.strerror})") from None
-    with lock, writing_in(target.folder):
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        sweep(target.folder, f"**/{ASIDES}")  # of a killed mirror; once, and not at every object
+        with writing_in(target.folder):
+            yield
 
 
 def _with_initial_weights(old: Manifest, new: Manifest, manifest: Path, new_manifest: Path) -> Manifest:

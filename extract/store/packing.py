@@ -5,7 +5,7 @@ padding and one contiguous read per layer. A shard is a whole number of packs, t
 verification.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ class Packing:
     first_frame: NDArray[np.int64]
     num_frames: NDArray[np.int64]
 
-    @property
+    @cached_property
     def num_packs(self) -> int:
         return int(self.pack.max(initial=-1)) + 1
 
@@ -43,9 +43,9 @@ class Packing:
         return range(first, min(first + self.shard_packs, self.num_packs))
 
     @cached_property
-    def by_pack(self) -> list[NDArray[np.int64]]:
+    def by_pack(self) -> "PackMembers":
         """For every pack the corpus indices of its utterances, in order of first frame."""
-        return group_by_pack(self.pack, self.first_frame, self.num_packs)
+        return PackMembers.of(self.pack, self.first_frame, self.num_packs)
 
     def summary(self) -> dict[str, Any]:
         """Return the field `plan` of a manifest."""
@@ -58,11 +58,32 @@ class Packing:
         }
 
 
-def group_by_pack(pack: NDArray[np.int64], first_frame: NDArray[np.int64], num_packs: int) -> list[NDArray[np.int64]]:
-    """Return for every pack the indices of its utterances, in order of first frame."""
-    order = np.lexsort((first_frame, pack))  # by pack, then by first frame
-    order = order[pack[order] >= 0]  # without dropped utterances
-    return np.split(order, np.searchsorted(pack[order], np.arange(1, num_packs)))
+@dataclass(frozen=True)
+class PackMembers:
+    """For every pack the indices of its utterances, in order of first frame.
+
+    Two arrays, not one for each pack: a store of 94,000 h has 2 million packs.
+    """
+
+    order: NDArray[np.int64]  # all utterances that are in packs, by pack and then by first frame
+    bounds: NDArray[np.int64]  # (packs + 1,): pack p has order[bounds[p] : bounds[p + 1]]
+
+    @classmethod
+    def of(cls, pack: NDArray[np.int64], first_frame: NDArray[np.int64], num_packs: int) -> "PackMembers":
+        """Group utterances by their pack, -1 for a dropped one."""
+        order = np.lexsort((first_frame, pack))
+        order = order[pack[order] >= 0]
+        return cls(order, np.searchsorted(pack[order], np.arange(num_packs + 1)))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        assert pack >= 0
+        return self.order[self.bounds[pack] : self.bounds[pack + 1]]
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return (self[pack] for pack in range(len(self)))
 
 
 def spread_packs(num_packs: int, count: int) -> NDArray[np.int64]:

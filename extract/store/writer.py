@@ -25,7 +25,16 @@ from numpy.typing import NDArray
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from extract.base.errors import RetortError
-from extract.base.files import parse_json, sha256_file, sha256_json, write_json, writing_in, written_aside
+from extract.base.files import (
+    ASIDES,
+    parse_json,
+    sha256_file,
+    sha256_json,
+    sweep,
+    write_json,
+    writing_in,
+    written_aside,
+)
 from extract.base.validate import check_fields
 from extract.store.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.store.location import LocalLocation, Location, RemoteLocation
@@ -33,6 +42,7 @@ from extract.store.manifest import MANIFEST_NAME, Manifest, is_object, record_na
 from extract.store.packing import Packing
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
+_GATHERED_BYTES = 256 << 20  # of `pooled` in memory while it is written, at least one chunk
 _RECORD = {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}  # fields of a shard record
 
 
@@ -102,6 +112,7 @@ class StoreWriter:
         """Make the empty arrays unless they exist; their shapes follow from the fingerprint."""
         widths = [self.codec.width(array.dim) for array in self.coded]  # raises before anything is made
         self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder, f"rows/{ASIDES}", f"shards/{ASIDES}")  # of killed writers; not again at every shard
         with writing_in(self.folder):
             self._create(widths)
 
@@ -219,12 +230,13 @@ class StoreWriter:
         group = zarr.open_group(self.folder, mode="r+")
         for name in packs[0].arrays:
             names.append(self._put(group, name, shard, [pack.arrays[name] for pack in packs]))
-        with written_aside(self._rows(shard)) as aside, aside.open("wb") as file:
+        with written_aside(self._rows(shard), swept=True) as aside, aside.open("wb") as file:
             np.save(file, np.concatenate([pack.means for pack in packs]))
         # zarr writes no object for a shard of zeros: a missing object reads as zeros.
         objects = {name: _fingerprint(self.folder / name) for name in names if (self.folder / name).is_file()}
         error = sum((pack.error for pack in packs), CodecError.none(len(self.error_rows)))
-        write_json(self.folder / record_name(shard), {"objects": objects, "codec_error": error.to_dict()})
+        record = {"objects": objects, "codec_error": error.to_dict()}
+        write_json(self.folder / record_name(shard), record, swept=True)
         return objects
 
     def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
@@ -298,21 +310,23 @@ class StoreWriter:
         """Write `pooled` in corpus order from the rows of the shards, which are in the order of the packs."""
         num_utterances = len(self.packing.pack)
         shape = (num_utterances, len(self.layers), self.dim)
+        members = self.packing.by_pack
         rows_of = np.full(num_utterances, -1, dtype=np.int64)  # row of an utterance in all shards' rows, end to end
-        order = np.concatenate(self.packing.by_pack)
-        rows_of[order] = np.arange(len(order))
-        parts = [np.load(self._rows(shard), mmap_mode="r") for shard in range(self.packing.num_shards)]
-        bounds = np.cumsum([0, *(len(part) for part in parts)])
+        rows_of[members.order] = np.arange(len(members.order))
+        bounds = np.append(members.bounds[: -1 : self.packing.shard_packs], len(members.order))  # of the shards' rows
         chunks = (min(_POOLED_ROWS, num_utterances), *shape[1:])
         layout: dict[str, Any] = {"shape": shape, "chunks": chunks, "dtype": "float32"}
         pooled = group.create_array("pooled", **layout, compressors=None, fill_value=0, overwrite=True)
-        for start in range(0, num_utterances, _POOLED_ROWS):
-            rows = rows_of[start : start + _POOLED_ROWS]
+        step = chunks[0] * max(1, _GATHERED_BYTES // (4 * int(np.prod(chunks))))  # utterances gathered at a time
+        for start in range(0, num_utterances, step):
+            rows = rows_of[start : start + step]
             block = np.full((len(rows), *shape[1:]), np.nan, dtype=np.float32)  # a dropped utterance has no mean
-            shard_of = np.searchsorted(bounds, rows, side="right") - 1
-            for shard in np.unique(shard_of[rows >= 0]):
-                mine = np.flatnonzero((shard_of == shard) & (rows >= 0))
-                block[mine] = parts[shard][rows[mine] - bounds[shard]]
+            by_row = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # by shard, without dropped ones
+            ends = np.searchsorted(rows[by_row], bounds)
+            for shard in np.flatnonzero(np.diff(ends)).tolist():
+                mine = by_row[ends[shard] : ends[shard + 1]]
+                # Opened and closed again: a map for each shard would exceed the system's limit of open files.
+                block[mine] = np.load(self._rows(shard), mmap_mode="r")[rows[mine] - bounds[shard]]
             pooled[start : start + len(rows)] = block
 
     def _write_index(self, group: zarr.Group, ids: list[str]) -> None:

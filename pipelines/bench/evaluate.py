@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaluate.batches import FrameReader
 from evaluate.jobs import open_features
-from evaluate.pooled import pooled_problem, read_pooled
+from evaluate.pooled import PooledMeans, pooled_problem
 from evaluate.sweep import begin
 from evaluate.task import Features, Recipe
 from evaluate.tasks import TASKS
@@ -101,13 +101,14 @@ class OnlineFrames(FrameReader):
 
 
 class OnlineMeans:
-    """Time means from the upstream in place of the stored ones, (U, L, D), indexed by utterance."""
+    """Time means from the upstream in place of the stored ones, (U, L, D)."""
 
-    def __init__(self, stored_ULD: Tensor, upstream: OnlineUpstream) -> None:
-        self.shape, self.upstream = stored_ULD.shape, upstream
+    def __init__(self, stored: PooledMeans, upstream: OnlineUpstream) -> None:
+        self.shape, self.indices_U, self.upstream = stored.values_ULD.shape, stored.indices_U, upstream
 
-    def __getitem__(self, picked_B: Tensor) -> Tensor:
-        return torch.stack([hidden_LTD.mean(1) for hidden_LTD in self.upstream.hidden_states(picked_B.tolist())])
+    def __getitem__(self, rows_B: Tensor) -> Tensor:
+        hidden_BLTD = self.upstream.hidden_states(self.indices_U[rows_B].tolist())  # T differs
+        return torch.stack([hidden_LTD.mean(1) for hidden_LTD in hidden_BLTD])
 
 
 def _problem(bench: Evaluate, task: str, recipe: Recipe, *, online: bool) -> Any:
@@ -117,10 +118,11 @@ def _problem(bench: Evaluate, task: str, recipe: Recipe, *, online: bool) -> Any
     if online:
         upstream = OnlineUpstream(bench.teacher, features.corpus, features.reader.layers)
     if task == "ks":
-        pooled_ULD: Any = read_pooled(features)
+        rows = features.train_dev_test()
+        means = PooledMeans.read(features, rows.values())
         if upstream is not None:
-            pooled_ULD = OnlineMeans(pooled_ULD, upstream)
-        return pooled_problem(features, pooled_ULD, ("keyword",), features.train_dev_test(), recipe)  # type: ignore[arg-type]
+            means = replace(means, values_ULD=OnlineMeans(means, upstream))  # type: ignore[arg-type]
+        return pooled_problem(features, means, ("keyword",), rows, recipe)  # type: ignore[arg-type]
     problem = PhoneRecognition(features, recipe)  # type: ignore[arg-type]
     if upstream is not None:
         problem.reader = OnlineFrames(features, upstream)

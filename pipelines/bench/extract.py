@@ -89,7 +89,7 @@ def bare(bench: Extract) -> TimedSteps:
     for waveforms in batches:
         upstream.forward(waveforms)
     yield
-    indices = np.concatenate(packing.by_pack)
+    indices = packing.by_pack.order
     return _work((corpus.ids[index], int(packing.num_frames[index])) for index in indices)
 
 
