@@ -131,7 +131,8 @@ class StudentConfig:
     targets: tuple[int, ...] | None = None  # teacher layers to predict; None: all in the store except layer 0
     init: Literal["teacher", "random"] = "teacher"  # initial weights
     # Input of the steps with a frozen stem. `stored` reads the stem's output, which `extract run --keep
-    # frames,pooled,stem` wrote, and no waveform. Steps that train the stem and dev scores always read waveforms.
+    # frames,pooled,stem` wrote, and no waveform. Steps that train the stem read waveforms, and so do all dev scores of
+    # a student whose stem trains at some step. One whose stem never trains scores dev from what it trains from.
     stem: Literal["waveforms", "stored"] = "waveforms"
     intermediate_weight: float = 0.5  # of the layer-to-layer loss beside the output loss
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -191,6 +192,11 @@ class StudentConfig:
         """First step that trains the stem; infinity if none does."""
         settings = self.optimiser
         return math.inf if settings.stem_grad_scale == 0 else round(settings.stem_frozen * self.steps)
+
+    @property
+    def needs_audio(self) -> bool:
+        """True if a step or a dev score reads waveforms."""
+        return self.stem == "waveforms" or self.stem_trains_from < self.steps
 
     @property
     def initial_blocks(self) -> int:

@@ -201,8 +201,12 @@ def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
 
 
 @torch.no_grad()
-def score_dev(run: Run, *, forced: bool = False, stored: bool = False) -> DevScore:
-    """Score the dev split without dropout, from waveforms or from the `stored` stem; each process scores a part."""
+def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> DevScore:
+    """Score the dev split without dropout, from waveforms or from the `stored` stem; each process scores a part.
+
+    stored: None for the stored stem if the student never reads waveforms.
+    """
+    stored = not run.request.config.needs_audio if stored is None else stored
     distiller, processes = run.scored.eval(), run.request.processes
     rows: list[list[float]] = []  # one per batch: number of frames, loss, three errors per layer
     for batch in run.data.dev_batches(stored=stored, rank=processes.rank, size=processes.size):
@@ -223,18 +227,22 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool = False) -> DevSco
 
 
 def _compare_stems(run: Run, progress: TrainingProgress, free: DevScore | None) -> None:
-    """Score the dev split from the stored stem too; `free` is its score from waveforms. The codec is the difference.
+    """Log the dev loss from the stored stem; report a difference to that from waveforms, which is the codec's.
 
-    Called once, after the last step that read the stored stem.
+    `free` is the score of the run. Called once, after the last step that read the stored stem.
     """
-    if free is None or run.request.config.stem != "stored":
+    config, processes = run.request.config, run.request.processes
+    if free is None or config.stem != "stored":
         return
-    stored = score_dev(run, stored=True)
+    stored = score_dev(run, stored=True) if config.needs_audio else free
     _log(run, progress, {_STORED: stored.loss})
-    if abs(free.loss - stored.loss) > _NOTICEABLE * free.loss:
+    if not all(processes.all_gather(run.corpus.has_audio)):  # of several nodes, some may have only the index
+        return
+    from_waveforms = free if config.needs_audio else score_dev(run, stored=False)
+    if abs(from_waveforms.loss - stored.loss) > _NOTICEABLE * from_waveforms.loss:
         progress.write_line(
-            f"{run.request.student}: dev loss {free.loss:.4f} from waveforms, {stored.loss:.4f} from the stored stem; "
-            f"the difference comes from its codec, {run.store.codec.name}"
+            f"{run.request.student}: dev loss {from_waveforms.loss:.4f} from waveforms, {stored.loss:.4f} from the "
+            f"stored stem; the difference comes from its codec, {run.store.codec.name}"
         )
 
 

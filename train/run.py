@@ -214,15 +214,15 @@ def check_input(config: StudentConfig, store: StoreReader, corpus: Corpus) -> No
                 f"shape.stem_channels: got {config.shape.stem_channels}, expected the {store.stem_dim} channels of the "
                 f"stem in {store.source}"
             )
-    if corpus.has_audio:
-        return
-    for needs, setting in (
-        (config.stem == "waveforms", "stem: `waveforms`"),
-        (config.stem_trains_from < config.steps, "optimiser.stem_frozen: the last steps train the stem and"),
-        (config.dev_split is not None, "dev_split: scoring (set null for none)"),
-    ):
-        if needs:
-            raise RetortError(f"{setting} needs waveforms, and {corpus.path} holds only the index of {corpus.name}")
+    if config.needs_audio and not corpus.has_audio:
+        setting = "stem: `waveforms` needs"
+        if config.stem == "stored":
+            setting = "optimiser.stem_frozen: the last steps train the stem and need"
+        raise RetortError(
+            f"{setting} waveforms, and {corpus.path} holds only the index of {corpus.name}; copy the audio file "
+            "that its card names, or train without it: `stem: stored` with optimiser.stem_grad_scale 0, from a store "
+            "made with --keep frames,pooled,stem"
+        )
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
