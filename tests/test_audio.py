@@ -12,7 +12,7 @@ import torch
 import torchaudio
 
 from extract.audio import resample
-from pipelines.readers.decode import Bad, Decoded, TooLong, decode, duration_s
+from pipelines.readers.decode import Bad, Decoded, NotInParallel, decode, duration_s
 from pipelines.readers.listing import ListedUtterance
 from pipelines.readers.mpeg import _frame
 
@@ -218,7 +218,7 @@ def test_a_file_beyond_the_limit_is_refused_and_a_long_one_raises(tmp_path: Path
     edit(file, 21, bytes([file.read_bytes()[21] & 0xF0, 0, 0, 0, 0]))
     assert "longer than 1 h" in reason(file)
     utterance = ListedUtterance(file=wav(tmp_path / "b.wav"), id="a", split="train", speaker="s")
-    with pytest.raises(TooLong):
+    with pytest.raises(NotInParallel):
         decode(utterance, longest_s=2.9)
     assert isinstance(decode(utterance, longest_s=3.0), Decoded)
 

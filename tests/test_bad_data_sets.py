@@ -167,7 +167,7 @@ TREES = [
 
 FOLDERS = [
     table("empty", "", "metadata.csv is empty"),
-    table("without file", "path\na\n", "column .file. not found; it has path"),
+    table("without file", "name\na\n", "column .file. not found; it has name; .*--rename name=file"),
     table("short row", "file,speaker\none.wav\n", "line 2 has 1 columns, expected 2"),
     table("long row", "file,speaker\none.wav,a,b,c\n", "line 2 has 4 columns, expected 2"),
     table("bytes", BYTES, "metadata.csv: not text in UTF-8"),

@@ -218,7 +218,9 @@ def test_snips_has_the_references_speakers_and_no_sentence_in_two_splits(tree: P
 
 
 def slots_of_utterances(root: Path) -> list[list[str]]:
-    return [listed.labels["slots"].split() for listed in READERS["snips"].list_utterances(root, ReaderOptions())]
+    return [
+        listed.labels["slots"].split() for listed in READERS["snips"].list_data_set(root, ReaderOptions()).utterances
+    ]
 
 
 def test_speakers_of_trials_are_not_in_the_training_data(tree: Path) -> None:

@@ -1,4 +1,4 @@
-"""Uniform behaviour of all ten readers for the same oddities of lists, tables and folders."""
+"""Uniform behaviour of the readers of folders for the same oddities of lists, tables and folders."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from test_readers import fluent_folder, iemocap_folder, snips_folder, tone, writ
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from pipelines.__main__ import main
-from pipelines.readers import READERS, ReaderOptions, read_corpus
+from pipelines.readers import ReaderOptions, read_corpus
 
 
 def folder(root: Path) -> Path:
@@ -73,6 +73,18 @@ def librimix(root: Path) -> Path:
     return root
 
 
+def kaldi(root: Path) -> Path:
+    for split in ("train", "dev"):
+        (root / split).mkdir(parents=True)
+        names = [f"{split}{number}" for number in range(3)]
+        for name in names:
+            write_audio(root / "audio" / f"{name}.flac", tone())
+        (root / split / "wav.scp").write_text("".join(f"{name} audio/{name}.flac\n" for name in names))
+        (root / split / "utt2spk").write_text("".join(f"{name} s\n" for name in names))
+        (root / split / "text").write_text("".join(f"{name} NORTH WIND\n" for name in names))
+    return root
+
+
 def quesst(root: Path) -> Path:
     base, scoring = root / "quesst14Database", root / "quesst14Database" / "scoring"
     for key, kind in (("utterances", "Audio"), ("dev", "dev_queries"), ("eval", "eval_queries")):
@@ -93,6 +105,7 @@ def quesst(root: Path) -> Path:
 # Reader -> writer of its files, one of its lists, and two files that a list (for trials, the trial list) names.
 WORLDS: dict[str, tuple[Callable[[Path], Path], str, tuple[str, str]]] = {
     "folder": (folder, "metadata.csv", ("a/two.wav", "four.flac")),
+    "kaldi": (kaldi, "dev/wav.scp", ("audio/dev1.flac", "audio/train0.flac")),
     "librispeech": (librispeech, "LibriSpeech/dev-clean/84/198/84-198.trans.txt", (
         "LibriSpeech/dev-clean/84/198/84-198-0000.flac", "LibriSpeech/train-clean-100/19/198/19-198-0002.flac",
     )),
@@ -120,7 +133,7 @@ WORLDS: dict[str, tuple[Callable[[Path], Path], str, tuple[str, str]]] = {
 AUDIO = (".wav", ".flac", ".mp3")
 
 
-@pytest.fixture(params=READERS)
+@pytest.fixture(params=WORLDS)
 def reader(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -54,7 +54,7 @@ def same_as_torchaudio(reader: str, root: Path) -> int:
     """Assert that both list the same files, splits and labels; return their number."""
     theirs = THEIRS[reader](root)
     ours: dict[str, list[Row]] = {}
-    for utterance in READERS[reader].list_utterances(root, ReaderOptions()):
+    for utterance in READERS[reader].list_data_set(root, ReaderOptions()).utterances:
         known = utterance.labels | {"speaker": utterance.speaker}
         shown = next(iter(theirs.values()))[0][1].keys()
         row = utterance.file.relative_to(root).as_posix(), {name: known[name] for name in shown}

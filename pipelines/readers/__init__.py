@@ -1,7 +1,7 @@
-"""Published data set folders -> corpus.h5: utterances with split, speaker and labels, then their decoded audio.
+"""Data sets -> corpus.h5: utterances with split, speaker and labels, then their decoded audio.
 
-A reader, one file per data set, lists that data set's own on-disk layout without opening audio. `read_corpus` decodes
-the listed files (rules: decode.py), reports all files that can't be used in one error, and writes the corpus.
+A reader, one file per data set or form of own data, lists its own on-disk layout without opening audio. `read_corpus`
+decodes the listed files (rules: decode.py), reports all files that can't be used in one error, and writes the corpus.
 Run: `python -m pipelines corpus READER ROOT --out C.h5`.
 """
 
@@ -16,16 +16,19 @@ from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree
 from extract.base.progress import ProgressBar
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
-from pipelines.readers.decode import Bad, Decoded, TooLong, decode
+from pipelines.readers.audio_file import Forward
+from pipelines.readers.decode import Bad, Decoded, NotInParallel, decode
 from pipelines.readers.fluent import list_fluent
 from pipelines.readers.folder import list_folder
 from pipelines.readers.iemocap import list_iemocap
+from pipelines.readers.kaldi import list_kaldi
 from pipelines.readers.librimix import list_librimix
 from pipelines.readers.librispeech import list_librispeech
-from pipelines.readers.listing import ListedUtterance, ReaderOptions
+from pipelines.readers.listing import ListedUtterance, Listing, ReaderOptions, named
 from pipelines.readers.quesst14 import list_quesst14, read_scope, scope_without
 from pipelines.readers.snips import list_snips
 from pipelines.readers.speech_commands import list_speech_commands
+from pipelines.readers.splits import describe_dev, own, published
 from pipelines.readers.voxceleb1 import list_voxceleb1
 from pipelines.readers.voxceleb1_trials import list_trials, read_trials, trials_without
 
@@ -36,31 +39,45 @@ _GROUP = 64  # files that are decoded in parallel before the first of them is wr
 _LONGEST_IN_PARALLEL_S = 120.0  # longer ones are decoded one by one: 64 of 120 s are 250 MB at 16 kHz
 
 
+def _require_folder(reader: str, root: Path) -> None:
+    if not root.is_dir():
+        raise RetortError(f"data set folder {root} not found; give the folder that holds the files of {reader}")
+
+
 @dataclass(frozen=True)
 class Reader:
     """Functions of one data set.
 
-    list_utterances: the utterances below a root.
+    list_data_set: the utterances below a root.
+    options: those of the command that it takes.
+    check_root: raises RetortError for a root that can't be one of this reader.
     metadata: the metadata of the corpus as a whole, where it has any.
     without: that metadata for a corpus without the dropped utterances.
     """
 
-    list_utterances: Callable[[Path, ReaderOptions], list[ListedUtterance]]
+    list_data_set: Callable[[Path, ReaderOptions], Listing]
+    options: tuple[str, ...] = ()
+    check_root: Callable[[str, Path], None] = _require_folder
     metadata: Callable[[Path], dict[str, Any]] = lambda root: {}
     without: Callable[[dict[str, Any], Sequence[ListedUtterance]], dict[str, Any]] = lambda metadata, dropped: metadata
 
 
+_DEV = ("--dev-share", "--dev-by", "--seed")
+
 READERS = {
-    "fluent": Reader(list_fluent),
-    "folder": Reader(list_folder),
-    "iemocap": Reader(list_iemocap),
-    "librispeech": Reader(list_librispeech),
-    "snips": Reader(list_snips),
-    "librimix": Reader(list_librimix),
-    "quesst14": Reader(list_quesst14, read_scope, scope_without),
-    "speech-commands": Reader(list_speech_commands),
-    "voxceleb1": Reader(list_voxceleb1),
-    "voxceleb1-trials": Reader(list_trials, read_trials, trials_without),
+    # own data
+    "folder": Reader(own(list_folder), ("--rename", "--table", *_DEV)),
+    "kaldi": Reader(own(list_kaldi), _DEV),
+    # published data sets
+    "fluent": Reader(published(list_fluent)),
+    "iemocap": Reader(published(list_iemocap)),
+    "librispeech": Reader(published(list_librispeech), ("--part", "--lexicon")),
+    "snips": Reader(published(list_snips)),
+    "librimix": Reader(published(list_librimix)),
+    "quesst14": Reader(published(list_quesst14), metadata=read_scope, without=scope_without),
+    "speech-commands": Reader(published(list_speech_commands)),
+    "voxceleb1": Reader(published(list_voxceleb1)),
+    "voxceleb1-trials": Reader(published(list_trials), metadata=read_trials, without=trials_without),
 }
 
 
@@ -114,41 +131,82 @@ def read_corpus(
         raise RetortError(f"--out {out}: a corpus is an .h5 file, such as corpora/{out.stem}.h5")
     check_out(in_main_tree(out), "--out")
     check_out(out.with_suffix(".json"), "--out")
-    if not root.is_dir():
-        raise RetortError(f"data set folder {root} not found; give the folder that holds the files of {reader}")
     options = options or ReaderOptions()
     _check_options(reader, options)
-    listed = READERS[reader].list_utterances(root, options)
-    _check_ids(listed, reader)
+    READERS[reader].check_root(reader, root)
+    listing = READERS[reader].list_data_set(root, options)
+    listed = listing.utterances
+    _check_ids(listed)
     metadata = READERS[reader].metadata(root)
-    record: dict[str, Any] = {}  # filled when all utterances are decoded, before `write_corpus` writes the card
+    # The findings are added when all utterances are decoded, before `write_corpus` writes the card.
+    record: dict[str, Any] = {"listing": listing.understood} if listing.understood else {}
     with ProgressBar(f"corpus {out.stem}", total=len(listed), unit="files") as bar:
+        for line in _describe(listing):
+            bar.say(f"corpus {out.stem}: {line}")
         utterances = _decode_all(listed, READERS[reader], metadata, record, skip_bad=skip_bad, bar=bar)
         return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, metadata=metadata, record=record)
 
 
 def _check_options(reader: str, options: ReaderOptions) -> None:
     """Raise RetortError for an option of another reader."""
-    for option, value, owner in (
-        ("--part", options.parts, "librispeech"),
-        ("--lexicon", options.lexicon, "librispeech"),
-        ("--rename", options.rename, "folder"),
+    for option, value in (
+        ("--part", options.parts),
+        ("--lexicon", options.lexicon),
+        ("--rename", options.rename),
+        ("--table", options.tables),
+        ("--dev-share", options.dev_share is not None),
+        ("--dev-by", options.dev_by),
+        ("--seed", options.seed),
     ):
-        if value and reader != owner:
-            raise RetortError(f"{option} is an option of the reader {owner}, not of {reader}; remove it")
+        if value and option not in READERS[reader].options:
+            owners = [name for name, other in READERS.items() if option in other.options]
+            raise RetortError(
+                f"{option} is an option of the reader{'s' * (len(owners) > 1)} {', '.join(owners)}, not of {reader}; "
+                "remove it"
+            )
 
 
-def _check_ids(listed: list[ListedUtterance], reader: str) -> None:
+def _describe(listing: Listing) -> Iterator[str]:
+    """Yield the lines on how own data was understood: tables, columns, splits, and a dev split that was drawn."""
+    understood = listing.understood
+    if not understood:
+        return
+    counts = Counter(utterance.split for utterance in listing.utterances)
+    parts = sum(utterance.crop_s is not None for utterance in listing.utterances)
+    renamed = {new: f"{new} (named {old})" for old, new in understood.get("splits", {}).items()}
+    columns = [f"{old} as {new}" for old, new in understood.get("columns", {}).items()]
+    yield "; ".join(
+        [
+            f"tables {named(understood['tables'])}" if understood["tables"] else "no table: all audio files",
+            *([f"columns {', '.join(columns)}"] if columns else []),
+            *([f"{parts} parts of longer files"] if parts else []),
+            f"splits {', '.join(f'{renamed.get(split, split)} {count}' for split, count in sorted(counts.items()))}",
+        ]
+    )
+    if "dev" in understood:
+        yield describe_dev(understood["dev"])
+
+
+def _check_ids(listed: list[ListedUtterance]) -> None:
     """Raise RetortError for an id of two utterances, with both files."""
     first_of: dict[str, ListedUtterance] = {}
     for utterance in listed:
         other = first_of.setdefault(utterance.id, utterance)
         if other is utterance:
             continue
-        fix = "give every row its own id in a column `id`" if reader == "folder" else "remove one of them"
-        same = utterance.file == other.file
-        files = f"{utterance.file} is listed twice" if same else f"{other.file} and {utterance.file}"
-        raise RetortError(f"utterance id {utterance.id!r} occurs twice: {files}; {fix}")
+        same = utterance.file == other.file and utterance.crop_s == other.crop_s
+        files = f"{_place(utterance)} is listed twice" if same else f"{_place(other)} and {_place(utterance)}"
+        raise RetortError(
+            f"utterance id {utterance.id!r} occurs twice: {files}; remove one of them, or give each an id of its own "
+            "(of a table: in a column `id`)"
+        )
+
+
+def _place(utterance: ListedUtterance) -> str:
+    if utterance.crop_s is None:
+        return str(utterance.file)
+    start_s, duration_s = utterance.crop_s
+    return f"{utterance.file} ({start_s:g} to {start_s + duration_s:g} s)"
 
 
 def _decode_all(
@@ -162,11 +220,11 @@ def _decode_all(
 ) -> Iterator[Utterance]:
     """Yield the decodable utterances in order; at the end, fill `record` and remove dropped ones from `metadata`."""
     findings = Findings()
-    with ThreadPoolExecutor() as pool:  # soundfile and torch release the interpreter lock
+    with ThreadPoolExecutor() as pool, Forward() as forward:  # soundfile and torch release the interpreter lock
         for first in range(0, len(listed), _GROUP):
             group = listed[first : first + _GROUP]
             for utterance, in_parallel in zip(group, pool.map(_decode_short, group), strict=True):
-                decoded = in_parallel or decode(utterance)
+                decoded = in_parallel or decode(utterance, forward=forward)
                 if isinstance(decoded, Bad):
                     findings.bad[f"{_printable(utterance.file)} ({decoded.reason})"] = None
                     findings.dropped.append(utterance)
@@ -192,8 +250,8 @@ def _printable(path: Path) -> str:
 
 
 def _decode_short(utterance: ListedUtterance) -> Decoded | Bad | None:
-    """Decode an utterance, or return None for a long one: memory then holds one of those at a time."""
+    """Decode an utterance, or return None for one that is decoded alone: memory then holds one long one at a time."""
     try:
         return decode(utterance, longest_s=_LONGEST_IN_PARALLEL_S)
-    except TooLong:
+    except NotInParallel:
         return None

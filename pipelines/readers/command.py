@@ -1,7 +1,7 @@
 """`python -m pipelines corpus READER ROOT --out corpora/NAME.h5`: read a data set folder into one HDF5 file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -23,8 +23,24 @@ from extract.base.errors import RetortError
     help="LibriSpeech: pronunciations [default: ROOT/librispeech-lexicon.txt].",
 )
 @click.option(
-    "--rename", multiple=True, metavar="OLD=NEW", help="folder: rename column OLD of metadata.csv to NEW; repeatable."
+    "--rename", multiple=True, metavar="OLD=NEW", help="folder: rename column OLD of the table to NEW; repeatable."
 )
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="folder: a table of files below ROOT; its name may hold its split (train, dev, test); repeatable.",
+)
+@click.option(
+    "--dev-share", type=float, help="Own data without a dev split: share of train that becomes dev [default: 0.05]."
+)
+@click.option(
+    "--dev-by",
+    type=click.Choice(["speaker", "utterance"]),
+    help="Draw dev by whole speakers or by utterances [default: speaker where 10 are known].",
+)
+@click.option("--seed", type=int, default=0, help="Of the dev split that is drawn [default: 0].")
 @click.option("--skip-bad", is_flag=True, help="Drop and record files that can't be used.")
 def corpus_command(
     reader: str,
@@ -33,9 +49,17 @@ def corpus_command(
     parts: tuple[str, ...],
     lexicon: Path | None,
     rename: tuple[str, ...],
+    tables: tuple[Path, ...],
+    dev_share: float | None,
+    dev_by: Literal["speaker", "utterance"] | None,
+    seed: int,
     skip_bad: bool,
 ) -> None:
-    """Read the data set in the folder ROOT with READER (a wrong one lists all) into corpora/NAME.h5."""
+    """Read the data set in the folder ROOT with READER into corpora/NAME.h5.
+
+    Readers of own data: folder, hf, kaldi, lhotse (docs/data.md). Readers of published data sets: fluent, iemocap,
+    librimix, librispeech, quesst14, snips, speech-commands, voxceleb1, voxceleb1-trials.
+    """
     from pipelines.readers import ReaderOptions, read_corpus
 
     if odd := [pair for pair in rename if pair.count("=") != 1]:
@@ -43,7 +67,15 @@ def corpus_command(
     old_names = [pair.split("=")[0] for pair in rename]
     if twice := [name for name in old_names if old_names.count(name) > 1]:
         raise RetortError(f"--rename {twice[0]!r} is given twice, expected one new name per column; remove one")
-    options = ReaderOptions(parts=parts, lexicon=lexicon, rename=dict(pair.split("=") for pair in rename))
+    options = ReaderOptions(
+        parts=parts,
+        lexicon=lexicon,
+        rename=dict(pair.split("=") for pair in rename),
+        tables=tables,
+        dev_share=dev_share,
+        dev_by=dev_by,
+        seed=seed,
+    )
     card = read_corpus(reader, root, out, options=options, skip_bad=skip_bad)
     splits = ", ".join(f"{count} {split}" for split, count in card["splits"].items())
     click.echo(

@@ -6,10 +6,12 @@ Rules, in the order of their checks:
 - Its sampling rate is between 1 kHz and 768 kHz. An utterance lasts an hour at most: it is held in memory, and one pack
   of features has to hold it.
 - Files are read in blocks. A file of unknown length (0 samples in FLAC, unknown sizes in WAV) is read to its end.
+- A part of a file is read without the rest of it where the format allows (audio_file.py).
 - All samples are finite, and none exceeds 2 (+6 dB): a larger one means another scale, such as int16 values in a file
   of floats. Samples beyond 1 after averaging, resampling and gain are clipped to 1 and noted.
 - Channels are averaged. Channels that cancel each other (by 40 dB and more) are refused.
-- A crop is within the file.
+- A crop is within the file; its end may exceed the file's by one frame, since times in tables are rounded. A file
+  whose table gives its duration has that duration.
 - Noted, not refused: runs of 4 and more samples at full scale (clipped in the recording), digital silence.
 """
 
@@ -17,7 +19,6 @@ import errno
 import hashlib
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,16 @@ from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
-from pipelines.readers.headers import Header, Patched, read_header
+from pipelines.readers.audio_file import (
+    Forward,
+    Stream,
+    blocks,
+    known_length,
+    open_audio,
+    read_header_of,
+    seeks_exactly,
+)
+from pipelines.readers.headers import Header
 from pipelines.readers.listing import ListedUtterance
 from pipelines.readers.silence import without_silence
 
@@ -37,10 +47,11 @@ RATES_HZ = (1_000, 768_000)
 LARGEST_SAMPLE = 2.0
 CANCELLED = 1e-4  # energy of the average relative to that of the channels: -40 dB
 CLIPPED_RUN = 4  # consecutive samples at full scale
-_BLOCK_VALUES = 1 << 18  # 1 MB of float32 over all channels
+FRAME_S = 0.02  # times in tables are rounded: a crop may end so much after its file
+DURATION_TOLERANCE_S = 0.25  # MP3 encoders add up to 0.15 s, which tools count or not
+_FIRST_BUFFER = 1 << 18  # samples, of a file of unknown length
 _MPEG_FRAME = 1152  # samples
 _LENGTH_IN_LOG = ("W64", "CAF", "HTK", "SVX")  # formats whose wrong sizes libsndfile itself logs or refuses
-_UNKNOWN_LENGTH = 1 << 62  # libsndfile gives 2^63 - 1
 # The largest sample of an encoding, relative to 1; 32,767 / 32,768 for all others
 _FULL_SCALE = {"PCM_S8": 127 / 128, "PCM_U8": 127 / 128, "ULAW": 32_124 / 32_768, "ALAW": 32_256 / 32_768}
 # Errors of a path. Others, such as too many open files, concern the machine and must not drop a file.
@@ -69,32 +80,24 @@ class _Refused(Exception):
     """Raised while a file is read, with the reason why it can't be used."""
 
 
-class TooLong(Exception):
-    """The audio is longer than the caller's `longest_s`."""
+class NotInParallel(Exception):
+    """The audio is longer than the caller's `longest_s`, or a part of a file that is decoded once for all parts."""
 
 
-class _Stream(soundfile.SoundFile):  # type: ignore[misc]
-    """A file that is read sequentially.
+def decode(
+    utterance: ListedUtterance, *, longest_s: float = LONGEST_S, forward: Forward | None = None
+) -> Decoded | Bad:
+    """Decode one utterance. `forward`: the open file of the parts before, where parts can't be read by a seek.
 
-    soundfile otherwise seeks after every block, which fails for a FLAC of unknown length and changes the samples of
-    lossy decoders.
-    """
-
-    def seekable(self) -> bool:
-        return False
-
-
-def decode(utterance: ListedUtterance, *, longest_s: float = LONGEST_S) -> Decoded | Bad:
-    """Decode one utterance.
-
-    Raises TooLong beyond `longest_s` (where that is less than the limit of an utterance), and RetortError for errors of
-    the machine rather than of the file.
+    Raises NotInParallel if `longest_s` is less than the limit of an utterance and the audio is longer, or needs
+    `forward`. Raises RetortError for errors of the machine rather than of the file.
     """
     try:
-        header = _check_file(utterance.file)
-        audio_T, rate_hz, changes, notes = _read(utterance, header, longest_s)
+        data = None if utterance.data is None else utterance.data()
+        header = _check_file(utterance, data)
+        audio_T, rate_hz, changes, notes = _read(utterance, data, header, longest_s, forward or Forward())
         return _convert(utterance, audio_T, rate_hz, changes, notes)
-    except (RetortError, TooLong):
+    except (RetortError, NotInParallel):
         raise
     except _Refused as error:
         return Bad(str(error))
@@ -117,112 +120,127 @@ def duration_s(path: Path) -> float:
     try:
         if not path.is_file():
             return 0.0
-        header = read_header(path)
-        with _open(path, header) as file:
-            if file.frames < _UNKNOWN_LENGTH and header.counted is None:
-                return float(file.frames / file.samplerate)
-            return sum(len(block_TC) for block_TC in _blocks(file, None)) / float(file.samplerate)
+        header = read_header_of(path, None, has_parts=False)
+        with open_audio(path, None, header) as file:
+            length = known_length(file, header)
+            length = sum(len(block_TC) for block_TC in blocks(file, None)) if length is None else length
+            return length / float(file.samplerate)
     except (soundfile.SoundFileError, OSError, ValueError, RuntimeError):
         return 0.0
 
 
-def _check_file(path: Path) -> Header:
+def _check_file(utterance: ListedUtterance, data: bytes | None) -> Header:
     """Return the header of a file. Refuse one that is not a regular file, or declares more audio than it has."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
+    if data is None and not stat.S_ISREG(mode := utterance.file.stat().st_mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise _Refused(f"unreadable: it is {kind}")
-    header = read_header(path)
+    header = read_header_of(utterance.file, data, has_parts=utterance.crop_s is not None)
     if header.damage:
         raise _Refused(header.damage)
     return header
 
 
-@contextmanager
-def _open(path: Path, header: Header) -> Iterator[_Stream]:
-    """Open a file with the patches of its header."""
-    with ExitStack() as stack:
-        patched = stack.enter_context(Patched(path, header.patches)) if header.patches else None
-        yield stack.enter_context(_Stream(patched or path))
-
-
 def _read(
-    utterance: ListedUtterance, header: Header, longest_s: float
+    utterance: ListedUtterance, data: bytes | None, header: Header, longest_s: float, forward: Forward
 ) -> tuple[NDArray[np.float32], int, list[str], list[str]]:
     """Read the average over channels, float32 (samples,), the rate in Hz, and the changes and notes so far."""
-    crop_s = utterance.crop_s
-    with _open(utterance.file, header) as file:
-        rate, known = int(file.samplerate), file.frames < _UNKNOWN_LENGTH and header.counted is None
+    with open_audio(utterance.file, data, header) as file:
+        rate, length = int(file.samplerate), known_length(file, header)
         if not RATES_HZ[0] <= rate <= RATES_HZ[1]:
             raise _Refused(f"sampling rate {rate:,} Hz, expected {RATES_HZ[0]:,} to {RATES_HZ[1]:,}")
         if not header.checked and "(should be" in file.extra_info:
             raise _Refused("truncated: the sizes in its header differ from those of the file")
-        wanted = int(file.frames) if known else None
-        if crop_s is not None:
-            wanted = round(crop_s[1] * rate)
+        if utterance.channel is not None and utterance.channel >= file.channels:
+            raise _Refused(
+                f"has {file.channels} channels, utterance {utterance.id!r} is of channel {utterance.channel}"
+            )
+        crop_s = _crop(utterance, length, rate)
+        wanted = length if crop_s is None else round(crop_s[1] * rate)
         _check_length((wanted or header.counted or 0) / rate, longest_s)
-        if crop_s is not None:
-            _skip(file, round(crop_s[0] * rate), known)
+        found = blocks(file, wanted) if crop_s is None else _part(utterance, file, header, longest_s, forward)
         if not header.checked and file.format not in _LENGTH_IN_LOG:
             header = replace(header, notes=(f"{file.format}: its length is not checked",))
         levels = _Levels(_FULL_SCALE.get(file.subtype, 32_767 / 32_768))
         md5 = _Md5(*header.flac_md5) if header.flac_md5 and crop_s is None else None
-        audio_T = np.empty(_BLOCK_VALUES if wanted is None else wanted, np.float32)
-        for block_TC in _blocks(file, wanted):
-            levels.add(block_TC)
+        audio_T = np.empty(_FIRST_BUFFER if wanted is None else wanted, np.float32)
+        for block_TC in found:
             if md5:
                 md5.add(block_TC)
+            if utterance.channel is not None:
+                block_TC = block_TC[:, utterance.channel : utterance.channel + 1]
+            levels.add(block_TC)
             _check_length(levels.count / rate, longest_s)
             if levels.count > len(audio_T):  # of unknown length: double the buffer
                 audio_T = np.concatenate([audio_T, np.empty_like(audio_T)])
             audio_T[levels.count - len(block_TC) : levels.count] = block_TC.mean(axis=1)
-        _check_count(crop_s, levels.count, wanted, header.counted)
+        _check_count(utterance, levels.count, wanted, header.counted, rate)
         if md5 and not md5.agrees:
             raise _Refused("damaged: the MD5 of its samples differs from the one in its header")
         if not levels.count:
             raise _Refused("empty")
-        changes = [f"averaged {file.channels} channels"] if file.channels > 1 else []
-        return audio_T[: levels.count], rate, changes, [*header.notes, *levels.check(file.channels)]
+        return audio_T[: levels.count], rate, _mixed(utterance, file), [*header.notes, *levels.check(file.channels)]
 
 
 def _check_length(seconds: float, longest_s: float) -> None:
     if seconds > LONGEST_S:
         raise _Refused(f"longer than {LONGEST_S / 3600:g} h, the limit of one utterance; split it into utterances")
     if seconds > longest_s:
-        raise TooLong
+        raise NotInParallel
 
 
-def _check_count(crop_s: tuple[float, float] | None, count: int, wanted: int | None, counted: int | None) -> None:
-    """Refuse a file with fewer samples than it declares, and a crop that ends after the file."""
+def _check_count(utterance: ListedUtterance, count: int, wanted: int | None, counted: int | None, rate_hz: int) -> None:
+    """Refuse a file with fewer samples than it declares, a crop that ends after it, and another duration."""
+    crop_s = utterance.crop_s
     if crop_s is not None:
-        if wanted is not None and count < wanted:
-            raise _Refused(f"ends before {sum(crop_s):g} s, the end of the crop")
+        if wanted is not None and count + round(FRAME_S * rate_hz) < wanted:
+            end_s = crop_s[0] + count / rate_hz
+            raise _Refused(
+                f"ends before {sum(crop_s):g} s, the end of utterance {utterance.id!r}: it has {end_s:.6g} s"
+            )
     elif wanted is not None and count < wanted:
         raise _Refused(f"truncated: {count:,} of {wanted:,} samples")
     elif counted is not None and count + _MPEG_FRAME < counted:  # libsndfile estimates the end from the first frames
         raise _Refused(f"only {count:,} of {counted:,} samples are decoded: its header lacks the length; convert it")
+    if utterance.expected_s is not None and abs(count / rate_hz - utterance.expected_s) > DURATION_TOLERANCE_S:
+        raise _Refused(f"lasts {count / rate_hz:.6g} s, its table gives {utterance.expected_s:g} s")
 
 
-def _skip(file: _Stream, frames: int, known: bool) -> None:
-    """Move to a sample: by a seek, or by decoding where the length of the file is unknown."""
-    if not known:
-        for _ in _blocks(file, frames):
-            pass
-    elif frames <= file.frames:
-        file.seek(frames)
-    else:
-        raise _Refused(f"ends before {frames / file.samplerate:g} s, the beginning of the crop")
+def _crop(utterance: ListedUtterance, length: int | None, rate_hz: int) -> tuple[float, float] | None:
+    """Return the part that is read, None for a whole file: also where the part is all of it, but for a frame."""
+    crop_s = utterance.crop_s
+    if crop_s is not None and crop_s[0] == 0 and length is not None and abs(length / rate_hz - crop_s[1]) <= FRAME_S:
+        return None
+    return crop_s
 
 
-def _blocks(file: _Stream, wanted: int | None) -> Iterator[NDArray[np.float32]]:
-    """Yield blocks of float32 (frames, channels) to the end, or until there are `wanted` frames."""
-    size, left = max(1, _BLOCK_VALUES // file.channels), wanted
-    while left is None or left > 0:
-        block_TC = file.read(size if left is None else min(size, left), dtype="float32", always_2d=True)
-        if not len(block_TC):
-            return
-        yield block_TC
-        left = None if left is None else left - len(block_TC)
+def _part(
+    utterance: ListedUtterance, file: Stream, header: Header, longest_s: float, forward: Forward
+) -> Iterator[NDArray[np.float32]]:
+    """Return the blocks of a part of a file, float32 (frames, channels)."""
+    assert utterance.crop_s is not None
+    begin, count = (round(seconds * file.samplerate) for seconds in utterance.crop_s)
+    length = known_length(file, header)
+    if length is not None and begin > length:
+        raise _Refused(
+            f"ends before {utterance.crop_s[0]:g} s, the beginning of utterance {utterance.id!r}: it has "
+            f"{length / file.samplerate:.6g} s"
+        )
+    if seeks_exactly(file, header):
+        file.seek(begin)
+        return blocks(file, count)
+    if longest_s < LONGEST_S:
+        raise NotInParallel
+    part_TC = forward.part(utterance.file, header, begin, count)
+    return iter([part_TC] if len(part_TC) else [])
+
+
+def _mixed(utterance: ListedUtterance, file: Stream) -> list[str]:
+    """Return the change of a file with several channels to one."""
+    if file.channels == 1:
+        return []
+    if utterance.channel is not None:
+        return [f"channel {utterance.channel} of {file.channels}"]
+    return [f"averaged {file.channels} channels"]
 
 
 @dataclass

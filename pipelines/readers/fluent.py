@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipelines.readers.listing import Layout, ListedUtterance, ReaderOptions, listed_file, read_table
+from pipelines.readers.listing import Layout, ListedUtterance, ReaderOptions, listed_file
+from pipelines.readers.tables import read_table
 
 INTENT = ("action", "object", "location")
 _SPLITS = {"train": "train", "valid": "dev", "test": "test"}

@@ -37,18 +37,17 @@ class Header:
     checked: bool = True
 
 
-def read_header(path: Path) -> Header:
-    """Compare the header of a file with its bytes. Raises OSError where it can't be read."""
-    with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        start = _id3_bytes(file)
-        magic = _at(file, start, 4)
-        if magic in _FORMATS:
-            return _FORMATS[magic](file, start, size)
-        if magic[:2] >= b"\xff\xe0":  # the sync word of MPEG audio
-            damage, notes, counted = walk_mpeg(file, start, size)
-            return Header(damage=damage, notes=notes, counted=counted)
-        return Header(checked=False)
+def read_header(file: BinaryIO) -> Header:
+    """Compare the header of an opened file with its bytes. Raises OSError where it can't be read."""
+    size = file.seek(0, io.SEEK_END)
+    start = _id3_bytes(file)
+    magic = _at(file, start, 4)
+    if magic in _FORMATS:
+        return _FORMATS[magic](file, start, size)
+    if magic[:2] >= b"\xff\xe0":  # the sync word of MPEG audio
+        damage, notes, counted = walk_mpeg(file, start, size)
+        return Header(damage=damage, notes=notes, counted=counted)
+    return Header(checked=False)
 
 
 class Patched(io.FileIO):
@@ -61,12 +60,16 @@ class Patched(io.FileIO):
     def readinto(self, buffer: Any) -> int:
         begin = self.tell()
         count = super().readinto(buffer) or 0
-        view = memoryview(buffer)
-        for offset, patch in self.patches:
-            for place, value in enumerate(patch, offset):
-                if begin <= place < begin + count:
-                    view[place - begin : place - begin + 1] = bytes([value])
+        patch_bytes(memoryview(buffer)[:count], self.patches, begin)
         return count
+
+
+def patch_bytes(view: Any, patches: tuple[tuple[int, bytes], ...], begin: int = 0) -> None:
+    """Replace bytes of a file in a buffer that holds it from the offset `begin` on."""
+    for offset, patch in patches:
+        for place, value in enumerate(patch, offset):
+            if begin <= place < begin + len(view):
+                view[place - begin : place - begin + 1] = bytes([value])
 
 
 def _at(file: BinaryIO, offset: int, count: int) -> bytes:

@@ -1,12 +1,18 @@
 """Reader of LibriMix for diarisation: two-speaker mixtures, and Kaldi data folders with the turns of the speakers."""
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 from extract.base.errors import RetortError
-from pipelines.readers.listing import Layout, ListedUtterance, ReaderOptions, line_error, read_lines
+from pipelines.readers.listing import (
+    Layout,
+    ListedUtterance,
+    ReaderOptions,
+    line_error,
+    read_fields,
+    read_lines,
+    read_seconds,
+)
 
 Turn = tuple[str, float, float]  # speaker, start and end in seconds
 _KALDI_FILES = ("wav.scp", "segments", "utt2spk", "rttm", "reco2dur")
@@ -55,13 +61,13 @@ def list_librimix(root: Path, options: ReaderOptions) -> list[ListedUtterance]:
 
 def _read_segments(folder: Path) -> dict[str, list[Turn]]:
     """Read `segments` with the speakers of `utt2spk`: recording -> turns."""
-    speaker_of = dict(_read_fields(folder / "utt2spk", 2, "`UTTERANCE SPEAKER`"))
+    speaker_of = dict(read_fields(folder / "utt2spk", 2, "`UTTERANCE SPEAKER`"))
     turns = defaultdict(list)
     expected = "`UTTERANCE RECORDING START END`"
-    for utterance, recording, start, end in _read_fields(folder / "segments", 4, expected):
+    for utterance, recording, start, end in read_fields(folder / "segments", 4, expected):
         if utterance not in speaker_of:
             raise RetortError(f"{folder / 'utt2spk'}: utterance {utterance!r} of segments not found; add its speaker")
-        turns[recording].append((speaker_of[utterance], _seconds(start, folder), _seconds(end, folder)))
+        turns[recording].append((speaker_of[utterance], read_seconds(start, folder), read_seconds(end, folder)))
     return turns
 
 
@@ -71,27 +77,9 @@ def _read_rttm(path: Path) -> dict[str, list[Turn]]:
         fields = line.split()
         if fields[0] != "SPEAKER" or len(fields) < 8:
             raise line_error(path, line, "`SPEAKER RECORDING 1 START DURATION <NA> <NA> SPEAKER …`")
-        start = _seconds(fields[3], path)
-        turns[fields[1]].append((fields[7], start, start + _seconds(fields[4], path)))
+        start = read_seconds(fields[3], path)
+        turns[fields[1]].append((fields[7], start, start + read_seconds(fields[4], path)))
     return turns
-
-
-def _read_fields(path: Path, count: int, expected: str) -> Iterator[list[str]]:
-    for line in read_lines(path):
-        fields = line.split()
-        if len(fields) != count:
-            raise line_error(path, line, expected)
-        yield fields
-
-
-def _seconds(text: str, where: Path) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:  # also false for NaN
-        raise RetortError(f"{where}: got time {text!r}, expected seconds of at least 0")
-    return value
 
 
 def _find(root: Path, path: str) -> Path:

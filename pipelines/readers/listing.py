@@ -4,15 +4,17 @@ A reader lists a data set without opening its audio. Every file that a list name
 missing: `read_corpus` reports all missing files at once. A folder of another layout is an error of the reader.
 """
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from extract.base.errors import RetortError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".sph")
+_TRIED_NAMES = 100  # files of a list that decide which folder its paths are relative to
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z")
 # UTF-32 in little endian begins with the mark of UTF-16 and is reported as such.
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
 
@@ -21,7 +23,10 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xf
 class ListedUtterance:
     """One utterance as its data set lists it: a file or a part of it, and its labels.
 
+    data: reads the encoded file where it lies in a table, as in Parquet; `file` then names it in messages.
     crop_s: (start, duration) of the part in seconds; None is the whole file.
+    expected_s: duration of the whole file as its table gives it; another one is refused.
+    channel: the channel that is read, from 0; None averages all.
     trim_silence: remove silence, after the gain.
     shortest_s: utterances that are then shorter are left out and counted.
     """
@@ -31,19 +36,37 @@ class ListedUtterance:
     split: str
     speaker: str
     labels: dict[str, str] = field(default_factory=dict)
+    data: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
     crop_s: tuple[float, float] | None = None
+    expected_s: float | None = None
+    channel: int | None = None
     gain_db: float = 0.0
     trim_silence: bool = False
     shortest_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Listing:
+    """Utterances of a data set, and how its files were understood, for the user and the corpus card."""
+
+    utterances: list[ListedUtterance]
+    understood: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
-    """Options of `python -m pipelines corpus`: `parts` and `lexicon` for librispeech, `rename` for folder."""
+    """Options of `python -m pipelines corpus`, of some readers each (pipelines/readers/__init__.py).
+
+    dev_share, dev_by: None is the default, which depends on the data set (splits.py).
+    """
 
     parts: tuple[str, ...] = ()
     lexicon: Path | None = None
     rename: dict[str, str] = field(default_factory=dict)
+    tables: tuple[Path, ...] = ()
+    dev_share: float | None = None
+    dev_by: Literal["speaker", "utterance"] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,9 @@ class Layout:
 
     def error(self, root: Path, missing: str) -> RetortError:
         """Return the error for a folder that does not have this layout."""
-        return RetortError(f"{root}: {missing} not found; expected the layout of {self.name}: {self.tree}")
+        return RetortError(
+            f"{root}: {missing} not found; expected the layout of {self.name}: {self.tree}{_archives(root, self.top)}"
+        )
 
     def require(self, root: Path, *paths: Path) -> None:
         """Raise RetortError for the first path below `root` that does not exist."""
@@ -76,6 +101,16 @@ class Layout:
             raise self.error(root, f"all files of {list_name}, such as {name.as_posix()},")
 
 
+def _archives(root: Path, top: str) -> str:
+    """Return the end of an error line that names archives of the data set: they may hold what was not found."""
+    found = [
+        path.name
+        for path in visible(root, "*") + (visible(root / top, "*") if top else [])
+        if path.name.lower().endswith(_ARCHIVES) or "_part" in path.stem  # VoxCeleb1's archive is in parts
+    ]
+    return f"; found {named(found)}: unpack it" if found else ""
+
+
 def line_error(path: Path, line: str, expected: str) -> RetortError:
     """Return the error for a line of a list that is not of the expected form."""
     return RetortError(f"{path}: got line {line!r}, expected {expected}")
@@ -87,9 +122,9 @@ def visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
-def visible_audio(folder: Path, pattern: str) -> list[Path]:
-    """Return the matching audio files below a folder, by their suffix in upper or lower case."""
-    return [path for path in visible(folder, pattern) if path.suffix.lower() in AUDIO_SUFFIXES]
+def visible_audio(folder: Path, pattern: str, *, also: Sequence[str] = ()) -> list[Path]:
+    """Return the matching audio files below a folder, by their suffix in upper or lower case; `also`: more suffixes."""
+    return [path for path in visible(folder, pattern) if path.suffix.lower() in (*AUDIO_SUFFIXES, *also)]
 
 
 def audio_file(stem: Path, suffixes: Sequence[str], *, absent: str | None = None) -> Path:
@@ -129,6 +164,46 @@ def _not_utf8(path: Path, reason: str) -> RetortError:
     return RetortError(f"{path}: not text in UTF-8: {reason}; save it again as UTF-8")
 
 
+def read_fields(path: Path, count: int, expected: str) -> Iterator[list[str]]:
+    """Yield the fields of each line, which spaces separate. Raises RetortError for another number of them."""
+    for line in read_lines(path):
+        fields = line.split()
+        if len(fields) != count:
+            raise line_error(path, line, expected)
+        yield fields
+
+
+def read_seconds(text: str, where: object) -> float:
+    """Return a time in seconds. Raises RetortError that begins with `where` for another text or a negative time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:  # also false for NaN
+        raise RetortError(f"{where}: got time {text!r}, expected seconds of at least 0")
+    return value
+
+
+def part_of(start: str, end: str, where: object) -> tuple[float, float]:
+    """Return (start, duration) in seconds of the part from `start` to `end`. Raises RetortError unless start < end."""
+    first_s, last_s = read_seconds(start, where), read_seconds(end, where)
+    if first_s >= last_s:
+        raise RetortError(f"{where}: starts at {first_s:g} s and ends at {last_s:g} s, expected a later end")
+    return first_s, last_s - first_s
+
+
+def base_of(names: Sequence[str], bases: Sequence[Path]) -> Path:
+    """Return the first of the folders that has any of the named files; the first one where none has."""
+    some = names[:_TRIED_NAMES]
+    return next((base for base in bases if any(listed_file(base, name).is_file() for name in some)), bases[0])
+
+
+def named(names: Sequence[object]) -> str:
+    """Return some names and the number of the others, for an error line."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(str, names[:5])) + more
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a list that are not blank. Raises RetortError when it can't be read or is not UTF-8.
 
@@ -136,43 +211,3 @@ def read_lines(path: Path) -> list[str]:
     """
     lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [line for line in (line.removeprefix("\ufeff") for line in lines) if line.strip()]
-
-
-def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a CSV file with a header that has all `columns`. Blank rows are left out.
-
-    Raises RetortError for a missing or repeated column, a line with more or fewer values than the header, another
-    delimiter than a comma, and a table without rows.
-    """
-    columns = tuple(columns)
-    rows: list[dict[str, str]] = []
-    try:
-        # A quoted value may hold line ends, so the text is not split into lines here.
-        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-        header: list[str] | None = None
-        for row in reader:
-            if not any(map(str.strip, row)):
-                continue
-            if header is None:
-                header = _check_header(path, [name.strip() for name in row], columns)
-            elif len(row) != len(header):
-                raise RetortError(f"{path}: line {reader.line_num} has {len(row)} columns, expected {len(header)}")
-            else:
-                rows.append(dict(zip(header, row, strict=True)))
-    except csv.Error as error:
-        raise RetortError(f"{path}: not a CSV file ({error}); save it again as CSV") from None
-    if not rows:
-        found = "is empty" if header is None else "has a header and no rows"
-        named = f" with {', '.join(columns)}" if columns else ""
-        raise RetortError(f"{path} {found}; expected a header{named}, and a row for each file")
-    return rows
-
-
-def _check_header(path: Path, header: list[str], columns: tuple[str, ...]) -> list[str]:
-    if len(header) == 1 and (delimiter := next((sign for sign in ";\t|" if sign in header[0]), None)):
-        raise RetortError(f"{path}: values are separated by {delimiter!r}, expected commas; save it again as CSV")
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise RetortError(f"{path}: column {twice[0]!r} occurs twice, expected once; rename or remove one")
-    if missing := [column for column in columns if column not in header]:
-        raise RetortError(f"{path}: column {missing[0]!r} not found; expected {', '.join(columns)}")
-    return header
