@@ -11,7 +11,7 @@ import click
 
 from extract.base.errors import CommandGroup, RetortError
 from extract.base.files import check_out, write_json
-from extract.base.params import read_section
+from extract.base.params import read_params, read_section
 
 
 @click.group(cls=CommandGroup)
@@ -62,8 +62,12 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
     if workers < 0 or (workers and scheduler):
         raise RetortError("--workers N starts a local cluster, --scheduler ADDRESS uses a running one: give one, N > 0")
     from evaluate.jobs import jobs_of, score_all
+    from evaluate.task import not_scored
 
-    for line in score_all(jobs_of(config, **asked), workers=workers, scheduler=scheduler):
+    jobs = jobs_of(config, **asked)
+    if left_out := not_scored(read_params(config), config):
+        click.echo(left_out)
+    for line in score_all(jobs, workers=workers, scheduler=scheduler):
         click.echo(line)
 
 

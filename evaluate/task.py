@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from evaluate.bootstrap import Metrics
 from evaluate.scorefile import GridPoint, LayerPoint
 from extract.base.errors import RetortError
+from extract.base.params import configured
 from extract.base.validate import parse
 
 if TYPE_CHECKING:
@@ -174,17 +175,34 @@ def _plain(value: object) -> str:
 
 
 def corpus_of_tasks(params: dict[str, Any], path: Path) -> dict[str, str]:
-    """Return the corpus of each task, in the order of section `tasks` of params.yaml.
+    """Return the corpus of each task that is scored, in the order of section `tasks` of params.yaml.
 
-    Raises RetortError unless `tasks` gives each corpus a list of tasks, and each task one corpus.
+    Tasks of corpora that are not configured are left out (`not_scored`). Raises RetortError unless `tasks` gives each
+    corpus a list of tasks, and each task one corpus.
     """
+    scored = configured(_tasks_section(params, path), "tasks", params, path)
+    return {task: corpus for corpus, tasks in scored.items() for task in tasks}
+
+
+def not_scored(params: dict[str, Any], path: Path) -> str | None:
+    """Return a line that names the tasks whose corpus is not configured, None if there are none."""
+    section = _tasks_section(params, path)
+    scored = configured(section, "tasks", params, path)
+    left_out = [
+        f"{', '.join(map(str.upper, tasks))} (corpus {corpus} is not configured)"
+        for corpus, tasks in section.items()
+        if tasks and corpus not in scored
+    ]
+    return f"not scored: {', '.join(left_out)}" if left_out else None
+
+
+def _tasks_section(params: dict[str, Any], path: Path) -> dict[str, list[str]]:
     section = params.get("tasks")
     if not isinstance(section, dict) or not all(
         isinstance(tasks, list) and all(isinstance(task, str) for task in tasks) for tasks in section.values()
     ):
         raise RetortError(f"{path}: `tasks` is {section!r}, expected a list of tasks for each corpus")
-    pairs = [(task, corpus) for corpus, tasks in section.items() for task in tasks]
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    named = [task for tasks in section.values() for task in tasks]
+    if len(set(named)) < len(named):
         raise RetortError(f"{path}: `tasks` names a task twice; each is scored on one corpus")
-    return found
+    return section

@@ -50,11 +50,18 @@ _how_to_run = shared_options(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
     click.option("--trust-remote-code", is_flag=True, help="Run the modelling code in an upstream's folder."),
 )
-_what_to_extract = shared_options(
-    click.option(
-        "--upstream", required=True, help="`fbank`, a local folder, or a hub id, org/name or org/name@REVISION."
-    ),
-    _path("--corpus", required=True, help="corpora/NAME.json or .h5."),
+
+
+def _inputs(*, required: bool) -> Callable[[F], F]:
+    return shared_options(
+        click.option(
+            "--upstream", required=required, help="`fbank`, a local folder, or a hub id, org/name or org/name@REVISION."
+        ),
+        _path("--corpus", required=required, help="corpora/NAME.json or .h5."),
+    )
+
+
+_how_to_store = shared_options(
     click.option(
         "--store",
         default="stores",
@@ -90,14 +97,19 @@ def _config(*, layers: str | None, keep: str, **options: Any) -> "ExtractConfig"
 
 
 @main.command()
-@_what_to_extract
+@_inputs(required=False)
+@click.option("--like", help="base or large: a published shape in place of --upstream, without weights.")
+@click.option("--hours", type=float, help="Hours of simulated utterances like LibriSpeech's, in place of --corpus.")
+@_how_to_store
 @click.option("--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: none.")
 @click.option("--rate", type=float, help="Seconds of audio per second, measured elsewhere, in place of timing.")
 @click.option("--read-mb-s", default=500.0, show_default=True, help="MB/s at which training reads the store.")
 @click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s at which extraction writes the store.")
 @click.option("--student-layers", help="Layers that a student reads every epoch [default: all kept].")
 @click.option("--student-epochs", default=0, show_default=True, help="Also compare the hours of so many epochs.")
-def plan(student_layers: str | None, **options: Any) -> None:
+def plan(
+    student_layers: str | None, upstream: str | None, like: str | None, corpus: Path | None, **options: Any
+) -> None:
     """Estimate the cost of an extraction: bytes by codec, hours, and the epochs after which the cache has paid.
 
     The two MB/s are assumptions, the slow end of one process with uncompressed chunks on a local disk; give your own.
@@ -106,13 +118,20 @@ def plan(student_layers: str | None, **options: Any) -> None:
 
     from extract.cost import CostConfig, plan_cost
 
-    rates = {name: options.pop(name) for name in ("sample_s", "rate", "read_mb_s", "write_mb_s", "student_epochs")}
+    assumed = ("hours", "sample_s", "rate", "read_mb_s", "write_mb_s", "student_epochs")
+    rates = {name: options.pop(name) for name in assumed}
+    if bool(upstream) == bool(like):
+        raise RetortError("plan needs an upstream: give either --upstream, or --like base or large")
+    if (corpus is None) == (rates["hours"] is None):
+        raise RetortError("plan needs the lengths of utterances: give either --corpus or --hours")
     layers = _layers(student_layers, "--student-layers")
-    plan_cost(CostConfig(extract=_config(**options), student_layers=layers, **rates), Console())
+    config = _config(upstream=upstream or like, corpus=corpus or Path("simulated"), **options)
+    plan_cost(CostConfig(extract=config, like=like, student_layers=layers, **rates), Console())
 
 
 @main.command()
-@_what_to_extract
+@_inputs(required=True)
+@_how_to_store
 @_where_to_run
 @_path("--manifest", required=True, help="The JSON to write.")
 @click.option(

@@ -1,6 +1,7 @@
 """Cost of an extraction, before it runs: bytes by codec, hours, and the epochs after which the cache has paid.
 
-`python -m extract plan --upstream U --corpus C` prints it. Sizes follow from the lengths of the utterances, the
+`python -m extract plan --upstream U --corpus C` prints it; before data or weights are there, `--hours` and `--like`
+stand for them (extract/published.py). Sizes follow from the lengths of the utterances, the
 upstream's config.json and the codecs alone. Hours follow from a rate, in seconds of audio per second, which `--rate`
 gives or a short sample of the corpus measures (`--sample-s`); only the sample loads the upstream.
 
@@ -15,19 +16,23 @@ The student's own work is the same in both cases and is left out. Nothing overla
 the worst case for the cache.
 """
 
+import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.base.errors import RetortError
+from extract.base.errors import RetortError, unknown
 from extract.base.files import in_main_tree
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.published import SHAPES, SimulatedCorpus
 from extract.shards import LocalRunner, pack_corpus
 from extract.store.codec import CODECS
 from extract.store.packing import Packing, spread_packs
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 
     from extract.upstream.spec import Upstream
 
+AnyCorpus = Corpus | SimulatedCorpus
 _SAMPLED_PACKS = 4  # at least: long and short utterances run at different rates
 
 
@@ -47,6 +53,8 @@ class CostConfig:
     """An extraction to estimate, with the assumptions about rates and the student."""
 
     extract: ExtractConfig
+    hours: float | None = None  # of simulated utterances in place of `extract.corpus`
+    like: str | None = None  # a published shape in place of `extract.upstream`
     sample_s: float = 60.0  # seconds of audio to time the upstream on; 0 for no timing
     rate: float | None = None  # seconds of audio per second; None to time a sample
     read_mb_s: float = 500.0  # MB/s: one process, uncompressed chunks, local disk; these two are the slow end
@@ -55,7 +63,9 @@ class CostConfig:
     student_epochs: int = 0  # 0: no comparison of an online teacher with the cache
 
     def __post_init__(self) -> None:
-        for name in ("rate", "read_mb_s", "write_mb_s"):
+        if self.like is not None and self.like not in SHAPES:
+            raise unknown("shape of --like", self.like, SHAPES)
+        for name in ("hours", "rate", "read_mb_s", "write_mb_s"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise RetortError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
         if self.sample_s < 0 or self.student_epochs < 0:
@@ -74,9 +84,12 @@ class Size:
     mean_pack_s: float  # seconds of audio
 
     @classmethod
-    def of(cls, config: ExtractConfig, corpus: Corpus) -> "Size":
-        """Pack the corpus. Raises RetortError as `Extraction.open` does for an upstream, a layer or a packing."""
-        spec = read_spec(config.upstream)
+    def of(cls, config: ExtractConfig, corpus: AnyCorpus, spec: UpstreamSpec | None = None) -> "Size":
+        """Pack the corpus. Raises RetortError as `Extraction.open` does for an upstream, a layer or a packing.
+
+        spec: dimensions of the upstream; None to read its config.json.
+        """
+        spec = spec or read_spec(config.upstream)
         check_stem(config.keep, spec.stem_dim, config.upstream)
         packing = pack_corpus(config, corpus, spec)
         audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ
@@ -161,7 +174,7 @@ def sample_batches(size: Size, num_samples: NDArray[np.int64], sample_s: float) 
 
 
 def measure_rate(
-    upstream: "Upstream", corpus: Corpus, layers: tuple[int, ...], batches: list[NDArray[np.int64]]
+    upstream: "Upstream", corpus: AnyCorpus, layers: tuple[int, ...], batches: list[NDArray[np.int64]]
 ) -> float:
     """Return the seconds of audio per second of the forward pass, over batches of corpus indices."""
     waveforms = [[corpus.waveform(int(index)) for index in batch] for batch in batches]
@@ -185,8 +198,8 @@ def free_bytes(root: str) -> int | None:
 
 def plan_cost(config: CostConfig, console: "Console") -> None:
     """Estimate the cost of an extraction and print it. Raises RetortError where `extract run` would at its start."""
-    corpus = Corpus.open(config.extract.corpus)
-    size = Size.of(config.extract, corpus)
+    corpus = Corpus.open(config.extract.corpus) if config.hours is None else SimulatedCorpus.of(config.hours)
+    size = Size.of(config.extract, corpus, SHAPES[config.like] if config.like else None)
     if missing := [layer for layer in config.student_layers or () if layer not in size.layers]:
         raise RetortError(
             f"--student-layers: layer {missing[0]} is not among the kept ones, {', '.join(map(str, size.layers))}"
@@ -197,11 +210,11 @@ def plan_cost(config: CostConfig, console: "Console") -> None:
     console.out(*_model_lines(config, size, rate, source), *_space_lines(config, size), sep="\n", highlight=False)
 
 
-def _find_rate(config: CostConfig, corpus: Corpus, size: Size) -> tuple[float | None, str]:
+def _find_rate(config: CostConfig, corpus: AnyCorpus, size: Size) -> tuple[float | None, str]:
     """Return the rate, and its source as text."""
     if config.rate is not None:
         return config.rate, "given by --rate"
-    if not config.sample_s or not size.packing.num_packs:
+    if not config.sample_s or not size.packing.num_packs or config.like:
         return None, "not timed: give --rate, or --sample-s above 0"
     from extract.base.malloc import keep_freed_blocks
 
@@ -226,7 +239,7 @@ def _times(config: CostConfig, size: Size, codec: str, rate: float) -> Times:
     )
 
 
-def _print_size(console: "Console", config: ExtractConfig, corpus: Corpus, size: Size) -> None:
+def _print_size(console: "Console", config: ExtractConfig, corpus: AnyCorpus, size: Size) -> None:
     from rich.table import Table
 
     packing, dropped = size.packing, len(corpus) - size.num_utterances
@@ -240,10 +253,18 @@ def _print_size(console: "Console", config: ExtractConfig, corpus: Corpus, size:
         "packs": f"{packing.num_packs:,} of {packing.pack_frames:,} frames, {100 * size.fill:.1f}% filled",
         "shards": f"{packing.num_shards:,} of {packing.shard_packs} packs",
         "pooled": f"{as_bytes(size.pooled_bytes)}, whatever the codec",
+        "corpus file": f"{as_bytes(2 * float(corpus.num_samples.sum()))}, 16 kHz, 16 bits",
+        "environment": f"{as_bytes(_installed_bytes())} at {sys.prefix}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _installed_bytes() -> int:
+    """Return the bytes of the running Python environment; links are not followed."""
+    files = (Path(folder, name) for folder, _, names in os.walk(sys.prefix) for name in names)
+    return sum(file.lstat().st_size for file in files)
 
 
 def _print_codecs(console: "Console", config: CostConfig, size: Size, rate: float | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError, unknown
-from extract.base.params import read_params, read_section
+from extract.base.params import configured, read_params, read_section
 from extract.base.validate import convert, parse
 from extract.config import ExtractConfig
 from extract.upstream.configured import brings_own_code, read_upstreams
@@ -29,7 +29,7 @@ class StoreParams:
 
 
 def read_configs(params: Path, name: str, *, corpora: Path, out: Path, **options: Any) -> list[ExtractConfig]:
-    """Read the requests of the upstream `name`, one for each corpus of the section `features`.
+    """Read the requests of the upstream `name`, one for each corpus of the section `features` that is configured.
 
     corpora: folder of CORPUS.json. out: folder of NAME/CORPUS.json to write. options: fields of `ExtractConfig` that a
     params file does not have. A student's own code is trusted if it is this repository's, byte for byte.
@@ -41,9 +41,11 @@ def read_configs(params: Path, name: str, *, corpora: Path, out: Path, **options
     features = convert(dict[str, str], read_section(params, "features"), where=f"{params}: features")
     if not features:
         raise RetortError(f"{params}: features: expected at least one corpus, such as `librispeech: frames,pooled`")
-    known = read_params(params).get("corpora", features)  # a params file without `corpora` has corpora from elsewhere
-    if odd := [corpus for corpus in features if corpus not in known]:
-        raise unknown(f"corpus in {params}: features:", odd[0], known)
+    features = configured(features, "features", read_params(params), params)
+    if not features:
+        raise RetortError(
+            f"{params}: `corpora` has no corpus with a line in `features`; add one, such as `librispeech`"
+        )
     store = parse(StoreParams, read_section(params, "store"), where=f"{params}: store")
     source = upstreams[name].source
     fbank_frames = store.pack_frames_fbank if source == FBANK else None

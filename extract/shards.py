@@ -33,6 +33,7 @@ from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
 if TYPE_CHECKING:
+    from extract.published import SimulatedCorpus
     from extract.upstream.spec import Upstream
 
 CONCURRENT_SHARDS = 2  # one in the model, one being encoded and written
@@ -103,7 +104,7 @@ def store_of(config: ExtractConfig, card: UpstreamCard, corpus: Corpus) -> dict[
     return {"root": root_text(config.store), "path": path}
 
 
-def pack_corpus(config: ExtractConfig, corpus: Corpus, spec: UpstreamSpec) -> Packing:
+def pack_corpus(config: ExtractConfig, corpus: "Corpus | SimulatedCorpus", spec: UpstreamSpec) -> Packing:
     """Pack the utterances of a corpus, from their lengths alone. Raises RetortError as `pack_utterances` does."""
     num_frames = count_frames(
         corpus.num_samples, hop_samples=spec.hop_samples, receptive_samples=spec.receptive_samples

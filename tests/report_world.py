@@ -83,6 +83,7 @@ def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]
     params = {
         "students": list(STUDENTS),
         "upstreams": {name: {"source": name} for name in PARAMS},
+        "corpora": {"speech": {}},
         "tasks": {"speech": list(tasks)},
         "report": {"speed": {"threads": 1}},  # of `extract speed`, not of the report
     }  # fmt: skip

@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from transformers import (
     Data2VecAudioConfig,
     Data2VecAudioModel,
@@ -29,6 +28,7 @@ from extract.base.errors import RetortError
 from extract.config import ExtractConfig
 from extract.corpus import FORMAT_VERSION, Corpus
 from extract.cost import Size, Times, as_bytes, as_time, free_bytes, sample_batches
+from extract.published import SHAPES, SimulatedCorpus
 from extract.run import extract
 from extract.store.codec import CODECS
 from extract.store.packing import spread_packs
@@ -46,29 +46,17 @@ from train.modeling_retort import (
 from train.student_folder import save_student
 
 ROOT = Path(__file__).parent.parent
-LIBRISPEECH_UTTERANCES, LIBRISPEECH_S = 281_241, 960 * 3600
+LIBRISPEECH_S = 960 * 3600
 
 
-def librispeech_lengths(seed: int = 0) -> NDArray[np.int64]:
-    """Return the samples of 281,241 simulated utterances: a truncated mixture like LibriSpeech's, 960 h in all.
-
-    68% normal about 14.6 s (std 1.0), 29% uniform from 1.4 to 13.5 s, 3% uniform from 16 to 24.5 s; scaled to 960 h
-    (a mean of 12.3 s) and cut to 1.4 to 24.5 s.
-    """
-    generator = np.random.default_rng(seed)
-    kind = generator.choice(3, size=LIBRISPEECH_UTTERANCES, p=[0.68, 0.29, 0.03])
-    parts = [generator.normal(14.6, 1.0, len(kind)), generator.uniform(1.4, 13.5, len(kind))]
-    seconds = np.choose(kind, [*parts, generator.uniform(16, 24.5, len(kind))])
-    for _ in range(5):  # clipping changes the total a little
-        seconds = np.clip(seconds * (LIBRISPEECH_S / seconds.sum()), 1.4, 24.5)
-    return (seconds * 16_000).astype(np.int64)
+LARGE = HubertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 
 
 @pytest.fixture(scope="module")
 def librispeech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus.h5 of LibriSpeech's size whose samples are declared and never written: HDF5 allocates none of them."""
     path = tmp_path_factory.mktemp("large") / "librispeech-960.h5"
-    lengths, text = librispeech_lengths(), h5py.string_dtype("utf-8")
+    lengths, text = SimulatedCorpus.of(960).num_samples, h5py.string_dtype("utf-8")
     with h5py.File(path, "w") as file:
         file.create_dataset("samples", (int(lengths.sum()),), dtype="<i2")
         table = file.create_group("utterances")
@@ -321,3 +309,38 @@ def test_figures_have_readable_units() -> None:
     assert [as_time(seconds) for seconds in (0.04, 119, 121, 7_200, 360_000)] == [
         *("0.0 s", "119.0 s", "2.0 min", "2.0 h", "100.0 h"),
     ]
+
+
+def test_a_plan_needs_neither_data_nor_weights() -> None:
+    done = plan("--like", "base", "--hours", 106, "--layers", "4,8,12", "--shard-packs", 16, "--rate", 1000)
+    assert done.exit_code == 0, done.output
+    rows = dict(
+        [cell.strip() for cell in line.split("│")[1:3]] for line in done.stdout.splitlines() if line.startswith("│")
+    )
+    assert rows["utterances"] == f"{round(106 * 281_241 / 960):,}" and rows["audio"] == "106.00 h"
+    assert rows["layers"] == "3 of 13: 4, 8, 12"
+    assert rows["corpus file"].startswith(as_bytes(106 * 3600 * 16_000 * 2))
+    assert str(sys.prefix) in done.stdout.replace("\n", "")
+    assert plan("--like", "base", "--hours", 1).stdout.count("?") == 9  # no rate, no times
+
+
+@pytest.mark.parametrize(("like", "config"), [("base", HubertConfig()), ("large", LARGE)])
+def test_published_shapes_are_those_of_the_configs(like: str, config: HubertConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    assert read_spec(str(tmp_path)) == SHAPES[like]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--like", "base"], ["--hours", 1], ["--like", "base", "--upstream", "fbank", "--hours", 1],
+     ["--like", "base", "--hours", 1, "--corpus", "x.json"], ["--like", "huge", "--hours", 1],
+     ["--like", "base", "--hours", -1]],
+)  # fmt: skip
+def test_a_plan_of_no_or_two_inputs_is_refused(arguments: list[object]) -> None:
+    done = plan(*arguments)
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1
+
+
+def test_an_upstream_is_timed_on_simulated_audio(teacher: Path) -> None:
+    done = plan("--upstream", teacher, "--hours", 0.01, "--sample-s", 2, "--pack-frames", 2048)
+    assert done.exit_code == 0 and "timed on" in done.stdout

@@ -222,13 +222,12 @@ def test_an_upstream_is_one_line(tree: Path, stages: dict[str, Settings]) -> Non
 
 def test_a_corpus_that_is_not_configured_is_not_needed(tree: Path, stages: dict[str, Settings]) -> None:
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for section in ("corpora", "features", "tasks"):
-        del settings[section]["iemocap"]
+    del settings["corpora"]["iemocap"]
     (tree / "params.yaml").write_text(yaml.safe_dump(settings))
     after = stages_in(tree)
     shutil.copy(ROOT / "params.yaml", tree)
     assert stages.keys() - after.keys() == {"corpus@iemocap"} and after.keys() < stages.keys()
-    assert "iemocap" not in str(after)
+    assert not any("iemocap" in str((stage["cmd"], stage["deps"], stage["outs"])) for stage in after.values())
 
 
 def test_nothing_bulky_is_hashed() -> None:

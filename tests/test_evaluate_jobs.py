@@ -109,6 +109,18 @@ def test_tasks_and_upstreams_can_be_named(tree: Path) -> None:
     assert set(scores(tree / "scores")) == {"two/ks.json", "two/pr.json"}
 
 
+def test_a_task_whose_corpus_is_not_configured_is_named_and_not_scored(tree: Path) -> None:
+    params = PARAMS | {"corpora": {"distill": {}, "phones": {}}}
+    (tree / "params.yaml").write_text(yaml.safe_dump(params))
+    assert many("--upstream", "one").splitlines()[0] == "not scored: KS, SID (corpus words is not configured)"
+    assert scores(tree / "scores").keys() == {"one/pr.json"}
+    params["corpora"] = {"phone": {}}  # misspelt
+    (tree / "params.yaml").write_text(yaml.safe_dump(params))
+    done = CliRunner().invoke(main, ["many"])
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1
+    assert "'phone'" in done.stderr and "phones, words" in done.stderr
+
+
 def test_what_cannot_be_is_one_line_before_any_work(tree: Path) -> None:
     assert "unknown task of params.yaml 'asr': expected one of ks, pr, sid" in refused("--task", "asr")
     assert "unknown upstream of params.yaml 'three': expected one of one, two" in refused("--upstream", "three")

@@ -106,6 +106,12 @@ def test_filter_banks_have_packs_of_their_own(params: Path, tmp_path: Path) -> N
     assert read_configs(params, "fbank", corpora=Path(), out=Path(), trust_remote_code=False)[0].pack_frames == 128
 
 
+def test_a_corpus_that_is_not_configured_is_skipped(params: Path) -> None:
+    change(params, "features", nowhere="pooled")
+    configs = read_configs(params, "fbank", corpora=Path(), out=Path(), trust_remote_code=False)
+    assert [config.corpus.stem for config in configs] == ["noise", "few"]
+
+
 def test_only_this_repositorys_student_code_is_trusted(params: Path, tmp_path: Path) -> None:
     sizes = {key: TINY[key] for key in TINY if key != "num_hidden_layers"}
     save_student(
@@ -127,7 +133,7 @@ def test_only_this_repositorys_student_code_is_trusted(params: Path, tmp_path: P
     [
         ("upstreams", {}, "small", "'small': expected one of big, fbank"),
         ("upstreams", {"big": {"sauce": "x"}}, "big", "'sauce': expected one of source, watch"),
-        ("features", {"nowhere": "pooled"}, "big", "'nowhere': expected one of distill, few, noise"),
+        ("corpora", {"nowhere": {}}, "big", "'nowhere' of `corpora` has no line in `features`"),
         ("features", {"distill": "pooled"}, "big", "distill.json does not exist"),
         ("features", {"few": "frames"}, "big", "`pooled`"),
         ("store", {"codec": "mp3"}, "big", "'mp3': expected one of float16, int4, int8"),

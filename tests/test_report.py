@@ -203,7 +203,8 @@ def test_a_curve_is_read_as_dvclive_writes_it(tmp_path: Path) -> None:
 
 
 def report_of(tree: Path, students: list[str], tasks: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    params = yaml.safe_load((tree / "params.yaml").read_text()) | {"students": students, "tasks": {"speech": tasks}}
+    params = yaml.safe_load((tree / "params.yaml").read_text())
+    params |= {"students": students, "tasks": {"speech": tasks, "emotions": ["er"]}}
     (tree / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tree)
     result = CliRunner().invoke(report_command, catch_exceptions=False)
@@ -230,6 +231,8 @@ def test_without_measurements_their_columns_are_absent_with_a_note(tree: Path, m
     shutil.rmtree(tree / "measures")
     output = report_of(tree, list(STUDENTS), list(TASKS), monkeypatch)
     page, markdown = ((tree / "report" / name).read_text() for name in ("index.html", "results.md"))
+    for text in (output, page, markdown):
+        assert "ot scored: ER (corpus emotions is not configured)" in text
     for text in (output, page, markdown):
         assert "run stage speed" in text and "× real time" not in text
     assert page.count("run stage compare@demo-") == len(STUDENTS)

@@ -46,6 +46,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a repository root with the two files that a study is made from; it is the current folder."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path)
+    for name in ("pipelines/readers", "pipelines/teacher/model", "extract/upstream"):  # `watch` names them
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -270,7 +273,7 @@ def write_librispeech(folder: Path, parts: list[str]) -> None:
 
 def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None:
     for room in ("extract", "train", "evaluate", "pipelines"):
-        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     for name in (".dvcignore", ".gitignore"):  # DVC skips a folder that git ignores
         shutil.copy(ROOT / name, tree)
     parts = ["train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean", "test-other"]

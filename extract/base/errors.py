@@ -6,6 +6,7 @@ that the system refuses, too little memory and Ctrl-C. Any other exception is a 
 traceback.
 """
 
+import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
@@ -30,9 +31,12 @@ class RetortError(ValueError):
 
 
 def unknown(what: str, got: str, valid: Iterable[object]) -> RetortError:
-    """Return the error for a name that is not among the valid ones, which it lists."""
-    names = ", ".join(sorted(map(str, valid)))
-    return RetortError(f"unknown {what} {got!r}: expected one of {names or '(none)'}")
+    """Return the error for a name that is not among the valid ones: it lists them, and names the most similar one."""
+    names = sorted(map(str, valid))
+    alike = [name for name in names if name.startswith(got)] if got else []
+    alike = alike or difflib.get_close_matches(got, names)
+    guess = f"; did you mean {alike[0]!r}?" if alike else ""
+    return RetortError(f"unknown {what} {got!r}: expected one of {', '.join(names) or '(none)'}{guess}")
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -5,7 +5,8 @@ sees either the old file or the complete new one, even if the writer is killed. 
 removed by the next writer.
 
 Relative paths of large files (corpora, stores, checkpoints) are relative to the main working tree. A temporary DVC
-experiment runs in a copy of the tracked files below `.dvc/tmp/exps`, which does not hold them.
+experiment runs in a copy of the tracked files below `.dvc/tmp/exps`, which does not hold them. Inputs that may be in
+git or not (data sets, upstreams) are looked for in both (`find_input`).
 """
 
 import fcntl
@@ -162,6 +163,12 @@ def in_main_tree(path: Path | str) -> Path:
         if folder.parts[-3:] == (".dvc", "tmp", "exps"):  # the current folder is inside a temporary experiment
             return folder.parents[2] / path
     return here / path
+
+
+def find_input(path: Path | str) -> Path:
+    """Return a relative `path` as it is if it exists here, else below the main working tree."""
+    path = Path(path)
+    return path if path.exists() or not in_main_tree(path).exists() else in_main_tree(path)
 
 
 def sha256_json(value: object) -> str:

@@ -1,4 +1,4 @@
-"""params.yaml: reading a file or a section of it, and the one rule by which defaults and changes are merged."""
+"""params.yaml: reading it, the corpora that it configures, and the rule by which defaults and changes are merged."""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from extract.base.errors import RetortError
+
+TRAINED_ON = "distill"  # the corpus of the teacher's store, which no task scores
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,6 +40,25 @@ def read_section(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise RetortError(f"{path} has no section `{name}` with keys")
     return section
+
+
+def configured(section: Mapping[str, Any], name: str, params: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the lines of section `name` (`features` or `tasks`, one for each corpus) whose corpus is in `corpora`.
+
+    `corpora` alone decides what is used: lines of other corpora are skipped. A file without that section uses all
+    lines. Raises RetortError for a corpus of `corpora` that is scored and has no line: one of the names is misspelt.
+    """
+    corpora = params.get("corpora", section)
+    if not isinstance(corpora, Mapping):
+        raise RetortError(f"{path}: `corpora` is {corpora!r:.60}, expected one key for each corpus")
+    if missing := [corpus for corpus in corpora if corpus not in section and corpus != TRAINED_ON]:
+        odd = ", ".join(corpus for corpus in section if corpus not in corpora)
+        raise RetortError(
+            f"{path}: corpus {missing[0]!r} of `corpora` has no line in `{name}`"
+            + (f", which has lines for {odd}, not configured" if odd else "")
+            + "; correct the name, add the line, or delete the corpus"
+        )
+    return {corpus: value for corpus, value in section.items() if corpus in corpora}
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
 def pack_utterances(
     num_frames: NDArray[np.int64],
     *,
-    ids: Sequence[str],
+    ids: Sequence[object],
     pack_frames: int,
     shard_packs: int,
     drop_long: bool = False,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError
-from extract.base.files import in_main_tree, read_json
+from extract.base.files import find_input, read_json
 from extract.base.validate import check_fields, check_name, convert
 from extract.corpus import SAMPLE_RATE_HZ
 
@@ -34,14 +34,11 @@ _CONVERT = (
 
 def local_folder(upstream: str) -> Path | None:
     """Return the folder on this machine that an upstream names, None for a hub id. Raises RetortError for a file."""
-    # A temporary DVC experiment lacks untracked folders: they are in the main working tree.
-    for path in (Path(upstream), in_main_tree(upstream)):
-        if path.is_dir():
-            return path
-        if path.is_file():
-            fix = f"which {_CONVERT}" if path.suffix == ".pt" else "give the folder with config.json and the weights"
-            raise RetortError(f"upstream {upstream!r} is not a folder but a file, {fix}")
-    return None
+    path = find_input(upstream)
+    if path.is_file():
+        fix = f"which {_CONVERT}" if path.suffix == ".pt" else "give the folder with config.json and the weights"
+        raise RetortError(f"upstream {upstream!r} is not a folder but a file, {fix}")
+    return path if path.is_dir() else None
 
 
 def split_revision(upstream: str) -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError, unknown
-from extract.base.files import check_out, in_main_tree
+from extract.base.files import check_out, find_input, in_main_tree
 from extract.base.progress import ProgressBar
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
 from pipelines.readers.audio_file import Forward
@@ -131,6 +131,7 @@ def read_corpus(
         raise RetortError(f"--out {out}: a corpus is an .h5 file, such as corpora/{out.stem}.h5")
     check_out(in_main_tree(out), "--out")
     check_out(out.with_suffix(".json"), "--out")
+    root = find_input(root)  # a data set that git ignores is not in a temporary experiment
     options = options or ReaderOptions()
     _check_options(reader, options)
     READERS[reader].check_root(reader, root)

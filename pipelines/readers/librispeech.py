@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from extract.base.errors import RetortError
+from extract.base.files import find_input
 from pipelines.readers.listing import (
     Layout,
     ListedUtterance,
@@ -33,7 +34,7 @@ def list_librispeech(root: Path, options: ReaderOptions) -> list[ListedUtterance
     parts = tuple(dict.fromkeys(part.strip("/") for part in options.parts))
     parts = parts or tuple(part for part in present if not part.endswith("-other"))
     _check_parts(root, parts, present)
-    lexicon_path = options.lexicon or root / "librispeech-lexicon.txt"
+    lexicon_path = find_input(options.lexicon) if options.lexicon else root / "librispeech-lexicon.txt"
     lexicon = _read_lexicon(lexicon_path) if options.lexicon or lexicon_path.is_file() else None
     listed = []
     for part in parts:

@@ -5,14 +5,14 @@ results.md (markdown.py) and one file of DVC metrics for each upstream. It measu
 imports are late, because every `python -m pipelines …` loads this module.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from evaluate.task import corpus_of_tasks
+from evaluate.task import corpus_of_tasks, not_scored
 from extract.base.errors import RetortError
 from extract.base.files import check_out
 from extract.base.params import read_params, read_section
@@ -37,6 +37,7 @@ class ReportConfig:
     students: tuple[str, ...]
     models: tuple[str, ...]  # upstreams that are neither students nor the teacher nor fbank
     tasks: tuple[str, ...]
+    not_scored: str | None  # line on the tasks whose corpus is not configured
     official: bool
     text: str  # content of params.yaml
 
@@ -54,6 +55,7 @@ def read_config(path: Path) -> ReportConfig:
         students=tuple(students),
         models=tuple(name for name in read_section(path, "upstreams") if name not in {TEACHER, BASELINE, *students}),
         tasks=tuple(corpus_of_tasks(params, path)),
+        not_scored=not_scored(params, path),
         official=section.official,
         text=path.read_text(encoding="utf-8"),
     )
@@ -104,6 +106,8 @@ def make_report(root: Path, config: ReportConfig, out: Path, metrics: Path) -> N
     from pipelines.report.table import make_columns
 
     results = read_results(root, config.students, config.tasks, models=config.models, official=config.official)
+    if config.not_scored:
+        results = replace(results, measure_notes=(config.not_scored, *results.measure_notes))
     columns = make_columns(results)
     made_at = datetime.now(UTC).strftime("%Y-%m-%d, %H:%M UTC")
     texts = {

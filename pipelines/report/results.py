@@ -50,7 +50,7 @@ class Results:
     official: dict[str, dict[str, float]] | None  # upstream -> term -> percent, if the corpora are SUPERB's own
     teacher: Manifest
     speed: SpeedFile | None
-    measure_notes: tuple[str, ...]  # on missing measurements
+    measure_notes: tuple[str, ...]  # on tasks without scores and missing measurements
 
     def by_kind(self, kind: Kind) -> tuple[Upstream, ...]:
         """Return the upstreams of one kind, in table order."""

@@ -19,7 +19,7 @@ are copied from the base where nothing that made them differs. Two keys of the f
         longer: {times_steps: 1.4} # multiplies the steps, as `times_steps` in `all` does
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,35 @@ import yaml
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, written_aside
 from extract.base.params import merge, read_params, read_section
-from pipelines.studies.settings import study_settings
+from pipelines.studies.settings import check_watched, study_settings
 from pipelines.studies.stages import study_stages
 
 MAIN = Path("params.yaml")  # settings of the main pipeline
 _HERE = Path(__file__).parent
 
 
-def make_study(name: str, folder: Path, *, base: str | None = None, changes: Mapping[str, Any] | None = None) -> None:
+def make_study(
+    name: str,
+    folder: Path,
+    *,
+    base: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    corpora: Sequence[str] = (),
+) -> None:
     """Write params.yaml and dvc.yaml of study `name` to `folder`; files that differ are kept as FILE.before.
 
     base: in place of the study's own; one that is a study without a folder is written too.
-    changes: settings that are merged last.
-    Raises RetortError for an unknown study, and for a student that the base does not have.
+    changes: settings that are merged last. corpora: scored corpora that are configured; empty for all.
+    Raises RetortError for an unknown study, a student that the base does not have, and a `watch` that is not in git.
     """
     change = merge(_read_file(name), changes or {})
     base = base or change.get("base")
     path = None if base is None else _base_params(base)
     before = {} if path is None else read_params(path)
-    params = study_settings(before, change, folder, where=f"study {name} of {path}")
-    stages = study_stages(read_section(Path("dvc.yaml"), "stages"), params, before, path and path.parent, folder)
+    params = study_settings(before, change, folder, corpora=corpora, where=f"study {name} of {path}")
+    main_stages = read_section(Path("dvc.yaml"), "stages")
+    check_watched(params, main_stages, folder)
+    stages = study_stages(main_stages, params, before, path and path.parent, folder)
     title = f"# Made by `python -m pipelines study {name}`; the file pipelines/studies/{name}.yaml explains it.\n"
     for file, content in (("params.yaml", params), ("dvc.yaml", {"stages": stages})):
         _write(folder / file, title + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120))
@@ -110,12 +119,14 @@ def _parse_changes(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the study [default: studies/NAME].")
 @click.option("--base", help="Study whose settings are changed, or params.yaml [default: the study's own base].")
+@click.option("--corpora", metavar="NAME,NAME", help="Scored corpora that you have [default: all of the study].")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
-def study_command(name: str, out: Path | None, base: str | None, pairs: tuple[str, ...]) -> None:
+def study_command(name: str, out: Path | None, base: str | None, corpora: str | None, pairs: tuple[str, ...]) -> None:
     """Write the pipeline of study NAME (an unknown one lists them) to a folder of its own."""
     folder = out or Path("studies") / name
     if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise RetortError(f"--out {folder}: expected a folder below the repository root, such as studies/{name}")
     check_out(folder, "--out", folder_with="dvc.yaml")
-    make_study(name, folder, base=base, changes=_parse_changes(pairs))
+    chosen = [corpus.strip() for corpus in corpora.split(",")] if corpora else []
+    make_study(name, folder, base=base, changes=_parse_changes(pairs), corpora=chosen)
     click.echo(f"{folder}: params.yaml and dvc.yaml of study {name}; run `dvc repro {folder}/dvc.yaml`")

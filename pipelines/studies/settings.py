@@ -1,19 +1,25 @@
 """Settings of a study: those of its base, changed."""
 
-from collections.abc import Mapping
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError, unknown
-from extract.base.params import merge
+from extract.base.params import TRAINED_ON, merge
 
 
-def study_settings(base: Mapping[str, Any], change: Mapping[str, Any], folder: Path, *, where: str) -> dict[str, Any]:
+def study_settings(
+    base: Mapping[str, Any], change: Mapping[str, Any], folder: Path, *, corpora: Sequence[str] = (), where: str
+) -> dict[str, Any]:
     """Return the settings of a study whose results lie in `folder`.
 
     base: content of the base's params file, empty for a complete study. change: content of the study's file. Its
     upstreams are those of the base that are not students, and its own students. Corpora without tasks are left out.
-    Raises RetortError, which names `where`, if the base does not have a student that the study changes.
+    corpora: scored corpora that are configured; empty for all.
+    Raises RetortError, which names `where`, if the base does not have a student that the study changes, or if there is
+    no corpus of a name.
     """
     change = {key: value for key, value in change.items() if key != "base"}
     design = change.pop("study", None)
@@ -31,6 +37,7 @@ def study_settings(base: Mapping[str, Any], change: Mapping[str, Any], folder: P
     paths = {student: (folder / "students" / student).as_posix() for student in settings["students"]}
     settings["upstreams"] |= {student: {"source": path, "watch": path} for student, path in paths.items()}
     _leave_out_unscored(settings)
+    _configure(settings, corpora, where)
     settings.pop("demo", None)  # the stage is one of the main pipeline alone
     corpus = Path(settings["report"]["speed"]["corpus"]).name
     return merge(settings, {"report": {"speed": {"corpus": (folder / "corpora" / corpus).as_posix()}}})
@@ -62,5 +69,42 @@ def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -
 def _leave_out_unscored(settings: dict[str, Any]) -> None:
     """Drop corpora that no task reads and no student trains on."""
     settings["tasks"] = {corpus: tasks for corpus, tasks in settings["tasks"].items() if tasks}
-    for key, kept in (("features", settings["tasks"]), ("corpora", {"distill", *settings["tasks"]})):
+    for key, kept in (("features", settings["tasks"]), ("corpora", {TRAINED_ON, *settings["tasks"]})):
         settings[key] = {corpus: value for corpus, value in settings[key].items() if corpus in kept}
+
+
+def _configure(settings: dict[str, Any], names: Sequence[str], where: str) -> None:
+    """Leave the named corpora in section `corpora`, with those that students train on.
+
+    Speed and the comparison of layers are measured on the first corpus if theirs is not configured.
+    """
+    if odd := [name for name in names if name not in settings["tasks"]]:
+        raise unknown(f"corpus in {where}", odd[0], settings["tasks"])
+    kept = {TRAINED_ON, *(names or settings["corpora"])}
+    settings["corpora"] = {name: row for name, row in settings["corpora"].items() if name in kept}
+    scored = [name for name in settings["tasks"] if name in settings["corpora"]]
+    if scored and settings["compare"]["corpus"] not in scored:
+        settings["compare"] = settings["compare"] | {"corpus": scored[0]}
+    if scored and Path(settings["report"]["speed"]["corpus"]).stem not in scored:
+        speed = settings["report"]["speed"] | {"corpus": f"corpora/{scored[0]}.json"}
+        settings["report"] = settings["report"] | {"speed": speed}
+
+
+def check_watched(settings: Mapping[str, Any], stages: Mapping[str, Any], folder: Path) -> None:
+    """Raise RetortError for a `watch` that neither git nor a stage provides.
+
+    DVC would fail on it in a temporary experiment and on a machine without the data set.
+    """
+    outs = [out for stage in stages.values() for out in stage.get("do", stage).get("outs", []) if isinstance(out, str)]
+    made = (*(re.sub(r"\$\{.*", "", out) for out in outs), f"{folder.as_posix()}/students/")
+    for section in ("corpora", "upstreams"):
+        for name, row in settings[section].items():
+            watch = str(row.get("watch"))
+            ignored = subprocess.run(["git", "check-ignore", "--quiet", watch], check=False, capture_output=True)
+            if not watch.startswith(made) and (ignored.returncode == 0 or not Path(watch).exists()):
+                raise RetortError(
+                    f"{section}.{name}: watch {watch} "
+                    + ("is ignored by git" if ignored.returncode == 0 else "does not exist")
+                    + ", so that experiments and other machines lack it; expected a path in git, such as "
+                    + ("extract/upstream" if section == "upstreams" else "pipelines/readers, or your own --table")
+                )
