@@ -86,7 +86,11 @@ _how_to_store = shared_options(
 _where_to_run = shared_options(
     click.option("--threads", default=0, show_default=True, help="torch threads of a process; 0: torch's choice."),
     click.option("--workers", default=0, show_default=True, help="Start a Dask cluster of this many processes here."),
-    click.option("--scheduler", help="Address of a running Dask cluster's scheduler, such as tcp://10.0.0.1:8786."),
+    click.option(
+        "--scheduler",
+        envvar="DASK_SCHEDULER_ADDRESS",
+        help="Scheduler of a running Dask cluster, such as tcp://10.0.0.1:8786 [default: $DASK_SCHEDULER_ADDRESS].",
+    ),
 )
 
 

@@ -126,7 +126,7 @@ OPTIONS = [
     asked("no shard", "--shard-packs 0", "--shard-packs 0: expected at least 1"),
     asked("workers", "--workers -1", "--workers -1: expected 0 or more"),
     asked("two clusters", "--workers 2 --scheduler tcp://127.0.0.1:9", "give one of them"),
-    asked("odd cluster", "--scheduler nope://a", "no Dask scheduler answers there .*start one with `dask scheduler`"),
+    asked("odd cluster", "--scheduler nope://a", "no Dask scheduler answers there .*start `python -m dask scheduler`"),
     asked("threads", "--threads -2", "--threads -2: expected 0 or more"),
     asked("device", "--device tpu", "--device 'tpu': expected cpu, cuda or cuda:N"),
     asked("device without data", "--device meta", "--device 'meta': expected cpu, cuda or cuda:N"),

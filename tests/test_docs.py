@@ -116,6 +116,8 @@ def parse_ours(words: list[str], *, whole: bool) -> None:
     module, *rest = rest
     if module in ROOMS:
         parse_room(module, rest, whole=whole)
+    elif module == "dask":
+        parse_dask([module, *rest], whole=whole)
     else:
         assert importlib.util.find_spec(module), words
 
@@ -199,7 +201,6 @@ PARSERS: dict[str, Callable[..., None]] = {
     "python": parse_ours,
     "torchrun": parse_torchrun,
     "dvc": parse_dvc,
-    "dask": parse_dask,
     "pip": parse_pip,
     "cp": parse_copy,
     ".": not_ours,
@@ -259,8 +260,8 @@ def options_of(command: click.Command) -> Iterator[str]:
         "dvc exp run --queued",
         "dvc repro distill",
         "dvc exp run -S train.interleaved.step=300",
-        "dask worker tcp://10.0.0.1:8786 --gpus 1",
-        "pip install -e '.[cluster]'",
+        "python -m dask worker tcp://10.0.0.1:8786 --gpus 1",
+        "pip install -e '.[clusters]'",
         "pip install -r requirements/gpu.lock",
         "python requirements/update.py",
     ],

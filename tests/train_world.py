@@ -65,6 +65,14 @@ def teacher_config(**changes: object) -> HubertConfig:
     return HubertConfig(**settings | changes)
 
 
+def make_teacher(folder: Path, *, do_normalize: bool = False, **changes: object) -> Path:
+    """Save a HuBERT of `teacher_config` with random weights."""
+    torch.manual_seed(1)
+    HubertModel(teacher_config(**changes)).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True).save_pretrained(folder)
+    return folder
+
+
 def make_world(
     folder: Path,
     *,
@@ -90,10 +98,7 @@ def make_world(
     ]
     corpus = folder / "corpora" / "tiny.h5"
     write_corpus(corpus, name="tiny", reader="test", utterances=utterances)
-    teacher = folder / "teacher"
-    torch.manual_seed(1)
-    HubertModel(teacher_config(**changes or {})).save_pretrained(teacher)
-    Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True).save_pretrained(teacher)
+    teacher = make_teacher(folder / "teacher", do_normalize=do_normalize, **changes or {})
     manifest = folder / "manifests" / "teacher.json"
     with contextlib.redirect_stderr(io.StringIO()):
         extract(

@@ -1,8 +1,12 @@
 """Independent pieces of work on many processes, by Dask. Each piece keeps its own result when it is finished.
 
 A local cluster lives as long as the run. A running cluster is given by its scheduler's address; its workers must see
-every file under the same paths and be started in the root of the repository (`dask worker ADDRESS --nworkers 1
---nthreads 2`). If a worker dies, its pieces go to others. If the cluster dies, the next run does what is missing.
+every file under the same paths, and all its processes must be started in the root of the repository, to import Retort:
+
+    python -m dask scheduler                                       not `dask`, whose import path lacks this folder
+    python -m dask worker ADDRESS --nworkers 1 --nthreads 2 --memory-limit 0
+
+If a worker dies, its pieces go to others. If the cluster dies, the next run does what is missing.
 """
 
 import logging
@@ -49,8 +53,8 @@ class DaskPool(AbstractContextManager["DaskPool"]):
             self.client = Client(self.cluster or address, timeout=_CONNECT_S)
         except (OSError, ValueError) as error:
             raise RetortError(
-                f"--scheduler {address}: no Dask scheduler answers there ({str(error).splitlines()[0]}); start one "
-                "with `dask scheduler`, and workers in the repository's root with `dask worker ADDRESS --nthreads 2`"
+                f"--scheduler {address}: no Dask scheduler answers there ({str(error).splitlines()[0]}); in the "
+                "repository's root start `python -m dask scheduler`, and `python -m dask worker ADDRESS --nthreads 2`"
             ) from None
 
     def __exit__(self, *error: object) -> None:
@@ -97,8 +101,12 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 f"the Dask cluster {self.address} is gone ({type(error).__name__}); finished {self.piece}s are kept, "
                 "run the same command again"
             ) from None
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, RuntimeError) as error:
+            # The scheduler, which imports the work too, reports a RuntimeError from the cause.
+            cause = error.__cause__ if isinstance(error, RuntimeError) else error
+            if not isinstance(cause, ModuleNotFoundError):
+                raise
             raise RetortError(
-                f"a worker of {self.address} cannot import {error.name}: start workers in the repository's root, in "
-                "the environment that Retort is installed in"
+                f"a process of the Dask cluster {self.address} cannot import {cause.name}: start scheduler and workers "
+                "in the repository's root and in Retort's environment, with `python -m dask` in place of `dask`"
             ) from None
