@@ -358,6 +358,7 @@ def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -
     from rich.console import Console
 
     from extract.base.files import check_out
+    from extract.base.progress import log
     from extract.speed import SpeedRequest, measure_speed, read_speed_config, table_of
     from extract.upstream.configured import read_upstreams
 
@@ -366,10 +367,8 @@ def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -
     sources = dict(pair.split("=", 1) for pair in upstreams)
     sources = sources or {name: one.source for name, one in read_upstreams(config).items()}
     check_out(out, "--out")
-    with Console(stderr=True).status("measuring") as status:
-        found = measure_speed(
-            SpeedRequest(sources=sources, audio=read_speed_config(config), **options), progress=status.update
-        )
+    request = SpeedRequest(sources=sources, audio=read_speed_config(config), **options)
+    found = measure_speed(request, progress=lambda text: log(f"speed: {text}"))
     found.write(out)
     Console().print(table_of(found, reference="teacher" if "teacher" in sources else next(iter(sources))))
     click.echo(out)

@@ -9,6 +9,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from extract.base.errors import RetortError
 from extract.base.files import check_out, in_main_tree, parse_json, write_json
 from extract.base.progress import ProgressBar
 from extract.config import ExtractConfig
-from extract.corpus import Corpus
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.shards import Extraction, LocalRunner, ShardRunner, store_of
 from extract.store.location import check_sizes, is_url, location_of, root_text
 from extract.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
@@ -50,16 +51,29 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
     corpora = [Corpus.open(config.corpus) for config in configs]  # all, so that errors come before any work
     card = find_upstream(first.upstream, normalise=first.normalise, name=first.name)
     _check_initial_blocks(first, card)
-    with _runner(first, card) as runner:
+    with _runner(first, card) as runner, progress_of(card, corpora) as bar:
         for config, corpus in zip(configs, corpora, strict=True):
-            yield _extract(config, card, corpus, runner)
+            yield _extract(config, card, corpus, runner, bar)
 
 
-def _extract(config: ExtractConfig, card: UpstreamCard, corpus: Corpus, runner: ShardRunner) -> tuple[Manifest, bool]:
+def progress_of(card: UpstreamCard, corpora: Sequence[Corpus]) -> ProgressBar:
+    """Return the progress of an upstream over all corpora, in seconds of audio."""
+    return ProgressBar(f"extract {card.name}", total=sum(map(_duration_s, corpora)), unit="s of audio")
+
+
+def _duration_s(corpus: Corpus) -> float:
+    return float(corpus.num_samples.sum()) / SAMPLE_RATE_HZ
+
+
+def _extract(
+    config: ExtractConfig, card: UpstreamCard, corpus: Corpus, runner: ShardRunner, bar: ProgressBar
+) -> tuple[Manifest, bool]:
     manifest, worked = _finished(config, card, corpus), False
     if manifest is None:
         # Packing needs lengths and config.json alone: its errors come before the upstream is loaded.
-        manifest, worked = make_store(Extraction.open(config, card, corpus), runner), True
+        manifest, worked = make_store(Extraction.open(config, card, corpus), runner, bar), True
+    else:
+        bar.skip(_duration_s(corpus))
     if config.initial_blocks:
         record = _kept_initial_weights(config, manifest.fingerprint)
         if record is None:
@@ -119,17 +133,16 @@ def _kept_initial_weights(config: ExtractConfig, fingerprint: str) -> dict[str, 
     return record if kept else None
 
 
-def make_store(extraction: Extraction, runner: ShardRunner) -> Manifest:
-    """Write what is missing of a store; return its manifest, which the store holds too."""
+def make_store(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> Manifest:
+    """Write what is missing of a store; return its manifest, which the store holds too. bar: from `progress_of`."""
     card, corpus, writer = extraction.card, extraction.corpus, extraction.writer
     facts = runner.open(extraction)  # before any file is written: an upstream that fails leaves no store
     writer.create()
     shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
-    total_s = sum(map(extraction.shard_s, shards))
-    with ProgressBar(f"extract {card.name} on {corpus.name}", total=total_s, unit="s of audio") as bar:
-        for line in _remarks(facts):
-            bar.say(f"{card.name}: {line}")
-        runner.write(extraction, shards, bar.advance)
+    bar.skip(_duration_s(corpus) - sum(map(extraction.shard_s, shards)))  # shards that are there, dropped utterances
+    for line in _remarks(facts):
+        bar.say(f"{card.name} on {corpus.name}: {line}")
+    runner.write(extraction, shards, partial(bar.advance, detail=corpus.name))
     return writer.finish(_manifest(extraction, facts), ids=corpus.ids)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from extract import __version__
+from extract.base.progress import run_id
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,7 +54,11 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False  # click would print its own errors and exit with status 2
+        from extract.base.stage import log_stage  # late, as it imports this module
+
+        run_id()  # before any process starts that shares it
         try:
+            log_stage()
             return super().main(*args, **kwargs)
         except RetortError as error:
             _stop(str(error))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 import click
 
+from extract.base.progress import log
 from pipelines.bench.options import OPTIONS, Options
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _command(name: str, options: type[Options]) -> click.Command:
 
         check_out(out, "--out")  # before hours of measuring
         asked, benchmark = options(**values), benchmarks()[name]
-        result = measure(benchmark, asked, lambda text: click.echo(text, err=True))
+        result = measure(benchmark, asked, log)
         write_json(out, result)
         _show("\n\n".join([table(result, benchmark), *sentences(result, benchmark)]))
         click.echo(f"All figures: {out}")
@@ -112,7 +113,7 @@ def all_command(out: Path, size: str, only: str, again: bool, render: bool) -> N
 
     names = tuple(filter(None, only.split(",")))
     for line in run_suite(bench_command.commands, benchmarks(), out, size=size, only=names, again=again, render=render):
-        click.echo(line, err=True)
+        log(line)
 
 
 def _show(markdown: str) -> None:

@@ -18,7 +18,7 @@ from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import TimedSteps
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.run import make_store
+from extract.run import make_store, progress_of
 from extract.shards import Extraction, LocalRunner
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
@@ -106,7 +106,8 @@ def extract_run(config: ExtractConfig) -> TimedSteps:
         _transformer_of(runner).forward(runner.read_pack(extraction, 0))
         yield
         # Reading, forward passes, encoding, writing, digests, manifest: all but opening the corpus.
-        write_json(config.manifest, make_store(extraction, runner).to_dict())
+        bar = progress_of(extraction.card, [extraction.corpus])
+        write_json(config.manifest, make_store(extraction, runner, bar).to_dict())
         yield
         store = StoreReader.open(config.manifest)
         return _work(zip(store.ids, map(int, store.num_frames), strict=True)) | {

@@ -18,7 +18,7 @@ from extract.base.files import write_json
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.run import make_store
+from extract.run import make_store, progress_of
 from extract.shards import Advance, Extraction, LocalRunner
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
@@ -44,7 +44,8 @@ def prepare(bench: Load) -> dict[str, dict[str, Any]]:
     config = bench.extract_config(upstream=str(synthetic.DEMO_TEACHER), layers=_LAYERS)
     card, corpus = find_upstream(config.upstream), Corpus.open(bench.corpus)
     shape = UpstreamSpec(max(_LAYERS) + 1, options.dim, _HOP_SAMPLES, _RECEPTIVE_SAMPLES, stem_dim=None)
-    manifest = make_store(Extraction.open(config, card, corpus, shape), _NoiseRunner(config, card))
+    extraction = Extraction.open(config, card, corpus, shape)
+    manifest = make_store(extraction, _NoiseRunner(config, card), progress_of(card, [corpus]))
     write_json(bench.manifest, manifest.to_dict())
     audio_s, num_bytes = 0.0, []
     with _flat(bench).open("wb") as file:

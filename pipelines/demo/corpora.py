@@ -21,7 +21,7 @@ import soundfile
 from extract.base.errors import RetortError
 from extract.base.files import check_out, in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
 from extract.base.params import read_section
-from extract.base.progress import ProgressBar
+from extract.base.progress import ProgressBar, log
 from extract.base.validate import parse
 from pipelines.demo import fluent, librispeech, snips
 from pipelines.demo.iemocap import plan_dialogs
@@ -89,7 +89,7 @@ def make_corpora(config: DemoConfig, out: Path) -> dict[str, Any]:
     code = code_digest()
     existing = valid_manifest(out, config, code)
     if existing is not None:
-        click.echo(f"{out}: up to date (same configuration, code and bytes); nothing to do", err=True)
+        log(f"{out}: up to date (same configuration, code and bytes); nothing to do")
         return existing
     with written_aside(out) as aside:
         record_corpora(plan_corpora(config, aside), config.workers)
