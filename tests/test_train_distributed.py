@@ -131,7 +131,7 @@ def test_only_the_main_process_prints(trained: World) -> None:
     made_from = json.loads((trained.folder / "students" / "two" / "train_config.json").read_text())
     assert made_from["packs_per_step"] == 2
     lines = (trained.folder / "stderr.txt").read_text().splitlines()
-    assert sum(" two: interleaved, 8 steps over 5 packs on 2 processes;" in line for line in lines) == 1
+    assert sum(" two: family interleaved, 8 steps over 5 packs on 2 processes;" in line for line in lines) == 1
     assert sum(" two: grown to 6 layers at step 2" in line for line in lines) == 1
 
 
@@ -144,8 +144,8 @@ def test_two_processes_resume_bit_for_bit(trained: World, whole: str, parts: str
     assert metrics(trained, whole)["dev_by_layer"] == metrics(trained, parts)["dev_by_layer"]
     lines = (trained.folder / "stderr.txt").read_text()
     # Before and after the growth at step 2.
-    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 2" in lines
-    assert f"{parts}: interleaved, 8 steps over 5 packs on 2 processes, resumed from step 3" in lines
+    assert f"{parts}: family interleaved, 8 steps over 5 packs on 2 processes, resumed from step 2" in lines
+    assert f"{parts}: family interleaved, 8 steps over 5 packs on 2 processes, resumed from step 3" in lines
 
 
 def test_other_packs_per_step_start_a_new_run_with_a_note(

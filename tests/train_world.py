@@ -136,7 +136,11 @@ def student(family: str, steps: int = 6, **changes: object) -> StudentConfig:
 
 
 def train_request(
-    world: World, config: StudentConfig, name: str = "tiny", processes: ProcessGroup = SINGLE_PROCESS
+    world: World,
+    config: StudentConfig,
+    name: str = "tiny",
+    processes: ProcessGroup = SINGLE_PROCESS,
+    log: str | None = None,
 ) -> TrainRequest:
     """Return the request for a student, with its outputs below the world's folder."""
     return TrainRequest(
@@ -148,6 +152,7 @@ def train_request(
         run_folder=world.folder / "runs" / name,
         device=torch.device("cpu"),
         processes=processes,
+        log=log,
     )
 
 

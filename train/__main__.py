@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 from extract.base.errors import CommandGroup
+from train.curves import TOOLS, check_tool
 
 _PATH = click.Path(path_type=Path)
 
@@ -45,7 +46,17 @@ def main() -> None:
     "torchrun takes this option for its own.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
-def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path | None, device: str) -> None:
+@click.option(
+    "--log",
+    type=click.Choice(TOOLS),
+    envvar="RETORT_LOG",
+    show_envvar=True,
+    help="Also write the curves to this tool while the run goes on: into logs/, or where the tool's own environment "
+    "variables say.",
+)
+def run(
+    student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path | None, device: str, log: str | None
+) -> None:
     """Train one student.
 
     On several GPUs: `torchrun --nproc-per-node N -m -- train run …`. N processes with `optimiser.accumulate: a` give
@@ -53,7 +64,16 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
     """
     from train.config import read_student
 
-    config = read_student(params, student)  # before torch is imported, so that a wrong setting is reported at once
+    config = read_student(params, student)
+    # Wrong settings and paths are reported before torch is imported, which takes seconds.
+    from extract.corpus import Corpus
+    from extract.store.manifest import Manifest
+
+    if log is not None:
+        check_tool(log)
+    Manifest.read(manifest)
+    if not corpus.is_file():
+        Corpus.open(corpus)  # raises
     from extract.base.malloc import keep_freed_blocks
     from train.distributed import process_group
     from train.loop import train
@@ -71,6 +91,7 @@ def run(student: str, params: Path, manifest: Path, corpus: Path, out: Path, run
             run_folder=run or Path("runs") / student,
             device=found_device,
             processes=processes,
+            log=log,
         )
         metrics = train(request)
     if not processes.is_main:

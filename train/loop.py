@@ -20,8 +20,10 @@ from torch import Tensor
 
 from extract.base.errors import RetortError
 from extract.base.files import check_out
+from extract.base.progress import run_id
 from train import checkpoint
 from train.config import GENERATING, StudentConfig
+from train.curves import Curves, TrainingRecord, open_curves
 from train.data import Batch
 from train.losses import GenerationDistiller, layer_errors
 from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
@@ -52,6 +54,7 @@ def train(request: TrainRequest) -> RunMetrics:
         total=request.config.steps,
         folder=request.run_folder if processes.is_main else None,
         curve=state.curve,
+        curves=open_record(run),
     )
     batches = run.data.training_batches(state.packs, rank=processes.rank, size=processes.size)
     with progress, closing(batches):
@@ -64,6 +67,28 @@ def train(request: TrainRequest) -> RunMetrics:
         if not run.distiller.stem_trains:
             _compare_stems(run, progress, free)
     return _finish(run, free, forced)
+
+
+def open_record(run: Run) -> Curves | None:
+    """Start or continue the run's record in the tool of `--log`, in the main process."""
+    request = run.request
+    if request.log is None or not request.processes.is_main:
+        return None
+    facts = {
+        "student": request.student,
+        "config": asdict(request.config),
+        "store_digest": run.store.digest,
+        "corpus_digest": run.corpus.digest,
+        "key": run.key,
+        "run_id": run_id(),  # of the log lines
+        "versions": versions(),
+    }
+    return open_curves(
+        request.log,
+        TrainingRecord(
+            student=request.student, checkpoint=run.checkpoint, step=run.state.step, curve=run.state.curve, facts=facts
+        ),
+    )
 
 
 def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[Batch]) -> None:
@@ -266,7 +291,7 @@ def _headline(run: Run) -> str:
         else ""
     )
     return (
-        f"{request.student}: {request.config.family}, {request.config.steps} steps over {len(run.data.sampler)} "
+        f"{request.student}: family {request.config.family}, {request.config.steps} steps over {len(run.data.sampler)} "
         f"packs{shared}{resumed}; from the teacher: {', '.join(run.parts.copied) or 'nothing'}{other}"
     )
 

@@ -38,6 +38,7 @@ class TrainRequest:
     run_folder: Path  # folder of metrics.json and the curves
     device: torch.device
     processes: ProcessGroup = SINGLE_PROCESS
+    log: str | None = None  # tool that gets the curves while the run goes on, beside DVCLive
 
     @property
     def packs_per_step(self) -> int:
