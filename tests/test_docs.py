@@ -152,7 +152,7 @@ def parse_dvc(words: list[str], *, whole: bool) -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for target in getattr(asked, "targets", None) or []:
         stage = target.rpartition(":")[2].partition("@")[0]
-        known = {*stages, "copy-corpus", "copy-student"}  # the last two are stages of studies alone
+        known = {*stages, "copy-student"}  # the last one is a stage of studies alone
         assert stage in known or stage.endswith("dvc.yaml") or "manifests/" in target, f"{target} is not a stage"
     changes = [change.rpartition(":")[2] for change in getattr(asked, "set_param", None) or []]
     get_hydra_sweeps({"params.yaml": changes})  # raises if DVC can't read one

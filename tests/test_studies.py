@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import yaml
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from evaluate.task import corpus_of_tasks
+from evaluate.task import corpus_of_tasks, not_scored
 from evaluate.tasks import TASKS
+from extract.__main__ import main as extract_main
 from extract.base.errors import RetortError
 from extract.base.params import merge
 from extract.base.validate import parse
+from extract.many import read_configs
 from pipelines.__main__ import main
 from pipelines.studies import make_study
 from train.config import read_student
@@ -36,7 +39,7 @@ FULL_DEPTH = ["layerwise-12x384", *GROWN]
 BASE = {"distilhubert": 23.49, "gendistiller": 16.99, "gendistiller-2d": 17.0} | dict.fromkeys(FULL_DEPTH, 26.87)
 # A layer-norm stem has a norm in each of 7 convolutions, 7 x 2 x 512 numbers where the group norm's had 2 x 512.
 LARGE = {"distilhubert": 23.50} | dict.fromkeys(FULL_DEPTH, 26.88)
-PRESETS = {"hubert-base-ls960": BASE, "wavlm-base-plus": BASE, "wavlm-large": LARGE}
+PRESETS = {"hubert-base-ls960": BASE, "wavlm-base-plus": BASE, "wavlm-large": LARGE, "librispeech-100": BASE}
 
 Settings = dict[str, Any]
 
@@ -90,14 +93,39 @@ def test_every_student_has_its_published_size(preset: str) -> None:
         assert parse(recipe, settings["evaluate"][task], where=task) == recipe()
 
 
-def test_a_study_over_a_study_writes_both_and_changes_what_it_names() -> None:
+def test_a_study_over_a_study_changes_what_it_names_and_shares_what_is_made() -> None:
+    _, alone = make("wavlm-base-plus")
+    assert not Path("studies/hubert-base-ls960").exists()
+    _, base = make("hubert-base-ls960")
+    assert alone["corpora"] == base["corpora"]
     _, other = make("wavlm-base-plus")
-    base = yaml.safe_load(Path("studies/hubert-base-ls960/params.yaml").read_text())
+    card = "studies/hubert-base-ls960/corpora/distill.json"
+    assert other.pop("corpora")["distill"] == {"read": f"copy {card}", "watch": card}
+    assert {key: alone[key] for key in other} == other
     assert other["upstreams"]["teacher"]["source"] == "microsoft/wavlm-base-plus"
     assert base["upstreams"]["teacher"]["source"] == "facebook/hubert-base-ls960"
     own = {key: value for key, value in other.items() if key not in ("upstreams", "report")}
     assert own == {key: base[key] for key in own}
     assert list(other["upstreams"]) == list(base["upstreams"])
+
+
+@pytest.mark.parametrize("preset", ["hubert-base-ls960", "librispeech-100", "wavlm-large"])
+def test_the_cost_that_a_profile_states_is_that_of_the_plan(preset: str) -> None:
+    header = re.sub(r"\n# +", " ", (ROOT / f"pipelines/studies/{preset}.yaml").read_text().split("\nbase:")[0])
+    stated = re.findall(r"python -m extract (plan --like .*?) (corpus [^#]*)", header)
+    assert len(stated) == 2
+    for command, figures in stated:
+        done = CliRunner().invoke(extract_main, command.split())
+        assert done.exit_code == 0, done.output
+        cells = {
+            row[0]: row[1:]
+            for line in done.stdout.splitlines()
+            if len(row := [cell.strip() for cell in line.strip("│").split("│")]) > 1
+        }
+        sizes = [cells["corpus file"][0].partition(",")[0], cells["int8"][1], cells["int8"][3]]
+        if "int4" in figures:
+            sizes.insert(2, cells["int4"][1])
+        assert re.findall(r"[\d.]+ (?:GB|min)", figures) == sizes
 
 
 def test_equal_settings_are_written_in_full() -> None:
@@ -156,6 +184,7 @@ def test_stacking_is_every_student_with_every_seed() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_study_finds_its_student_in_another_base_by_family(preset: str) -> None:
+    make(preset)
     path, _ = make("stacking", "--base", preset, "--out", "studies/mine")
     published = read_student(Path("studies") / preset / "params.yaml", "interleaved-12x384")
     assert read_student(path, "one-shot-s2") == replace(
@@ -193,7 +222,7 @@ def test_seeds_are_the_demo_itself_but_for_the_seed() -> None:
     for student in after["students"]:
         name, _, seed = student.rpartition("-s")
         assert read_student(path, student) == replace(read_student(ROOT / "params.yaml", name), seed=int(seed))
-    own = {"students", "upstreams", "train", "report", "demo"}
+    own = {"students", "upstreams", "train", "corpora", "report", "demo"}
     assert {key: after[key] for key in before.keys() - own} == {key: before[key] for key in before.keys() - own}
 
 
@@ -214,7 +243,7 @@ def test_real_speech_changes_corpora_and_copies_the_students() -> None:
     before = main_settings()
     for kept in ("teacher", "students", "train"):
         assert after[kept] == before[kept]
-    assert after["corpora"]["distill"] == before["corpora"]["distill"]
+    assert after["corpora"]["distill"] == {"read": "copy corpora/distill.json", "watch": "corpora/distill.json"}
     assert corpus_of_tasks(after, path) == {
         "pr": "librispeech",
         "asr": "librispeech",
@@ -223,15 +252,30 @@ def test_real_speech_changes_corpora_and_copies_the_students() -> None:
     }
     stages = stages_of("studies/real-speech")
     assert "train" not in stages and stages["copy-student"]["matrix"]["name"] == before["students"]
-    assert stages["copy-corpus"]["matrix"]["name"] == ["distill"]
-    assert set(stages["corpus"]["foreach"]) == {"librispeech", "speech-commands", "voxceleb1"}
+    assert stages["corpus"]["foreach"] == "${corpora}"
+    assert set(after["corpora"]) == {"distill", "librispeech", "speech-commands", "voxceleb1"}
+
+
+def test_chosen_corpora_are_the_configured_ones() -> None:
+    path, settings = make("hubert-base-ls960", "--corpora", "voxceleb1,speech-commands")
+    assert list(settings["corpora"]) == ["distill", "speech-commands", "voxceleb1"]
+    assert corpus_of_tasks(settings, path) == {"ks": "speech-commands", "sid": "voxceleb1"}
+    left_out = not_scored(settings, path)
+    assert left_out is not None and left_out.startswith(
+        "not scored: PR, ASR (corpus librispeech is not configured), IC"
+    )
+    configs = read_configs(path, "fbank", corpora=Path(), out=Path(), trust_remote_code=False)
+    assert [config.corpus.stem for config in configs] == ["speech-commands", "voxceleb1"]
+    # Layers and speed are measured on a corpus that is configured.
+    assert settings["compare"]["corpus"] == "speech-commands"
+    assert Path(settings["report"]["speed"]["corpus"]).name == "speech-commands.json"
 
 
 @pytest.mark.parametrize("change", ["teacher.layers=8", "store.codec=int4", "machine.train=--device cuda"])
 def test_students_from_other_targets_are_trained_anew(change: str) -> None:
     make("real-speech", "--set", change)
     stages = stages_of("studies/real-speech")
-    assert stages["train"]["matrix"]["student"] == main_settings()["students"] and "copy-student" not in stages
+    assert stages["train"]["matrix"]["student"] == "${students}" and "copy-student" not in stages
     make("real-speech", "--set", "train.layerwise.steps=7")
     assert stages_of("studies/real-speech")["train"]["matrix"]["student"] == ["layerwise"]
 
@@ -243,7 +287,12 @@ def test_errors_are_one_line_and_write_nothing(tree: Path) -> None:
         assert not (tree / "studies").exists()
         return done.stderr
 
-    assert "'whisper'" in refused("whisper") and "hubert-base-ls960, real-speech, seeds" in refused("whisper")
+    assert "'whisper'" in refused("whisper") and "hubert-base-ls960, librispeech-100, real" in refused("whisper")
+    assert "did you mean 'hubert-base-ls960'" in refused("hubert")
+    assert "'librispeach'" in refused("wavlm-large", "--corpora", "librispeach")
+    row = "corpora.snips.watch=data/snips/all.iob.snips.txt"
+    assert "corpora.snips" in refused("wavlm-large", "--set", row)
+    assert "upstreams.teacher" in refused("wavlm-large", "--set", "upstreams.teacher.watch=data/hubert")
     assert "'nobody'" in refused("stacking", "--base", "nobody")
     assert "teacher.codec=int4" in refused("seeds", "--set", "codec")
     assert "../elsewhere" in refused("seeds", "--out", "../elsewhere")
@@ -278,6 +327,7 @@ def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None
         shutil.copy(ROOT / name, tree)
     parts = ["train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean", "test-other"]
     write_librispeech(tree / "data/librispeech/LibriSpeech", parts)
+    make("hubert-base-ls960")
     make("wavlm-large")
     make("stacking")
 
@@ -302,10 +352,10 @@ def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None
     assert "--out studies/wavlm-large/students/gendistiller" in commands[f"{large}:train@gendistiller"]
     assert sum(name.startswith(f"{large}:evaluate@") for name in commands) == 6
     assert "--metrics studies/wavlm-large/metrics" in commands[f"{large}:report"]
-    assert (f"{large}:copy-corpus@distill", "studies/hubert-base-ls960/dvc.yaml:corpus@distill") in needs
-    assert (f"{stacking}:copy-corpus@librispeech", "corpus@librispeech") in needs
+    assert (f"{large}:corpus@distill", "studies/hubert-base-ls960/dvc.yaml:corpus@distill") in needs
+    assert (f"{stacking}:corpus@librispeech", "corpus@librispeech") in needs
     assert not any(other.endswith("demo-data") for one, other in needs if one.startswith("studies/"))
-    run("dvc", "repro", f"{large}:copy-corpus@distill")
+    run("dvc", "repro", f"{large}:corpus@distill")
     card = json.loads((tree / "studies/wavlm-large/corpora/distill.json").read_text())
     assert card["splits"] == {"dev": 1, "train": 3}
     assert not (tree / "data/demo.json").exists() and not (tree / "corpora").exists()

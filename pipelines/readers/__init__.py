@@ -17,6 +17,7 @@ from extract.base.files import check_out, find_input, in_main_tree
 from extract.base.progress import ProgressBar
 from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
 from pipelines.readers.audio_file import Forward
+from pipelines.readers.copied import copy_corpus
 from pipelines.readers.decode import Bad, Decoded, NotInParallel, decode
 from pipelines.readers.fluent import list_fluent
 from pipelines.readers.folder import list_folder
@@ -64,6 +65,7 @@ class Reader:
 
 _DEV = ("--dev-share", "--dev-by", "--seed")
 
+COPY = "copy"  # in place of a reader: the corpus of another pipeline, whose card is ROOT
 READERS = {
     # own data
     "folder": Reader(own(list_folder), ("--rename", "--table", *_DEV)),
@@ -125,7 +127,7 @@ def read_corpus(
     records them), for files that are missing, unreadable, truncated, empty, too short for one frame or hold NaN, all of
     them named. Files that are odd and kept (clipped, silent) are in the card's `record`, as `noted`.
     """
-    if reader not in READERS:
+    if reader not in READERS and reader != COPY:
         raise unknown("reader", reader, READERS)
     if out.suffix != ".h5":
         raise RetortError(f"--out {out}: a corpus is an .h5 file, such as corpora/{out.stem}.h5")
@@ -134,6 +136,8 @@ def read_corpus(
     root = find_input(root)  # a data set that git ignores is not in a temporary experiment
     options = options or ReaderOptions()
     _check_options(reader, options)
+    if reader == COPY:
+        return copy_corpus(root, out)
     READERS[reader].check_root(reader, root)
     listing = READERS[reader].list_data_set(root, options)
     listed = listing.utterances

@@ -6,8 +6,9 @@ extract/base/params.py. The command writes two files, and `dvc repro studies/NAM
     studies/NAME/params.yaml   the settings of the base, changed
     studies/NAME/dvc.yaml      the stages of the root's dvc.yaml, with all results below studies/NAME
 
-Feature stores are shared, since their names hold the digests of what they were made from. Corpora and trained students
-are copied from the base where nothing that made them differs. Two keys of the file are not settings:
+From then on the folder's params.yaml is the one file to edit. Feature stores are shared, since their names hold the
+digests of what they were made from. Corpora and trained students are taken from a base that has a folder, where nothing
+that made them differs. Two keys of the file are not settings:
 
     base: params.yaml              # or the name of another study; absent: the file is complete
     study:                         # students in place of the base's, one for every seed
@@ -30,7 +31,7 @@ from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, written_aside
 from extract.base.params import merge, read_params, read_section
 from pipelines.studies.settings import check_watched, study_settings
-from pipelines.studies.stages import study_stages
+from pipelines.studies.stages import shared_corpora, study_stages
 
 MAIN = Path("params.yaml")  # settings of the main pipeline
 _HERE = Path(__file__).parent
@@ -46,18 +47,19 @@ def make_study(
 ) -> None:
     """Write params.yaml and dvc.yaml of study `name` to `folder`; files that differ are kept as FILE.before.
 
-    base: in place of the study's own; one that is a study without a folder is written too.
+    base: in place of the study's own.
     changes: settings that are merged last. corpora: scored corpora that are configured; empty for all.
     Raises RetortError for an unknown study, a student that the base does not have, and a `watch` that is not in git.
     """
     change = merge(_read_file(name), changes or {})
     base = base or change.get("base")
-    path = None if base is None else _base_params(base)
-    before = {} if path is None else read_params(path)
-    params = study_settings(before, change, folder, corpora=corpora, where=f"study {name} of {path}")
+    before, base_folder = _read_base(base)
+    params = study_settings(before, change, folder, corpora=corpora, where=_where(name, base))
     main_stages = read_section(Path("dvc.yaml"), "stages")
     check_watched(params, main_stages, folder)
-    stages = study_stages(main_stages, params, before, path and path.parent, folder)
+    stages = study_stages(main_stages, params, before, base_folder, folder)
+    if base_folder is not None:
+        params["corpora"] = shared_corpora(params, before, base_folder)
     title = f"# Made by `python -m pipelines study {name}`; the file pipelines/studies/{name}.yaml explains it.\n"
     for file, content in (("params.yaml", params), ("dvc.yaml", {"stages": stages})):
         _write(folder / file, title + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120))
@@ -83,12 +85,21 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _base_params(base: str) -> Path:
-    """Return the params file of a base, which is written first if it is a study's and absent."""
+def _read_base(base: str | None) -> tuple[dict[str, Any], Path | None]:
+    """Return the settings of a base and its folder; of a study that has none, the settings that it would have."""
+    if base is None:
+        return {}, None
     path = MAIN if base == MAIN.name else Path("studies") / base / MAIN
-    if path != MAIN and not path.exists():
-        make_study(base, path.parent)
-    return path
+    if path == MAIN or path.exists():
+        return read_params(path), path.parent
+    change = _read_file(base)
+    own_base = change.get("base")
+    before, _ = _read_base(own_base)
+    return study_settings(before, change, path.parent, where=_where(base, own_base)), None
+
+
+def _where(name: str, base: str | None) -> str:
+    return f"study {name}" + (f" of {base}" if base else "")
 
 
 def _write(path: Path, text: str) -> None:

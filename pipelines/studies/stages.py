@@ -25,27 +25,27 @@ def study_stages(
     """Return section `stages` of the dvc.yaml in `folder`, whose commands run in the repository root.
 
     stages: section `stages` of the root's dvc.yaml. settings: those of the study. base, base_folder: settings and
-    folder of the base, {} and None for a complete study. Corpora and students that the base makes from the same
-    settings are copied from there.
+    folder of the base, None if it has no folder. Students that the base trains with the same settings are copied.
     """
-    # Demo data are made by the main pipeline alone: the corpora of a study depend on the files of its data sets.
+    # Demo data are made by the main pipeline alone.
     made = {name: _moved_stage(stage, folder) for name, stage in stages.items() if name != "demo-data"}
-    corpora = [name for name in settings["corpora"] if _same(settings, base, "corpora", name)]
-    students = _shared_students(settings, base)
-    made["corpus"]["foreach"] = {name: row for name, row in settings["corpora"].items() if name not in corpora}
-    made["train"]["matrix"] = {"student": [name for name in settings["students"] if name not in students]}
-    # DVC refuses a foreach or a matrix without items.
-    if not made["corpus"]["foreach"]:
-        del made["corpus"]
-    if not made["train"]["matrix"]["student"]:
+    shared = [] if base_folder is None else _shared_students(settings, base)
+    if base_folder is None or not shared:
+        return made
+    made["train"]["matrix"] = {"student": [name for name in settings["students"] if name not in shared]}
+    if not made["train"]["matrix"]["student"]:  # DVC refuses a matrix without items
         del made["train"]
-    for name, names, paths in (
-        ("copy-student", students, ["students/${item.name}", "runs/${item.name}"]),
-        ("copy-corpus", corpora, ["corpora/${item.name}.json"]),
-    ):
-        if names and base_folder is not None:
-            made = {name: _copy_stage(names, paths, base_folder, folder)} | made
-    return made
+    return {"copy-student": _copy_stage(shared, base_folder, folder)} | made
+
+
+def shared_corpora(settings: Mapping[str, Any], base: Mapping[str, Any], base_folder: Path) -> dict[str, Any]:
+    """Return section `corpora`, with those that the base makes from the same settings copied from there."""
+    shared = {}
+    for name, row in settings["corpora"].items():
+        card = (base_folder / "corpora" / f"{name}.json").as_posix()
+        copied = _same(settings, base, "corpora", name) and not row["read"].startswith("copy ")  # as the base's own
+        shared[name] = {"read": f"copy {card}", "watch": card} if copied else row
+    return shared
 
 
 def _same(settings: Mapping[str, Any], base: Mapping[str, Any], *keys: str) -> bool:
@@ -93,11 +93,12 @@ def _moved(value: Any, folder: Path) -> Any:
     return _MOVED.sub(lambda found: f"{folder.as_posix()}/{found[0]}", value)
 
 
-def _copy_stage(names: list[str], paths: list[str], base: Path, folder: Path) -> dict[str, Any]:
-    """Return the stage that copies results of the base; `paths` are those of ${item.name} below either folder."""
+def _copy_stage(names: list[str], base: Path, folder: Path) -> dict[str, Any]:
+    """Return the stage that copies students of the base."""
+    paths = ("students/${item.name}", "runs/${item.name}")
     pairs = [((base / path).as_posix(), (folder / path).as_posix()) for path in paths]
     return {
-        "desc": "a result that the base makes from the same settings",
+        "desc": "a student that the base trains with the same settings",
         "matrix": {"name": names},
         "wdir": os.path.relpath(".", folder),
         "cmd": " && ".join(f"mkdir -p {Path(to).parent.as_posix()} && cp -r {start} {to}" for start, to in pairs),
