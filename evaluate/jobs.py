@@ -22,9 +22,11 @@ from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, di
 from evaluate.tasks import TASKS
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
+from extract.base.machine import processor_model
 from extract.base.malloc import keep_freed_blocks
 from extract.base.params import read_params, read_section
 from extract.base.progress import ProgressBar
+from extract.base.provenance import Provenance
 from extract.base.validate import check_name
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
@@ -190,6 +192,7 @@ def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreF
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         notes=(*task.deviations, *differences(job.recipe), *result.notes, *dropped),
         seconds=round(session.seconds, 2),
+        provenance=Provenance.of(processor_model()),
     )
 
 

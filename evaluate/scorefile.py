@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from extract.base.errors import RetortError
+from extract.base.provenance import Provenance
 from extract.base.record import Record
 
 
@@ -86,6 +87,7 @@ class ScoreFile(Record):
     versions: dict[str, str]
     notes: tuple[str, ...]  # deviations from the reference recipe
     seconds: float
+    provenance: Provenance | None = None  # None: by a version that did not record it
 
     def __post_init__(self) -> None:
         if not self.layers or len(self.layers) != len(self.layer_weights):

@@ -246,6 +246,7 @@ def _rows(it: "Manifest") -> dict[str, str]:
         "frames": f"{frames} of {it.dim} features every {it.hop_samples} samples, {len(it.layers)} layers",
         "convention": it.convention,
         "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
+        "device": it.device or "",
         "batches": _batches(it),
         "packs": f"{packs} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, rows):.1f}% filled",

@@ -6,6 +6,7 @@ They are written by `extract speed` and `extract compare`, and read by the repor
 from dataclasses import dataclass
 
 from extract.base.errors import RetortError
+from extract.base.provenance import Provenance
 from extract.base.record import Record
 from extract.base.timing import Range
 
@@ -39,6 +40,7 @@ class SpeedFile(Record):
     threads: int
     rounds: int
     machine: dict[str, str]
+    provenance: Provenance | None = None  # None: by a version that did not record it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,4 +189,5 @@ def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
         versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
         batching=facts.batching,
         stem=facts.stem,
+        device=facts.device,
     )

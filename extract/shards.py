@@ -164,12 +164,19 @@ class LocalRunner:
     def open(self, extraction: Extraction) -> UpstreamFacts:
         import torch
 
+        from extract.base.device import device_model
+
         upstream, dtype_error = self.upstream, {}
         if self.config.dtype != "fp32":
             with self._in_model:
                 dtype_error = measure_precision(upstream, extraction)
             check_precision(dtype_error, self.config.dtype, self.card.id)
-        return replace(upstream.facts, threads=torch.get_num_threads(), dtype_error=dtype_error)
+        return replace(
+            upstream.facts,
+            threads=torch.get_num_threads(),
+            device=device_model(self.config.device),
+            dtype_error=dtype_error,
+        )
 
     def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
         pool = ThreadPoolExecutor(CONCURRENT_SHARDS, "shard")

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
-from extract.base.machine import describe_machine
+from extract.base.machine import describe_machine, processor_model
 from extract.base.params import read_section
+from extract.base.provenance import Provenance
 from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
 from extract.base.validate import parse
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
@@ -89,7 +90,16 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedFile:
         threads=audio.threads,
         rounds=audio.rounds,
         machine=describe_machine(),
+        provenance=Provenance.of(_device_model(request.device)),
     )
+
+
+def _device_model(device: str) -> str:
+    if device == "cpu":
+        return processor_model()
+    from extract.base.device import device_model  # imports torch, which this process needs for nothing else
+
+    return device_model(device)
 
 
 def _figures(

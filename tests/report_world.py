@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
 from extract.base.files import write_json
 from extract.base.machine import describe_machine
+from extract.base.provenance import Provenance
 from extract.base.timing import Range
 from extract.compare import compare_stores
 from extract.measures import SpeedFile, UpstreamSpeed
@@ -66,6 +67,8 @@ PARAMS = {"teacher": 4_100_000, "fbank": 0} | {name: params for name, (_, params
 NOTE = "The demo teacher was taught from the synthesiser's own time line & its speech is <synthetic>."
 FINGERPRINT = "f1" * 32
 STORE_DIGEST = "ab" * 32
+SCORED = Provenance(revision="0123456789ab", device="Scoring processor")
+TRAINED = Provenance(revision="abcdef012345-dirty", device="Training GPU")
 
 
 def write_results(root: Path, tasks: dict[str, tuple[str, bool, dict[str, float]]] = TASKS) -> Path:
@@ -113,7 +116,7 @@ def score(task: str, metric: str, higher: bool, name: str, test: float) -> Score
         layer_weights=tuple((weights / weights.sum()).tolist()), num_test=320, fingerprint=f"{name}-features",
         store_digest=STORE_DIGEST, corpus="speech", corpus_digest="cd" * 32, labels_digest="ef" * 32,
         recipe={"steps": 400}, code="0c" * 32, versions={"torch": "2.11.0"}, notes=("400 steps instead of 200,000",),
-        seconds=4.2,
+        seconds=4.2, provenance=SCORED,
     )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ def write_training(folder: Path, name: str) -> None:
         growth=tuple(GrowthStep(step, layers) for step, layers in growth),
         exposure_bias=0.031 if family == "gendistiller" else None, teacher=FINGERPRINT, seed=3,
         from_teacher=("stem",), not_from_teacher={}, config={"lr": 5e-4},
-        versions={"torch": "2.11.0", "transformers": "5.23.0"},
+        versions={"torch": "2.11.0", "transformers": "5.23.0"}, provenance=TRAINED,
     ).write(folder / "metrics.json")  # fmt: skip
     write_tsv(folder / "plots/metrics/train/loss.tsv", curve)
     write_tsv(folder / "plots/metrics/dev/loss.tsv", [(step, value + 0.07) for step, value in curve[::6]])
@@ -153,7 +156,7 @@ def targets() -> Manifest:
         plan={"pack_frames": 128, "shard_packs": 2, "num_packs": 1, "num_shards": 1, "num_frames": 100},
         corpus={"name": "distill", "digest": "c0" * 32, "num_utterances": 3}, dropped=(),
         store={"root": "stores", "path": "teacher/distill"}, objects={"rows/00000.npy": [1, "0a" * 32]},
-        versions={"torch": "2.11.0"},
+        versions={"torch": "2.11.0"}, device="Teacher's processor",
     )  # fmt: skip
 
 

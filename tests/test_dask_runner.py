@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from extract.base.errors import RetortError
+from extract.base.machine import processor_model
 from extract.config import ExtractConfig
 from extract.corpus import Corpus, write_corpus
 from extract.run import extract
@@ -119,6 +120,7 @@ def test_two_workers_write_what_one_process_writes(config: ExtractConfig) -> Non
     assert together.objects == alone.objects
     assert together.digest == alone.digest
     assert together.threads == alone.threads == 1
+    assert together.device == alone.device == processor_model()
     assert " extract teacher0: " in run.stderr.splitlines()[-1]  # progress, and no line of Dask's
 
 

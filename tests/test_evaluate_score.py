@@ -282,13 +282,20 @@ def test_an_invalid_score_file_is_named_with_its_field(tmp_path: Path, change: d
         ScoreFile.read(path)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(ScoreFile)])
+@pytest.mark.parametrize("name", [field.name for field in fields(ScoreFile) if field.name != "provenance"])
 def test_every_field_of_a_score_file_is_needed(tmp_path: Path, name: str) -> None:
     path = write_score(tmp_path, "a", "pr", 1.0)
     content = json.loads(path.read_text())
     del content[name]
     with pytest.raises(RetortError, match=f"`{name}` is missing"):
         ScoreFile.from_dict(content, path=path)
+
+
+def test_a_score_file_of_a_version_without_provenance_is_read(tmp_path: Path) -> None:
+    path = write_score(tmp_path, "a", "pr", 1.0)
+    content = json.loads(path.read_text())
+    assert content.pop("provenance") is None
+    assert ScoreFile.from_dict(content, path=path) == ScoreFile.read(path)
 
 
 def test_a_task_twice_is_refused(tmp_path: Path) -> None:

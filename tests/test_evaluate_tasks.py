@@ -18,6 +18,8 @@ from evaluate.scorefile import ScoreFile
 from evaluate.tasks import TASKS, pr
 from evaluate.tasks.asr import characters
 from extract.base.errors import RetortError
+from extract.base.machine import processor_model
+from extract.base.provenance import Provenance
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
 
@@ -74,6 +76,7 @@ def test_a_score_records_what_it_was_made_from(classes: tuple[Path, Path]) -> No
     assert score.recipe["steps"] == 40
     assert score.recipe["learning_rates"] == (1e-1, 1e-2, 1e-4)
     assert {"python", "torch", "numpy"} == score.versions.keys()
+    assert score.provenance == Provenance.of(processor_model())
     assert "steps 40 (reference 200000)" in score.notes
     assert any("silence class" in note for note in score.notes)
 

@@ -70,11 +70,17 @@ def test_a_field_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, A
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
-    for name in METRICS.to_dict():
+    for name in METRICS.to_dict().keys() - {"provenance"}:
         value = METRICS.to_dict()
         del value[name]
         with pytest.raises(RetortError, match=name):
             RunMetrics.from_dict(value, path=tmp_path / "metrics.json")
+
+
+def test_metrics_of_a_version_without_provenance_are_read(tmp_path: Path) -> None:
+    value = METRICS.to_dict()
+    del value["provenance"]
+    assert RunMetrics.from_dict(value, path=tmp_path / "metrics.json") == METRICS
 
 
 def test_runs_are_read_without_torch() -> None:

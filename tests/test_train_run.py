@@ -16,6 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from extract.base.errors import RetortError
+from extract.base.machine import processor_model
+from extract.base.provenance import Provenance
 from tests.processes import Command, run_command
 from tests.train_world import SHAPE, World, make_world, stop_after, student, train_request
 from train import checkpoint
@@ -129,7 +131,8 @@ def test_a_resumed_run_starts_at_its_checkpoint(world: World, monkeypatch: pytes
 
 def test_seeds_differ_and_runs_repeat(world: World) -> None:
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        train(train_request(world, student("distilhubert", 3, seed=seed), name))
+        metrics = train(train_request(world, student("distilhubert", 3, seed=seed), name))
+        assert metrics.provenance == Provenance.of(processor_model())
     one, again, other = (weights(world, name) for name in ("one", "again", "other"))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["feature_projection.projection.weight"], other["feature_projection.projection.weight"])

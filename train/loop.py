@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extract.base.device import device_model
 from extract.base.errors import RetortError
 from extract.base.files import check_out
 from extract.base.progress import run_id
+from extract.base.provenance import Provenance
 from train import checkpoint
 from train.config import GENERATING, StudentConfig
 from train.curves import Curves, TrainingRecord, open_curves
@@ -352,6 +354,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetr
         not_from_teacher=run.parts.random,
         growth=tuple(GrowthStep(stage.first_step, stage.depth) for stage in run.stages),
         exposure_bias=None if free is None or forced is None else free.loss - forced.loss,
+        provenance=Provenance.of(device_model(request.device)),
     )
     if request.processes.is_main:
         save_student(request.out, student, made_from)

@@ -6,6 +6,7 @@ This module is the only reader and writer of that file. It does not import torch
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from extract.base.provenance import Provenance
 from extract.base.record import Record
 
 
@@ -61,6 +62,7 @@ class RunMetrics(Record):
     not_from_teacher: dict[str, str]  # part -> reason
     growth: tuple[GrowthStep, ...]
     exposure_bias: float | None  # dev loss of free running minus that of teacher forcing; None without a history
+    provenance: Provenance | None = None  # None: by a version that did not record it
 
     def to_dict(self) -> dict[str, Any]:
         errors = {str(layer): asdict(error) for layer, error in self.dev_by_layer.items()}  # JSON's keys are text

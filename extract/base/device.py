@@ -3,6 +3,7 @@
 import torch
 
 from extract.base.errors import RetortError
+from extract.base.machine import processor_model
 
 
 def named_device(name: str, *, expected: str) -> torch.device:
@@ -22,3 +23,9 @@ def check_there(device: torch.device, *, or_else: str = "") -> None:
         raise RetortError(
             f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu{or_else}"
         )
+
+
+def device_model(device: torch.device | str) -> str:
+    """Return the model of a device: the name of the GPU, or of the processor."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_model()

@@ -10,7 +10,7 @@ def describe_machine() -> dict[str, str]:
     """Return processor, cores, memory, system and the versions of Python and torch."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "processor": _processor(),
+        "processor": processor_model(),
         "cores": str(os.cpu_count()),
         "memory": f"{memory:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
@@ -19,7 +19,8 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def _processor() -> str:
+def processor_model() -> str:
+    """Return the name that the processor gives itself."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

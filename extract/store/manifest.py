@@ -93,6 +93,7 @@ class Manifest:
     # Optional, so that stores made before these were recorded stay valid.
     batching: dict[str, Any] | None = None  # how utterances are batched, and its measured error by layer
     stem: dict[str, Any] | None = None  # shape of the convolution stem: what a student of the same frames needs
+    device: str | None = None  # model of the processor or GPU that ran the upstream
     initial_weights: dict[str, Any] | None = None  # file (a name beside the manifest), sha256 and num_blocks
 
     def to_dict(self) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class UpstreamFacts:
     batching: dict[str, Any] | None = None  # mode and measured error (extract.upstream.load); None: one by one
     remark: str | None = None  # on a part of the checkpoint that is not run
     threads: int = 0  # torch's, in the process that runs it: sums over other numbers differ in the last bits
+    device: str | None = None  # model of the processor or GPU that runs it
     dtype_error: dict[str, dict[str, Any]] = field(default_factory=dict)  # by layer, against fp32; empty for fp32
 
 

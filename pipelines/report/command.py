@@ -99,6 +99,7 @@ def report_command(config: Path, out: Path, metrics: Path) -> None:
 def make_report(root: Path, config: ReportConfig, out: Path, metrics: Path) -> None:
     """Read the records below `root`, print the tables, write the files. Raises RetortError for a missing record."""
     from extract.base.files import write_json, written_aside
+    from extract.base.provenance import read_revision
     from pipelines.report.graph import read_stages
     from pipelines.report.markdown import render_markdown
     from pipelines.report.page import render_page
@@ -108,11 +109,13 @@ def make_report(root: Path, config: ReportConfig, out: Path, metrics: Path) -> N
     results = read_results(root, config.students, config.tasks, models=config.models, official=config.official)
     if config.not_scored:
         results = replace(results, measure_notes=(config.not_scored, *results.measure_notes))
-    columns = make_columns(results)
+    columns, revision = make_columns(results), read_revision()
     made_at = datetime.now(UTC).strftime("%Y-%m-%d, %H:%M UTC")
     texts = {
-        "index.html": render_page(results, columns, read_stages(root), params_text=config.text, made_at=made_at),
-        "results.md": render_markdown(results, columns),
+        "index.html": render_page(
+            results, columns, read_stages(root), revision=revision, params_text=config.text, made_at=made_at
+        ),
+        "results.md": render_markdown(results, columns, revision),
     }
     for name, content in texts.items():
         with written_aside(out / name) as aside:

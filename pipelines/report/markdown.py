@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from extract.base.provenance import Revision
 from pipelines.report import text
+from pipelines.report.provenance import provenance_facts
 from pipelines.report.published import published_table
-from pipelines.report.results import Results, merged_versions
+from pipelines.report.results import Results
 from pipelines.report.table import (
     NONE,
     Cell,
@@ -17,7 +19,7 @@ from pipelines.report.table import (
 )
 
 
-def render_markdown(results: Results, columns: Sequence[Column]) -> str:
+def render_markdown(results: Results, columns: Sequence[Column], revision: Revision | None) -> str:
     """Return the tables, the ranking, the caveats and the settings as Markdown."""
     seeds, placed = seed_table(results), published_table(results)
     parts = [
@@ -36,7 +38,7 @@ def render_markdown(results: Results, columns: Sequence[Column]) -> str:
         else text.NOT_OFFICIAL,
         "Settings of the students:\n\n" + _training_table(results).markdown(),
         "Learning rates chosen on dev:\n\n" + _rate_table(results).markdown(),
-        _provenance(results),
+        _provenance(results, revision),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -61,14 +63,9 @@ def _rate_table(results: Results) -> TextTable:
     return TextTable([("upstream", ""), *((task_title(task), "") for task in results.tasks)], rows)
 
 
-def _provenance(results: Results) -> str:
-    """Return one sentence with teacher, machine and library versions."""
+def _provenance(results: Results, revision: Revision | None) -> str:
+    """Return what made the results, a line for each part."""
     teacher = results.teacher
-    machine = results.speed.machine if results.speed else {}
-    hardware = (
-        f" {machine['cores']} cores, {machine['memory']}, {machine['system']}, Python {machine['python']};"
-        if machine
-        else ""
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in merged_versions(results).items())
-    return f"Teacher `{teacher.upstream['id']}`, features {teacher.fingerprint[:12]}.{hardware} {versions}."
+    facts = {"teacher": f"`{teacher.upstream['id']}`, features {teacher.fingerprint[:12]}"}
+    facts |= provenance_facts(results, revision)
+    return "Provenance:\n\n" + "\n".join(f"- {part}: {fact}." for part, fact in facts.items())

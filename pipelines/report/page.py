@@ -12,12 +12,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from extract.base.provenance import Revision
 from extract.measures import CompareFile, UpstreamSpeed
 from pipelines.report import charts, text
 from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Look, Point, student_look
 from pipelines.report.graph import Stage, draw_stages
+from pipelines.report.provenance import provenance_facts
 from pipelines.report.published import published_table
-from pipelines.report.results import Results, Upstream, merged_versions
+from pipelines.report.results import Results, Upstream
 from pipelines.report.table import (
     NONE,
     TASKS,
@@ -45,9 +47,15 @@ class Heat:
 
 
 def render_page(
-    results: Results, columns: Sequence[Column], stages: Sequence[Stage], *, params_text: str, made_at: str
+    results: Results,
+    columns: Sequence[Column],
+    stages: Sequence[Stage],
+    *,
+    revision: Revision | None,
+    params_text: str,
+    made_at: str,
 ) -> str:
-    """Return the page as HTML. `params_text` is the content of params.yaml."""
+    """Return the page as HTML. `params_text` is the content of params.yaml, `revision` that of the code."""
     looks = choose_looks(results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -79,7 +87,8 @@ def render_page(
         stages=stages,
         graph=draw_stages(stages) if stages else None,
         teacher=_teacher_facts(results),
-        environment=_environment(results),
+        provenance=provenance_facts(results, revision),
+        revision=revision,
         params_text=params_text,
         made_at=made_at,
     )
@@ -250,12 +259,6 @@ def _search(results: Results, task: str, looks: Mapping[str, Look]) -> dict[str,
     )
     metric = metric_label(first)
     return {"title": title, "svg": Markup(svg), "tried": [f"{at:g}" for at in tried], "rows": rows, "metric": metric}
-
-
-def _environment(results: Results) -> dict[str, str]:
-    """Return the machine that measured speed, and library versions by name."""
-    machine = results.speed.machine if results.speed else {}
-    return machine | {name: version for name, version in merged_versions(results).items() if name not in machine}
 
 
 def _teacher_facts(results: Results) -> dict[str, str]:

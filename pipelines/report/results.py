@@ -179,16 +179,3 @@ def _read_measures(
         else:
             comparisons[path.stem] = found
     return speed, comparisons, tuple(notes)
-
-
-def merged_versions(results: Results) -> dict[str, str]:
-    """Return library versions over all records; several versions of a library show a mixture."""
-    seen: dict[str, set[str]] = {}
-    sources: list[Mapping[str, str]] = [results.teacher.versions]
-    for upstream in results.upstreams:
-        sources += [score.versions for score in upstream.scores.values()]
-        sources += [upstream.training.versions] if upstream.training else []
-    for versions in sources:
-        for library, version in versions.items():
-            seen.setdefault(library, set()).add(version)
-    return {library: ", ".join(sorted(versions)) for library, versions in sorted(seen.items())}
