@@ -21,8 +21,10 @@ from pipelines.readers.copied import copy_corpus
 from pipelines.readers.decode import Bad, Decoded, NotInParallel, decode
 from pipelines.readers.fluent import list_fluent
 from pipelines.readers.folder import list_folder
+from pipelines.readers.hugging_face import check_hub_or_folder, list_hf
 from pipelines.readers.iemocap import list_iemocap
 from pipelines.readers.kaldi import list_kaldi
+from pipelines.readers.lhotse_manifests import check_manifests, list_lhotse
 from pipelines.readers.librimix import list_librimix
 from pipelines.readers.librispeech import list_librispeech
 from pipelines.readers.listing import ListedUtterance, Listing, ReaderOptions, named
@@ -69,7 +71,9 @@ COPY = "copy"  # in place of a reader: the corpus of another pipeline, whose car
 READERS = {
     # own data
     "folder": Reader(own(list_folder), ("--rename", "--table", *_DEV)),
+    "hf": Reader(own(list_hf), ("--rename", *_DEV), check_root=check_hub_or_folder),
     "kaldi": Reader(own(list_kaldi), _DEV),
+    "lhotse": Reader(own(list_lhotse), _DEV, check_root=check_manifests),
     # published data sets
     "fluent": Reader(published(list_fluent)),
     "iemocap": Reader(published(list_iemocap)),

@@ -88,15 +88,6 @@ def part_id(name: str, crop_s: tuple[float, float] | None) -> str:
     return f"{name}-{round(1000 * start_s):07d}-{round(1000 * (start_s + duration_s)):07d}"
 
 
-def rename_aliases(columns: Sequence[str]) -> dict[str, str]:
-    """Return the columns that stand for `speaker` and `text` under another name: column -> its new name."""
-    found = {}
-    for name, aliases in _ALIASES.items():
-        if name not in columns and (other := next((alias for alias in aliases if alias in columns), None)):
-            found[other] = name
-    return found
-
-
 def _find_tables(root: Path, given: Sequence[Path]) -> dict[Path, str]:
     """Return the tables of a folder, or the given ones, each with the split of its name or folder ("" for none)."""
     if given:
@@ -104,7 +95,7 @@ def _find_tables(root: Path, given: Sequence[Path]) -> dict[Path, str]:
             raise RetortError(f"--table {missing[0]}: file not found; give a table ({', '.join(TABLES)})")
         if odd := [path for path in given if path.suffix.lower() not in TABLES]:
             raise RetortError(f"--table {odd[0]}: unknown form of table, expected {', '.join(TABLES)}; rename it")
-        return {path: _split_in(path.stem) for path in given}
+        return {path: split_in(path.stem) for path in given}
     top = [path for path in visible(root, "metadata.*") if path.suffix.lower() in TABLES]
     if len(top) > 1:
         raise RetortError(f"{root}: has {named([path.name for path in top])}; choose one with --table")
@@ -115,11 +106,11 @@ def _find_tables(root: Path, given: Sequence[Path]) -> dict[Path, str]:
     # `train.tsv` or `train_manifest.json`, but no other file whose name begins with the name of a split
     beside = [path for path in beside if re.fullmatch("[a-z]+([_-]manifest)?", path.stem.lower())]
     if below:
-        return {path: _split_in(path.parent.name) for path in below}
-    return {path: _split_in(path.stem) for path in beside}
+        return {path: split_in(path.parent.name) for path in below}
+    return {path: split_in(path.stem) for path in beside}
 
 
-def _split_in(name: str) -> str:
+def split_in(name: str) -> str:
     """Return the first part of the name of a table or folder that names a split, such as train of cv_train_manifest."""
     return next((part for part in re.split("[^A-Za-z]+", name) if kind_of(part)), "")
 
@@ -143,24 +134,37 @@ def _list_tree(root: Path) -> Listing:
     return Listing(utterances, {"tables": [], "columns": {}})
 
 
+def renamed_columns(where: Path, columns: Sequence[str], rename: dict[str, str]) -> dict[str, str]:
+    """Return column -> its name here: that of `rename`, or `speaker` and `text` for their other usual names.
+
+    Raises RetortError for a name that can't be used.
+    """
+    if missing := [old for old in rename if old not in columns]:
+        raise RetortError(f"--rename {missing[0]}: column not found in {where}; it has {', '.join(columns)}")
+    names = [rename.get(column, column) for column in columns]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RetortError(f"{where}: column {twice[0]!r} exists already; give --rename another name")
+    usual = {}
+    for name, aliases in _ALIASES.items():
+        if name not in names and (other := next((alias for alias in aliases if alias in names), None)):
+            usual[other] = name
+    return {column: usual.get(name, name) for column, name in zip(columns, names, strict=True)}
+
+
 def _renamed(table: Path, rename: dict[str, str]) -> tuple[list[dict[str, str]], dict[str, str]]:
     """Return the rows of a table with its columns renamed, and the columns that were: old name -> new name.
 
-    Raises RetortError for a name that can't be used, and unless exactly one column names the audio.
+    Raises RetortError unless exactly one column names the audio.
     """
     rows = read_table(table)
     columns = list(rows[0])
-    if missing := [old for old in rename if old not in columns]:
-        raise RetortError(f"--rename {missing[0]}: column not found in {table}; it has {', '.join(columns)}")
     if "" in columns:
         raise RetortError(f"{table}: column {columns.index('') + 1} has no name; name it, or remove it")
-    names = [rename.get(column, column) for column in columns]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise RetortError(f"{table}: column {twice[0]!r} exists already; give --rename another name")
-    audio = [name for name in names if name in AUDIO_COLUMNS]
+    names = renamed_columns(table, columns, rename)
+    audio = [column for column, name in names.items() if name in AUDIO_COLUMNS]
     if not audio:
         raise RetortError(
-            f"{table}: column `file` not found; it has {', '.join(names)}; name the one with paths, such as "
+            f"{table}: column `file` not found; it has {', '.join(columns)}; name the one with paths, such as "
             f"--rename {columns[0]}=file"
         )
     if len(audio) > 1:
@@ -168,10 +172,9 @@ def _renamed(table: Path, rename: dict[str, str]) -> tuple[list[dict[str, str]],
             f"{table}: columns {' and '.join(audio)} may all be paths of the audio, expected one; rename the others, "
             f"such as --rename {audio[1]}=other_{audio[1]}"
         )
-    new_names = {audio[0]: "file"} | rename_aliases(names)
-    used = [new_names.get(name, name) for name in names]
-    changed = {old: new for old, new in zip(columns, used, strict=True) if old != new}
-    return [dict(zip(used, row.values(), strict=True)) for row in rows], changed
+    names[audio[0]] = "file"
+    changed = {old: new for old, new in names.items() if old != new}
+    return [dict(zip(names.values(), row.values(), strict=True)) for row in rows], changed
 
 
 def _labels(tables: list[Table]) -> tuple[str, ...]:

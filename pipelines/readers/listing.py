@@ -4,9 +4,10 @@ A reader lists a data set without opening its audio. Every file that a list name
 missing: `read_corpus` reports all missing files at once. A folder of another layout is an error of the reader.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,6 +191,20 @@ def part_of(start: str, end: str, where: object) -> tuple[float, float]:
     if first_s >= last_s:
         raise RetortError(f"{where}: starts at {first_s:g} s and ends at {last_s:g} s, expected a later end")
     return first_s, last_s - first_s
+
+
+def with_same_labels(utterances: list[ListedUtterance]) -> list[ListedUtterance]:
+    """Return the utterances with the labels of all of them; those that one lacks are empty."""
+    labels = dict.fromkeys(label for utterance in utterances for label in utterance.labels)
+    return [replace(one, labels={label: one.labels.get(label, "") for label in labels}) for one in utterances]
+
+
+def import_optional(name: str, requirement: str) -> Any:
+    """Import a library of the extra `data`. Raises RetortError that names it where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RetortError(f"this reader needs {name} ({error}); install it: pip install '{requirement}'") from None
 
 
 def base_of(names: Sequence[str], bases: Sequence[Path]) -> Path:
