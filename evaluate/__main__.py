@@ -33,12 +33,12 @@ def run(name: str, config: Path | None, upstream: str | None, manifest: Path, co
     """
     settings = read_section(config, "evaluate") if config else {}
     # Imported here: torch takes seconds to import, and --help and a mistyped path need none of it.
-    from evaluate.jobs import configure_torch, job_of, score_here
+    from evaluate.jobs import configure_torch, job_of, line_of, score_here
 
     configure_torch()
     upstream = upstream or out.resolve().parent.name
     job = job_of(name, settings, config, upstream=upstream, manifest=manifest, corpus=corpus, out=out)
-    click.echo(score_here(job))
+    click.echo(line_of(job, score_here(job)))
 
 
 _folder = click.Path(path_type=Path, file_okay=False)

@@ -6,10 +6,12 @@ A score depends on nothing but its own job, so scores are the same however many 
 """
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from evaluate.checkpoint import FORMAT_VERSION, TaskSession
 from evaluate.scorefile import ScoreFile
 from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences
 from evaluate.tasks import TASKS
+from evaluate.time_left import ExpectedScore, TimeLeft, work_of
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
 from extract.base.machine import processor_model
@@ -114,37 +117,62 @@ def score_all(jobs: Sequence[ScoringJob], *, workers: int, scheduler: str | None
     left = [job for job in jobs if not is_made(job)]
     if len(left) < len(jobs):
         yield f"{len(jobs) - len(left)} of {len(jobs)} scores are up to date (same features, recipe and code)"
-    if not workers and scheduler is None:
-        configure_torch()
-        yield from map(score_here, left)
-        return
     if not left:
         return
-    from extract.base.dask_pool import DaskPool  # late: dask takes a second to import
+    with ExitStack() as stack:
+        if not workers and scheduler is None:
+            configure_torch()
+            parallel, made = 1, ((index, score_here(job)) for index, job in enumerate(left))
+        else:
+            from extract.base.dask_pool import DaskPool  # late: dask takes a second to import
 
-    # Workers of a running cluster may have another working folder.
-    sent = [
-        replace(job, manifest=job.manifest.resolve(), corpus=job.corpus.resolve(), out=job.out.resolve())
-        for job in left
-    ]
-    with (
-        DaskPool(number=workers, address=scheduler, threads=1, piece="score") as pool,
-        ProgressBar("evaluate", total=len(left), unit="scores") as bar,
-    ):
-        for job, line in pool.each(_score_on_worker, sent):
-            bar.advance(1, detail=f"{job.upstream} {job.task.name}")
-            yield line
+            pool = stack.enter_context(DaskPool(number=workers, address=scheduler, threads=1, piece="score"))
+            # Workers of a running cluster may have another working folder.
+            sent = [
+                replace(job, manifest=job.manifest.resolve(), corpus=job.corpus.resolve(), out=job.out.resolve())
+                for job in left
+            ]
+            parallel = workers or pool.num_threads
+            made = ((sent.index(job), one) for job, one in pool.each(_score_on_worker, sent))
+        earlier = _earlier_scores({job.out.parent.parent for job in left})
+        time_left = TimeLeft([_expected(job) for job in left], parallel, earlier)
+        bar = ProgressBar("evaluate", total=len(left), unit="scores")
+        bar.say(f"evaluate: {len(left)} scores" + (f", about {time_left.left_s(0.0):.0f} s" if earlier else ""))
+        if workers or scheduler:
+            stack.enter_context(bar)  # in this process each score has a bar of its own
+        for index, one in made:
+            job = left[index]
+            left_s = time_left.finish(index, one.seconds, now_s=bar.elapsed_s)
+            bar.advance(1, detail=f"{job.upstream} {job.task.name}", left_s=left_s)
+            yield line_of(job, one)
 
 
-def score_here(job: ScoringJob) -> str:
-    """Make one score in this process with a progress bar; return its line."""
+def _expected(job: ScoringJob) -> ExpectedScore:
+    return ExpectedScore(job.task.name, work_of(asdict(job.recipe)) * job.task.unit_s)
+
+
+def _earlier_scores(folders: Iterable[Path]) -> list[ExpectedScore]:
+    """Return the times of the score files FOLDER/UPSTREAM/TASK.json, up to date or not."""
+    found = []
+    for path in chain.from_iterable(folder.glob("*/*.json") for folder in folders):
+        try:
+            made = ScoreFile.read(path)
+        except RetortError:  # damaged, or of another format
+            continue
+        if made.task in TASKS:
+            found.append(ExpectedScore(made.task, work_of(made.recipe) * TASKS[made.task].unit_s, made.seconds))
+    return found
+
+
+def score_here(job: ScoringJob) -> ScoreFile:
+    """Make one score in this process with a progress bar."""
     with ProgressBar(f"{job.upstream} {job.task.name}", total=job.recipe.amount, unit="steps") as bar:
-        return _line(job, score(job, bar))
+        return score(job, bar)
 
 
-def _score_on_worker(job: ScoringJob) -> str:
+def _score_on_worker(job: ScoringJob) -> ScoreFile:
     configure_torch()
-    return _line(job, score(job))
+    return score(job)
 
 
 def score(job: ScoringJob, bar: ProgressBar | None = None) -> ScoreFile:
@@ -260,12 +288,12 @@ def code_digest() -> str:
     return sha256_matching(ROOT, CODE)
 
 
-def _line(job: ScoringJob, made: ScoreFile) -> str:
+def line_of(job: ScoringJob, made: ScoreFile) -> str:
     """Return a score in one line."""
     ends, units = made.interval.test, made.interval.of or "utterances"
     interval = f", {made.interval.level_percent}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
     chosen = f"layer {made.heaviest_layer}" if made.chosen_lr is None else f"learning rate {made.chosen_lr:g}"
     return (
-        f"{job.upstream}: {job.task.title} {made.metric} {made.test:.2f}% on {made.num_test} test {units}"
+        f"{job.upstream}: {job.task.title}, {made.metric.upper()} {made.test:.2f}% on {made.num_test} test {units}"
         f"{interval} (dev {made.dev:.2f}%, {chosen}, {made.seconds:.0f} s) -> {job.out}"
     )

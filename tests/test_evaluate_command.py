@@ -35,7 +35,7 @@ def test_run_writes_the_score_and_prints_it(tmp_path: Path, ready: list[str | Pa
     assert result.exit_code == 0, result.output
     score = json.loads((tmp_path / "scores/hand/ks.json").read_text())
     assert (score["upstream"], score["task"], score["metric"], score["unit"]) == ("mine", "ks", "acc", "percent")
-    assert "keyword spotting acc 100.00% on 12 test utterances, 95% interval 100.00 to 100.00" in result.stdout
+    assert "keyword spotting, ACC 100.00% on 12 test utterances, 95% interval 100.00 to 100.00" in result.stdout
     assert "20/20 steps" in result.stderr
     assert [path.name for path in (tmp_path / "scores/hand").iterdir()] == ["ks.json"]
 

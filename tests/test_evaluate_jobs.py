@@ -73,7 +73,7 @@ def test_two_workers_make_the_scores_that_single_commands_make(tree: Path) -> No
                 arguments = [*features, "--config", "params.yaml", "--out", f"single/{upstream}/{task}.json"]
                 assert CliRunner().invoke(main, ["run", "--task", task, *arguments]).exit_code == 0
     done = run_command("evaluate", "many", "--workers", "2", "--out", "shared", cwd=tree, check=True)
-    assert len(done.stdout.splitlines()) == 6 and "one: keyword spotting acc" in done.stdout
+    assert len(done.stdout.splitlines()) == 6 and "one: keyword spotting, ACC" in done.stdout
     assert all("evaluate:" in line for line in done.stderr.splitlines()), done.stderr  # progress, nothing of Dask's
     assert len(scores(tree / "shared")) == 6
     assert scores(tree / "shared") == scores(tree / "single")

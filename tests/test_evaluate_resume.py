@@ -143,7 +143,7 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     done = run_command(
         "tests.evaluate_every_step", *arguments, "--out", "killed/hand/pr.json", cwd=tmp_path, check=True
     )
-    assert "phone recognition per" in done.stdout
+    assert "phoneme recognition, PER" in done.stdout
     run_command("evaluate", *arguments, "--out", "whole/hand/pr.json", cwd=tmp_path, check=True)
     killed, whole = (ScoreFile.read(tmp_path / name / "hand/pr.json") for name in ("killed", "whole"))
     assert without_seconds(killed) == without_seconds(whole)

@@ -44,6 +44,7 @@ ASR = Task(
     higher_is_better=False,
     labels=SpeechRecognition.labels,
     reads="frames",
+    unit_s=8.7e-3,
     recipe=RecurrentRecipe,
     score=score,
     deviations=(WITHOUT_WARPING,),

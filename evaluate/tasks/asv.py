@@ -261,6 +261,7 @@ ASV = Task(
     higher_is_better=False,
     labels=(SPEAKER,),
     reads="frames",
+    unit_s=1.4e-3,
     recipe=AsvRecipe,
     score=score,
     deviations=(

@@ -60,6 +60,7 @@ ER = Task(
     higher_is_better=True,
     labels=LABELS,
     reads="pooled",
+    unit_s=1.7e-4,
     recipe=ErRecipe,
     score=score,
     deviations=(

@@ -26,6 +26,7 @@ KS = Task(
     higher_is_better=True,
     labels=LABELS,
     reads="pooled",
+    unit_s=3.8e-5,
     recipe=KsRecipe,
     score=partial(classify, labels=LABELS),
     deviations=(

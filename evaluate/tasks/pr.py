@@ -59,11 +59,12 @@ def score(features: Features, recipe: PrRecipe, session: TaskSession) -> SweepRe
 
 PR = Task(
     name="pr",
-    title="phone recognition",
+    title="phoneme recognition",
     metric="per",
     higher_is_better=False,
     labels=PhoneRecognition.labels,
     reads="frames",
+    unit_s=1.6e-3,
     recipe=PrRecipe,
     score=score,
 )

@@ -191,6 +191,7 @@ QBE = Task(
     higher_is_better=True,
     labels=("documents",),
     reads="frames",
+    unit_s=4.8,
     recipe=QbeRecipe,
     score=score,
 )

@@ -245,6 +245,7 @@ SD = Task(
     higher_is_better=False,
     labels=("rttm",),
     reads="frames",
+    unit_s=3.5e-3,
     recipe=SdRecipe,
     score=score,
     deviations=(

@@ -17,6 +17,7 @@ SID = Task(
     higher_is_better=True,
     labels=LABELS,
     reads="pooled",
+    unit_s=3.8e-5,
     recipe=PooledRecipe,
     score=partial(classify, labels=LABELS),
     deviations=("trains on whole utterances; the reference crops them at random to 8 s",),

@@ -62,6 +62,11 @@ class DaskPool(AbstractContextManager["DaskPool"]):
         if self.cluster is not None:
             self.cluster.close()
 
+    @property
+    def num_threads(self) -> int:
+        """Number of pieces that run at once on the workers that are there now, 1 if there are none yet."""
+        return sum(self.client.nthreads().values()) or 1
+
     def once(self, work: Callable[..., Out], *arguments: Any) -> Out:
         """Return the result of `work` on any free worker."""
         out: Out = self._result(self.client.submit(work, *arguments, pure=False))
