@@ -260,7 +260,7 @@ def open_features(task: Task[Any], *, manifest: Path, corpus: Path) -> Features:
     for label in task.labels:
         if label != SPEAKER:
             opened.label(label)
-        elif not all(opened.speakers):
+        elif not opened.speakers.is_filled():
             raise RetortError(
                 f"corpus {opened.name} ({opened.path}) has utterances without a speaker: {task.name} needs one for all"
             )

@@ -5,18 +5,18 @@
     /utterances/start, num_samples          int64 (utterances,)
     /utterances/labels/NAME                 UTF-8 strings (utterances,): text, phones, keyword, …
 
-Beside NAME.h5 lies its card NAME.json with digests and counts. DVC tracks the card, because the audio may be 110 GB.
-`python -m pipelines corpus READER ROOT --out corpora/NAME.h5` makes both.
+Beside NAME.h5 lie its card NAME.json with digests and counts, and its index NAME.index.h5, which is the same file
+without `/samples`. DVC tracks those two, because the audio may be 110 GB: a machine that has only them can train from a
+store and score. `python -m pipelines corpus READER ROOT --out corpora/NAME.h5` makes all three (corpus_writer.py).
 """
 
-import hashlib
 import json
 import os
+import re
 import stat
-import tempfile
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,35 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from extract.base.columns import BLOCK_ROWS, CodedColumn, TextColumn
 from extract.base.errors import RetortError
-from extract.base.files import in_main_tree, read_json, sha256_json, write_json, written_aside
-from extract.base.validate import check_fields, check_name, is_plain
+from extract.base.files import in_main_tree, read_json
+from extract.base.validate import check_fields, check_name
 
 FORMAT_VERSION = 1
 SAMPLE_RATE_HZ = 16_000
-_COPY_SAMPLES = 1 << 24  # 32 MB at a time, from the spool into the file
+_COLUMNS = ("id", "start", "num_samples", "split", "speaker")
 _DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # h5py, for a damaged file
 
 
-@dataclass(frozen=True)
-class Utterance:
-    """One utterance to be written to a corpus: `samples` int16 (num_samples,), 16 kHz mono."""
+class StoredColumn(TextColumn):
+    """Text column of a corpus file, read when it is first used. Raises RetortError if it can't be read then."""
 
-    id: str
-    samples: NDArray[np.int16]
-    split: str
-    speaker: str
-    labels: dict[str, str] = field(default_factory=dict)
+    def __init__(self, path: Path, name: str, rows: int, labels_digest: str) -> None:
+        self.path, self.name, self.rows, self.labels_digest = path, name, rows, labels_digest
+
+    @cached_property
+    def text(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        with _described_errors(self.path), _open_file(self.path) as file:
+            if file.attrs["labels_digest"] != self.labels_digest:
+                raise RetortError(f"corpus {self.path} was replaced while it was in use; run the command again")
+            return TextColumn.of(read_blocks(file[self.name])).text
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "text"}  # read again where it is used
 
 
 @dataclass(frozen=True)
@@ -59,41 +69,38 @@ class Corpus:
     reader: str
     digest: str
     labels_digest: str
-    ids: list[str]
+    ids: TextColumn
     start: NDArray[np.int64]  # (utterances,), first sample in `/samples`
     num_samples: NDArray[np.int64]  # (utterances,)
-    splits: list[str]
-    speakers: list[str]
-    labels: dict[str, list[str]]
+    splits: CodedColumn
+    speakers: TextColumn
+    labels: Mapping[str, TextColumn]
     metadata: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
-        """Open NAME.h5, or the file that the card NAME.json names.
+        """Open NAME.h5, or the file that the card NAME.json names; without that file, the index beside the card.
 
         Raises RetortError if the file is missing, is not a corpus, or is not the one that the card describes.
         """
         path = Path(path)
-        expected = None
+        card = None
         if path.suffix == ".json":
             value = read_json(path)
             try:
                 card = check_fields({"file": str, "digest": str}, value, where=str(path))
             except RetortError as error:
                 raise RetortError(f"{error}; make the corpus with `python -m pipelines corpus`") from None
-            path, expected = in_main_tree(card["file"]), card["digest"]
-        try:
+            audio, index = in_main_tree(card["file"]), index_of(path)
+            path = index if index.exists() and not audio.exists() else audio
+        with _described_errors(path):
             corpus = cls._read(path)
             check_name(corpus.name, where=f"{path}: name")  # folders of stores begin with it
             corpus._check_table()
-        except RetortError:
-            raise
-        except (OSError, *_DAMAGE) as error:
-            raise _trouble(path, error) from None
-        if expected is not None and corpus.digest != expected:
+        if card is not None and corpus.digest != card["digest"]:
             raise RetortError(
-                f"corpus {path} has digest {corpus.digest[:12]}, its card {expected[:12]}: the file changed after the "
-                "card was made; run `python -m pipelines corpus` again"
+                f"corpus {path} has digest {corpus.digest[:12]}, its card {card['digest'][:12]}: the file changed "
+                "after the card was made; run `python -m pipelines corpus` again"
             )
         return corpus
 
@@ -105,9 +112,16 @@ class Corpus:
                     f"{path} has corpus format {file.attrs['format_version']}, expected {FORMAT_VERSION}; make it again"
                 )
             table = file["utterances"]
+            labels = dict(table["labels"].items())
+            (rows,) = table["id"].shape
+            for name, column in [*((name, table[name]) for name in _COLUMNS), *labels.items()]:
+                if column.shape != (rows,):
+                    raise RetortError(
+                        f"{path} is not a readable corpus: column {name} has shape {column.shape}, expected {rows} rows"
+                    )
 
-            def strings(column: h5py.Dataset) -> list[str]:
-                return [value.decode() for value in column[:]]
+            def stored(column: h5py.Dataset) -> StoredColumn:
+                return StoredColumn(path, column.name, rows, file.attrs["labels_digest"])
 
             return cls(
                 path=path,
@@ -115,29 +129,23 @@ class Corpus:
                 reader=file.attrs["reader"],
                 digest=file.attrs["digest"],
                 labels_digest=file.attrs["labels_digest"],
-                ids=strings(table["id"]),
+                ids=TextColumn.of(read_blocks(table["id"])),
                 start=table["start"][:],
                 num_samples=table["num_samples"][:],
-                splits=strings(table["split"]),
-                speakers=strings(table["speaker"]),
-                labels={name: strings(column) for name, column in table["labels"].items()},
+                splits=CodedColumn.of(read_blocks(table["split"])),
+                speakers=stored(table["speaker"]),
+                labels={name: stored(column) for name, column in labels.items()},
                 metadata=json.loads(file.attrs["metadata"]),
             )
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.num_samples)
 
     def _check_table(self) -> None:
         """Raise RetortError for columns and samples that do not fit each other: the file may be from a stranger."""
-        columns: dict[str, Any] = {"start": self.start, "num_samples": self.num_samples, "split": self.splits}
-        columns |= {"speaker": self.speakers} | self.labels
-        if len(set(self.ids)) < len(self.ids) or not all(map(is_plain, self.ids)):
+        odd = re.search(rb"[\x00-\x1f\x7f]", self.ids.text[0].data)  # see `is_plain`
+        if odd or not self.ids.is_filled() or self.ids.repeated() is not None:
             raise RetortError(f"{self.path} is not a readable corpus: its ids are not unique names")
-        if odd := [name for name, column in columns.items() if len(column) != len(self.ids)]:
-            raise RetortError(
-                f"{self.path} is not a readable corpus: column {odd[0]} has {len(columns[odd[0]])} rows, expected "
-                f"{len(self.ids)}"
-            )
         with _open_file(self.path) as file:
             # HDF5 links can point to any file on this machine: the audio must be in the corpus itself.
             if "samples" in file and file.get("samples", getlink=True).__class__ is not h5py.HardLink:
@@ -173,12 +181,8 @@ class Corpus:
     def samples(self, index: int) -> NDArray[np.int16]:
         """Read the samples of one utterance, int16 (num_samples,)."""
         start = int(self.start[index])
-        try:
+        with _described_errors(self.path):
             values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
-        except RetortError:
-            raise
-        except (OSError, *_DAMAGE) as error:
-            raise _trouble(self.path, error) from None
         return values
 
     def waveform(self, index: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -186,7 +190,7 @@ class Corpus:
         # A multiplication by a power of two is exact.
         return np.multiply(self.samples(index), np.float32(1 / 32_768), out=out, dtype=np.float32)
 
-    def label(self, name: str) -> list[str]:
+    def label(self, name: str) -> TextColumn:
         """Return one label column, in file order. Raises RetortError that lists the columns for an unknown name."""
         if name not in self.labels:
             raise RetortError(
@@ -197,12 +201,23 @@ class Corpus:
 
     def select(self, split: str) -> NDArray[np.int64]:
         """Return the indices of a split's utterances, in file order. Raises RetortError that lists the splits."""
-        chosen = np.flatnonzero(np.array(self.splits) == split)
+        chosen = self.splits.rows_of(split)
         if not len(chosen):
             raise RetortError(
                 f"corpus {self.name} ({self.path}) has no split {split!r}; it has {', '.join(sorted(set(self.splits)))}"
             )
         return chosen
+
+
+def index_of(path: Path) -> Path:
+    """Return the path of the index beside a corpus or its card."""
+    return path.with_suffix(".index.h5")
+
+
+def read_blocks(column: h5py.Dataset) -> Iterator[list[bytes]]:
+    """Yield the rows of a text column in blocks: Python objects of a whole column never exist at once."""
+    for first in range(0, len(column), BLOCK_ROWS):
+        yield column[first : first + BLOCK_ROWS].tolist()
 
 
 def normalise_waveform(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -217,28 +232,34 @@ def _open_file(path: Path) -> h5py.File:
         raise RetortError(f"corpus {path} is a folder or a device; give the .h5 file, or its card")
     with path.open("rb"):  # raises the error of the system, which HDF5 would only describe
         pass
-    return _open_without_lock(path, "r")
-
-
-def _open_without_lock(path: Path, mode: str) -> h5py.File:
-    """Open with HDF5's lock, or without a lock if none is available, as on NFS and Lustre.
-
-    No lock is needed: a corpus is written under a temporary name and never in place. The lock is tried first because
-    HDF5 requires all handles of a file in one process to be opened alike, and other code opens with a lock.
-    """
+    # With HDF5's lock, or without one if none is available, as on NFS and Lustre. No lock is needed: a corpus is
+    # written under a temporary name and never in place. The lock is tried first because HDF5 requires all handles of a
+    # file in one process to be opened alike, and other code opens with a lock.
     try:
-        return h5py.File(path, mode)
+        return h5py.File(path, "r")
     except OSError as error:
         if "lock" not in str(error):
             raise
-    return h5py.File(path, mode, locking=False)
+    return h5py.File(path, "r", locking=False)
+
+
+@contextmanager
+def _described_errors(path: Path) -> Iterator[None]:
+    """Raise errors of HDF5 and of the system as one line about the corpus at `path`."""
+    try:
+        yield
+    except RetortError:
+        raise
+    except (OSError, *_DAMAGE) as error:
+        raise _trouble(path, error) from None
 
 
 def _trouble(path: Path, error: Exception) -> RetortError:
     """Return the error line for a corpus that can't be opened or read: no access, or a damaged file."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return RetortError(
-            f"corpus {path} does not exist; make it with `python -m pipelines corpus` (or `dvc repro -f`)"
+            f"corpus {path} does not exist, nor an index beside its card; make it with `python -m pipelines corpus` "
+            "(or `dvc repro -f`)"
         )
     if "unable to lock file" in str(error):
         return RetortError(
@@ -250,109 +271,3 @@ def _trouble(path: Path, error: Exception) -> RetortError:
             f"corpus {path} can't be read: {os.strerror(error.errno)}; grant read access to it, or give a readable copy"
         )
     return RetortError(f"{path} is not a readable corpus ({error}); make it again with `python -m pipelines corpus`")
-
-
-def write_corpus(
-    path: Path,
-    *,
-    name: str,
-    reader: str,
-    utterances: Iterable[Utterance],
-    metadata: dict[str, Any] | None = None,
-    record: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write NAME.h5 and then its card NAME.json, both atomically; return the card.
-
-    Audio is streamed: memory holds one utterance at a time. record: the reader's counts, such as resampled and dropped
-    files, for the card. Raises RetortError for an empty corpus, a repeated id, or utterances with different labels.
-    """
-    path = Path(path)
-    with written_aside(in_main_tree(path)) as aside:
-        card = _write(aside, name=name, reader=reader, utterances=utterances, metadata=metadata or {})
-    card |= {"file": path.as_posix(), "record": record or {}}
-    write_json(path.with_suffix(".json"), card)
-    return card
-
-
-def _write(
-    path: Path, *, name: str, reader: str, utterances: Iterable[Utterance], metadata: dict[str, Any]
-) -> dict[str, Any]:
-    rows: list[Utterance] = []
-    lengths: list[int] = []
-    digest = hashlib.sha256()
-    # A contiguous data set needs its length first, which is known after decoding: samples pass through a spool file.
-    with tempfile.TemporaryFile(dir=path.parent) as spool, _open_without_lock(path, "w") as file:
-        for utterance in utterances:
-            block = np.ascontiguousarray(utterance.samples, dtype="<i2")
-            digest.update(f"{utterance.id}\0{len(block)}\0".encode(errors="replace"))  # `_check` refuses invalid ids
-            digest.update(block.tobytes())
-            spool.write(block.tobytes())
-            lengths.append(len(block))
-            rows.append(replace(utterance, samples=block[:0]))  # without its samples, which would fill the memory
-        _check(rows)
-        num_samples = sum(lengths)
-        samples = file.create_dataset("samples", (num_samples,), dtype="<i2")
-        spool.seek(0)
-        for start in range(0, num_samples, _COPY_SAMPLES):
-            block = np.frombuffer(spool.read(2 * _COPY_SAMPLES), dtype="<i2")
-            samples[start : start + len(block)] = block
-        columns = {label: [row.labels[label] for row in rows] for label in rows[0].labels}
-        card = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "reader": reader,
-            "digest": digest.hexdigest(),
-            "labels_digest": sha256_json(
-                [[row.split for row in rows], [row.speaker for row in rows], columns, metadata]
-            ),
-            "num_utterances": len(rows),
-            "num_samples": num_samples,
-            "hours": round(num_samples / SAMPLE_RATE_HZ / 3600, 4),
-            "splits": dict(sorted(Counter(row.split for row in rows).items())),
-            "num_speakers": len({row.speaker for row in rows}),
-            "labels": sorted(columns),
-        }
-        _write_table(file, rows, np.array(lengths, dtype=np.int64), columns)
-        file.attrs.update({key: card[key] for key in ("format_version", "name", "reader", "digest", "labels_digest")})
-        file.attrs["sample_rate_hz"] = SAMPLE_RATE_HZ
-        file.attrs["metadata"] = json.dumps(metadata, sort_keys=True)
-    return card
-
-
-def _check(rows: list[Utterance]) -> None:
-    if not rows:
-        raise RetortError("the corpus would be empty: the reader found no utterance")
-    for label in rows[0].labels:
-        check_name(label, where="a label's name")
-    seen: set[str] = set()
-    for row in rows:
-        if not is_plain(row.id):
-            raise RetortError(f"utterance id {row.id!r} is empty or holds control characters; give it another")
-        for name, text in {"split": row.split, "speaker": row.speaker, **row.labels}.items():
-            if text and not is_plain(text.replace("\n", " ").replace("\t", " ")):
-                raise RetortError(
-                    f"utterance {row.id!r}: its {name} {text!r} holds control characters or invalid UTF-8; remove them"
-                )
-        if row.id in seen:
-            raise RetortError(f"utterance id {row.id!r} occurs twice; ids must be unique in a corpus")
-        seen.add(row.id)
-        if row.labels.keys() != rows[0].labels.keys():
-            raise RetortError(
-                f"utterance {row.id!r} has labels {sorted(row.labels)}, expected those of the first, "
-                f"{sorted(rows[0].labels)}"
-            )
-
-
-def _write_table(
-    file: h5py.File, rows: list[Utterance], lengths: NDArray[np.int64], columns: dict[str, list[str]]
-) -> None:
-    text = h5py.string_dtype("utf-8")
-    table = file.create_group("utterances")
-    table.create_dataset("id", data=[row.id for row in rows], dtype=text)
-    table.create_dataset("split", data=[row.split for row in rows], dtype=text)
-    table.create_dataset("speaker", data=[row.speaker for row in rows], dtype=text)
-    table.create_dataset("start", data=np.cumsum(lengths) - lengths)
-    table.create_dataset("num_samples", data=lengths)
-    labels = table.create_group("labels")
-    for label, values in columns.items():
-        labels.create_dataset(label, data=values, dtype=text)

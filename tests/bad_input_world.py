@@ -29,7 +29,7 @@ from transformers import HubertConfig, HubertModel
 
 from evaluate.__main__ import main as evaluate_main
 from extract.__main__ import main as extract_main
-from extract.corpus import write_corpus
+from extract.corpus_writer import write_corpus
 from pipelines.__main__ import main as pipelines_main
 from tests.conftest import TINY, noise_utterances, save_teacher
 from train.__main__ import main as train_main

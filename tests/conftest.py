@@ -17,7 +17,8 @@ from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2Fea
 
 import tests.processes  # noqa: F401  # sets the imports of a fork server
 from extract.config import ExtractConfig
-from extract.corpus import Corpus, Utterance, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import Utterance, write_corpus
 
 if TYPE_CHECKING:
     from tests.report_world import Made

@@ -17,7 +17,8 @@ from evaluate.jobs import ScoringJob, measure
 from evaluate.scorefile import ScoreFile
 from evaluate.tasks import TASKS
 from extract.base.progress import ProgressBar
-from extract.corpus import Corpus, Utterance, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import Utterance, write_corpus
 from extract.store.manifest import FORMAT_VERSION, Manifest
 from extract.store.packing import Packing, pack_utterances
 from extract.store.writer import StoreWriter

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from extract.base.errors import RetortError
-from extract.corpus import Corpus, _open_without_lock, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import write_corpus
 from tests.conftest import noise_utterances
 
 
@@ -80,6 +81,7 @@ def test_a_card_and_its_audio_must_agree(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match="is not a readable corpus"):
         Corpus.open(tmp_path / "c.json")
     (tmp_path / "c.h5").unlink()
+    (tmp_path / "c.index.h5").unlink()
     with pytest.raises(RetortError, match=r"c\.h5 does not exist"):
         Corpus.open(tmp_path / "c.json")
     (tmp_path / "c.json").write_text(json.dumps({"format_version": 1}))
@@ -96,8 +98,6 @@ def test_a_locked_corpus_is_read_and_written(tmp_path: Path) -> None:
             h5py.File(tmp_path / "c.h5")
         corpus = Corpus.open(tmp_path / "c.json")
         np.testing.assert_array_equal(corpus.samples(2), utterances[2].samples)
-    with h5py.File(tmp_path / "d.h5", "w"), _open_without_lock(tmp_path / "e.h5", "w") as file:
-        file["x"] = 1
 
 
 def test_errors_of_access_are_not_reported_as_damage(tmp_path: Path) -> None:
@@ -125,4 +125,65 @@ def test_a_corpus_with_a_part_of_another_kind_is_damaged(what: str, tmp_path: Pa
         del file[what]
         file[what] = np.dtype("f4")  # a named type
     with pytest.raises(RetortError, match="is not a readable corpus"):
+        Corpus.open(tmp_path / "c.json")
+
+
+def test_a_corpus_of_another_writer_is_read(tmp_path: Path) -> None:
+    """The documented format, written by plain h5py as version 0.2.0 does, with rows in any order."""
+    text = h5py.string_dtype("utf-8")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["samples"] = np.arange(30, dtype=np.int16)
+        table = file.create_group("utterances")
+        for name, values in {"id": ["é", "b"], "split": ["dev", "train"], "speaker": ["", "s"]}.items():
+            table.create_dataset(name, data=values, dtype=text)
+        table["start"], table["num_samples"] = np.array([20, 0]), np.array([10, 20])
+        table.create_group("labels").create_dataset("text", data=["x\ny", ""], dtype=text)
+        file.attrs.update({"format_version": 1, "name": "c", "reader": "r", "digest": "1" * 64, "labels_digest": "2"})
+        file.attrs["metadata"] = json.dumps({"a": [1]})
+    corpus = Corpus.open(tmp_path / "c.h5")
+    assert (corpus.ids, corpus.splits, corpus.speakers) == (["é", "b"], ["dev", "train"], ["", "s"])
+    assert corpus.label("text") == ["x\ny", ""] and corpus.metadata == {"a": [1]}
+    assert corpus.samples(0).tolist() == list(range(20, 30)) and not corpus.speakers.is_filled()
+    (tmp_path / "c.json").write_text(json.dumps({"file": str(tmp_path / "c.h5"), "digest": "1" * 64}))
+    assert len(Corpus.open(tmp_path / "c.json")) == 2  # without an index, which 0.2.0 does not write
+
+
+def test_the_index_stands_in_for_absent_audio(tmp_path: Path) -> None:
+    utterances = noise_utterances(5)
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=utterances)
+    whole = Corpus.open(tmp_path / "c.json")
+    assert whole.has_audio and whole.path == tmp_path / "c.h5"
+    (tmp_path / "c.h5").unlink()
+    index = Corpus.open(tmp_path / "c.json")
+    assert not index.has_audio and index.path == tmp_path / "c.index.h5"
+    assert (index.ids, index.digest) == (whole.ids, whole.digest)
+    assert index.label("text") == [one.labels["text"] for one in utterances]
+    np.testing.assert_array_equal(index.num_samples, whole.num_samples)
+    write_corpus(tmp_path / "d.h5", name="d", reader="folder", utterances=utterances[:3])
+    (tmp_path / "d.index.h5").rename(tmp_path / "c.index.h5")
+    with pytest.raises(RetortError, match=r"c\.index\.h5 has digest .*its card"):
+        Corpus.open(tmp_path / "c.json")
+
+
+def test_labels_of_a_replaced_corpus_are_not_mixed_with_the_opened_one(tmp_path: Path) -> None:
+    utterances = noise_utterances(3)
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=utterances)
+    opened = Corpus.open(tmp_path / "c.json")
+    changed = [replace(one, labels={"keyword": "other", "text": ""}) for one in utterances]
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=changed)
+    with pytest.raises(RetortError, match="was replaced while it was in use"):
+        opened.label("keyword")[0]
+
+
+def test_labels_that_are_not_text_are_damage(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.h5", name="c", reader="folder", utterances=noise_utterances(3))
+    with h5py.File(tmp_path / "c.h5", "r+") as file:
+        del file["utterances/labels/text"]
+        file["utterances/labels/text"] = np.zeros(3)
+    with pytest.raises(RetortError, match="is not a readable corpus"):
+        list(Corpus.open(tmp_path / "c.json").label("text"))
+    with h5py.File(tmp_path / "c.h5", "r+") as file:
+        del file["utterances/labels/text"]
+        file["utterances/labels/text"] = np.zeros(4)
+    with pytest.raises(RetortError, match="column text has shape"):
         Corpus.open(tmp_path / "c.json")

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from extract.base.errors import RetortError
 from extract.base.machine import processor_model
 from extract.config import ExtractConfig
-from extract.corpus import Corpus, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import write_corpus
 from extract.run import extract
 from extract.store.manifest import Manifest
 from tests.conftest import noise_utterances

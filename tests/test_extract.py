@@ -20,7 +20,8 @@ from extract.__main__ import main
 from extract.base.errors import RetortError
 from extract.base.files import writing_in
 from extract.config import ExtractConfig
-from extract.corpus import Corpus, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import write_corpus
 from extract.run import extract
 from extract.store.codec import CODECS
 from extract.store.manifest import Manifest

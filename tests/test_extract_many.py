@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from extract.__main__ import main
 from extract.config import ExtractConfig
-from extract.corpus import Corpus, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import write_corpus
 from extract.many import read_configs
 from extract.run import extract
 from extract.store.manifest import Manifest

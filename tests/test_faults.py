@@ -14,7 +14,7 @@ import pytest
 from transformers import HubertConfig, HubertModel
 
 from extract.config import ExtractConfig
-from extract.corpus import write_corpus
+from extract.corpus_writer import write_corpus
 from extract.run import extract
 from extract.store.manifest import Manifest
 from pipelines.demo.recording import write_audio

@@ -13,7 +13,8 @@ from transformers import HubertConfig, HubertModel
 from extract.__main__ import main
 from extract.base.errors import RetortError
 from extract.base.files import write_json
-from extract.corpus import Corpus, Utterance, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import Utterance, write_corpus
 from extract.measures import SpeedFile
 from extract.speed import SpeedConfig, SpeedRequest, choose_waveforms, count_sizes, read_speed_config
 from extract.upstream.configured import read_upstreams

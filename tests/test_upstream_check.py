@@ -15,7 +15,8 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 from extract.__main__ import main
 from extract.base.errors import RetortError
 from extract.config import ExtractConfig
-from extract.corpus import Corpus, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import write_corpus
 from extract.run import extract
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream

@@ -13,7 +13,7 @@ import torch
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from extract.config import ExtractConfig
-from extract.corpus import Utterance, write_corpus
+from extract.corpus_writer import Utterance, write_corpus
 from extract.run import extract
 from extract.store.manifest import KEEP_DEFAULT
 from train.config import GENERATING, StudentConfig, parse

@@ -44,13 +44,13 @@ def written_aside(path: Path, *, swept: bool = False) -> Iterator[Path]:
             if aside.is_dir():
                 for file in aside.rglob("*"):
                     if file.is_file():
-                        _flush(file)
+                        flush(file)
                 if path.is_dir():
                     path.replace(before)  # rename() needs an empty target; removing it could be killed half-way
             else:
-                _flush(aside)
+                flush(aside)
             aside.replace(path)
-            _flush(path.parent)  # the rename itself survives a power failure
+            flush(path.parent)  # the rename itself survives a power failure
         finally:
             for left in (aside, before):
                 _remove(left)
@@ -90,7 +90,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Write a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

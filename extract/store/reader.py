@@ -27,6 +27,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from extract.base.columns import TextColumn
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.codec import CODECS, Codes, Scale
@@ -175,13 +176,9 @@ class StoreReader:
         return int(self._stem.shape[-1]) * self.codec.values_per_code
 
     @cached_property
-    def ids(self) -> list[str]:
+    def ids(self) -> TextColumn:
         """Utterance ids in corpus order."""
-        return bytes(self._read(self._array("index/ids", "uint8", None), slice(None))).decode().split("\n")
-
-    @cached_property
-    def _index_of(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.ids)}
+        return TextColumn.of_lines(self._read(self._array("index/ids", "uint8", None), slice(None)))
 
     def _column(self, name: str) -> NDArray[np.int64]:
         return self._read(self._array(f"index/{name}", "int32", self.num_utterances), slice(None)).astype(np.int64)
@@ -243,9 +240,10 @@ class StoreReader:
 
     def hidden(self, utterance_id: str, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Read the hidden states of an utterance, float32 (layers, frames, dim). Raises RetortError for another id."""
-        if utterance_id not in self._index_of:
+        index = self.ids.find(utterance_id)
+        if index is None:
             raise RetortError(f"{self.source} has no utterance {utterance_id!r}")
-        return self.hidden_at(self._index_of[utterance_id], layers)
+        return self.hidden_at(index, layers)
 
     def stem_pack(self, index: int) -> tuple[Codes, Scale | None]:
         """Read the stem's output of one pack as stored: codes (1, pack_frames, width) and scale (1, ...)."""

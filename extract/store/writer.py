@@ -24,6 +24,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
+from extract.base.columns import TextColumn
 from extract.base.errors import RetortError
 from extract.base.files import (
     ASIDES,
@@ -250,7 +251,7 @@ class StoreWriter:
         for name in names:
             remote.put(self.folder / name, name)
 
-    def finish(self, manifest: Manifest, *, ids: list[str]) -> Manifest:
+    def finish(self, manifest: Manifest, *, ids: TextColumn) -> Manifest:
         """Write `pooled`, the index and then the manifest; return the manifest with digests and codec error.
 
         A lock admits one process at a time; a second one then writes the same bytes.
@@ -259,7 +260,7 @@ class StoreWriter:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return self._finish(manifest, ids)
 
-    def _finish(self, manifest: Manifest, ids: list[str]) -> Manifest:
+    def _finish(self, manifest: Manifest, ids: TextColumn) -> Manifest:
         shards = [self._read_record(shard) for shard in range(self.packing.num_shards)]
         error = CodecError.none(len(self.error_rows))
         objects: dict[str, list[Any]] = {}
@@ -329,12 +330,12 @@ class StoreWriter:
                 block[mine] = np.load(self._rows(shard), mmap_mode="r")[rows[mine] - bounds[shard]]
             pooled[start : start + len(rows)] = block
 
-    def _write_index(self, group: zarr.Group, ids: list[str]) -> None:
+    def _write_index(self, group: zarr.Group, ids: TextColumn) -> None:
         columns: dict[str, NDArray[Any]] = {
             "pack": self.packing.pack.astype(np.int32),
             "first_frame": self.packing.first_frame.astype(np.int32),
             "num_frames": self.packing.num_frames.astype(np.int32),
-            "ids": np.frombuffer("\n".join(ids).encode(), dtype=np.uint8),
+            "ids": ids.lines(),
         }
         index = group.require_group("index")
         for name, values in columns.items():

@@ -29,7 +29,8 @@ from evaluate.tasks import TASKS
 from evaluate.tasks.pr import PhoneRecognition
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import TimedSteps
-from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.corpus_writer import Utterance, write_corpus
 from extract.run import extract as extract_store
 from extract.upstream.card import find_upstream
 from pipelines.bench import synthetic

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from extract.corpus import SAMPLE_RATE_HZ, Corpus, Utterance, write_corpus
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
+from extract.corpus_writer import Utterance, write_corpus
 
 DEMO_TEACHER = Path(__file__).parents[1] / "teacher" / "model"
 SEED = 0

@@ -5,17 +5,22 @@ decodes the listed files (rules: decode.py), reports all files that can't be use
 Run: `python -m pipelines corpus READER ROOT --out C.h5`.
 """
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, find_input, in_main_tree
 from extract.base.progress import ProgressBar
-from extract.corpus import SAMPLE_RATE_HZ, Utterance, write_corpus
+from extract.corpus import SAMPLE_RATE_HZ
+from extract.corpus_writer import CorpusWriter, Utterance
 from pipelines.readers.audio_file import Forward
 from pipelines.readers.copied import copy_corpus
 from pipelines.readers.decode import Bad, Decoded, NotInParallel, decode
@@ -96,6 +101,17 @@ class Findings:
     changed: Counter[str] = field(default_factory=Counter)
     noted: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
+    def add(
+        self, utterance: ListedUtterance, *, bad: str = "", changes: Iterable[str] = (), notes: Iterable[str] = ()
+    ) -> None:
+        """Add those on one utterance. bad: the reason why it is dropped."""
+        if bad:
+            self.bad[f"{_printable(utterance.file)} ({bad})"] = None
+            self.dropped.append(utterance)
+        self.changed.update(changes)
+        for note in notes:
+            self.noted[note].append(_printable(utterance.file))
+
     def record(self) -> dict[str, Any]:
         """Return the part of the corpus's card that lists them."""
         noted = {
@@ -147,13 +163,20 @@ def read_corpus(
     listed = listing.utterances
     _check_ids(listed)
     metadata = READERS[reader].metadata(root)
-    # The findings are added when all utterances are decoded, before `write_corpus` writes the card.
-    record: dict[str, Any] = {"listing": listing.understood} if listing.understood else {}
-    with ProgressBar(f"corpus {out.stem}", total=len(listed), unit="files") as bar:
+    findings = Findings()
+    with (
+        CorpusWriter(out, name=out.stem, reader=reader, resumable=True) as writer,
+        ProgressBar(f"corpus {out.stem}", total=len(listed), unit="files") as bar,
+    ):
         for line in _describe(listing):
             bar.say(f"corpus {out.stem}: {line}")
-        utterances = _decode_all(listed, READERS[reader], metadata, record, skip_bad=skip_bad, bar=bar)
-        return write_corpus(out, name=out.stem, reader=reader, utterances=utterances, metadata=metadata, record=record)
+        _decode_all(listed, writer, findings, bar)
+        findings.check(len(listed), skip_bad=skip_bad)
+        record = ({"listing": listing.understood} if listing.understood else {}) | findings.record()
+        if findings.dropped:
+            metadata |= READERS[reader].without(metadata, findings.dropped)
+            record |= {key: metadata[key] for key in ("trials_left_out",) if key in metadata}
+        return writer.finish(metadata, record)
 
 
 def _check_options(reader: str, options: ReaderOptions) -> None:
@@ -218,39 +241,52 @@ def _place(utterance: ListedUtterance) -> str:
     return f"{utterance.file} ({start_s:g} to {start_s + duration_s:g} s)"
 
 
-def _decode_all(
-    listed: list[ListedUtterance],
-    reader: Reader,
-    metadata: dict[str, Any],
-    record: dict[str, Any],
-    *,
-    skip_bad: bool,
-    bar: ProgressBar,
-) -> Iterator[Utterance]:
-    """Yield the decodable utterances in order; at the end, fill `record` and remove dropped ones from `metadata`."""
-    findings = Findings()
+def _decode_all(listed: list[ListedUtterance], writer: CorpusWriter, findings: Findings, bar: ProgressBar) -> None:
+    """Decode the utterances in order and write them; continue after those that a killed process has written."""
+    for utterance, found in zip(listed, writer.resume(map(_signature, listed)), strict=False):
+        findings.add(utterance, **found)
+    if writer.position:
+        bar.skip(writer.position)
+        bar.say(f"{bar.title}: continuing after the {writer.position} of {len(listed)} files that were read before")
+    elif writer.discarded:
+        bar.say(f"{bar.title}: starting anew: what was read before is of other files, or they have changed")
     with ThreadPoolExecutor() as pool, Forward() as forward:  # soundfile and torch release the interpreter lock
-        for first in range(0, len(listed), _GROUP):
+        for first in range(writer.position, len(listed), _GROUP):
             group = listed[first : first + _GROUP]
-            for utterance, in_parallel in zip(group, pool.map(_decode_short, group), strict=True):
-                decoded = in_parallel or decode(utterance, forward=forward)
-                if isinstance(decoded, Bad):
-                    findings.bad[f"{_printable(utterance.file)} ({decoded.reason})"] = None
-                    findings.dropped.append(utterance)
-                    continue
-                findings.changed.update(decoded.changes)
-                for note in decoded.notes:
-                    findings.noted[note].append(_printable(utterance.file))
-                if len(decoded.samples) < utterance.shortest_s * SAMPLE_RATE_HZ:
-                    findings.changed[f"left out, shorter than {utterance.shortest_s:g} s"] += 1
-                    continue
-                yield Utterance(utterance.id, decoded.samples, utterance.split, utterance.speaker, utterance.labels)
+            signatures = list(map(_signature, group))  # before the files are read
+            in_parallel = pool.map(_decode_short, group)
+            for utterance, signature, short in zip(group, signatures, in_parallel, strict=True):
+                decoded = short or decode(utterance, forward=forward)
+                found, samples = _findings_on(utterance, decoded)
+                findings.add(utterance, **found)
+                writer.add(
+                    None
+                    if samples is None
+                    else Utterance(utterance.id, samples, utterance.split, utterance.speaker, utterance.labels),
+                    signature=signature,
+                    found=found,
+                )
             bar.advance(len(group))
-    findings.check(len(listed), skip_bad=skip_bad)
-    record |= findings.record()
-    if findings.dropped:
-        metadata |= reader.without(metadata, findings.dropped)
-        record |= {key: metadata[key] for key in ("trials_left_out",) if key in metadata}
+
+
+def _findings_on(utterance: ListedUtterance, decoded: Decoded | Bad) -> tuple[dict[str, Any], NDArray[np.int16] | None]:
+    """Return the arguments of `Findings.add`, and the samples unless the utterance is left out."""
+    if isinstance(decoded, Bad):
+        return {"bad": decoded.reason}, None
+    found = {key: value for key, value in (("changes", decoded.changes), ("notes", decoded.notes)) if value}
+    if len(decoded.samples) >= utterance.shortest_s * SAMPLE_RATE_HZ:
+        return found, decoded.samples
+    return found | {"changes": (*decoded.changes, f"left out, shorter than {utterance.shortest_s:g} s")}, None
+
+
+def _signature(utterance: ListedUtterance) -> str:
+    """Return a text that changes with the utterance as listed, and with the size or time of its file."""
+    try:
+        status = utterance.file.stat()
+        state = (status.st_size, status.st_mtime_ns)
+    except OSError:
+        state = (0, 0)
+    return hashlib.sha256(repr((utterance, state)).encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _printable(path: Path) -> str:
