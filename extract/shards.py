@@ -30,7 +30,7 @@ from extract.store.manifest import initial_weights_path
 from extract.store.packing import Packing, count_frames, pack_utterances
 from extract.store.writer import EncodedPack, StoreWriter
 from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
+from extract.upstream.spec import FBANK, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
 if TYPE_CHECKING:
     from extract.published import SimulatedCorpus
@@ -148,9 +148,14 @@ class LocalRunner:
         # Imported late: torch takes seconds, and a finished store needs none of it.
         import torch
 
-        from extract.upstream.load import load_upstream
+        from extract.base.device import check_there, named_device
 
         config = self.config
+        if self.card.family != FBANK:  # which runs on the CPU
+            check_there(named_device(config.device, expected="cpu, cuda or cuda:N"))
+
+        from extract.upstream.load import load_upstream  # after the check: it imports transformers
+
         if config.threads:
             torch.set_num_threads(config.threads)
         return load_upstream(

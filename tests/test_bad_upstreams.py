@@ -130,6 +130,7 @@ OPTIONS = [
     asked("threads", "--threads -2", "--threads -2: expected 0 or more"),
     asked("device", "--device tpu", "--device 'tpu': expected cpu, cuda or cuda:N"),
     asked("device without data", "--device meta", "--device 'meta': expected cpu, cuda or cuda:N"),
+    asked("workers beyond", "--device cuda:77 --workers 2", "--device cuda:77: this machine has . CUDA devices"),
     asked("device beyond", "--device cuda:77", "--device cuda:77: this machine has . CUDA devices"),
     asked("blocks below", "--initial-blocks -1", "--initial-blocks -1: expected 0 or more"),
     asked("blocks beyond", "--initial-blocks 99", "--initial-blocks 99: the upstream has 4 blocks"),

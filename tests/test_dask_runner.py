@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from extract.base.errors import RetortError
@@ -56,6 +58,7 @@ def command(config: ExtractConfig) -> list[str]:
         *("--store", str(config.store), "--manifest", str(config.manifest), "--threads", str(config.threads)),
         *("--pack-frames", str(config.pack_frames), "--shard-packs", str(config.shard_packs)),
         *(["--scheduler", config.scheduler] if config.scheduler else ["--workers", str(config.workers)]),
+        *("--device", config.device),
     ]
 
 
@@ -68,13 +71,12 @@ class Cluster:
         for _ in range(workers):
             self.add_worker()
 
-    def _start(self, *arguments: str) -> Command:
-        return Command("dask", *arguments, str(self.address_file))
+    def _start(self, *arguments: str, **environment: str) -> Command:
+        return Command("dask", *arguments, str(self.address_file), environment=environment)
 
-    def add_worker(self) -> None:
-        self.processes.append(
-            self._start("worker", "--nthreads", "2", "--no-dashboard", "--no-nanny", "--scheduler-file")
-        )
+    def add_worker(self, **environment: str) -> None:
+        options = ("--nthreads", "2", "--no-dashboard", "--no-nanny", "--scheduler-file")
+        self.processes.append(self._start("worker", *options, **environment))
 
     @property
     def address(self) -> str:
@@ -185,3 +187,17 @@ def test_errors_of_a_worker_are_one_line(
         extract(elsewhere(config, "nowhere", scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(RetortError, match="give one of them"):
         elsewhere(config, "both", workers=1, scheduler="tcp://127.0.0.1:9")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_workers_without_a_gpu_are_named(config: ExtractConfig, tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, workers=0)
+    try:
+        cluster.add_worker(CUDA_VISIBLE_DEVICES="1")
+        run = run_command(*command(elsewhere(config, "gpus", scheduler=cluster.address, device="cuda")))
+    finally:
+        cluster.stop()
+    assert run.returncode == 1
+    *_, line = run.stderr.splitlines()
+    assert re.match(r"error: tcp://\S+ on \S+ \(CUDA_VISIBLE_DEVICES=1\) does not have --device cuda", line)
+    assert not (tmp_path / "gpus").exists()

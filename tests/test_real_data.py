@@ -17,8 +17,9 @@ from pipelines.readers import ReaderOptions, read_corpus
 from tests.evaluate_stores import score_task
 from tests.real_speech import DATA, an4_rows, fsdd_rows, write_folder
 from train.config import StudentConfig, parse
+from train.distributed import find_device
 from train.loop import train
-from train.run import TrainRequest, find_device
+from train.run import TrainRequest
 
 TEACHER = Path(__file__).parent.parent / "pipelines" / "teacher" / "model"
 

@@ -75,12 +75,13 @@ def run(
     if not corpus.is_file():
         Corpus.open(corpus)  # raises
     from extract.base.malloc import keep_freed_blocks
-    from train.distributed import process_group
-    from train.loop import train
-    from train.run import TrainRequest, find_device
+    from train.distributed import find_device, process_group
 
     keep_freed_blocks()
-    found_device = find_device(device)
+    found_device = find_device(device)  # before the imports below, which take seconds
+    from train.loop import train
+    from train.run import TrainRequest
+
     with process_group(found_device) as processes:
         request = TrainRequest(
             student=student,

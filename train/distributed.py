@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
+from extract.base.device import check_there, named_device
 from extract.base.errors import RetortError
 
 T = TypeVar("T")
@@ -107,6 +108,22 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
 def local_rank() -> int | None:
     """Index of this process among those of its machine; None without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is the first GPU, or else the CPU. Under torchrun: the process's own GPU.
+
+    Raises RetortError for a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = named_device(name, expected="cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and local_rank() is not None:
+        if device.index is not None:
+            raise RetortError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+        device = torch.device("cuda", local_rank())
+    check_there(device, or_else="" if local_rank() is None else ", or fewer processes")
+    return device
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from extract.base.device import check_there, named_device
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.manifest import initial_weights_path
@@ -18,7 +17,7 @@ from train import checkpoint
 from train.checkpoint import Checkpoint, RunState
 from train.config import GENERATING, StudentConfig
 from train.data import DistillationData
-from train.distributed import SINGLE_PROCESS, ProcessGroup, local_rank
+from train.distributed import SINGLE_PROCESS, ProcessGroup
 from train.growth import Stage, grow_layers, plan_stages
 from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
 from train.losses import Distiller, LayerDistiller, build_distiller
@@ -44,22 +43,6 @@ class TrainRequest:
     def packs_per_step(self) -> int:
         """Packs of a step over all processes."""
         return self.config.optimiser.accumulate * self.processes.size
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is the first GPU, or else the CPU. Under torchrun: the process's own GPU.
-
-    Raises RetortError for a device that this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = named_device(name, expected="cpu, cuda, cuda:N or auto")
-    if device.type == "cuda" and local_rank() is not None:
-        if device.index is not None:
-            raise RetortError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
-        device = torch.device("cuda", local_rank())
-    check_there(device, or_else="" if local_rank() is None else ", or fewer processes")
-    return device
 
 
 @dataclass(kw_only=True)

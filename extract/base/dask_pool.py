@@ -21,6 +21,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import NoValidWorkerError
 
 from extract.base.errors import RetortError
+from extract.base.progress import log
 
 _CONNECT_S = 10
 _IN_FLIGHT = 500  # pieces submitted at a time, more than the threads of most clusters
@@ -72,6 +73,23 @@ class DaskPool(AbstractContextManager["DaskPool"]):
         out: Out = self._result(self.client.submit(work, *arguments, pure=False))
         return out
 
+    def everywhere(self, work: Callable[..., Out], *arguments: Any) -> dict[str, Out]:
+        """Return the result of `work` on every worker by its address; wait for the first worker."""
+
+        def run() -> dict[str, Out]:
+            if not self.workers:
+                log(f"the Dask cluster {self.address} has no workers yet: waiting for the first")
+                self.client.wait_for_workers(1)
+            made: dict[str, Out] = self.client.run(work, *arguments)
+            return made
+
+        return self._explained(run)
+
+    @property
+    def workers(self) -> frozenset[str]:
+        """Addresses of the workers."""
+        return frozenset(self.client.nthreads())
+
     def each(self, work: Callable[[Item], Out], items: Sequence[Item]) -> Iterator[tuple[Item, Out]]:
         """Yield every item with its result as it finishes. The first error ends the others and is raised.
 
@@ -92,9 +110,13 @@ class DaskPool(AbstractContextManager["DaskPool"]):
             self.client.cancel(list(futures))
 
     def _result(self, future: Any) -> Any:
-        """Return a future's result. Raises RetortError in place of Dask's own errors."""
+        """Return a future's result. Raises RetortError as `_explained`."""
+        return self._explained(future.result)
+
+    def _explained(self, call: Callable[[], Out]) -> Out:
+        """Return the result of a call. Raises RetortError in place of Dask's own errors."""
         try:
-            return future.result()
+            return call()
         except KilledWorker as error:
             raise RetortError(
                 f"the Dask cluster {self.address} lost worker after worker on one {self.piece} "

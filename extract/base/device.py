@@ -1,4 +1,9 @@
-"""Devices by name, as `--device` gives them."""
+"""Devices by name, as `--device` gives them, and the GPUs of Dask workers."""
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -29,3 +34,69 @@ def device_model(device: torch.device | str) -> str:
     """Return the model of a device: the name of the GPU, or of the processor."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_model()
+
+
+def check_local_workers(name: str, workers: int) -> None:
+    """Raise RetortError if this machine does not have a CUDA device for each of its workers."""
+    device = named_device(name, expected="cpu, cuda or cuda:N")
+    check_there(device)
+    if device.type != "cuda" or workers == 1:
+        return
+    if device.index is not None:
+        raise RetortError(f"--workers {workers}: all would share --device {name}; give --device cuda, for one GPU each")
+    if workers > (count := torch.cuda.device_count()):
+        raise RetortError(f"--workers {workers}: this machine has {count} CUDA devices; give --workers {count} at most")
+
+
+@dataclass(frozen=True)
+class WorkerGPU:
+    """The GPU that a Dask worker uses, as the worker reports it."""
+
+    worker: str  # address
+    host: str
+    gpu: str | None  # UUID; None if the worker does not have the device
+    num_visible: int
+    visible: str | None  # CUDA_VISIBLE_DEVICES
+
+    @classmethod
+    def here(cls, worker: str, name: str) -> "WorkerGPU":
+        """Return the facts of this process, for the CUDA device of a name."""
+        count, index = torch.cuda.device_count(), torch.device(name).index or 0
+        gpu = str(torch.cuda.get_device_properties(index).uuid) if index < count else None
+        return cls(worker, socket.gethostname(), gpu, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    def __str__(self) -> str:
+        return f"{self.worker} on {self.host} (CUDA_VISIBLE_DEVICES={self.visible or 'unset'})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Workers whose GPUs are not as expected. `wrong`: surely not meant, as other GPUs stay idle or none is there."""
+
+    text: str
+    wrong: bool
+
+
+def find_shared_gpus(workers: Iterable[WorkerGPU]) -> list[Finding]:
+    """Return the workers without a GPU and those that share one.
+
+    Workers that see several GPUs and share one leave others idle. Workers that see one alone may share it on purpose.
+    """
+    by_gpu: dict[str | None, list[WorkerGPU]] = {}
+    for worker in workers:
+        by_gpu.setdefault(worker.gpu, []).append(worker)
+    found = []
+    if without := by_gpu.pop(None, []):
+        text = f"{_names(without)} does not have --device cuda; start workers where a GPU is, or give --device cpu"
+        found.append(Finding(text, wrong=True))
+    fix = "to give each a GPU of its own: CUDA_VISIBLE_DEVICES=N python -m dask worker …, with another N each"
+    for gpu, sharing in by_gpu.items():
+        if len(sharing) > 1:
+            idle = any(worker.num_visible > 1 for worker in sharing)
+            text = f"{len(sharing)} Dask workers share GPU {gpu}: {_names(sharing)}; {fix}"
+            found.append(Finding(text, wrong=idle))
+    return found
+
+
+def _names(workers: list[WorkerGPU]) -> str:
+    return ", ".join(map(str, workers))

@@ -164,8 +164,9 @@ def files(bench: Load) -> TimedSteps:
 
 def training(bench: Load) -> TimedSteps:
     """Run `train run` over one epoch, one pack a step, from random weights and without a dev split."""
+    from train.distributed import find_device
     from train.loop import train
-    from train.run import TrainRequest, find_device
+    from train.run import TrainRequest
 
     keep_freed_blocks()
     asked = read_student(bench.options.config, bench.options.student)

@@ -27,9 +27,10 @@ from pipelines.bench.options import SHAPES, TrainOptions
 from pipelines.studies import read_study
 from train.config import StudentConfig, read_student
 from train.data import Batch
+from train.distributed import find_device
 from train.loop import train_step
 from train.optimiser import learning_rate
-from train.run import Run, TrainRequest, begin, find_device, grow, stage_at
+from train.run import Run, TrainRequest, begin, grow, stage_at
 
 if TYPE_CHECKING:
     from extract.upstream.forward import Transformer
