@@ -1,4 +1,4 @@
-"""Command line of evaluate: `run` scores one task of one upstream, `many` all of them, `score` makes one table."""
+"""Command line of evaluate: `run` and `many` make scores, `score` one table, `compare` checks two sets."""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
@@ -89,6 +89,35 @@ def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, offi
     summary = summarise(gather(scores), fbank=fbank, teacher=teacher, official=official)
     write_json(out, summary.to_dict())
     show(summary)
+
+
+@main.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--tolerance",
+    "pairs",
+    multiple=True,
+    metavar="TASK=POINTS",
+    help="In place of the default, which is a multiple of the 95% interval; repeatable.",
+)
+def compare(first: Path, second: Path, pairs: tuple[str, ...]) -> None:
+    """Compare the scores of folders A and B, such as of two machines; exit status 1 if one is outside its tolerance.
+
+    A folder holds score files, or the metrics of the report: `dvc get . metrics -o claimed` fetches those of the last
+    commit. Scores of different recipes, seeds or test sets are named and count as outside.
+    """
+    from rich.console import Console
+
+    from evaluate.compare import compare_scores, parse_tolerances, summary_of, table_of
+
+    rows = compare_scores(first, second, parse_tolerances(pairs))
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 120)
+    console.print(table_of(rows))
+    click.echo(summary_of(rows))
+    if any(row.failed for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

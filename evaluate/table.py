@@ -39,7 +39,7 @@ SUPERB_CONSTANTS: dict[str, tuple[float, float]] = {
 # score is not official.
 TEST_SIZES = {"pr": 2620, "asr": 2620, "ks": 3081, "ic": 3793, "sid": 8251}
 # Fields that must agree between all upstreams of a task, or their numbers are not comparable.
-_SAME_FOR_A_TASK = ("corpus_digest", "labels_digest", "metric", "recipe", "seed")
+SAME_FOR_A_TASK = ("corpus_digest", "labels_digest", "metric", "recipe", "seed")
 
 Scores = Mapping[str, Mapping[str, ScoreFile]]  # upstream -> task -> score
 Terms = Mapping[str, float]  # term -> percent
@@ -143,7 +143,7 @@ def gather(paths: Sequence[Path]) -> dict[str, dict[str, ScoreFile]]:
         path_of[score.upstream, score.task] = path
         table.setdefault(score.upstream, {})[score.task] = score
         first_path, first_score = first.setdefault(score.task, (path, score))
-        if odd := [name for name in _SAME_FOR_A_TASK if getattr(score, name) != getattr(first_score, name)]:
+        if odd := [name for name in SAME_FOR_A_TASK if getattr(score, name) != getattr(first_score, name)]:
             raise RetortError(
                 f"{path} and {first_path} differ in {', '.join(odd)}, so their numbers are not comparable; "
                 "score both again with the same corpus and params (`dvc repro`)"
