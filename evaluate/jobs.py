@@ -193,7 +193,7 @@ def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreF
     """Train and measure a job's heads; return the record of the score without writing it."""
     task, reader, corpus = job.task, features.reader, features.corpus
     result = task.score(features, job.recipe, session)
-    dropped = [f"{len(reader.manifest.dropped)} utterances are not in the store"] if reader.manifest.dropped else []
+    dropped = [f"{num} utterances are not in the store"] if (num := reader.manifest.num_dropped) else []
     return ScoreFile(
         task=task.name,
         upstream=job.upstream,

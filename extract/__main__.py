@@ -180,7 +180,7 @@ def _print_made(path: Path, manifest: "Manifest", worked: bool) -> None:
     click.echo(
         f"{path}: {manifest.upstream['name']} on {manifest.corpus['name']}, {manifest.corpus['num_utterances']} "
         f"utterances, {manifest.plan['num_frames']} frames, {len(manifest.layers)} layers x {manifest.dim}, "
-        f"{_megabytes(manifest.objects):.1f} MB " + ("written" if worked else "were there already: nothing to do")
+        f"{manifest.num_bytes / 1e6:.1f} MB " + ("written" if worked else "were there already: nothing to do")
     )
 
 
@@ -192,7 +192,7 @@ def verify(manifest: Path) -> None:
     from extract.store.reader import StoreReader
 
     reader = StoreReader.open(manifest)
-    objects, location = reader.manifest.objects, reader.manifest.location
+    found, location = reader.manifest, reader.manifest.location
     if damaged := reader.damaged():
         fix = "delete them and run the same `python -m extract run` or `mirror` again"
         if isinstance(location, LocalLocation):
@@ -200,10 +200,11 @@ def verify(manifest: Path) -> None:
                 location.set_aside(name)
             fix = "they are renamed NAME.damaged; run the same `python -m extract run` again, which makes only these"
         raise RetortError(
-            f"{manifest}: {len(damaged)} of {len(objects)} objects are damaged: {', '.join(damaged)}; {fix}"
+            f"{manifest}: {len(damaged)} of {found.num_objects} objects are damaged: {', '.join(damaged)}; {fix}"
         )
-    reader.manifest.check_initial_weights(manifest)
-    click.echo(f"{manifest}: all {len(objects)} objects are as they were written ({_megabytes(objects):.1f} MB)")
+    found.check_initial_weights(manifest)
+    size = f"{found.num_bytes / 1e6:.1f} MB"
+    click.echo(f"{manifest}: all {found.num_objects} objects are as they were written ({size})")
 
 
 @main.command()
@@ -251,7 +252,8 @@ def _rows(it: "Manifest") -> dict[str, str]:
         "packs": f"{packs} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, rows):.1f}% filled",
         "bytes a value": _bytes_a_value(it),
-        "size": f"{_megabytes(it.objects):.1f} MB in {len(it.objects)} objects at {it.location}",
+        "dropped": f"{it.num_dropped} utterances, longer than a pack or shorter than a frame" if it.num_dropped else "",
+        "size": f"{it.num_bytes / 1e6:.1f} MB in {it.num_objects} objects at {it.location}",
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
     }
@@ -274,7 +276,7 @@ def _bytes_a_value(manifest: "Manifest") -> str:
     values = manifest.plan["num_frames"] * len(manifest.layers) * manifest.dim
     if "frames" not in manifest.keep or not values:
         return ""
-    stored = sum(size for name, (size, _) in manifest.objects.items() if name.startswith(("hidden/c/", "scale/c/")))
+    stored = sum(size for name, (_, size) in manifest.totals.items() if name in ("hidden", "scale"))
     frames = manifest.plan["pack_frames"]
     full = CODECS[manifest.codec].nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
     return f"{stored / values:.3f} on the disk, {full:.3f} in a full pack"
@@ -311,7 +313,7 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
 
     done = copy_store(manifest, newroot, new_manifest=new_manifest)
     click.echo(
-        f"{done.manifest.location}: {done.copied_objects} of {len(done.manifest.objects)} objects copied "
+        f"{done.manifest.location}: {done.copied_objects} of {done.manifest.num_objects} objects copied "
         f"({done.copied_bytes / 1e6:.1f} MB), the others were there already"
         + (f"; {new_manifest} is its manifest" if new_manifest else "")
     )
@@ -373,10 +375,6 @@ def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -
     found.write(out)
     Console().print(table_of(found, reference="teacher" if "teacher" in sources else next(iter(sources))))
     click.echo(out)
-
-
-def _megabytes(objects: dict[str, list[Any]]) -> float:
-    return float(sum(size for size, _ in objects.values())) / 1e6
 
 
 if __name__ == "__main__":

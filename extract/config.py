@@ -12,7 +12,7 @@ from typing import Any
 from extract.base.errors import RetortError, unknown
 from extract.base.files import sha256_json
 from extract.store.codec import CODECS
-from extract.store.manifest import FORMAT_VERSION, KEEP_DEFAULT, check_keep
+from extract.store.manifest import KEEP_DEFAULT, check_keep
 
 DTYPES = ("fp32", "bf16", "fp16")  # fp32 or an autocast; weights stay fp32
 
@@ -65,7 +65,7 @@ class ExtractConfig:
         upstream: the identity of the upstream, from its card.
         """
         recipe: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": 2,  # of the arrays and objects; that of the manifest may differ
             "upstream": upstream,
             "keep": sorted(self.keep),
             **{

@@ -115,10 +115,11 @@ def _finished(config: ExtractConfig, card: UpstreamCard, corpus: Corpus) -> Mani
     data = location.read(name)
     try:
         manifest = Manifest.from_dict(parse_json(data, where=f"{location}/{name}"), path=f"{location}/{name}")
+        manifest = replace(manifest, store=store)  # as asked for now
         check_sizes(manifest.objects, location, source=f"{location}/{name}")
     except RetortError:
         return None  # damaged: whole shards are kept, the others are made again
-    return replace(manifest, store=store)
+    return manifest
 
 
 def _kept_initial_weights(config: ExtractConfig, fingerprint: str) -> dict[str, Any] | None:
@@ -165,7 +166,7 @@ def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
     spec = extraction.spec
     return Manifest(
         format_version=FORMAT_VERSION,
-        complete=False,  # set by `StoreWriter.finish`, which also fills in objects, digest and codec_error
+        complete=False,  # set by `StoreWriter.finish`, which also fills in object_list, totals, digest, codec_error
         fingerprint=config.fingerprint(card.identity),
         digest="",
         upstream=card.to_dict() | {"num_parameters": facts.num_parameters},
@@ -183,9 +184,10 @@ def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
         attention=facts.attention,
         plan=writer.packing.summary(),
         corpus={"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
-        dropped=tuple(corpus.ids[index] for index in np.flatnonzero(writer.packing.pack < 0)),
+        num_dropped=int(np.count_nonzero(writer.packing.pack < 0)),
         store=store_of(config, card, corpus),
-        objects={},
+        object_list=[],
+        totals={},
         versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
         batching=facts.batching,
         stem=facts.stem,

@@ -220,14 +220,50 @@ def change_array(name: str, **changes: Any) -> Damage:
         array = group[name]
         made = np.ones(changes.get("shape", array.shape), changes.get("dtype", array.dtype))
         group.create_array(name, data=made, chunks=made.shape, overwrite=True, compressors=None)
-        objects = {key: value for key, value in manifest["objects"].items() if not key.startswith(f"{name}/")}
+        objects = {key: value for key, value in objects_at(place).items() if not key.startswith(f"{name}/")}
         for file in (place / name).rglob("*"):
             if file.is_file():
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 objects[file.relative_to(place).as_posix()] = [file.stat().st_size, digest]
-        Path("manifests/teacher.json").write_text(json.dumps(manifest | {"objects": objects}))
+        list_objects(sorted(objects.items()))
 
     return damage
+
+
+# A row of `objects.bin`, as extract/store/objects.py documents it.
+LISTED = np.dtype([("name", "S40"), ("bytes", "<i8"), ("sha256", "V32")])
+
+
+def objects_at(place: Path) -> dict[str, list[Any]]:
+    """Read the list of a store's objects."""
+    rows = np.fromfile(place / "objects.bin", dtype=LISTED)
+    return {row["name"].decode(): [int(row["bytes"]), bytes(row["sha256"]).hex()] for row in rows}
+
+
+def list_objects(objects: list[tuple[str, list[Any]]]) -> None:
+    """Write another list of the store's objects; the manifest then fits it."""
+    manifest = json.loads(Path("manifests/teacher.json").read_text())
+    rows = np.array([(name.encode(), size, bytes.fromhex(sha)) for name, (size, sha) in objects], dtype=LISTED)
+    (Path(manifest["store"]["root"]) / manifest["store"]["path"] / "objects.bin").write_bytes(rows.tobytes())
+    totals: dict[str, list[int]] = {}
+    for name, (size, _) in objects:
+        array = "metadata" if name.endswith("zarr.json") else name.partition("/")[0]
+        totals.setdefault(array, [0, 0])
+        totals[array] = [totals[array][0] + 1, totals[array][1] + size]
+    listed = [rows.nbytes, hashlib.sha256(rows.tobytes()).hexdigest()]
+    Path("manifests/teacher.json").write_text(json.dumps(manifest | {"object_list": listed, "totals": totals}))
+
+
+def as_format_2(path: str = "manifests/teacher.json") -> None:
+    """Convert a manifest and its store to those of version 0.2.0, which had the list of objects in the manifest."""
+    manifest = json.loads(Path(path).read_text())
+    place = Path(manifest["store"]["root"]) / manifest["store"]["path"]
+    for key in ("object_list", "totals", "num_dropped"):
+        del manifest[key]
+    manifest |= {"format_version": 2, "objects": objects_at(place), "dropped": []}
+    (place / "objects.bin").unlink()
+    for file in (Path(path), place / "manifest.json"):
+        file.write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def both(*damages: Damage) -> Damage:

@@ -138,9 +138,10 @@ def _manifest(
         attention="none",
         plan=packing.summary(),
         corpus={"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
-        dropped=tuple(corpus.ids[index] for index in np.flatnonzero(packing.pack < 0)),
+        num_dropped=int(np.count_nonzero(packing.pack < 0)),
         store={"root": (folder / "stores").as_posix(), "path": f"hand/{corpus.name}"},
-        objects={},
+        object_list=[],
+        totals={},
         versions={},
     )
 

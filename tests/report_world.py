@@ -147,15 +147,15 @@ def write_tsv(path: Path, points: list[tuple[int, float]]) -> None:
 def targets() -> Manifest:
     """Return the manifest of the features that the students were trained from."""
     return Manifest(
-        format_version=2, complete=True, fingerprint=FINGERPRINT, digest="d1" * 32,
+        format_version=3, complete=True, fingerprint=FINGERPRINT, digest="d1" * 32,
         upstream={"id": "pipelines/teacher/model", "revision": None, "name": "teacher", "note": NOTE,
                   "num_parameters": PARAMS["teacher"], "weights_sha256": "a0" * 32, "normalise": False},
         layers=(4, 8, 12), dim=12, convention="as in transformers", hop_samples=320, receptive_samples=400,
         keep=("frames", "pooled"), codec="int8", codec_error={}, dtype="fp32", dtype_error={}, threads=1,
         attention="eager",
         plan={"pack_frames": 128, "shard_packs": 2, "num_packs": 1, "num_shards": 1, "num_frames": 100},
-        corpus={"name": "distill", "digest": "c0" * 32, "num_utterances": 3}, dropped=(),
-        store={"root": "stores", "path": "teacher/distill"}, objects={"rows/00000.npy": [1, "0a" * 32]},
+        corpus={"name": "distill", "digest": "c0" * 32, "num_utterances": 3}, num_dropped=0,
+        store={"root": "stores", "path": "teacher/distill"}, object_list=[80, "0a" * 32], totals={"rows": (1, 1)},
         versions={"torch": "2.11.0"}, device="Teacher's processor",
     )  # fmt: skip
 

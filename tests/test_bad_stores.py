@@ -1,6 +1,7 @@
 """Damaged, edited or foreign manifests and stores: one line, exit status 1, no file changed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from tests.bad_input_world import (
     SCORE,
     Row,
+    as_format_2,
+    both,
     change_array,
     change_json,
     check_refused,
@@ -17,6 +20,7 @@ from tests.bad_input_world import (
     enter_world,
     flip,
     folder,
+    list_objects,
     run,
     tree,
     write,
@@ -30,6 +34,7 @@ INFO, VERIFY, STATS, MIRROR = (
     f"extract mirror {M} far",
 )
 SHARD = "stores/*/*/hidden/c/0/0/0/0"
+LIST = "stores/*/*/objects.bin"
 SHA = "0" * 64
 
 
@@ -57,8 +62,10 @@ MANIFESTS = [
     Row("NaN", INFO, "holds a JSON float, expected an object", write(M, "NaN")),
     Row("nested too deep", INFO, "is not JSON", write(M, "[" * 100_000)),
     Row("bytes", INFO, "is not JSON", write(M, b"\xff\xfe\x00")),
-    Row("another object", INFO, "format 2", write(M, '{"a": 1}')),
-    changed(INFO, "format 2 .format_version 1", "format_version", to=1),
+    Row("another object", INFO, "format 3", write(M, '{"a": 1}')),
+    changed(INFO, "format 3 .format_version 1", "format_version", to=1),
+    changed(INFO, "unknown key in .*'object_list': expected one of", "format_version", to=2),
+    changed(INFO, "'format_2': expected one of .*codec", "format_2", to=None),
     changed(INFO, "complete False", "complete", to=False),
     changed(INFO, "complete 'yes'", "complete", to="yes"),
     changed(INFO, "`dim` is missing", "dim", drop=True),
@@ -78,18 +85,12 @@ MANIFESTS = [
     changed(STATS, "plan.shard_packs: got 0, expected at least 1", "plan", "shard_packs", to=0),
     changed(STATS, "does not fit 10 utterances and 2 shards", "plan", "num_packs", to=10**12),
     changed(MIRROR, "does not fit 10 utterances and 2 shards", "plan", "num_shards", to=10**12),
-    changed(INFO, "objects: got .*, expected a mapping", "objects", to=[]),
-    changed(VERIFY, "objects.zarr.json: got 1, expected a list", "objects", to={"zarr.json": 1}),
-    changed(VERIFY, r"objects.zarr.json: got \[1, 'x'\], expected .bytes, sha256", "objects", "zarr.json", to=[1, "x"]),
-    # What leads out of the store: verify renames, mirror and the cache write by these names.
-    changed(
-        VERIFY, "'../../../params.yaml' is not the name of an object", "objects", "../../../params.yaml", to=[5, SHA]
-    ),
-    changed(
-        MIRROR, "'../../../params.yaml' is not the name of an object", "objects", "../../../params.yaml", to=[5, SHA]
-    ),
-    changed(VERIFY, "'/etc/hostname' is not the name of an object", "objects", "/etc/hostname", to=[5, SHA]),
-    changed(VERIFY, "'index/../../x' is not the name of an object", "objects", "index/../../x", to=[5, SHA]),
+    changed(INFO, "totals: got .*, expected a mapping", "totals", to=[]),
+    changed(INFO, "totals.hidden: got .1., expected a list of 2", "totals", "hidden", to=[1]),
+    changed(VERIFY, "its totals are not those of the manifest", "totals", "hidden", to=[1, 10**15]),
+    changed(INFO, r"object_list: got \[5\], expected .bytes, sha256", "object_list", to=[5]),
+    changed(VERIFY, "objects.bin has .* bytes, expected 5", "object_list", to=[5, SHA]),
+    changed(VERIFY, "digest 000000000000, that of its objects is", "digest", to=SHA),
     changed(MIRROR, "store.path: got '../../etc', expected a path below the root", "store", "path", to="../../etc"),
     changed(VERIFY, "store.path: got '/etc', expected a path below the root", "store", "path", to="/etc"),
     changed(VERIFY, "store.path: got '', expected a path below the root", "store", "path", to=""),
@@ -97,6 +98,39 @@ MANIFESTS = [
     changed(VERIFY, "Protocol not known: nope; expected a local folder or a URL", "store", "root", to="nope://x/y"),
     changed(MIRROR, "digest: got '../../x', expected a sha256", "digest", to="../../x"),
     changed(INFO, "corpus.name: got '../x', expected a plain name", "corpus", "name", to="../x"),
+]
+
+# Names that lead out of the store: verify renames, mirror and the cache write by them.
+OUTSIDE = ("../../../params.yaml", "/etc/hostname", "index/../../x", "zarr.json\n", "")
+ROWS = ("rows/00000.npy", "rows/00001.npy")
+
+
+def listed(message: str, *names: str, size: int = 5) -> Row:
+    """Return a row whose store has another list of objects, which its manifest describes."""
+    objects: list[tuple[str, list[Any]]] = [(name, [size, SHA]) for name in names]
+    return Row(f"listed {names} {size}", VERIFY, message, lambda: list_objects(objects))
+
+
+def format_2(message: str, *keys: str, to: Any) -> Row:
+    """Return a row whose manifest is of format 2 and has another value."""
+    damage = both(as_format_2, change_json(M, *keys, to=to))
+    return Row(f"format 2, {'.'.join(keys)} {json.dumps(to)[:30]}", VERIFY, message, damage)
+
+
+OBJECTS = [
+    Row("no list", VERIFY, "the store of .* is gone: nothing found at", lambda: next(Path().glob(LIST)).unlink()),
+    Row("list cut off", VERIFY, "objects.bin has 100 bytes, expected", cut(LIST, 100)),
+    Row("list damaged", VERIFY, "objects.bin is damaged: sha256", flip(LIST, 50)),
+    *(listed(re.escape(f"{name!r} is not the name of an object"), *sorted([*ROWS, name])) for name in OUTSIDE),
+    listed("names are not in order, each once", *ROWS, "zarr.json", "zarr.json"),
+    listed("names are not in order, each once", *ROWS[::-1]),
+    listed("an object has fewer than 0 bytes", *ROWS, size=-1),
+    *(format_2(re.escape(f"{name!r} is not the name of"), "objects", name, to=[5, SHA]) for name in OUTSIDE),
+    format_2("objects: got .*, expected a mapping", "objects", to=[]),
+    format_2("objects.zarr.json: got 1, expected a list", "objects", to={"zarr.json": 1}),
+    format_2(r"objects.zarr.json: got \[1, 'x'\], expected .bytes, sha256", "objects", "zarr.json", to=[1, "x"]),
+    format_2(r"objects.zarr.json: got .*, expected .bytes, sha256", "objects", "zarr.json", to=[10**30, SHA]),
+    format_2("unknown key in .*'totals': expected one of", "totals", to={}),
 ]
 
 STORES = [
@@ -133,7 +167,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("row", [*MANIFESTS, *STORES, *OPTIONS], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*MANIFESTS, *OBJECTS, *STORES, *OPTIONS], ids=lambda row: row.name)
 def test_refused(row: Row) -> None:
     check_refused(row)
 

@@ -216,7 +216,7 @@ def test_kill_minus_9_then_resume(config: ExtractConfig, tmp_path: Path) -> None
     assert not (tmp_path / "killed.json").exists()
     run_command(*arguments, *place("killed"), check=True)
     whole, killed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
-    assert whole["objects"] == killed["objects"]
+    assert whole["object_list"] == killed["object_list"]
     assert whole["digest"] == killed["digest"]
 
 

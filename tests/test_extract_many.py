@@ -88,12 +88,12 @@ def test_every_corpus_has_the_store_of_a_single_run_and_the_upstream_is_loaded_o
 
 def test_workers_share_the_loaded_upstream(params: Path, tmp_path: Path) -> None:
     assert many(params, "big", "--threads", "1").exit_code == 0
-    before = {path.name: json.loads(path.read_text())["objects"] for path in (tmp_path / "manifests/big").iterdir()}
+    before = {path.name: json.loads(path.read_text())["object_list"] for path in (tmp_path / "manifests/big").iterdir()}
     shutil.rmtree(tmp_path / "stores")
     done = many(params, "big", "--workers", "1", "--threads", "1")
     assert done.exit_code == 0, done.output
     assert done.output.count("written") == 2
-    after = {path.name: json.loads(path.read_text())["objects"] for path in (tmp_path / "manifests/big").iterdir()}
+    after = {path.name: json.loads(path.read_text())["object_list"] for path in (tmp_path / "manifests/big").iterdir()}
     assert after == before
 
 

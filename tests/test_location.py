@@ -94,8 +94,9 @@ def test_reading_from_s3_is_reading_locally_and_then_needs_no_server(s3: S3, sto
     mirror(store.manifest, s3.root, new_manifest=tmp_path / "far.json")
     s3.seen.clear()
     far = StoreReader.open(tmp_path / "far.json")
-    assert len(s3.requests("GET")) == 1  # one listing has all sizes
+    assert len(s3.requests("GET")) == 2  # the list of objects, and one listing that has all sizes
     assert_reads_alike(StoreReader.open(store.manifest), far)
+    assert len(s3.requests("GET", "/objects.bin")) == 1
     shards = s3.requests("GET", "/hidden/c/")
     assert len(shards) == len(set(shards)) == far.manifest.plan["num_shards"]
     s3.server.stop()

@@ -36,7 +36,7 @@ def test_a_reader_gives_back_exactly_an_utterances_frames(
         )
         reader = StoreReader.open(manifest)
         kept = [index for index, length in enumerate(lengths) if length <= pack_frames]
-        assert reader.manifest.dropped == tuple(one for at, one in enumerate(reader.ids) if at not in kept)
+        assert reader.manifest.num_dropped == len(reader.ids) - len(kept)
         for index in kept:
             expected = own_values(index, lengths[index])
             np.testing.assert_array_equal(reader.hidden(reader.ids[index]), expected)

@@ -133,7 +133,7 @@ def test_utterances_too_short_for_an_upstream_are_dropped_when_asked(
     with pytest.raises(RetortError, match=f"{len(too_short)} such.*--drop-short"):
         extract(asked)
     manifest, _ = extract(replace(asked, drop_short=True))
-    assert set(manifest.dropped) == too_short
+    assert manifest.num_dropped == len(too_short)
     assert manifest.hop_samples == 640 and manifest.stem is not None and len(manifest.stem["conv_stride"]) == 8
     short = Corpus.open(tmp_path / "short.h5")
     reader = StoreReader.open(config.manifest, short)

@@ -1,6 +1,7 @@
 """Location of a store's objects: a local folder, or an object store at a URL such as s3://bucket/prefix.
 
-A store is a set of objects that its manifest names with [bytes, sha256]. A location lists and moves whole objects.
+A store is a set of objects, listed with [bytes, sha256] in one of them (`extract.store.objects`). A location lists and
+moves whole objects.
 
 A store at a URL is read through a local cache. An object is fetched whole on first use, checked against the manifest
 and renamed into place, so that zarr and numpy read local files and a second reading needs no network. The cache is
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -29,13 +30,13 @@ from zarr.storage import LocalStore
 
 from extract.base.errors import RetortError, is_full_disk
 from extract.base.files import ASIDES, in_main_tree, sha256_file, sweep, written_aside
+from extract.store.objects import Expected
 
 if TYPE_CHECKING:
     from extract.store.object_store import Objects
 
 _DAMAGED = ".damaged"  # suffix of an object that was found damaged
 _FILE = "file://"  # URLs of local folders, which need no cache
-Expected = list[Any]  # [bytes, sha256] of an object, as in a manifest
 
 
 def is_url(root: Path | str) -> bool:
@@ -83,7 +84,11 @@ class LocalLocation:
 
     def read(self, name: str) -> bytes:
         """Read a small object."""
-        return (self.folder / name).read_bytes()
+        return self.file(name).read_bytes()
+
+    def file(self, name: str) -> Path:
+        """Return the file of an object."""
+        return self.folder / name
 
     def fetch(self, name: str, into: Path, expected: Expected) -> None:
         """Copy an object to the file `into`. Raises RetortError if its bytes are not the expected ones."""
@@ -202,9 +207,13 @@ class CachedLocation:
         here = LocalLocation(self.folder).size(name)
         return here if here == self.objects[name][0] else self.remote.size(name)
 
+    def file(self, name: str) -> Path:
+        """Return the file of an object, fetched if the cache lacks it."""
+        self.ensure(name)
+        return self.folder / name
+
     def zarr_store(self) -> LocalStore:
         """Return the store that zarr opens. All metadata are fetched now, array data when they are first read."""
-        _make_folder(self.folder)
         for name in self.objects:
             if name.endswith("zarr.json"):
                 self.ensure(name)
@@ -215,7 +224,7 @@ class CachedLocation:
         if name not in self.objects or self._has(name):
             return
         lock = self.folder / ".locks" / f"{name.replace('/', '.')}.lock"  # one per object: others are fetched meanwhile
-        lock.parent.mkdir(exist_ok=True)
+        _make_folder(lock.parent)
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self._has(name):  # another process may have fetched it meanwhile

@@ -1,22 +1,23 @@
-"""The manifest of a finished store: its origin, its contents, and size and digest of every object.
+"""The manifest of a finished store: its origin, its contents, and the digest of the list of its objects.
 
 Manifests come from other machines, from DVC's cache and from strangers. Reading one is strict: of a `Manifest` the
 types, the counts and the names of objects, which stay inside the store, may be trusted.
 """
 
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json, sha256_file
 from extract.base.validate import check_below, check_fields, check_name, parse
 from extract.store.codec import CODECS
-from extract.store.location import Location, RemoteLocation, location_of
+from extract.store.location import LocalLocation, Location, RemoteLocation, check_bytes, check_sizes, location_of
+from extract.store.objects import OBJECTS_NAME, Expected, ObjectList, is_expected, is_sha256
 
 MANIFEST_NAME = "manifest.json"  # of the manifest that lies in the store itself
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEEP = frozenset({"frames", "pooled", "stem"})  # parts that a store may hold
 KEEP_DEFAULT = frozenset({"frames", "pooled"})
 
@@ -31,23 +32,13 @@ _UPSTREAM = {
 _PLAN = dict.fromkeys(("pack_frames", "shard_packs", "num_packs", "num_shards", "num_frames"), int)
 _CORPUS = {"name": str, "digest": str, "num_utterances": int}
 _STORE = {"root": str, "path": str}
+_NEW_IN_3 = ("object_list", "totals", "num_dropped")  # fields
 _INITIAL_WEIGHTS = {"file": str, "sha256": str, "num_blocks": int}
-_SHA256 = re.compile("[0-9a-f]{64}")
-# Every object that a writer makes. `verify`, `mirror` and the cache write files by these names.
-_OBJECT = re.compile(
-    r"zarr\.json|(hidden|scale|stem|stem_scale|pooled)/(zarr\.json|c(/\d+)+)"
-    r"|index/(zarr\.json|(pack|first_frame|num_frames|ids)/(zarr\.json|c/0))|rows/\d{5,}\.npy"
-)
 
 
 def record_name(shard: int) -> str:
     """Return the name of the object that records a finished shard: its objects, and the error of the codec."""
     return f"shards/{shard:05d}.json"
-
-
-def is_object(name: str) -> bool:
-    """Return True if a file of this name is an object of a store; a killed writer may have left other files."""
-    return _OBJECT.fullmatch(name) is not None
 
 
 def check_keep(keep: frozenset[str]) -> None:
@@ -63,9 +54,16 @@ def initial_weights_path(manifest: Path) -> Path:
     return manifest.with_suffix(".initial.safetensors")
 
 
+class Format2(NamedTuple):
+    """Lists of a manifest of format 2 (Retort 0.2.0), in place of `object_list`, `totals` and `num_dropped`."""
+
+    objects: ObjectList
+    dropped: tuple[str, ...]  # ids of utterances without features
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Record of a finished store. `objects` maps the name of each file below the store to [bytes, sha256]."""
+    """Record of a finished store. Its size does not grow with the store."""
 
     format_version: int
     complete: bool
@@ -86,18 +84,24 @@ class Manifest:
     attention: str
     plan: dict[str, Any]  # summary of the packing
     corpus: dict[str, Any]
-    dropped: tuple[str, ...]  # ids of utterances without features
+    num_dropped: int  # utterances without features: `index/pack` is -1
     store: dict[str, str]  # root as given, path below it
-    objects: dict[str, list[Any]]
+    object_list: Expected  # [bytes, sha256] of `objects.bin`; empty in format 2
+    totals: dict[str, tuple[int, int]]  # (objects, bytes) by array, see `ObjectList.totals`
     versions: dict[str, str]
     # Optional, so that stores made before these were recorded stay valid.
     batching: dict[str, Any] | None = None  # how utterances are batched, and its measured error by layer
     stem: dict[str, Any] | None = None  # shape of the convolution stem: what a student of the same frames needs
     device: str | None = None  # model of the processor or GPU that ran the upstream
     initial_weights: dict[str, Any] | None = None  # file (a name beside the manifest), sha256 and num_blocks
+    format_2: Format2 | None = None  # not in the file
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        value = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "format_2"}
+        if self.format_2 is not None:
+            value = {key: item for key, item in value.items() if key not in _NEW_IN_3}
+            value |= {"objects": dict(self.format_2.objects), "dropped": self.format_2.dropped}
+        return value
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], *, path: Path | str) -> "Manifest":
@@ -105,15 +109,27 @@ class Manifest:
 
         Raises RetortError that names the field, `path`, and what was expected.
         """
-        if value.get("format_version") != FORMAT_VERSION or value.get("complete") is not True:
+        if value.get("format_version") not in (2, FORMAT_VERSION) or value.get("complete") is not True:
             raise RetortError(
                 f"{path} is not a complete manifest of format {FORMAT_VERSION} (format_version "
                 f"{value.get('format_version')!r}, complete {value.get('complete')!r}); "
                 "run `python -m extract run` again"
             )
-        manifest = parse(cls, value, where=str(path))
+        for key in ("format_2", *(_NEW_IN_3 if value["format_version"] == 2 else ())):
+            if key in value:
+                raise unknown(f"key in {path}", key, (field.name for field in fields(cls)))
+        manifest = cls._from_2(value, path) if value["format_version"] == 2 else parse(cls, value, where=str(path))
         manifest._check(path)
         return manifest
+
+    @classmethod
+    def _from_2(cls, value: dict[str, Any], path: Path | str) -> "Manifest":
+        """Parse a manifest of format 2, which lists the objects and the ids of dropped utterances itself."""
+        lists = check_fields({"objects": dict[str, Expected], "dropped": tuple[str, ...]}, value, where=str(path))
+        objects = ObjectList.of(lists["objects"], where=f"{path}: objects")
+        value = {key: item for key, item in value.items() if key not in lists}
+        value |= {"object_list": [], "totals": objects.totals(), "num_dropped": len(lists["dropped"])}
+        return replace(parse(cls, value, where=str(path)), format_2=Format2(objects, lists["dropped"]))
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -123,6 +139,32 @@ class Manifest:
     def location(self) -> Location:
         """Location of the store's objects: a folder or a URL."""
         return location_of(self.store["root"], self.store["path"])
+
+    @cached_property
+    def objects(self) -> ObjectList:
+        """The objects of the store, from the list at its location. Raises RetortError for another or a damaged list."""
+        if self.format_2 is not None:
+            return self.format_2.objects
+        source = f"{self.upstream['name']} on {self.corpus['name']}"
+        expected = {OBJECTS_NAME: self.object_list}
+        place = self.location.cached(self.digest, expected)
+        if isinstance(place, LocalLocation):
+            check_sizes(expected, place, source=source)
+        file = place.file(OBJECTS_NAME)  # of the cache, which fetches it once
+        what = f"the store of {source}: {file}"
+        check_bytes(file, self.object_list, what=what)
+        objects = ObjectList.parse(file.read_bytes(), where=what)
+        if objects.totals() != self.totals:
+            raise RetortError(f"{what}: its totals are not those of the manifest; run `python -m extract run` again")
+        return objects
+
+    @property
+    def num_objects(self) -> int:
+        return sum(number for number, _ in self.totals.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for _, size in self.totals.values())
 
     @property
     def folder(self) -> Path:
@@ -151,7 +193,7 @@ class Manifest:
             return
         check_fields(_INITIAL_WEIGHTS, record, where=f"{path}: initial_weights")
         check_name(record["file"], where=f"{path}: initial_weights.file")
-        if not _SHA256.fullmatch(record["sha256"]) or record["num_blocks"] < 1 or len(record) != len(_INITIAL_WEIGHTS):
+        if not is_sha256(record["sha256"]) or record["num_blocks"] < 1 or len(record) != len(_INITIAL_WEIGHTS):
             raise RetortError(
                 f"{path}: initial_weights: got {record}, expected file, a sha256 in hex and at least 1 as num_blocks"
             )
@@ -165,13 +207,10 @@ class Manifest:
         check_below(self.store["path"], where=f"{path}: store.path")
         check_name(self.corpus["name"], where=f"{path}: corpus.name")
         for name in ("fingerprint", "digest"):
-            if not _SHA256.fullmatch(getattr(self, name)):
+            if not is_sha256(getattr(self, name)):
                 raise RetortError(f"{path}: {name}: got {getattr(self, name)!r}, expected a sha256 in hex")
-        for name, expected in self.objects.items():
-            if not is_object(name):
-                raise RetortError(f"{path}: objects: {name!r} is not the name of an object of a store")
-            if len(expected) != 2 or not isinstance(expected[0], int) or not _SHA256.fullmatch(str(expected[1])):
-                raise RetortError(f"{path}: objects.{name}: got {expected!r}, expected [bytes, sha256 in hex]")
+        if self.format_2 is None and not is_expected(self.object_list):
+            raise RetortError(f"{path}: object_list: got {self.object_list!r}, expected [bytes, sha256 in hex]")
         self._check_counts(path)
 
     def _check_counts(self, path: Path | str) -> None:
@@ -184,7 +223,7 @@ class Manifest:
         counts |= {f"plan.{name}": plan[name] for name in _PLAN} | {"corpus.num_utterances": num_utterances}
         if low := [name for name, count in counts.items() if count < 1]:
             raise RetortError(f"{path}: {low[0]}: got {counts[low[0]]}, expected at least 1")
-        rows = sum(name.startswith("rows/") for name in self.objects)
+        rows, _ = self.totals.get("rows", (0, 0))
         fits = (
             plan["num_shards"] == rows == -(-plan["num_packs"] // plan["shard_packs"])
             and plan["num_packs"] <= num_utterances

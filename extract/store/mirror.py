@@ -4,7 +4,8 @@ Every object is checked against its sha256 in the manifest when it is read. An o
 there and renamed into place. An object written to a URL is checked by size, against a new listing at the end; S3
 refuses an upload whose checksum differs. `extract verify` on the new manifest reads every byte back (a download).
 
-The objects of a shard are copied first, then its record (`shards/NNNNN.json`, with their digests), the manifest last.
+The objects of a shard are copied first, then its record (`shards/NNNNN.json`, with their digests); the list of objects
+and the manifest follow last.
 A second run therefore continues a killed one: it skips objects with the right digest in a folder, and objects that a
 shard record names at a URL.
 """
@@ -21,7 +22,6 @@ from extract.base.errors import RetortError
 from extract.base.files import ASIDES, check_out, json_text, parse_json, sweep, write_json, writing_in, written_aside
 from extract.base.progress import ProgressBar
 from extract.store.location import (
-    Expected,
     LocalLocation,
     Location,
     RemoteLocation,
@@ -31,6 +31,7 @@ from extract.store.location import (
     staging_folder,
 )
 from extract.store.manifest import MANIFEST_NAME, Manifest, initial_weights_path, record_name
+from extract.store.objects import OBJECTS_NAME, Expected
 
 _AT_ONCE = 4  # concurrent copies; one connection to an object store is slower than the network
 
@@ -70,7 +71,9 @@ def mirror(manifest: Path, root: str, *, new_manifest: Path | None = None) -> Mi
     _refuse(source, target, old)
     with _alone_in(target), ProgressBar("mirror", total=_megabytes(old, old.objects), unit="MB") as bar:
         missing = _copy(old, source, target, bar)
-    check_sizes(new.objects, new.location, source=manifest)
+    check_sizes(old.objects, new.location, source=manifest)
+    if old.format_2 is None:
+        target.write(OBJECTS_NAME, old.objects.to_bytes())
     target.write(MANIFEST_NAME, json_text(new.to_dict()).encode())
     if new_manifest:
         write_json(new_manifest, _with_initial_weights(old, new, manifest, new_manifest).to_dict())

@@ -12,6 +12,7 @@
         index/ids                                  uint8, the ids in UTF-8 joined by newlines
         rows/NNNNN.npy                             the pooled rows of a shard, from which `pooled` is made
         shards/NNNNN.json                          record of a finished shard: sizes and digests of its objects
+        objects.bin                                list of all objects with sizes and digests (`extract.store.objects`)
         manifest.json                              written last
 
 `python -m extract info M.json` prints a manifest; `python -m extract verify M.json` checks every byte of its store.
@@ -68,7 +69,7 @@ class StoreReader:
         self.pack_frames: int = manifest.plan["pack_frames"]
         self.num_utterances: int = manifest.corpus["num_utterances"]
         # No reader uses `rows/`: these objects are neither required nor fetched.
-        self._objects = {name: expected for name, expected in manifest.objects.items() if not name.startswith("rows/")}
+        self._objects = manifest.objects.without_rows()
         self._location = manifest.location.cached(manifest.digest, self._objects)  # the folder, or the cache of a URL
 
     @classmethod
@@ -89,8 +90,16 @@ class StoreReader:
         return reader
 
     def damaged(self) -> list[str]:
-        """Return the names of the objects at the store's location whose bytes differ from the manifest (reads all)."""
+        """Return the names of the objects at the store's location whose bytes differ from the list (reads all).
+
+        Raises RetortError if the list is not that of the store's digest.
+        """
         location = self.manifest.location
+        if (found := self.manifest.objects.digest()) != self.digest:
+            raise RetortError(
+                f"{self.source}: digest {self.digest[:12]}, that of its objects is {found[:12]}; the file was changed "
+                "by hand, run `python -m extract run` again"
+            )
         return [
             name
             for name, (size, digest) in self.manifest.objects.items()

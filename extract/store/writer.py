@@ -2,8 +2,8 @@
 
 The arrays of a shard are written first (zarr renames each object into place), then its record `shards/NNNNN.json` with
 the digests of its objects. A shard with a record is finished and is skipped by later runs. `finish` gathers the pooled
-rows (kept in `rows/`, so that `pooled` can be made again), writes the index and then the manifest. A store without a
-manifest is never read.
+rows (kept in `rows/`, so that `pooled` can be made again), writes the index, the list of all objects and then the
+manifest. A store without a manifest is never read.
 
 A store at a URL is made in a staging folder of each process. The objects of a shard are uploaded, then its record, and
 the arrays are deleted from the folder, which therefore holds a few shards and the pooled rows. A shard is finished if
@@ -13,6 +13,7 @@ Shapes: L layers, F frames of a pack, T frames of an utterance, D features, C ch
 """
 
 import fcntl
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,7 +31,6 @@ from extract.base.files import (
     ASIDES,
     parse_json,
     sha256_file,
-    sha256_json,
     sweep,
     write_json,
     writing_in,
@@ -39,7 +39,8 @@ from extract.base.files import (
 from extract.base.validate import check_fields
 from extract.store.codec import CODECS, Codec, CodecError, Codes, Scale
 from extract.store.location import LocalLocation, Location, RemoteLocation
-from extract.store.manifest import MANIFEST_NAME, Manifest, is_object, record_name
+from extract.store.manifest import MANIFEST_NAME, Manifest, record_name
+from extract.store.objects import OBJECTS_NAME, ObjectList, is_object
 from extract.store.packing import Packing
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
@@ -283,11 +284,13 @@ class StoreWriter:
             name = f"{folder}zarr.json"
             if (self.folder / name).is_file():
                 objects[name] = _fingerprint(self.folder / name)
+        listed = ObjectList.of(objects, where=str(self.folder))
         manifest = replace(
             manifest,
             complete=True,
-            objects=dict(sorted(objects.items())),
-            digest=sha256_json(sorted(objects.items())),
+            object_list=[len(data := listed.to_bytes()), hashlib.sha256(data).hexdigest()],
+            totals=listed.totals(),
+            digest=listed.digest(),
             codec_error={
                 name: lost
                 for name, lost in error.by_layer(self.error_rows).items()
@@ -295,9 +298,10 @@ class StoreWriter:
             },
         )
         LocalLocation(self.folder).tidy()  # before the manifest, which ends all work on the store
+        LocalLocation(self.folder).write(OBJECTS_NAME, data)
         write_json(self.folder / MANIFEST_NAME, manifest.to_dict())
         if self.remote:
-            self._send([*sorted(objects.keys() - of_shards), MANIFEST_NAME], self.remote)
+            self._send([*sorted(objects.keys() - of_shards), OBJECTS_NAME, MANIFEST_NAME], self.remote)
         return manifest
 
     def _fetch_rows(self, objects: dict[str, list[Any]], remote: RemoteLocation) -> None:

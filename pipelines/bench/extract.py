@@ -111,7 +111,7 @@ def extract_run(config: ExtractConfig) -> TimedSteps:
         yield
         store = StoreReader.open(config.manifest)
         return _work(zip(store.ids, map(int, store.num_frames), strict=True)) | {
-            "stored_bytes": sum(size for size, _ in store.manifest.objects.values()),
+            "stored_bytes": store.manifest.num_bytes,
             "plan": store.manifest.plan,
         }
 
