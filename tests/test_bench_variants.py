@@ -110,6 +110,17 @@ def test_each_axis_has_three_sizes(tmp_path: Path) -> None:
     assert row.count("|") == 8 and "1.0" in row
 
 
+def test_files_and_manifest_do_not_grow_with_the_utterances(tmp_path: Path) -> None:
+    (runs,) = measured(tmp_path, "utterances", "--utterances 840").values()
+    assert runs["facts"]["sizes"] == [0.03, 0.21, 0.84]
+    outcomes = [runs[size]["outcome"] for size in scaling.SIZE_NAMES]
+    assert [outcome["packs"] for outcome in outcomes] == sorted({outcome["packs"] for outcome in outcomes})
+    small, _, large = outcomes
+    assert large["packs"] > 50 and large["manifest_bytes"] < small["manifest_bytes"] + 30
+    assert large["finish_files"] < small["finish_files"] + 5
+    assert all(outcome[f"{step}_cpu_s"] > 0 for outcome in outcomes for step in ("corpus_write", "shard", "task"))
+
+
 def test_slopes_are_those_of_the_law() -> None:
     sizes = [1.0, 2.0, 4.0]
     assert fit(sizes, [3 * size**1.5 for size in sizes])["exponent"] == pytest.approx(1.5)

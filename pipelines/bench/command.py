@@ -27,7 +27,7 @@ def bench_command() -> None:
 
 def benchmarks() -> "dict[str, Benchmark[Any]]":
     """Return every benchmark by name, in the order of `bench all`."""
-    from pipelines.bench import evaluate, extract, growth, load, scaling, train  # late: torch
+    from pipelines.bench import evaluate, extract, growth, load, scaling, train, utterances  # late: torch
 
     # The order of the sections on the page too.
     every: tuple[Benchmark[Any], ...] = (
@@ -37,6 +37,7 @@ def benchmarks() -> "dict[str, Benchmark[Any]]":
         growth.BENCHMARK,
         evaluate.BENCHMARK,
         scaling.BENCHMARK,
+        utterances.BENCHMARK,
     )
     return {one.name: one for one in every}
 

@@ -153,6 +153,17 @@ class ScalingOptions(Options):
     seconds: float = option(60.0, "Seconds of audio of the smallest size.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class UtterancesOptions(Options):
+    """Measure how the cost of corpus, store and Dask grows with the number of utterances, with a teacher that is free.
+
+    Three sizes: 1/28, 1/4 and all of the utterances. Linux only: memory and open files are read from /proc.
+    """
+
+    utterances: int = option(281_241, "Utterances of the largest size [LibriSpeech 960 h].")
+    pack_frames: int = option(34, "Frames of a pack; utterances have 1 to 4.")
+
+
 OPTIONS: dict[str, type[Options]] = {
     "extract": ExtractOptions,
     "load": LoadOptions,
@@ -160,4 +171,5 @@ OPTIONS: dict[str, type[Options]] = {
     "growth": GrowthOptions,
     "evaluate": EvaluateOptions,
     "scaling": ScalingOptions,
+    "utterances": UtterancesOptions,
 }

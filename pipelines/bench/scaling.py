@@ -120,7 +120,8 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
     return {"exponent": exponent, "each": each, "fixed": fixed}
 
 
-def _size(group: Group, variant: str, clock: str) -> Range:
+def size_of(group: Group, variant: str, clock: str) -> Range:
+    """Return the size that a variant has, a figure of its row."""
     return Range.of([group.facts["sizes"][SIZE_NAMES.index(variant)]])
 
 
@@ -129,7 +130,7 @@ def _figure(key: str, title: str, figure: Callable[[Group, TimedRun, str], float
 
 
 _FIGURES = (
-    Figure(key="size", title="size", text="{:.3g}", of=_size),
+    Figure(key="size", title="size", text="{:.3g}", of=size_of),
     _figure("extract_s", "extraction, s", lambda group, run, clock: getattr(run, clock), clocks=BOTH),
     _figure("stored_bytes", "store, MB", lambda group, run, clock: run.outcome["stored_bytes"], scale=1e-6),
     _figure("open_cpu_s", "opening, CPU s", lambda group, run, clock: run.outcome["open_cpu_s"]),
