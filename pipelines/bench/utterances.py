@@ -26,7 +26,7 @@ from extract.base.files import write_json
 from extract.base.timing import TimedSteps
 from extract.config import ExtractConfig
 from extract.corpus import Corpus, Utterance, write_corpus
-from extract.run import make_store
+from extract.run import make_store, progress_of
 from extract.shards import Extraction, LocalRunner
 from extract.stats import measure
 from extract.store.reader import StoreReader
@@ -167,7 +167,8 @@ def _make_store(config: ExtractConfig, num: int, meter: Meter) -> None:
         runner.write(extraction, list(shards), lambda seconds: None)
     # All shards are finished: what is left is the check of their records, and `finish`.
     with meter.open_files("finish_files"), meter.step("finish"):
-        write_json(config.manifest, make_store(extraction, runner).to_dict())
+        bar = progress_of(_CARD, [corpus])
+        write_json(config.manifest, make_store(extraction, runner, bar).to_dict())
 
 
 def _read_store(config: ExtractConfig, meter: Meter) -> tuple[StoreReader, int]:
