@@ -25,7 +25,8 @@ from extract.base.dask_pool import DaskPool
 from extract.base.files import write_json
 from extract.base.timing import TimedSteps
 from extract.config import ExtractConfig
-from extract.corpus import Corpus, Utterance, write_corpus
+from extract.corpus import Corpus
+from extract.corpus_writer import Utterance, write_corpus
 from extract.run import make_store, progress_of
 from extract.shards import Extraction, LocalRunner
 from extract.stats import measure
