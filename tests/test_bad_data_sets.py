@@ -77,6 +77,7 @@ TREES = [
     ),
     command("pipelines corpus folder data/none --out corpora/x.h5", "data set folder data/none not found"),
     command("pipelines corpus folder params.yaml --out corpora/x.h5", "data set folder params.yaml not found"),
+    command("pipelines corpus kaldi2 data/mine --out corpora/x.h5", "unknown reader 'kaldi2'.*did you mean 'kaldi'"),
     command("pipelines corpus musan data/mine --out corpora/x.h5", "unknown reader 'musan': expected one of fluent"),
     data_set("bytes", "librispeech", {TRANSCRIPT: BYTES}, "1-2.trans.txt: not text in UTF-8"),
     data_set(
@@ -188,6 +189,9 @@ FOLDERS = [
     command(f"{MINE} --rename a", "--rename 'a': expected OLD=NEW"),
     command(f"{MINE} --rename a=b", "--rename a: .*file, speaker, keyword"),
     command(f"{MINE} --rename keyword=", "a label's name: got '', expected a plain name"),
+    command("pipelines corpus snips data/mine --out corpora/x.h5 --seed 3", "--seed is an option of the readers"),
+    command("pipelines corpus kaldi data/mine --out corpora/x.h5 --table a", "of the reader folder, not of kaldi"),
+    command(f"{MINE} --dev-share nan", "--dev-share nan: expected at least 0"),
     command(f"{MINE} --part x", "--part is an option of the reader librispeech, not of folder"),
     command(f"{MINE} --lexicon params.yaml", "--lexicon is an option of the reader librispeech"),
     command(MINE.replace("mine.h5", "mine.json"), "a corpus is an .h5 file, such as corpora/mine.h5"),

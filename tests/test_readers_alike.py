@@ -233,6 +233,45 @@ def test_librispeech_names_the_parts_that_are_there(tmp_path: Path) -> None:
         read_corpus("librispeech", root, tmp_path / "c.h5", options=twice)
 
 
+def test_librispeech_that_is_half_unpacked_is_named(tmp_path: Path) -> None:
+    root = librispeech(tmp_path / "set")
+    base = root / "LibriSpeech"
+    (root / "dev-clean.tar.gz").write_bytes(b"\x1f\x8b")  # its folder is there
+    (root / "test-other.tar.gz").write_bytes(b"\x1f\x8b")  # not one of the parts that are read by default
+    (base / "SPEAKERS.TXT").write_text(
+        ";ID |SEX| SUBSET |MINUTES| NAME\n19 | F | train-clean-100 | 1 | A |B\n84 | F | dev-clean | 1 | C\n"
+        "99 | M | test-other | 1 | D\n"
+    )
+    read_corpus("librispeech", root, tmp_path / "c.h5")
+    (root / "train-other-500.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(RetortError, match=r"train-other-500\.tar\.gz not unpacked"):
+        read_corpus("librispeech", root, tmp_path / "d.h5")
+    parts = ReaderOptions(parts=("dev-clean", "train-clean-100"))
+    assert read_corpus("librispeech", root, tmp_path / "c.h5", options=parts)["splits"] == {"dev": 3, "train": 3}
+    with (base / "SPEAKERS.TXT").open("a") as speakers:
+        speakers.write("26 | M | train-clean-100 | 1 | E\n")
+    with pytest.raises(RetortError, match=r"train-clean-100: speaker 26 of SPEAKERS\.TXT not found"):
+        read_corpus("librispeech", root, tmp_path / "d.h5", options=parts)
+
+
+@pytest.mark.parametrize(
+    ("reader", "archive"),
+    [
+        ("voxceleb1", "vox1_dev_wav_partaa"),
+        ("speech-commands", "speech_commands_v0.01.tar.gz"),
+        ("iemocap", "IEMOCAP_full_release.tar.gz"),
+        ("folder", "mine.zip"),
+        ("kaldi", "data.tgz"),
+        ("lhotse", "manifests.tar.xz"),
+    ],
+)
+def test_an_archive_that_is_not_unpacked_is_named(reader: str, archive: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / archive).write_bytes(b"\0")
+    with pytest.raises(RetortError, match=f"not found; .*found {archive}: unpack it"):
+        read_corpus(reader, tmp_path / "set", tmp_path / "c.h5")
+
+
 def test_other_suffixes_are_read(tmp_path: Path) -> None:
     expected = {}
     for name in ("librispeech", "speech-commands", "voxceleb1", "voxceleb1-trials", "iemocap"):

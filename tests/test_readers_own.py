@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -501,8 +502,17 @@ def test_bad_manifests_of_lhotse_are_one_line(manifests: Path, tmp_path: Path) -
     assert "none not found" in refused("lhotse", tmp_path / "none", out)
 
 
+@pytest.mark.parametrize("library", ["lhotse", "datasets"])
+def test_a_library_that_is_not_installed_is_named(
+    library: str, manifests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)  # `import` then raises ImportError
+    reader, root = {"lhotse": ("lhotse", manifests / "cuts"), "datasets": ("hf", Path("nobody/nothing"))}[library]
+    assert f"pip install '{library}>=" in refused(reader, root, tmp_path / "c.h5")
+
+
 def data_set(num_rows: int = 3) -> Any:
-    """Return rows with the bytes of a FLAC file each, a class label and a column that is no label."""
+    """Return rows with the bytes of a FLAC file each, a class label and a column that can't be a label."""
     audio = []
     for number in range(num_rows):
         buffer = io.BytesIO()
@@ -575,7 +585,7 @@ def test_bad_data_sets_of_hugging_face_are_one_line(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/train.parquet").write_bytes(b"PAR1 and no more")
     assert "datasets can't load it" in refused("hf", tmp_path / "broken", out)
-    assert "it is no folder here, so the hub was asked" in refused("hf", Path("nobody/nothing"), out)
+    assert "it is not a folder here, so the hub was asked" in refused("hf", Path("nobody/nothing"), out)
 
 
 def test_audio_of_a_table_is_read_one_row_at_a_time(saved: Path) -> None:

@@ -76,7 +76,7 @@ def test_dev_batches_hold_at_most_a_pack(world: World) -> None:
 
 
 def test_unknown_splits_and_no_training_utterances(world: World) -> None:
-    with pytest.raises(RetortError, match="no split 'test'; it has dev, train"):
+    with pytest.raises(RetortError, match="no split 'test'; it has dev, train; set `dev_split: null`"):
         data_of(world, dev_split="test")
     assert len(data_of(world, dev_split=None).dev) == 0
 

@@ -96,6 +96,17 @@ class PackSampler:
             position += len(order) - offset
 
 
+def _dev(corpus: Corpus, split: str) -> NDArray[np.int64]:
+    """Return the indices of the dev split. Raises RetortError with the ways out if the corpus has none."""
+    try:
+        return corpus.select(split)
+    except RetortError as error:
+        raise RetortError(
+            f"{error}; set `dev_split: null` in the student's section for no dev scores, or make the corpus with a dev "
+            "split: a column `split` in its table, or --dev-share"
+        ) from None
+
+
 class DistillationData:
     """Batches of a corpus and a store.
 
@@ -125,7 +136,7 @@ class DistillationData:
         for split in train_splits:
             self.is_train[corpus.select(split)] = True
         self.is_train &= kept
-        dev = np.zeros(0, dtype=np.int64) if dev_split is None else corpus.select(dev_split)
+        dev = np.zeros(0, dtype=np.int64) if dev_split is None else _dev(corpus, dev_split)
         self.dev = dev[kept[dev]]
         packs = sorted(set(store.pack_of[self.is_train].tolist()))
         if not packs:

@@ -21,6 +21,7 @@ from pipelines.readers.listing import (
     named,
     part_of,
     read_seconds,
+    shown,
     visible,
     visible_audio,
 )
@@ -66,7 +67,7 @@ def list_folder(root: Path, options: ReaderOptions) -> Listing:
         columns |= used
     labels = _labels(tables)
     utterances = [_utterance(root, table, number, row, labels) for table in tables for number, row in _numbered(table)]
-    understood = {"tables": [str(path) for path in paths], "columns": columns}
+    understood = {"tables": [shown(path, root) for path in paths], "columns": columns}
     return Listing(in_file_order(utterances), understood)
 
 

@@ -6,13 +6,14 @@ the decoder of all readers: `datasets` would need torchcodec.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from extract.base.errors import RetortError
 from pipelines.readers.folder import list_folder, renamed_columns
 from pipelines.readers.listing import (
+    Layout,
     ListedUtterance,
     Listing,
     ReaderOptions,
@@ -24,6 +25,7 @@ from pipelines.readers.listing import (
 from pipelines.readers.splits import UNKNOWN_SPEAKER
 from pipelines.readers.tables import as_text
 
+_LAYOUT = Layout("datasets", "a folder of save_to_disk, of Parquet or Arrow files, or of audio files (an audiofolder)")
 _ROWS = 64  # read at a time for their paths; audio is not decoded
 _SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk
 _TABLES = (".parquet", ".arrow")
@@ -32,9 +34,10 @@ _SCALAR = re.compile("(large_)?string|u?int|float|bool")
 
 @dataclass(frozen=True)
 class Cell:
-    """The encoded audio of one row; calling it reads the bytes."""
+    """The encoded audio of one row; calling it reads the bytes. Its text changes with the data set."""
 
-    dataset: Any  # of one column
+    dataset: Any = field(repr=False)  # of one column
+    fingerprint: str
     row: int
 
     def __call__(self) -> bytes:
@@ -54,8 +57,10 @@ def list_hf(root: Path, options: ReaderOptions) -> Listing:
     One column has the type Audio. `id` and `speaker` are used under these and other usual names, and columns of text
     and numbers become labels. `options.rename` maps a column to another name.
     """
-    if root.is_dir() and not _has_tables(root) and visible_audio(root, "**/*"):
-        return list_folder(root, options)  # Hugging Face's audiofolder: files and metadata.csv
+    if root.is_dir() and not _has_tables(root):
+        if visible_audio(root, "**/*"):
+            return list_folder(root, options)  # an audiofolder: files and metadata.csv
+        raise _LAYOUT.error(root, "a data set or an audio file")
     datasets = import_optional("datasets", "datasets>=4.4")
     splits = _load(datasets, root)
     utterances: list[ListedUtterance] = []
@@ -64,7 +69,7 @@ def list_hf(root: Path, options: ReaderOptions) -> Listing:
         columns |= (used := _columns(datasets, dataset, root, options.rename))
         utterances += _list_split(datasets, dataset, str(split), root, used)
     changed = {old: new for old, new in columns.items() if old != new}
-    return Listing(with_same_labels(utterances), {"tables": [str(root)], "columns": changed})
+    return Listing(with_same_labels(utterances), {"tables": [root.name], "columns": changed})
 
 
 def _has_tables(root: Path) -> bool:
@@ -84,7 +89,7 @@ def _load(datasets: Any, root: Path) -> dict[str, Any]:
             found = datasets.load_dataset(name, config or None)
     except failures as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        kind = "a folder" if root.is_dir() else "no folder here, so the hub was asked"
+        kind = "a folder" if root.is_dir() else "not a folder here, so the hub was asked"
         raise RetortError(
             f"{root}: datasets can't load it ({type(error).__name__}: {reason}); it is {kind}: expected a data set of "
             "save_to_disk, Parquet files, or an id of the hub, org/name or org/name:config"
@@ -127,7 +132,7 @@ def _list_split(
             split=split,
             speaker=values.get("speaker") or UNKNOWN_SPEAKER,
             labels=values,
-            data=Cell(cells, number) if has_bytes else None,
+            data=Cell(cells, dataset._fingerprint, number) if has_bytes else None,
         )
 
 

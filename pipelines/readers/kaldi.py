@@ -15,6 +15,7 @@ from pipelines.readers.listing import (
     part_of,
     read_fields,
     read_lines,
+    shown,
     visible,
 )
 from pipelines.readers.splits import kind_of
@@ -41,7 +42,8 @@ def list_kaldi(root: Path, options: ReaderOptions) -> Listing:
     utterances: list[ListedUtterance] = []
     for folder in sorted(folders):
         utterances += _list_folder(folder, folders[folder], with_text=with_text)
-    return Listing(in_file_order(utterances), {"tables": [str(folder / "wav.scp") for folder in sorted(folders)]})
+    tables = [shown(folder / "wav.scp", root) for folder in sorted(folders)]
+    return Listing(in_file_order(utterances), {"tables": tables})
 
 
 def _list_folder(folder: Path, split: str, *, with_text: bool) -> list[ListedUtterance]:

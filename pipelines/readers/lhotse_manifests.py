@@ -17,6 +17,7 @@ from pipelines.readers.listing import (
     base_of,
     import_optional,
     named,
+    shown,
     visible,
     with_same_labels,
 )
@@ -56,7 +57,7 @@ def list_lhotse(root: Path, options: ReaderOptions) -> Listing:
     names = [str(utterance.file) for utterance in utterances]
     base = base_of(names, [Path(), folder, folder.parent, folder.parent.parent])
     utterances = with_same_labels([replace(one, file=base / one.file) for one in utterances])
-    paths = [str(path) for found in manifests for path in found.values()]
+    paths = [shown(path, root.parent if root.is_file() else root) for found in manifests for path in found.values()]
     return Listing(in_file_order(utterances), {"tables": paths})
 
 

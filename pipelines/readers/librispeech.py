@@ -8,8 +8,10 @@ from pipelines.readers.listing import (
     Layout,
     ListedUtterance,
     ReaderOptions,
+    archives,
     audio_file,
     line_error,
+    named,
     read_lines,
     visible,
     visible_audio,
@@ -34,6 +36,7 @@ def list_librispeech(root: Path, options: ReaderOptions) -> list[ListedUtterance
     parts = tuple(dict.fromkeys(part.strip("/") for part in options.parts))
     parts = parts or tuple(part for part in present if not part.endswith("-other"))
     _check_parts(root, parts, present)
+    _check_unpacked(root, base, parts, present, chosen=bool(options.parts))
     lexicon_path = find_input(options.lexicon) if options.lexicon else root / "librispeech-lexicon.txt"
     lexicon = _read_lexicon(lexicon_path) if options.lexicon or lexicon_path.is_file() else None
     listed = []
@@ -64,6 +67,22 @@ def _check_parts(root: Path, parts: tuple[str, ...], present: list[str]) -> None
         raise RetortError(f"{root}: {missing[0]}/ not found; it has {', '.join(present)}: choose with {choice}")
     if missing:
         raise _LAYOUT.error(root, f"{missing[0]}/")
+
+
+def _check_unpacked(root: Path, base: Path, parts: tuple[str, ...], present: list[str], *, chosen: bool) -> None:
+    """Raise RetortError for an archive of a part that is not unpacked, and for a part without some of its speakers."""
+    names = {path.name: path.name.split(".")[0] for path in archives(root, base)}
+    packed = [file for file, part in names.items() if part.split("-")[0] in _SPLITS and part not in present]
+    if packed := [file for file in packed if not chosen and not names[file].endswith("-other")]:
+        raise RetortError(f"{root}: {named(packed)} not unpacked; unpack it there, or choose other parts with --part")
+    table = base / "SPEAKERS.TXT"
+    for line in table.read_text(errors="replace").splitlines() if table.is_file() else []:
+        speaker, _, part, *_ = [field.strip() for field in line.split("|")] + [""] * 3
+        if part in parts and not line.startswith(";") and not (base / part / speaker).is_dir():
+            raise RetortError(
+                f"{base / part}: speaker {speaker} of SPEAKERS.TXT not found: it is not wholly unpacked; unpack its "
+                "archive again (for some of its speakers alone, move SPEAKERS.TXT away)"
+            )
 
 
 def _transcripts(part: Path) -> list[Path]:

@@ -6,6 +6,7 @@ missing: `read_corpus` reports all missing files at once. A folder of another la
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class ListedUtterance:
     split: str
     speaker: str
     labels: dict[str, str] = field(default_factory=dict)
-    data: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+    data: Callable[[], bytes] | None = None
     crop_s: tuple[float, float] | None = None
     expected_s: float | None = None
     channel: int | None = None
@@ -84,9 +85,9 @@ class Layout:
 
     def error(self, root: Path, missing: str) -> RetortError:
         """Return the error for a folder that does not have this layout."""
-        return RetortError(
-            f"{root}: {missing} not found; expected the layout of {self.name}: {self.tree}{_archives(root, self.top)}"
-        )
+        packed = named([path.name for path in archives(root, self.base(root))])
+        fix = f"; found {packed}: unpack it" if packed else ""
+        return RetortError(f"{root}: {missing} not found; expected the layout of {self.name}: {self.tree}{fix}")
 
     def require(self, root: Path, *paths: Path) -> None:
         """Raise RetortError for the first path below `root` that does not exist."""
@@ -97,19 +98,14 @@ class Layout:
     def require_any(self, root: Path, listed: Sequence[ListedUtterance], list_name: str) -> None:
         """Raise RetortError if a list names files and none of them exists: the audio is elsewhere."""
         if listed and not any(utterance.file.exists() for utterance in listed):
-            file = listed[0].file
-            name = file.relative_to(root) if file.is_relative_to(root) else file
-            raise self.error(root, f"all files of {list_name}, such as {name.as_posix()},")
+            raise self.error(root, f"all files of {list_name}, such as {shown(listed[0].file, root)},")
 
 
-def _archives(root: Path, top: str) -> str:
-    """Return the end of an error line that names archives of the data set: they may hold what was not found."""
-    found = [
-        path.name
-        for path in visible(root, "*") + (visible(root / top, "*") if top else [])
-        if path.name.lower().endswith(_ARCHIVES) or "_part" in path.stem  # VoxCeleb1's archive is in parts
-    ]
-    return f"; found {named(found)}: unpack it" if found else ""
+def archives(*folders: Path) -> list[Path]:
+    """Return the archives in some folders: a data set that is not (wholly) unpacked."""
+    found = [path for folder in dict.fromkeys(folders) for path in visible(folder, "*")]
+    # VoxCeleb1's archive is in parts, vox1_dev_wav_partaa to partad.
+    return [path for path in found if path.name.lower().endswith(_ARCHIVES) or re.search("_part[a-z]{2}$", path.name)]
 
 
 def line_error(path: Path, line: str, expected: str) -> RetortError:
@@ -211,6 +207,11 @@ def base_of(names: Sequence[str], bases: Sequence[Path]) -> Path:
     """Return the first of the folders that has any of the named files; the first one where none has."""
     some = names[:_TRIED_NAMES]
     return next((base for base in bases if any(listed_file(base, name).is_file() for name in some)), bases[0])
+
+
+def shown(path: Path, root: Path) -> str:
+    """Return a path below `root` relative to it, any other as it is: the card shows it, on any machine alike."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def named(names: Sequence[object]) -> str:
