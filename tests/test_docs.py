@@ -338,8 +338,8 @@ def make_languages(folder: Path) -> None:
 
 
 def shape_of(output: str) -> list[str]:
-    """Output without what differs from run to run: figures, digests, widths and where a store lies."""
-    output = re.sub(r"^.*objects at.*\n(│ +│.*\n)?", "", output, flags=re.MULTILINE)
+    """Output without what differs from run to run: figures, digests, widths, the device and where a store lies."""
+    output = re.sub(r"^(.*objects at|│ device ).*\n(│ +│.*\n)*", "", output, flags=re.MULTILINE)
     masked = re.sub(r"[0-9a-f]{12}|\d+(\.\d+)?(e-\d+)?", "#", re.sub("[─━]+", "─", output))
     return [" ".join(line.split()) for line in masked.splitlines()]
 
