@@ -35,6 +35,7 @@ SUPERB_CONSTANTS: dict[str, tuple[float, float]] = {
     "sf_cer": (52.94, 21.76),
     "er": (48.24, 67.62),
 }
+SUPERB_TASKS = frozenset(SUPERB_CONSTANTS) - {"sf_f1", "sf_cer"} | {"sf"}
 # Utterances of SUPERB's own test splits (dataset card s3prl/superb on the Hugging Face hub). Another size shows that a
 # score is not official.
 TEST_SIZES = {"pr": 2620, "asr": 2620, "ks": 3081, "ic": 3793, "sid": 8251}
@@ -48,7 +49,13 @@ Bounds = tuple[float, float]  # low and high, percent
 
 def task_of(term: str) -> str:
     """Return the task that a term belongs to; slot filling has two terms, sf_f1 and sf_cer."""
-    return term.partition("_")[0]
+    return "sf" if term.startswith("sf_") else term
+
+
+def own_tasks(table: Scores) -> dict[str, bool]:
+    """Return the tasks of a table that are not SUPERB's, each with True if a higher value is better."""
+    scores = (score for row in table.values() for score in row.values())
+    return {score.task: score.higher_is_better for score in scores if score.task not in SUPERB_TASKS}
 
 
 def terms_of(score: ScoreFile) -> dict[str, tuple[float, Bounds | None]]:
@@ -91,31 +98,35 @@ def superb_s(values: Terms) -> float:
     return sum(superb_shares(values).values())
 
 
-def relative_shares(values: Terms, *, fbank: Terms, teacher: Terms) -> dict[str, float]:
+def relative_shares(
+    values: Terms, *, fbank: Terms, teacher: Terms, own: Mapping[str, bool] | None = None
+) -> dict[str, float]:
     """Return each task's contribution to the relative score, from the measured fbank (0) to the teacher (1000).
 
+    own: `own_tasks` of the table.
     Tasks without a scale (`without_scale`) are left out. Raises RetortError if the three differ in tasks, or if no
     task has a scale.
     """
     for name, other in (("fbank", fbank), ("the teacher", teacher)):
         if odd := sorted(other.keys() ^ values.keys()):
             raise RetortError(f"the relative score needs the same tasks of all; {name} differs in {', '.join(odd)}")
-    left_out = without_scale(fbank=fbank, teacher=teacher)
+    left_out = without_scale(fbank=fbank, teacher=teacher, own=own)
     ends = {term: (fbank[term], teacher[term]) for term in values if task_of(term) not in left_out}
     if not ends:
         raise RetortError("the relative score needs a task on which the teacher is better than fbank")
     return shares({term: values[term] for term in ends}, ends)
 
 
-def without_scale(*, fbank: Terms, teacher: Terms) -> dict[str, str]:
+def without_scale(*, fbank: Terms, teacher: Terms, own: Mapping[str, bool] | None = None) -> dict[str, str]:
     """Return tasks on which the teacher is not better than fbank, each with the term that shows it.
 
-    A ratio to a difference of 0 or of the wrong sign would be noise.
+    own: `own_tasks` of the table. A ratio to a difference of 0 or of the wrong sign would be noise.
     """
+    rising = {term: high > low for term, (low, high) in SUPERB_CONSTANTS.items()} | dict(own or {})
     return {
         task_of(term): term
-        for term, (low, high) in SUPERB_CONSTANTS.items()
-        if term in teacher and (teacher[term] - fbank[term]) * (high - low) <= 0
+        for term, is_rising in rising.items()
+        if term in teacher and (teacher[term] - fbank[term]) * (1 if is_rising else -1) <= 0
     }
 
 
@@ -131,11 +142,8 @@ def gather(paths: Sequence[Path]) -> dict[str, dict[str, ScoreFile]]:
     table: dict[str, dict[str, ScoreFile]] = {}
     path_of: dict[tuple[str, str], Path] = {}
     first: dict[str, tuple[Path, ScoreFile]] = {}
-    tasks = {task_of(term) for term in SUPERB_CONSTANTS}
     for path in files:
         score = ScoreFile.read(path)
-        if score.task not in tasks:
-            raise unknown(f"task in {path}:", score.task, tasks)
         if score.task == "sf" and "cer" not in score.also:
             raise RetortError(f"{path}: `also` has no 'cer', which slot filling needs; score the task again")
         if other := path_of.get((score.upstream, score.task)):
@@ -212,9 +220,9 @@ def summarise(
     for name in (fbank, teacher):
         if name not in values:
             raise unknown("upstream", name, values)
-    low, high = values[fbank], values[teacher]
+    low, high, directions = values[fbank], values[teacher], own_tasks(table)
     own = {
-        name: relative_shares(row, fbank=low, teacher=high) if row.keys() == high.keys() else None
+        name: relative_shares(row, fbank=low, teacher=high, own=directions) if row.keys() == high.keys() else None
         for name, row in values.items()
     }
     notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
@@ -222,7 +230,7 @@ def summarise(
     notes += [
         f"left out of the relative score: {task}, where {teacher} ({high[term]:.2f}) is not better than {fbank} "
         f"({low[term]:.2f})"
-        for task, term in without_scale(fbank=low, teacher=high).items()
+        for task, term in without_scale(fbank=low, teacher=high, own=directions).items()
     ]
     return Summary("relative_score", order, values, intervals, own, tuple(notes))
 

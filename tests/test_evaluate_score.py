@@ -118,6 +118,16 @@ def test_tasks_on_which_the_teacher_is_not_better_than_fbank_are_left_out(tmp_pa
     assert "left out of the relative score: sd, where teacher (11.00) is not better than fbank (10.00)" in summary.notes
 
 
+def test_own_tasks_have_their_share_in_their_own_direction(tmp_path: Path) -> None:
+    ends = {"fbank": {"ks": 40.0, "lid": 20.0, "rate_x": 60.0}, "teacher": {"ks": 90.0, "lid": 80.0, "rate_x": 70.0}}
+    for name, values in (*ends.items(), ("small", {"ks": 65.0, "lid": 35.0, "rate_x": 50.0})):
+        for task, value in values.items():
+            write_score(tmp_path, name, task, value, higher_is_better=task != "rate_x")
+    summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
+    assert summary.shares["small"] == {"ks": 250, "lid": 125}
+    assert any("rate_x, where teacher (70.00) is not better" in note for note in summary.notes)
+
+
 def test_relative_score_refuses_other_tasks_and_no_scale_at_all() -> None:
     with pytest.raises(RetortError, match=r"same tasks.*ks"):
         score_of({"pr": 50.0}, fbank=FBANK, teacher=TEACHER)

@@ -223,6 +223,15 @@ def test_a_report_without_a_scale_has_its_other_parts(tree: Path, monkeypatch: p
     assert len(list(svgs((tree / "report/index.html").read_text()))) == 2  # training and search, no trade-offs
 
 
+def test_a_task_of_ones_own_is_a_column_of_the_results(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (tree / "scores").glob("*/asr.json"):
+        change(path, task="lid", metric="acc")
+        path.rename(path.with_name("lid.json"))
+    report_of(tree, list(STUDENTS), ["ks", "lid"], monkeypatch)
+    assert metrics_in(tree / "metrics")["teacher"]["lid"] == TASKS["asr"][2]["teacher"]
+    assert metrics_in(tree / "metrics")["teacher"]["score"] == 1000
+
+
 def test_a_report_needs_no_students(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No student is configured" in report_of(tree, [], ["ks"], monkeypatch)
 

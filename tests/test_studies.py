@@ -292,7 +292,8 @@ def test_errors_are_one_line_and_write_nothing(tree: Path) -> None:
     assert "'librispeach'" in refused("wavlm-large", "--corpora", "librispeach")
     row = "corpora.snips.watch=data/snips/all.iob.snips.txt"
     assert "corpora.snips" in refused("wavlm-large", "--set", row)
-    assert "upstreams.teacher" in refused("wavlm-large", "--set", "upstreams.teacher.watch=data/hubert")
+    assert "does not exist" in refused("wavlm-large", "--set", "upstreams.teacher.watch=data/hubert")
+    assert "outside" in refused("wavlm-large", "--set", f"upstreams.teacher.watch={tree}")
     assert "'nobody'" in refused("stacking", "--base", "nobody")
     assert "teacher.codec=int4" in refused("seeds", "--set", "codec")
     assert "../elsewhere" in refused("seeds", "--out", "../elsewhere")

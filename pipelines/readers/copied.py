@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.base.files import check_out, read_json, written_aside
-from extract.corpus import Corpus
+from extract.corpus import Corpus, index_of
 
 
 def copy_corpus(card: Path, out: Path) -> dict[str, Any]:
@@ -18,9 +18,7 @@ def copy_corpus(card: Path, out: Path) -> dict[str, Any]:
     """
     check_out(out.with_suffix(".json"), "--out")
     Corpus.open(card)
-    for suffix in (".index.h5", ".json"):  # the card last
-        if not card.with_suffix(suffix).exists():
-            continue
-        with written_aside(out.with_suffix(suffix)) as aside:
-            shutil.copyfile(card.with_suffix(suffix), aside)
+    for start, end in ((index_of(card), index_of(out)), (card, out.with_suffix(".json"))):  # the card last
+        with written_aside(end) as aside:
+            shutil.copyfile(start, aside)
     return read_json(out.with_suffix(".json"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from evaluate.scorefile import ScoreFile
-from evaluate.table import Scores, check_sizes, gather, summarise, terms_of, without_scale
+from evaluate.table import Scores, check_sizes, gather, own_tasks, summarise, terms_of, without_scale
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.measures import CompareFile, SpeedFile, UpstreamSpeed
@@ -153,7 +153,7 @@ def _relative(table: Scores, tasks: tuple[str, ...]) -> tuple[Mapping[str, float
         {term: value for task in tasks for term, (value, _) in terms_of(table[name][task]).items()}
         for name in (BASELINE, TEACHER)
     )
-    if len(without_scale(fbank=low, teacher=high)) == len(tasks):
+    if len(without_scale(fbank=low, teacher=high, own=own_tasks(table))) == len(tasks):
         # Not an error: the other tables and charts are still useful.
         return dict.fromkeys(table), ("no relative score: on no task is the teacher better than fbank",)
     summary = summarise(table, fbank=BASELINE, teacher=TEACHER)

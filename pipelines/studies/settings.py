@@ -93,18 +93,29 @@ def _configure(settings: dict[str, Any], names: Sequence[str], where: str) -> No
 def check_watched(settings: Mapping[str, Any], stages: Mapping[str, Any], folder: Path) -> None:
     """Raise RetortError for a `watch` that neither git nor a stage provides.
 
-    DVC would fail on it in a temporary experiment and on a machine without the data set.
+    DVC would fail on it in a temporary experiment and on a machine without the data set. stages: those of the root.
     """
     outs = [out for stage in stages.values() for out in stage.get("do", stage).get("outs", []) if isinstance(out, str)]
     made = (*(re.sub(r"\$\{.*", "", out) for out in outs), f"{folder.as_posix()}/students/")
-    for section in ("corpora", "upstreams"):
+    for section, example in (
+        ("corpora", "pipelines/readers, or the table of --table"),
+        ("upstreams", "extract/upstream"),
+    ):
         for name, row in settings[section].items():
             watch = str(row.get("watch"))
-            ignored = subprocess.run(["git", "check-ignore", "--quiet", watch], check=False, capture_output=True)
-            if not watch.startswith(made) and (ignored.returncode == 0 or not Path(watch).exists()):
+            copied = str(row.get("read")).startswith("copy ")  # `watch` is the card of the base
+            if not copied and not watch.startswith(made) and (fault := _fault_of(Path(watch))):
                 raise RetortError(
-                    f"{section}.{name}: watch {watch} "
-                    + ("is ignored by git" if ignored.returncode == 0 else "does not exist")
-                    + ", so that experiments and other machines lack it; expected a path in git, such as "
-                    + ("extract/upstream" if section == "upstreams" else "pipelines/readers, or your own --table")
+                    f"{section}.{name}: watch {watch} {fault}, so that experiments and other machines lack it; "
+                    f"expected a path in git, such as {example}"
                 )
+
+
+def _fault_of(watch: Path) -> str | None:
+    """Return the reason why a path cannot be in git, None if it can."""
+    if watch.is_absolute() or ".." in watch.parts:
+        return "is outside of the repository"
+    if not watch.exists():
+        return "does not exist"
+    ignored = subprocess.run(["git", "check-ignore", "--quiet", watch], check=False, capture_output=True)
+    return "is ignored by git" if ignored.returncode == 0 else None
