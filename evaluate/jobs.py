@@ -270,7 +270,7 @@ def open_features(task: Task[Any], *, manifest: Path, corpus: Path) -> Features:
             f"{manifest} keeps {', '.join(sorted(reader.keep))}, task {task.name} reads {task.reads}: extract again "
             f"with `python -m extract run … --keep {','.join(sorted(reader.keep | {task.reads}))}`"
         )
-    return Features(reader, opened)
+    return Features(reader, reader.rows_of(opened))
 
 
 def configure_torch() -> None:

@@ -94,7 +94,7 @@ class Features:
     def select(self, split: str) -> NDArray[np.int64]:
         """Return corpus indices of a split's utterances that are in the store, int64 (utterances,).
 
-        Raises RetortError if the store holds none of them.
+        Raises RetortError if the store holds none of them, and if it holds parts of one, which have no labels.
         """
         chosen = self.corpus.select(split)
         kept = chosen[self.reader.pack_of[chosen] >= 0]
@@ -102,6 +102,12 @@ class Features:
             raise RetortError(
                 f"{self.reader.source} holds no utterance of split {split!r} of corpus {self.corpus.name}: all were "
                 "dropped as longer than a pack or shorter than a frame; extract again with a larger --pack-frames"
+            )
+        if len(parts := kept[self.corpus.is_part[kept]]):
+            raise RetortError(
+                f"{self.reader.source} holds {self.corpus.ids[parts[0]]!r}, a part of an utterance of split {split!r} "
+                f"({len(parts)} such), and scores need whole utterances; extract again without --cut-long, with a "
+                "larger --pack-frames"
             )
         return kept
 
@@ -114,7 +120,12 @@ class Features:
 
         Raises RetortError that lists the corpus's labels if it lacks this one.
         """
-        column = self.corpus.speakers if name == SPEAKER else self.corpus.label(name)
+        if name == SPEAKER:
+            column = self.corpus.speakers
+        elif name in self.corpus.labels:
+            column = self.corpus.labels[name]  # `label` refuses a corpus with parts; `select` refuses the parts alone
+        else:
+            column = self.corpus.label(name)
         return [column[index] for index in indices]
 
 

@@ -63,6 +63,13 @@ def _inputs(*, required: bool) -> Callable[[F], F]:
 
 _how_to_store = shared_options(
     click.option(
+        "--cut-long",
+        default=0.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Cut longer utterances into parts of at most so much, which run and train as utterances; 0: none.",
+    ),
+    click.option(
         "--store",
         default="stores",
         show_default=True,
@@ -244,6 +251,7 @@ def _rows(it: "Manifest") -> dict[str, str]:
         "note": it.upstream["note"] or "",
         "weights": it.upstream["weights_sha256"][:12],
         "corpus": f"{it.corpus['name']}, {it.corpus['num_utterances']} utterances, {hours:.2f} h",
+        "cut": _cut(it),
         "frames": f"{frames} of {it.dim} features every {it.hop_samples} samples, {len(it.layers)} layers",
         "convention": it.convention,
         "keeps": f"{', '.join(it.keep)}; {it.codec}, computed in {it.dtype}, attention {it.attention}",
@@ -257,6 +265,13 @@ def _rows(it: "Manifest") -> dict[str, str]:
         "fingerprint": it.fingerprint[:12],
         "digest": it.digest[:12],
     }
+
+
+def _cut(manifest: "Manifest") -> str:
+    """Return the cut of long utterances as text, empty for whole ones."""
+    if not (samples := manifest.cut_samples):
+        return ""
+    return f"{manifest.corpus['num_cut']} longer than {samples / 16_000:g} s, into parts that count as utterances"
 
 
 def _batches(manifest: "Manifest") -> str:

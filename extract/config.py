@@ -11,6 +11,7 @@ from typing import Any
 
 from extract.base.errors import RetortError, unknown
 from extract.base.files import sha256_json
+from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.store.codec import CODECS
 from extract.store.manifest import KEEP_DEFAULT, check_keep
 
@@ -31,6 +32,7 @@ class ExtractConfig:
     keep: frozenset[str] = KEEP_DEFAULT
     pack_frames: int = 8192  # frames of a pack, one micro-batch
     shard_packs: int = 4  # packs of a shard, one unit of work
+    cut_long: float = 0.0  # seconds; longer utterances become parts of at most so much; 0: they stay whole
     drop_long: bool = False
     drop_short: bool = False
     normalise: bool | None = None  # waveforms to zero mean, unit variance; None for the checkpoint's own setting
@@ -51,13 +53,24 @@ class ExtractConfig:
         for option in ("workers", "threads", "initial_blocks"):
             if getattr(self, option) < 0:
                 raise RetortError(f"--{option.replace('_', '-')} {getattr(self, option)}: expected 0 or more")
+        if not (self.cut_long == 0 or 1 <= self.cut_long <= 86_400):
+            raise RetortError(f"--cut-long {self.cut_long:g}: expected 0 (no cut), or 1 to 86400 seconds")
         if self.workers and self.scheduler:
             raise RetortError("--workers starts a Dask cluster, --scheduler uses a running one: give one of them")
+
+    def open_corpus(self) -> Corpus:
+        """Open the corpus, with long utterances cut. Raises RetortError as `Corpus.open`."""
+        return Corpus.open(self.corpus).cut_long(self.cut_samples)
 
     @property
     def loading(self) -> tuple[Any, ...]:
         """Fields that decide how an upstream is loaded: two corpora that agree in them can share one model."""
         return self.layers, self.dtype, self.device, self.trust_remote_code, self.threads
+
+    @property
+    def cut_samples(self) -> int:
+        """Samples of the longest part of a cut utterance, 0 for whole utterances (`Corpus.cut_long`)."""
+        return round(self.cut_long * SAMPLE_RATE_HZ)
 
     def fingerprint(self, upstream: Mapping[str, Any]) -> str:
         """Return the sha256 over everything that decides a store's bytes, except the corpus.
@@ -73,6 +86,9 @@ class ExtractConfig:
                 for key in ("layers", "codec", "pack_frames", "shard_packs", "drop_long", "dtype")
             },
         }
-        if self.drop_short:  # absent otherwise: stores older than this option keep their fingerprint
+        # Absent where they are not used: stores older than these options keep their fingerprint.
+        if self.drop_short:
             recipe["drop_short"] = True
+        if self.cut_samples:
+            recipe["cut_samples"] = self.cut_samples
         return sha256_json(recipe)

@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from extract.base.columns import BLOCK_ROWS, CodedColumn, TextColumn
+from extract.base.columns import BLOCK_ROWS, CodedColumn, TakenColumn, TextColumn
 from extract.base.errors import RetortError
 from extract.base.files import in_main_tree, read_json
 from extract.base.validate import check_fields, check_name
 
 FORMAT_VERSION = 1
 SAMPLE_RATE_HZ = 16_000
+CUT_GRID = 3_200  # samples: long utterances are cut at multiples of 0.2 s, which is a multiple of 5, 10, 20 and 40 ms
 _COLUMNS = ("id", "start", "num_samples", "split", "speaker")
 _DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # h5py, for a damaged file
 
@@ -76,6 +77,9 @@ class Corpus:
     speakers: TextColumn
     labels: Mapping[str, TextColumn]
     metadata: dict[str, Any]
+    audio: Path | None = None  # file that the card names for the audio, where `path` is the index in its place
+    cut_samples: int = 0  # longer utterances are in parts of at most so many (`cut_long`); 0: all are whole
+    utterance: NDArray[np.int64] | None = None  # row of the whole corpus that a row is (a part of); None: its own
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
@@ -92,7 +96,8 @@ class Corpus:
             except RetortError as error:
                 raise RetortError(f"{error}; make the corpus with `python -m pipelines corpus`") from None
             audio, index = in_main_tree(card["file"]), index_of(path)
-            path = index if index.exists() and not audio.exists() else audio
+            use_index = index.exists() and not audio.exists()
+            path = index if use_index else audio
         with _described_errors(path):
             corpus = cls._read(path)
             check_name(corpus.name, where=f"{path}: name")  # folders of stores begin with it
@@ -102,7 +107,7 @@ class Corpus:
                 f"corpus {path} has digest {corpus.digest[:12]}, its card {card['digest'][:12]}: the file changed "
                 "after the card was made; run `python -m pipelines corpus` again"
             )
-        return corpus
+        return replace(corpus, audio=audio) if card is not None and use_index else corpus
 
     @classmethod
     def _read(cls, path: Path) -> "Corpus":
@@ -174,8 +179,20 @@ class Corpus:
         with _open_file(self.path) as file:
             return "samples" in file
 
+    def check_audio(self, need: str, instead: str = "") -> None:
+        """Raise RetortError that names the file of the audio if there is only the index.
+
+        need: what reads waveforms, with its verb. instead: another way, for the end of the line.
+        """
+        if not self.has_audio:
+            raise RetortError(
+                f"{need} waveforms, and {self.path} holds only the index of corpus {self.name}; copy its audio to "
+                f"{self.audio or 'the .h5 file that its card names'}{instead}"
+            )
+
     @cached_property
     def _samples(self) -> h5py.Dataset:
+        self.check_audio("this command needs")
         return _open_file(self.path)["samples"]
 
     def samples(self, index: int) -> NDArray[np.int16]:
@@ -190,8 +207,67 @@ class Corpus:
         # A multiplication by a power of two is exact.
         return np.multiply(self.samples(index), np.float32(1 / 32_768), out=out, dtype=np.float32)
 
+    def cut_long(self, num_samples: int) -> "Corpus":
+        """Return the corpus with utterances of more than `num_samples` in parts of at most so many; itself for 0.
+
+        Parts of ID are ID#0001, ID#0002, …, of lengths that differ by at most CUT_GRID, end to end, in the place of the
+        utterance. They begin on multiples of CUT_GRID, so that their frames are frames of the utterance's grid. Split
+        and speaker are the utterance's; labels belong to whole utterances. The digest stays that of the whole corpus.
+        Raises RetortError if an id of a part is the id of another utterance.
+        """
+        if not num_samples:
+            return self
+        assert not self.cut_samples and num_samples >= 4 * CUT_GRID  # no part is shorter than a grid step then
+        limit = num_samples // CUT_GRID * CUT_GRID
+        num_parts = np.where(self.num_samples > num_samples, -(-self.num_samples // limit), 1)
+        utterance = np.repeat(np.arange(len(self), dtype=np.int64), num_parts)
+        part = np.arange(len(utterance)) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
+        length, count = self.num_samples[utterance], num_parts[utterance]
+        # Part p of n begins at p / n of the utterance, rounded up to the grid. Rounded up, no part exceeds `limit`.
+        first, end = (
+            np.minimum(-(-length * number // (count * CUT_GRID)) * CUT_GRID, length) for number in (part, part + 1)
+        )
+        ids = _part_ids(self.ids, utterance, np.where(count > 1, part + 1, 0))
+        if (repeated := ids.repeated()) is not None:
+            raise RetortError(
+                f"corpus {self.name} ({self.path}): {repeated!r} is the id of an utterance and of a part of a cut one; "
+                "rename the utterance"
+            )
+        return replace(
+            self,
+            ids=ids,
+            start=self.start[utterance] + first,
+            num_samples=end - first,
+            splits=self.splits.take(utterance),
+            speakers=TakenColumn(self.speakers, utterance),
+            labels={name: TakenColumn(column, utterance) for name, column in self.labels.items()},
+            cut_samples=num_samples,
+            utterance=utterance,
+        )
+
+    @cached_property
+    def is_part(self) -> NDArray[np.bool_]:
+        """True for a row that is a part of an utterance, bool (rows,)."""
+        if self.utterance is None:
+            return np.zeros(len(self), dtype=bool)
+        parts: NDArray[np.bool_] = np.bincount(self.utterance)[self.utterance] > 1
+        return parts
+
+    @property
+    def num_cut(self) -> int:
+        """Number of utterances that are in parts."""
+        return 0 if self.utterance is None else len(np.unique(self.utterance[self.is_part]))
+
     def label(self, name: str) -> TextColumn:
-        """Return one label column, in file order. Raises RetortError that lists the columns for an unknown name."""
+        """Return one label column, in file order.
+
+        Raises RetortError that lists the columns for an unknown name, and for a corpus with parts of utterances.
+        """
+        if self.is_part.any():
+            raise RetortError(
+                f"corpus {self.name} ({self.path}): {self.num_cut} utterances are in parts, which have no label "
+                f"{name!r}; labels belong to whole utterances: extract without --cut-long"
+            )
         if name not in self.labels:
             raise RetortError(
                 f"corpus {self.name} ({self.path}) has no label {name!r}; "
@@ -218,6 +294,17 @@ def read_blocks(column: h5py.Dataset) -> Iterator[list[bytes]]:
     """Yield the rows of a text column in blocks: Python objects of a whole column never exist at once."""
     for first in range(0, len(column), BLOCK_ROWS):
         yield column[first : first + BLOCK_ROWS].tolist()
+
+
+def _part_ids(ids: TextColumn, utterance: NDArray[np.int64], number: NDArray[np.int64]) -> TextColumn:
+    """Return the ids of rows, with the number of the part where it is not 0."""
+
+    def block(first: int) -> list[bytes]:
+        rows = slice(first, first + BLOCK_ROWS)
+        pairs = zip(utterance[rows].tolist(), number[rows].tolist(), strict=True)
+        return [(f"{ids[row]}#{part:04d}" if part else ids[row]).encode() for row, part in pairs]
+
+    return TextColumn.of(map(block, range(0, len(utterance), BLOCK_ROWS)))
 
 
 def normalise_waveform(waveform: NDArray[np.float32]) -> NDArray[np.float32]:

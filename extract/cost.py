@@ -65,6 +65,8 @@ class CostConfig:
     def __post_init__(self) -> None:
         if self.like is not None and self.like not in SHAPES:
             raise unknown("shape of --like", self.like, SHAPES)
+        if self.hours is not None and self.extract.cut_long:
+            raise RetortError("--cut-long with --hours: simulated utterances stay whole; give --corpus, or one of them")
         for name in ("hours", "rate", "read_mb_s", "write_mb_s"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise RetortError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
@@ -198,7 +200,7 @@ def free_bytes(root: str) -> int | None:
 
 def plan_cost(config: CostConfig, console: "Console") -> None:
     """Estimate the cost of an extraction and print it. Raises RetortError where `extract run` would at its start."""
-    corpus = Corpus.open(config.extract.corpus) if config.hours is None else SimulatedCorpus.of(config.hours)
+    corpus = config.extract.open_corpus() if config.hours is None else SimulatedCorpus.of(config.hours)
     size = Size.of(config.extract, corpus, SHAPES[config.like] if config.like else None)
     if missing := [layer for layer in config.student_layers or () if layer not in size.layers]:
         raise RetortError(
@@ -243,10 +245,12 @@ def _print_size(console: "Console", config: ExtractConfig, corpus: AnyCorpus, si
     from rich.table import Table
 
     packing, dropped = size.packing, len(corpus) - size.num_utterances
+    num_cut = corpus.num_cut if isinstance(corpus, Corpus) else 0
     table = Table(title=f"{config.upstream} on {corpus.name}", show_header=False, title_justify="left")
     rows = {
         "utterances": f"{size.num_utterances:,}"
         + (f" ({dropped:,} longer than a pack or shorter than a frame are dropped)" if dropped else ""),
+        **({"cut": f"{num_cut:,} longer than {config.cut_long:g} s, into parts"} if num_cut else {}),
         "audio": f"{size.audio_s / 3600:,.2f} h",
         "frames": f"{size.num_frames:,} of {size.spec.dim} features every {size.spec.hop_samples} samples",
         "layers": f"{len(size.layers)} of {size.spec.num_layers}: {', '.join(map(str, size.layers))}",

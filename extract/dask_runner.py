@@ -129,7 +129,7 @@ def _open_here(config: ExtractConfig, card: UpstreamCard) -> tuple[LocalRunner, 
     """Open a store, once for all threads and shards of this worker."""
     with _lock:
         if (key := (config, card)) not in _opened:
-            runner, extraction = _load(config, card), Extraction.open(config, card, Corpus.open(config.corpus))
+            runner, extraction = _load(config, card), Extraction.open(config, card, config.open_corpus())
             facts = runner.open(extraction)
             if extraction.writer.remote:
                 extraction.writer.create()  # in the staging folder of this process

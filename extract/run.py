@@ -48,7 +48,7 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
         check_out(config.manifest, "--manifest")
     if not is_url(root := root_text(first.store)):
         check_out(in_main_tree(root), "--store", folder_with=".")  # the root may hold anything else
-    corpora = [Corpus.open(config.corpus) for config in configs]  # all, so that errors come before any work
+    corpora = [config.open_corpus() for config in configs]  # all, so that errors come before any work
     card = find_upstream(first.upstream, normalise=first.normalise, name=first.name)
     _check_initial_blocks(first, card)
     with _runner(first, card) as runner, progress_of(card, corpora) as bar:
@@ -70,6 +70,7 @@ def _extract(
 ) -> tuple[Manifest, bool]:
     manifest, worked = _finished(config, card, corpus), False
     if manifest is None:
+        corpus.check_audio(f"--corpus {config.corpus}: extraction needs")
         # Packing needs lengths and config.json alone: its errors come before the upstream is loaded.
         manifest, worked = make_store(Extraction.open(config, card, corpus), runner, bar), True
     else:
@@ -147,6 +148,14 @@ def make_store(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) ->
     return writer.finish(_manifest(extraction, facts), ids=corpus.ids)
 
 
+def corpus_record(corpus: Corpus) -> dict[str, Any]:
+    """Return the field `corpus` of a manifest: the whole corpus by its digest, and the number of rows of the store."""
+    record: dict[str, Any] = {"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)}
+    if corpus.cut_samples:  # absent otherwise: other manifests keep their bytes
+        record |= {"cut_samples": corpus.cut_samples, "num_cut": corpus.num_cut}
+    return record
+
+
 def _remarks(facts: UpstreamFacts) -> list[str]:
     """Return lines on properties of the features that a user did not ask for."""
     found = [] if facts.remark is None else [facts.remark]
@@ -183,7 +192,7 @@ def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
         threads=facts.threads,
         attention=facts.attention,
         plan=writer.packing.summary(),
-        corpus={"name": corpus.name, "digest": corpus.digest, "num_utterances": len(corpus)},
+        corpus=corpus_record(corpus),
         num_dropped=int(np.count_nonzero(writer.packing.pack < 0)),
         store=store_of(config, card, corpus),
         object_list=[],

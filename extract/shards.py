@@ -112,6 +112,8 @@ def pack_corpus(config: ExtractConfig, corpus: "Corpus | SimulatedCorpus", spec:
     return pack_utterances(
         num_frames,
         ids=corpus.ids,
+        # Parts of so many seconds have at most `pack_frames` frames: a frame covers a hop or more.
+        pack_s=config.pack_frames * spec.hop_samples // SAMPLE_RATE_HZ,
         pack_frames=config.pack_frames,
         shard_packs=config.shard_packs,
         drop_long=config.drop_long,

@@ -122,6 +122,8 @@ OPTIONS = [
     asked("endless packs", "--pack-frames 99999999999999999999", "expected at least 1 and less than 2.53"),
     asked("packs too long", "--pack-frames 9999999999999", "a store's index is int32, expected less than 2"),
     asked("packs too small", "--pack-frames 3", "has 53 frames, a pack holds 3 .* use --pack-frames 53 or"),
+    asked("a short cut", "--cut-long 0.5", "--cut-long 0.5: expected 0 .no cut., or 1 to 86400 seconds"),
+    asked("a cut that is not a number", "--cut-long nan", "--cut-long nan: expected 0"),
     asked("all dropped", "--pack-frames 3 --drop-long", "every utterance of .*give a larger --pack-frames"),
     asked("no shard", "--shard-packs 0", "--shard-packs 0: expected at least 1"),
     asked("workers", "--workers -1", "--workers -1: expected 0 or more"),

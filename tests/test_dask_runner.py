@@ -57,6 +57,7 @@ def command(config: ExtractConfig) -> list[str]:
         *("extract", "run", "--upstream", config.upstream, "--corpus", str(config.corpus)),
         *("--store", str(config.store), "--manifest", str(config.manifest), "--threads", str(config.threads)),
         *("--pack-frames", str(config.pack_frames), "--shard-packs", str(config.shard_packs)),
+        *("--cut-long", str(config.cut_long)),
         *(["--scheduler", config.scheduler] if config.scheduler else ["--workers", str(config.workers)]),
         *("--device", config.device),
     ]
@@ -116,10 +117,12 @@ def start(config: ExtractConfig) -> Command:
 
 
 def test_two_workers_write_what_one_process_writes(config: ExtractConfig) -> None:
+    config = replace(config, cut_long=1.0)  # most utterances are in parts
     alone, _ = extract(config)
     shared = elsewhere(config, "shared", workers=2)
     run = run_command(*command(shared), check=True)
     together = Manifest.read(shared.manifest)
+    assert together.corpus == alone.corpus and alone.corpus["num_cut"] > 30
     assert together.objects == alone.objects
     assert together.digest == alone.digest
     assert together.threads == alone.threads == 1

@@ -80,13 +80,15 @@ def make_world(
     codec: str = "int8",
     keep: frozenset[str] = KEEP_DEFAULT,
     changes: dict[str, object] | None = None,
+    longest_s: float = 0.9,
+    cut_long: float = 0.0,
 ) -> World:
     """Make ten training and four dev utterances of 0.3 to 0.9 s, in packs that mix both, and their features.
 
-    `changes` are fields of the teacher's config.
+    `changes` are fields of the teacher's config, `cut_long` that of `ExtractConfig`.
     """
     generator = np.random.default_rng(0)
-    lengths = np.linspace(0.3, 0.9, 14) * 16_000
+    lengths = np.linspace(0.3, longest_s, 14) * 16_000
     utterances = [
         Utterance(
             id=f"utterance-{index:02d}",
@@ -111,6 +113,7 @@ def make_world(
                 codec=codec,
                 keep=keep,
                 pack_frames=96,
+                cut_long=cut_long,
                 initial_blocks=2,
             )
         )

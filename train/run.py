@@ -82,6 +82,7 @@ def begin(request: TrainRequest) -> Run:
     torch.manual_seed(config.seed)  # of random initial weights: no other draw may come before the student is built
     corpus = Corpus.open(request.corpus)
     store = StoreReader.open(request.manifest, corpus)
+    corpus = store.rows_of(corpus)
     check_input(config, store, corpus)
     weights, stem = _read_teacher(config, store)
     check_frames(stem, store, corpus)
@@ -198,14 +199,13 @@ def check_input(config: StudentConfig, store: StoreReader, corpus: Corpus) -> No
                 f"shape.stem_channels: got {config.shape.stem_channels}, expected the {store.stem_dim} channels of the "
                 f"stem in {store.source}"
             )
-    if config.needs_audio and not corpus.has_audio:
-        setting = "stem: `waveforms` needs"
-        if config.stem == "stored":
-            setting = "optimiser.stem_frozen: the last steps train the stem and need"
-        raise RetortError(
-            f"{setting} waveforms, and {corpus.path} holds only the index of {corpus.name}; copy the audio file "
-            "that its card names, or train without it: `stem: stored` with optimiser.stem_grad_scale 0, from a store "
-            "made with --keep frames,pooled,stem"
+    if config.needs_audio:
+        corpus.check_audio(
+            "stem: `waveforms` needs"
+            if config.stem == "waveforms"
+            else "optimiser.stem_frozen: the last steps train the stem and need",
+            ", or train without it: `stem: stored` with optimiser.stem_grad_scale 0, from a store made with --keep "
+            "frames,pooled,stem",
         )
 
 

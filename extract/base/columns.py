@@ -136,6 +136,20 @@ class TextColumn(_Column):
         return next((text for text, count in counts.items() if count > 1), None)
 
 
+class TakenColumn(TextColumn):
+    """Rows of another column, in any order and any number of times; they are copied when they are first used."""
+
+    def __init__(self, column: TextColumn, rows: NDArray[np.int64]) -> None:
+        self.column, self.rows = column, rows
+
+    @cached_property
+    def text(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        return self.column.take(self.rows).text
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class CodedColumn(_Column):
     """Strings of which few are different: a code a row, int32 (rows,), and the text of each code."""
 

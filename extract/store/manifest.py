@@ -31,6 +31,7 @@ _UPSTREAM = {
 }
 _PLAN = dict.fromkeys(("pack_frames", "shard_packs", "num_packs", "num_shards", "num_frames"), int)
 _CORPUS = {"name": str, "digest": str, "num_utterances": int}
+_CUT = {"cut_samples": int, "num_cut": int}  # also in `corpus`, if long utterances were cut
 _STORE = {"root": str, "path": str}
 _NEW_IN_3 = ("object_list", "totals", "num_dropped")  # fields
 _INITIAL_WEIGHTS = {"file": str, "sha256": str, "num_blocks": int}
@@ -167,6 +168,11 @@ class Manifest:
         return sum(size for _, size in self.totals.values())
 
     @property
+    def cut_samples(self) -> int:
+        """Samples of the longest part of a cut utterance, 0 for whole utterances (`Corpus.cut_long`)."""
+        return int(self.corpus.get("cut_samples", 0))
+
+    @property
     def folder(self) -> Path:
         """Folder of the store. Raises RetortError for a store at a URL."""
         if isinstance(location := self.location, RemoteLocation):
@@ -203,6 +209,10 @@ class Manifest:
             raise unknown(f"codec in {path}:", self.codec, CODECS)
         for name, keys in (("upstream", _UPSTREAM), ("plan", _PLAN), ("corpus", _CORPUS), ("store", _STORE)):
             check_fields(keys, getattr(self, name), where=f"{path}: {name}")
+        if "cut_samples" in self.corpus:
+            check_fields(_CUT, self.corpus, where=f"{path}: corpus")
+            if self.cut_samples < 16_000:
+                raise RetortError(f"{path}: corpus.cut_samples: got {self.cut_samples}, expected 1 s, 16000, or more")
         self._check_initial_weights_record(path)
         check_below(self.store["path"], where=f"{path}: store.path")
         check_name(self.corpus["name"], where=f"{path}: corpus.name")

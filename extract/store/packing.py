@@ -121,13 +121,15 @@ def pack_utterances(
     ids: Sequence[object],
     pack_frames: int,
     shard_packs: int,
+    pack_s: int = 0,
     drop_long: bool = False,
     drop_short: bool = False,
 ) -> Packing:
     """Sort utterances by length, longest first, and fill pack after pack. The result is deterministic.
 
-    num_frames: int64 (utterances,). ids: of the utterances, for error lines. Raises RetortError for an utterance
-    without a frame unless `drop_short`, and for one longer than a pack unless `drop_long`.
+    num_frames: int64 (utterances,). ids: of the utterances, and pack_s: seconds of audio that fit a pack (0: not
+    known), for error lines. Raises RetortError for an utterance without a frame unless `drop_short`, and for one longer
+    than a pack unless `drop_long`.
     """
     for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
         if not 1 <= count < 1 << 53:
@@ -139,9 +141,10 @@ def pack_utterances(
         )
     if len(long := np.flatnonzero(num_frames > pack_frames)) and not drop_long:
         worst = long[np.argmax(num_frames[long])]
+        cut = f"cut them with --cut-long {pack_s}, or " if pack_s else "or "
         raise RetortError(
             f"utterance {ids[worst]!r} has {num_frames[worst]} frames, a pack holds {pack_frames} ({len(long)} such); "
-            f"use --pack-frames {num_frames[worst]} or drop them with --drop-long"
+            f"use --pack-frames {num_frames[worst]}, {cut}drop them with --drop-long"
         )
     order = np.argsort(-num_frames, kind="stable")  # stable: equal lengths stay in corpus order
     order = order[(num_frames[order] <= pack_frames) & (num_frames[order] >= 1)]

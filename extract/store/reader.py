@@ -89,6 +89,19 @@ class StoreReader:
             )
         return reader
 
+    def rows_of(self, corpus: Corpus) -> Corpus:
+        """Return the corpus with a row for each row of the store: long utterances cut as the store's are.
+
+        Raises RetortError if their numbers of rows differ.
+        """
+        corpus = corpus.cut_long(self.manifest.cut_samples)
+        if len(corpus) != self.num_utterances:
+            raise RetortError(
+                f"{self.source}: corpus: got {self.num_utterances} as num_utterances, expected {len(corpus)} of corpus "
+                f"{corpus.name}; the file was changed by hand, run `python -m extract run` again"
+            )
+        return corpus
+
     def damaged(self) -> list[str]:
         """Return the names of the objects at the store's location whose bytes differ from the list (reads all).
 
