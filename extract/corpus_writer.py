@@ -17,7 +17,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -168,7 +168,7 @@ class CorpusWriter:
             )
             _write_at(self._samples_fd, samples, self._end_of_samples)
             self._count(row, samples)
-        line = json.dumps([signature, found, row and asdict(row)]).encode() + b"\n"
+        line = json.dumps([signature, found, row and vars(row)]).encode() + b"\n"
         _write_at(self._journal_fd, line, self._journal_bytes)
         self._journal_bytes += len(line)
         self.position += 1
@@ -332,11 +332,20 @@ class CorpusWriter:
 
 
 class _AroundSamples(io.FileIO):
-    """File that HDF5 takes for a new one while it holds samples, which end at byte `end`."""
+    """File that HDF5 takes for a new one while it holds samples, which end at byte `end`.
+
+    HDF5 has no way to pass on that a disk is full: an error of the system is kept, and raised at the end of the `with`.
+    """
 
     def __init__(self, path: Path, end: int) -> None:
         super().__init__(path, "r+b")
         self._samples_end, self._size = end, 0
+        self._error: OSError | None = None
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        if self._error is not None:
+            raise self._error  # what HDF5 then raised, if it did, is a consequence
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:  # HDF5 asks for the size of the file, and reads one that has content
@@ -345,7 +354,10 @@ class _AroundSamples(io.FileIO):
 
     def write(self, data: Any) -> int:
         start, size = self.tell(), len(data)
-        _write_at(self.fileno(), data, start)
+        try:
+            _write_at(self.fileno(), data, start)
+        except OSError as error:
+            self._error = error
         super().seek(start + size)
         self._size = max(self._size, start + size)
         return size

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,4 +45,7 @@ def killed_at(call: int, path: Path, utterances: list[Utterance]) -> None:
 
 def write_up_to(size: int, path: Path, utterances: list[Utterance]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    write_resumably(path, utterances)
+    try:
+        write_resumably(path, utterances)
+    except OSError as error:
+        sys.exit(error.errno)

@@ -1,5 +1,6 @@
 """Writing of corpora: killed anywhere and continued, with little memory and one copy of the audio on the disk."""
 
+import errno
 import json
 import shutil
 import signal
@@ -39,6 +40,7 @@ def contents(folder: Path) -> dict[str, Any]:
     assert not index.has_audio and (index.digest, index.labels_digest) == (card["digest"], card["labels_digest"])
     return {
         "card": card | {"file": ""},
+        "index": (folder / "c.index.h5").read_bytes(),  # DVC compares it
         "samples": [corpus.samples(row).tolist() for row in range(len(corpus))],
         "columns": [
             [list(one.ids), list(one.splits), list(one.speakers), one.start.tolist(), one.num_samples.tolist(),
@@ -49,13 +51,13 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def test_killed_at_every_change_of_a_file_the_corpus_is_the_same(tmp_path: Path) -> None:
-    utterances = noise_utterances(4, shortest=2_000, longest=4_000)
+    utterances = noise_utterances(3, shortest=2_000, longest=4_000)
     write_corpus(tmp_path / "old.h5", name="c", reader="folder", utterances=utterances[:1])
     (tmp_path / "whole").mkdir()
     assert write_resumably(tmp_path / "whole/c.h5", utterances) == 0
     expected = contents(tmp_path / "whole")
     taken_over = []
-    for call in chain(range(25), range(25, 1_000, 6)):  # most of the later ones are of HDF5's structure
+    for call in chain(range(16), range(16, 1_000, 9)):  # most of the later ones are of HDF5's structure
         folder = tmp_path / str(call)
         folder.mkdir()
         if call % 2:  # an older corpus of this name
@@ -70,9 +72,9 @@ def test_killed_at_every_change_of_a_file_the_corpus_is_the_same(tmp_path: Path)
         taken_over.append(write_resumably(folder / "c.h5", utterances))
         assert names(folder) == ["c.h5", "c.index.h5", "c.json"]
         assert contents(folder) == expected, call
-    assert call > 60 and len(taken_over) > 30
+    assert call > 50 and len(taken_over) > 20
     # Never fewer than with an earlier kill, but for the last: then the corpus had its name and was complete.
-    assert taken_over[:-1] == sorted(taken_over[:-1]) and set(taken_over) == {0, 1, 2, 3, 4}
+    assert taken_over[:-1] == sorted(taken_over[:-1]) and set(taken_over) == {0, 1, 2, 3}
 
 
 @pytest.fixture
@@ -218,14 +220,17 @@ def is_deleted_in(link: Path, folder: Path) -> bool:
     return target.startswith(str(folder)) and target.endswith("(deleted)")
 
 
-def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full_in", ["samples", "structure"])
+def test_a_full_disk_keeps_what_was_written(full_in: str, tmp_path: Path) -> None:
     utterances = noise_utterances(8, shortest=20_000)
-    process = WARM.Process(target=write_up_to, args=(150_000, tmp_path / "c.h5", utterances))
+    size = 150_000 if full_in == "samples" else 65_536 + 2 * sum(len(one.samples) for one in utterances) + 1_000
+    process = WARM.Process(target=write_up_to, args=(size, tmp_path / "c.h5", utterances))
     process.start()
     process.join()
-    assert process.exitcode == 1
+    assert process.exitcode == errno.EFBIG
     assert names(tmp_path) == LEFTOVERS
-    assert write_resumably(tmp_path / "c.h5", utterances) > 0
+    taken_over = write_resumably(tmp_path / "c.h5", utterances)
+    assert 0 < taken_over < 8 if full_in == "samples" else taken_over == 8
     expected = write_corpus(tmp_path / "d.h5", name="c", reader="folder", utterances=utterances)["digest"]
     assert Corpus.open(tmp_path / "c.json").digest == expected
 

@@ -98,8 +98,7 @@ def _line_of(error: OSError) -> str:
     if is_full_disk(error):
         where = f" at {path}" if path else ""
         return (
-            f"no space left on the disk{where}: no partial file was kept; free some space and run the same command "
-            "again, finished work is kept"
+            f"no space left on the disk{where}; free some space and run the same command again, finished work is kept"
         )
     raise error
 
