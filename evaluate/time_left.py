@@ -2,7 +2,8 @@
 
 Scores of one run differ a hundredfold in their time, by task above all (demo, ten tasks of one upstream: 2 to 33 s) and
 hardly by upstream (ASR of six: 30 to 38 s). The expected time of a score is its work, from the recipe, times the mean
-seconds that scores of its task took for a unit of work: those of this run, or else those that score files record.
+seconds that scores of its task took for a unit of work: those of this run, or else those that score files record, at
+the speed of this run.
 """
 
 import heapq
@@ -64,7 +65,12 @@ class TimeLeft:
 
     def expected_s(self) -> list[float]:
         """Return the expected seconds of every score."""
-        factors = _factors(self.earlier) | _factors(self.made)  # of this run where it has any of the task
+        before, now = _factors(self.earlier), _factors(self.made)
+        # Another machine, or a busy one: this run has taken so many times what the earlier ones would have.
+        both = [score for score in self.made if score.task in before]
+        usual_s = sum(score.guess_s * before[score.task] for score in both)
+        slower = sum(score.seconds for score in both) / usual_s if usual_s else 1.0
+        factors = {task: factor * slower for task, factor in before.items()} | now
         # A task without a measurement: the guess, corrected as the guesses of most other tasks.
         common = statistics.median(factors.values()) if factors else 1.0
         return [score.guess_s * factors.get(score.task, common) for score in self.scores]

@@ -43,7 +43,7 @@ def test_an_upstream_of_the_demo_is_estimated_from_another(parallel: int) -> Non
     whole = run(asked, parallel, earlier)
     assert whole[-1] == (0.0, 0.0)
     total = max(true for _, true in whole)
-    assert all(abs(estimate - true) < 0.25 * total for estimate, true in whole)
+    assert all(abs(estimate - true) < 0.3 * total for estimate, true in whole)
     # The time so far, divided by the number of scores, errs by far more.
     end = whole[0][1] + min(took for _, took in asked[:parallel])
     alike = [(end - true) / done * (len(asked) - done) for done, (_, true) in enumerate(whole, start=1)]
@@ -67,11 +67,15 @@ def test_guesses_are_corrected_by_what_was_measured() -> None:
     # A second in hand is no time owed: `b` takes less, the last score is as expected.
     assert left.finish(1, 3.0, now_s=13.0) == 20.0
     assert left.left_s(40.0) == 0.0
-    # What this run measured outweighs earlier files of the same task, and no others.
-    after = TimeLeft([ExpectedScore("a", 1.0), ExpectedScore("a", 1.0), ExpectedScore("b", 1.0)], 1, [
-        ExpectedScore("a", 1.0, 50.0), ExpectedScore("b", 1.0, 6.0)
-    ])  # fmt: skip
-    assert after.finish(0, 2.0, now_s=2.0) == 2.0 + 6.0
+
+
+def test_times_of_earlier_runs_hold_at_the_speed_of_this_run() -> None:
+    earlier = [ExpectedScore("a", 1.0, 4.0), ExpectedScore("b", 1.0, 6.0)]
+    left = TimeLeft([ExpectedScore(task, 1.0) for task in "aab"], 1, earlier)
+    assert left.left_s(0.0) == 14.0
+    assert left.finish(0, 8.0, now_s=8.0) == 8.0 + 12.0  # twice as slow, so b takes twice its 6 s
+    assert left.finish(1, 16.0, now_s=24.0) == 18.0
+    assert left.finish(2, 1.0, now_s=25.0) == 0.0
 
 
 def test_scores_that_end_in_another_order_than_they_were_sent() -> None:
