@@ -257,13 +257,16 @@ def open_features(task: Task[Any], *, manifest: Path, corpus: Path) -> Features:
     Raises RetortError if they do not match, if a label is missing, or if the store lacks the array that the task reads.
     """
     opened = Corpus.open(corpus)
-    for label in task.labels:
-        if label != SPEAKER:
-            opened.label(label)
-        elif not opened.speakers.is_filled():
-            raise RetortError(
-                f"corpus {opened.name} ({opened.path}) has utterances without a speaker: {task.name} needs one for all"
-            )
+    if missing := _missing_labels(task, opened):
+        others = [name for name, other in TASKS.items() if not _missing_labels(other, opened)]
+        raise RetortError(
+            f"corpus {opened.name} ({opened.path}) has no label {missing[0]!r}, which task {task.name} needs; it has "
+            f"{', '.join(sorted(opened.labels)) or 'none'}, the labels of {', '.join(others) or 'no task'}"
+        )
+    if SPEAKER in task.labels and not all(opened.speakers):
+        raise RetortError(
+            f"corpus {opened.name} ({opened.path}) has utterances without a speaker: {task.name} needs one for all"
+        )
     reader = StoreReader.open(manifest, opened)
     if task.reads not in reader.keep:
         raise RetortError(
@@ -271,6 +274,10 @@ def open_features(task: Task[Any], *, manifest: Path, corpus: Path) -> Features:
             f"with `python -m extract run … --keep {','.join(sorted(reader.keep | {task.reads}))}`"
         )
     return Features(reader, reader.rows_of(opened))
+
+
+def _missing_labels(task: Task[Any], corpus: Corpus) -> list[str]:
+    return [label for label in task.labels if label != SPEAKER and label not in corpus.labels]
 
 
 def configure_torch() -> None:

@@ -57,7 +57,9 @@ class TimeLeft:
     def left_s(self, now_s: float) -> float:
         """Return the seconds left: each free process takes the next score of those that wait."""
         expected = self.expected_s()
-        ends = [max(expected[index] - (now_s - since), 0.0) for index, since in self.started.items()]
+        ran = {index: now_s - since for index, since in self.started.items()}
+        # A score that has run longer than expected is not finished: it is given a tenth of its time so far.
+        ends = [max(expected[index] - so_far_s, so_far_s / 10) for index, so_far_s in ran.items()]
         heapq.heapify(ends)
         for index in self.waiting:  # none waits while a process is free
             heapq.heapreplace(ends, ends[0] + expected[index])

@@ -56,6 +56,7 @@ def without_shards() -> None:
 MANIFESTS = [
     Row("no manifest", "extract info manifests/none.json", "manifests/none.json does not exist; run the stage"),
     Row("a folder", "extract info manifests", "manifests is a folder; give the JSON file"),
+    Row("a card", "extract info corpora/tiny.json", "corpora/tiny.json is a corpus card, expected a manifest"),
     Row("empty", INFO, "is not JSON .*delete it and run", write(M, "")),
     Row("cut off", VERIFY, "is not JSON", cut(M, 300)),
     Row("a list", INFO, "holds a JSON list, expected an object", write(M, "[1]")),

@@ -123,7 +123,7 @@ PARAMS = [
     also("targets: [4, 2]", "targets: got .4, 2., expected ascending layers"),
     also("targets: 4", "targets: got 4, expected a list"),
     also("train_splits: [tra]", "has no split 'tra'; it has dev, test, train"),
-    also("dev_split: nope", "has no split 'nope'"),
+    also("dev_split: nope", "has no split 'nope'; .*dev_split: null.*--dev-share"),
     also("stem: stored", "stem: `stored` needs a frozen stem.*stem_grad_scale"),
     also("stem: stored\n    optimiser: {stem_grad_scale: 0}", "keeps frames, pooled .*--keep frames,pooled,stem"),
     also("init: random\n    optimiser: {stem_grad_scale: 0}", "stem_grad_scale: got 0, .*above 0"),
@@ -204,7 +204,11 @@ EXPORTS = [
 
 SCORES = [
     asked("task", RUN.replace("task ks", "task xx"), "unknown task 'xx': expected one of asr, asv"),
-    asked("label", RUN.replace("task ks", "task ic"), "has no label 'action'; it has keyword, text"),
+    asked(
+        "label",
+        RUN.replace("task ks", "task ic"),
+        "has no label 'action', which task ic needs; it has keyword, text, the labels of .*ks",
+    ),
     asked("another's features", RUN.replace("tiny.json", "other.json"), "not of other"),
     asked("out a folder", f"{SCORE} --out corpora", "--out corpora is a folder; give a file"),
     asked("out under a file", f"{SCORE} --out params.yaml/x/ks.json", "params.yaml is not a folder"),

@@ -64,9 +64,9 @@ def test_guesses_are_corrected_by_what_was_measured() -> None:
     # `a` takes five times its guess; so, as long as nothing is known of it, does `b`.
     assert left.finish(0, 10.0, now_s=10.0) == 15.0 + 20.0
     assert left.left_s(12.0) == 33.0
-    # A second in hand is no time owed: `b` takes less, the last score is as expected.
+    # `b` takes less than expected; the last score is expected as before.
     assert left.finish(1, 3.0, now_s=13.0) == 20.0
-    assert left.left_s(40.0) == 0.0
+    assert left.left_s(40.0) == pytest.approx(2.7)  # it has run for 27 s and goes on
 
 
 def test_times_of_earlier_runs_hold_at_the_speed_of_this_run() -> None:
@@ -80,9 +80,10 @@ def test_times_of_earlier_runs_hold_at_the_speed_of_this_run() -> None:
 
 def test_scores_that_end_in_another_order_than_they_were_sent() -> None:
     left = TimeLeft([expected(name) for name in "abcd"], 2)
-    assert left.finish(3, 1.0, now_s=1.0) == 1.0  # a and b have run for all of their second; c waits
-    assert left.finish(0, 1.0, now_s=1.0) == 1.0
-    assert left.finish(2, 1.0, now_s=2.0) == 0.0 and left.finish(1, 1.0, now_s=2.0) == 0.0
+    assert left.finish(3, 0.5, now_s=0.5) == pytest.approx(0.55)  # a or b, over its time, then c
+    assert left.finish(0, 0.5, now_s=0.5) == pytest.approx(0.5)  # c starts beside b
+    assert left.finish(2, 0.5, now_s=1.0) == pytest.approx(0.1)
+    assert left.finish(1, 1.0, now_s=1.0) == 0.0
 
 
 def test_work_is_steps_times_heads_times_utterances() -> None:

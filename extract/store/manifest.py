@@ -110,6 +110,8 @@ class Manifest:
 
         Raises RetortError that names the field, `path`, and what was expected.
         """
+        if {"reader", "labels_digest"} <= value.keys():
+            raise RetortError(f"{path} is a corpus card, expected a manifest, such as manifests/UPSTREAM/CORPUS.json")
         if value.get("format_version") not in (2, FORMAT_VERSION) or value.get("complete") is not True:
             raise RetortError(
                 f"{path} is not a complete manifest of format {FORMAT_VERSION} (format_version "
