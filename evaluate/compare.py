@@ -67,8 +67,10 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Return second minus first, rounded as metrics are."""
-        return None if self.first is None or self.second is None else round(self.second - self.first, 4)
+        """Return second minus first of the figures with two decimals, as metrics and the table have them."""
+        if self.first is None or self.second is None:
+            return None
+        return round(round(self.second, 2) - round(self.first, 2), 2)
 
     @property
     def failed(self) -> bool:

@@ -55,11 +55,11 @@ def test_metrics_hold_the_relative_score_and_flat_numbers(made: Made) -> None:
     assert rows.keys() == PARAMS.keys()
     for name, row in rows.items():
         shares = [(tests[name] - tests["fbank"]) / (tests["teacher"] - tests["fbank"]) for *_, tests in TASKS.values()]
-        assert row.pop("score") == pytest.approx(250 * sum(shares), abs=1e-4)
+        assert row.pop("score") == pytest.approx(250 * sum(shares), abs=0.051)
         if name in STUDENTS:
             assert row.pop("dev_loss") == 0.47
         scores = {task: tests[name] for task, (_, _, tests) in TASKS.items()}
-        assert row == scores | {"params_m": pytest.approx(PARAMS[name] / 1e6, abs=1e-4)}
+        assert row == scores | {"params_m": pytest.approx(PARAMS[name] / 1e6, abs=5.1e-4)}
 
 
 def test_metrics_are_one_table_in_git_that_dvc_compares_with_any_commit(

@@ -152,11 +152,14 @@ def _print(results: "Results", page: Path) -> None:
 def _metrics(upstream: "Upstream") -> dict[str, float]:
     """Return the figures of one upstream: a row of `dvc metrics show`, whose keys are the columns.
 
-    They are the same each time that the same records are made: no timings, which would change files in git.
+    They are the same each time that the same records are made: no timings, which would change files in git, and no
+    digits that rounding on another machine changes.
     """
-    figures = {"score": upstream.relative} | {task: score.test for task, score in upstream.scores.items()}
+    figures = {task: round(score.test, 2) for task, score in upstream.scores.items()}
+    if upstream.relative is not None:
+        figures["score"] = round(upstream.relative, 1)
     if upstream.speed is not None:
-        figures["params_m"] = upstream.speed.params / 1e6
-    if upstream.training is not None:
-        figures["dev_loss"] = upstream.training.loss.dev
-    return {name: round(value, 4) for name, value in figures.items() if value is not None}
+        figures["params_m"] = round(upstream.speed.params / 1e6, 3)
+    if upstream.training is not None and upstream.training.loss.dev is not None:
+        figures["dev_loss"] = round(upstream.training.loss.dev, 4)
+    return figures

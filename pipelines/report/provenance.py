@@ -14,7 +14,7 @@ def provenance_facts(results: Results, revision: Revision | None) -> dict[str, s
     """Return what made the results, by part. `revision` is that of the code now, which made the report."""
     teacher, speed = results.teacher, results.speed
     hours = teacher.plan["num_frames"] * teacher.hop_samples / 16_000 / 3600
-    size_gb = sum(size for size, _ in teacher.objects.values()) / 1e9
+    size_gb = teacher.num_bytes / 1e9
     scores = [score for upstream in results.upstreams for score in upstream.scores.values()]
     runs = [run for _, run in results.students]
     facts = {
