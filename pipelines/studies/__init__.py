@@ -35,6 +35,7 @@ from pipelines.studies.stages import shared_corpora, study_stages
 
 MAIN = Path("params.yaml")  # settings of the main pipeline
 _HERE = Path(__file__).parent
+NAMES = sorted(path.stem for path in _HERE.glob("*.yaml"))
 
 
 def make_study(
@@ -73,9 +74,8 @@ def read_study(name: str) -> dict[str, Any]:
 
 
 def _read_file(name: str) -> dict[str, Any]:
-    names = sorted(path.stem for path in _HERE.glob("*.yaml"))
-    if name not in names:
-        raise unknown("study", name, names)
+    if name not in NAMES:
+        raise unknown("study", name, NAMES)
     return read_params(_HERE / f"{name}.yaml")
 
 
@@ -126,14 +126,16 @@ def _parse_changes(pairs: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
-@click.command("study")
+@click.command(
+    "study", epilog=f"Studies: {', '.join(NAMES)}. Each is explained at the top of its file in pipelines/studies/."
+)
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the study [default: studies/NAME].")
 @click.option("--base", help="Study whose settings are changed, or params.yaml [default: the study's own base].")
 @click.option("--corpora", metavar="NAME,NAME", help="Scored corpora that you have [default: all of the study].")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 def study_command(name: str, out: Path | None, base: str | None, corpora: str | None, pairs: tuple[str, ...]) -> None:
-    """Write the pipeline of study NAME (an unknown one lists them) to a folder of its own."""
+    """Write the pipeline of study NAME to a folder of its own, whose params.yaml is then the one file to edit."""
     folder = out or Path("studies") / name
     if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise RetortError(f"--out {folder}: expected a folder below the repository root, such as studies/{name}")
