@@ -46,8 +46,6 @@ README, CLUSTER, EXTENDING, INTEROP = (
 )
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("extract", "train", "evaluate", "pipelines")
-# A module that a block imports, and the package that it then needs.
-NOT_OURS = {"torch.utils.tensorboard": "tensorboard", "mlflow": "mlflow"}
 
 
 @dataclass(frozen=True)
@@ -303,10 +301,7 @@ def test_code_runs(
     monkeypatch.delitem(sys.modules, "expert", raising=False)
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
-        code = compile(block.text, str(block), "exec")
-        needed = [package for module, package in NOT_OURS.items() if f"{module}" in block.text]
-        if all(map(importlib.util.find_spec, needed)):
-            exec(code, names)
+        exec(compile(block.text, str(block), "exec"), names)
     assert capsys.readouterr().out
     reader = StoreReader.open(world / "manifests/targets/distill.json")
     if page == INTEROP:
