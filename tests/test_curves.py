@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from tests.train_world import World, make_world, stop_after, student, train_request
+from tests.train_world import SHAPE, World, make_world, stop_after, student, train_request
 from train.__main__ import main
 from train.curves import TOOLS
 from train.distributed import ProcessGroup
@@ -166,7 +167,8 @@ def test_only_the_main_process_opens_a_record(world: World) -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_missing_library_is_one_line(world: World, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
     monkeypatch.setitem(sys.modules, tool, None)
-    (world.folder / "params.yaml").write_text("train: {tiny: {family: distilhubert, steps: 1}}")
+    section = {"family": "distilhubert", "steps": 1, "shape": SHAPE, "optimiser": {"lr": 1e-3}}
+    (world.folder / "params.yaml").write_text(yaml.safe_dump({"train": {"tiny": section}}))
     paths = ["--manifest", str(world.manifest), "--corpus", str(world.corpus), "--out", "students/tiny"]
     done = CliRunner().invoke(main, ["run", "--student", "tiny", *paths, "--log", tool])
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and f"pip install {tool}" in done.stderr
