@@ -272,6 +272,14 @@ def test_an_archive_that_is_not_unpacked_is_named(reader: str, archive: str, tmp
         read_corpus(reader, tmp_path / "set", tmp_path / "c.h5")
 
 
+def test_absent_files_beside_an_archive_are_to_be_unpacked(tmp_path: Path) -> None:
+    root = voxceleb(tmp_path / "set")
+    (root / "dev/wav/id10000/x/00001.wav").unlink()
+    (root / "vox1_dev_wav.zip").write_bytes(b"PK")
+    with pytest.raises(RetortError, match=r"1 of 4 files can't be used: .*Unpack vox1_dev_wav\.zip, or drop"):
+        read_corpus("voxceleb1", root, tmp_path / "c.h5")
+
+
 def test_other_suffixes_are_read(tmp_path: Path) -> None:
     expected = {}
     for name in ("librispeech", "speech-commands", "voxceleb1", "voxceleb1-trials", "iemocap"):

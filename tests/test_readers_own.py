@@ -391,6 +391,15 @@ def test_a_kaldi_data_folder_is_read(tmp_path: Path) -> None:
     assert rows_of(read("kaldi", folder, tmp_path / "d.h5"), "text") == rows_of(corpus, "text")
 
 
+def test_a_kaldi_folder_without_text_among_others_has_empty_texts(tmp_path: Path) -> None:
+    kaldi_folder(tmp_path / "data/train", tmp_path / "audio")
+    kaldi_folder(
+        tmp_path / "data/test", tmp_path / "more", text="", segments="", utt2spk="v1 s3\n", wav_scp="v1 more/rec1.wav\n"
+    )
+    corpus = read("kaldi", tmp_path / "data", tmp_path / "c.h5")
+    assert ("v1", "test", "s3", "") in rows_of(corpus, "text") and len(corpus) == 4
+
+
 def test_kaldi_folders_are_splits_and_paths_may_be_those_of_the_recipe(tmp_path: Path) -> None:
     for split in ("train_clean_5", "dev_clean_2", "test"):
         write_audio(tmp_path / f"corpus/{split}.wav")

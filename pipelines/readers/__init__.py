@@ -32,7 +32,7 @@ from pipelines.readers.kaldi import list_kaldi
 from pipelines.readers.lhotse_manifests import check_manifests, list_lhotse
 from pipelines.readers.librimix import list_librimix
 from pipelines.readers.librispeech import list_librispeech
-from pipelines.readers.listing import ListedUtterance, Listing, ReaderOptions, named
+from pipelines.readers.listing import ListedUtterance, Listing, ReaderOptions, archives, named
 from pipelines.readers.quesst14 import list_quesst14, read_scope, scope_without
 from pipelines.readers.snips import list_snips
 from pipelines.readers.speech_commands import list_speech_commands
@@ -120,22 +120,23 @@ class Findings:
         record = {"dropped": list(self.bad), "changed": dict(sorted(self.changed.items()))}
         return record | ({"noted": noted} if noted else {})
 
-    def check(self, num_listed: int, *, skip_bad: bool) -> None:
+    def check(self, num_listed: int, root: Path, *, skip_bad: bool) -> None:
         """Raise RetortError for bad files unless `skip_bad`, and for a corpus that would be empty."""
         if not num_listed:
             raise RetortError("the corpus would be empty: the lists of the data set name no utterance")
         bad = list(self.bad)
         more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
-        named = f"{'; '.join(bad[:_NAMED_AT_MOST])}{more}"
+        found = f"{'; '.join(bad[:_NAMED_AT_MOST])}{more}"
+        absent = any(name.endswith("(does not exist)") for name in bad)
+        packed = [path.name for path in archives(root)] if absent and root.is_dir() else []
+        fix = f"Unpack {named(packed)}" if packed else "Repair them"
         if bad and not skip_bad:
             raise RetortError(
-                f"{len(bad)} of {num_listed} files can't be used: {named}. "
-                "Repair them, or drop and record them with --skip-bad"
+                f"{len(bad)} of {num_listed} files can't be used: {found}. "
+                f"{fix}, or drop and record them with --skip-bad"
             )
         if len(self.dropped) == num_listed:
-            raise RetortError(
-                f"the corpus would be empty: none of {num_listed} files can be used: {named}. Repair them"
-            )
+            raise RetortError(f"the corpus would be empty: none of {num_listed} files can be used: {found}. {fix}")
 
 
 def read_corpus(
@@ -171,7 +172,7 @@ def read_corpus(
         for line in _describe(listing):
             bar.say(f"corpus {out.stem}: {line}")
         _decode_all(listed, writer, findings, bar)
-        findings.check(len(listed), skip_bad=skip_bad)
+        findings.check(len(listed), root, skip_bad=skip_bad)
         record = ({"listing": listing.understood} if listing.understood else {}) | findings.record()
         if findings.dropped:
             metadata |= READERS[reader].without(metadata, findings.dropped)
@@ -203,6 +204,8 @@ def _describe(listing: Listing) -> Iterator[str]:
     understood = listing.understood
     if not understood:
         return
+    if "dev" in understood:
+        yield describe_dev(understood["dev"])
     counts = Counter(utterance.split for utterance in listing.utterances)
     parts = sum(utterance.crop_s is not None for utterance in listing.utterances)
     renamed = {new: f"{new} (named {old})" for old, new in understood.get("splits", {}).items()}
@@ -215,8 +218,6 @@ def _describe(listing: Listing) -> Iterator[str]:
             f"splits {', '.join(f'{renamed.get(split, split)} {count}' for split, count in sorted(counts.items()))}",
         ]
     )
-    if "dev" in understood:
-        yield describe_dev(understood["dev"])
 
 
 def _check_ids(listed: list[ListedUtterance]) -> None:

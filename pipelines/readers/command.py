@@ -22,9 +22,7 @@ from extract.base.errors import RetortError
     type=click.Path(path_type=Path),
     help="LibriSpeech: pronunciations [default: ROOT/librispeech-lexicon.txt].",
 )
-@click.option(
-    "--rename", multiple=True, metavar="OLD=NEW", help="folder: rename column OLD of the table to NEW; repeatable."
-)
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="folder, hf: rename column OLD to NEW; repeatable.")
 @click.option(
     "--table",
     "tables",

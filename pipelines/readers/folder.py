@@ -66,6 +66,7 @@ def list_folder(root: Path, options: ReaderOptions) -> Listing:
         tables.append(Table(path, rows, base_of(names, [own_folder, own_folder / "clips", path.parent]), split))
         columns |= used
     labels = _labels(tables)
+    # Tables may have different columns: the utterances of each get the labels of all.
     utterances = [_utterance(root, table, number, row, labels) for table in tables for number, row in _numbered(table)]
     understood = {"tables": [shown(path, root) for path in paths], "columns": columns}
     return Listing(in_file_order(utterances), understood)
@@ -102,6 +103,7 @@ def _find_tables(root: Path, given: Sequence[Path]) -> dict[Path, str]:
         raise RetortError(f"{root}: has {named([path.name for path in top])}; choose one with --table")
     if top:
         return {top[0]: ""}
+    # As Hugging Face's audiofolder has them; then as Common Voice does.
     below = [path for path in visible(root, "*/metadata.*") if path.suffix.lower() in TABLES]
     beside = [path for path in visible(root, "*") if path.suffix.lower() in TABLES and kind_of(path.stem)]
     # `train.tsv` or `train_manifest.json`, but no other file whose name begins with the name of a split
@@ -122,6 +124,7 @@ def _list_tree(root: Path) -> Listing:
     if not files:
         raise _LAYOUT.error(root, "an audio file or a table")
     names = [file.relative_to(root) for file in files]
+    # All or none: a folder `test` among folders of speakers is not a split.
     in_splits = all(len(name.parts) > 1 and kind_of(name.parts[0]) for name in names)
     utterances = [
         ListedUtterance(
@@ -193,6 +196,7 @@ def _numbered(table: Table) -> Iterator[tuple[int, dict[str, str]]]:
 def _utterance(root: Path, table: Table, number: int, row: dict[str, str], labels: tuple[str, ...]) -> ListedUtterance:
     known = {key: row.get(key, "").strip() for key in ("file", "id", "split", "speaker")}
     file = listed_file(table.base, known["file"])
+    # Ids are relative to ROOT, so that they are the same on every machine.
     name = file.relative_to(root) if file.is_relative_to(root) else file
     crop_s, expected_s = _times(row, f"{table.path}: row {number} ({known['file']})")
     return ListedUtterance(

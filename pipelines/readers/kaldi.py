@@ -17,6 +17,7 @@ from pipelines.readers.listing import (
     read_lines,
     shown,
     visible,
+    with_same_labels,
 )
 from pipelines.readers.splits import kind_of
 
@@ -29,8 +30,8 @@ _LAYOUT = Layout(
 def list_kaldi(root: Path, options: ReaderOptions) -> Listing:
     """List the utterances of a data folder, or of the data folders below `root`, whose names are the splits.
 
-    Label `text`, where every folder has one. A recording without segments is an utterance. Commands in wav.scp, whose
-    output would be the audio, are refused: a data set is not trusted to run programs.
+    Label `text`, empty for folders without one. A recording without segments is an utterance. Commands in wav.scp, the
+    output of which would be the audio, are refused: a data set is not trusted to run programs.
     """
     if any((root / name).exists() for name in _FILES):
         folders = {root: root.name if kind_of(root.name) else "train"}
@@ -38,22 +39,23 @@ def list_kaldi(root: Path, options: ReaderOptions) -> Listing:
         folders = {path.parent: path.parent.name for name in _FILES for path in visible(root, f"*/{name}")}
     if not folders:
         raise _LAYOUT.error(root, "wav.scp")
-    with_text = all((folder / "text").exists() for folder in folders)
     utterances: list[ListedUtterance] = []
     for folder in sorted(folders):
-        utterances += _list_folder(folder, folders[folder], with_text=with_text)
+        utterances += _list_folder(folder, folders[folder])
     tables = [shown(folder / "wav.scp", root) for folder in sorted(folders)]
-    return Listing(in_file_order(utterances), {"tables": tables})
+    return Listing(in_file_order(with_same_labels(utterances)), {"tables": tables})
 
 
-def _list_folder(folder: Path, split: str, *, with_text: bool) -> list[ListedUtterance]:
+def _list_folder(folder: Path, split: str) -> list[ListedUtterance]:
     has_speakers = (folder / "utt2spk").exists() or (folder / "spk2utt").exists()
     missing = [] if (folder / "wav.scp").exists() else ["wav.scp"]
     if missing := missing + ([] if has_speakers else ["utt2spk or spk2utt"]):
         raise RetortError(f"{folder}: {' and '.join(missing)} not found; expected the layout of Kaldi: {_LAYOUT.tree}")
     file_of = _read_recordings(folder)
     parts = _read_segments(folder) if (folder / "segments").exists() else {name: (name, None) for name in file_of}
+    with_text = (folder / "text").exists()
     speaker_of, text_of = _read_speakers(folder), _read_map(folder / "text") if with_text else {}
+    # All inconsistencies are reported at once, as Kaldi's own utils/validate_data_dir.sh does.
     lost = {
         "recordings of segments that wav.scp lacks": sorted(
             {recording for recording, _ in parts.values()} - {*file_of}
