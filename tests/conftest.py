@@ -35,6 +35,7 @@ LONGEST = (
     "test_dask_runner.py",
     "test_crash.py",
     "test_bench_variants.py",
+    "test_experiments.py",
 )
 
 
