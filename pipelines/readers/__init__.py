@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from extract import __version__
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, find_input, in_main_tree
 from extract.base.progress import ProgressBar
@@ -281,13 +282,13 @@ def _findings_on(utterance: ListedUtterance, decoded: Decoded | Bad) -> tuple[di
 
 
 def _signature(utterance: ListedUtterance) -> str:
-    """Return a text that changes with the utterance as listed, and with the size or time of its file."""
+    """Return a text that changes with the utterance as listed, the size or time of its file, and Retort's version."""
     try:
         status = utterance.file.stat()
         state = (status.st_size, status.st_mtime_ns)
     except OSError:
         state = (0, 0)
-    return hashlib.sha256(repr((utterance, state)).encode(errors="backslashreplace")).hexdigest()[:16]
+    return hashlib.sha256(repr((__version__, utterance, state)).encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _printable(path: Path) -> str:
