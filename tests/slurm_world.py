@@ -1,9 +1,7 @@
 """A Slurm cluster of one machine, for as long as a test: munged, slurmctld and slurmd with files in a folder.
 
-It needs Debian's slurm-wlm and munge, no service and no configuration of the system. Its one node has two GPUs by name
-(/dev/null and /dev/zero), so that Slurm gives each task a CUDA_VISIBLE_DEVICES of its own, as on a real node.
-
-The clone of the tests: the tracked files, a tiny teacher, and speech-like noise in the layout of LibriSpeech.
+It needs Debian's slurm-wlm and munge, no service and no configuration of the system. Its one node has four GPUs by name
+alone, so that job scripts are accepted as they are and Slurm gives each task a CUDA_VISIBLE_DEVICES of its own.
 """
 
 import os
@@ -17,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+_GPUS = ("null", "zero", "full", "random")  # Slurm wants devices
 _PATH = f"{os.environ['PATH']}:/usr/sbin"
 _CONF = """
 ClusterName=test
@@ -42,7 +41,8 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,kill_invalid_depend
 ReturnToService=2
 KillWait=5
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=65536 Gres=gpu:2
+FirstJobId=41
+NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=1048576 Gres=gpu:4
 PartitionName=main Nodes={host} Default=YES
 """
 
@@ -69,7 +69,7 @@ class Slurm:
         (folder / "munge.key").chmod(0o600)
         host, user = socket.gethostname(), "root" if os.getuid() == 0 else str(os.getuid())
         (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=host, user=user, ports=_free_ports()))
-        (folder / "gres.conf").write_text("".join(f"Name=gpu File={file}\n" for file in ("/dev/null", "/dev/zero")))
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File=/dev/{name}\n" for name in _GPUS))
         (folder / "plugstack.conf").write_text("\n")
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         try:
@@ -107,7 +107,11 @@ class Slurm:
 
     def _start(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}.log").open("wb")
-        self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder))
+        self._daemons.append(
+            subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+            )
+        )
         log.close()
 
     def run(self, *command: str, cwd: Path | None = None, check: bool = True) -> str:

@@ -191,6 +191,12 @@ def parse_copy(words: list[str], *, whole: bool) -> None:
     assert (ROOT / words[1]).is_file(), words
 
 
+def parse_sbatch(words: list[str], *, whole: bool) -> None:
+    """The file is there, and a study follows it; tests/test_slurm.py submits the lines."""
+    (script,) = (index for index, word in enumerate(words) if word.endswith(".sbatch"))
+    assert (ROOT / words[script]).is_file() and len(words) > script + 1, words
+
+
 def not_ours(words: list[str], *, whole: bool) -> None:
     """The shell's own, git's and s3prl's."""
 
@@ -201,6 +207,7 @@ PARSERS: dict[str, Callable[..., None]] = {
     "dvc": parse_dvc,
     "pip": parse_pip,
     "cp": parse_copy,
+    "sbatch": parse_sbatch,
     ".": not_ours,
     "cd": not_ours,
     "export": not_ours,
@@ -262,6 +269,7 @@ def options_of(command: click.Command) -> Iterator[str]:
         "pip install -e '.[clusters]'",
         "pip install -r requirements/gpu.lock",
         "python requirements/update.py",
+        "sbatch pipelines/slurm/train.sbatch $STUDY",
     ],
 )
 def test_a_wrong_command_is_noticed(wrong: str) -> None:

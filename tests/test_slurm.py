@@ -1,10 +1,11 @@
 """The job scripts of pipelines/slurm, submitted to a real Slurm: the results of plain commands, requeued or not."""
 
-import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,29 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import yaml
 
 from extract.base.params import read_params
 from extract.store.manifest import Manifest
-from pipelines.studies import make_study
 from tests.processes import ROOT, run_command
 from tests.slurm_world import Slurm, missing
 from tests.train_world import make_teacher
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-STUDY = "studies/tiny"
+CLUSTER = ROOT / "docs/cluster.md"
+STUDY = "studies/librispeech-100"
 SHAPE = {"dim": 16, "ffn": 32, "heads": 2, "stem_channels": 8, "position_kernel": 16, "position_groups": 4}
 CHANGES: dict[str, Any] = {
-    "upstreams": {"teacher": {"source": "data/teacher", "watch": "data/teacher"}},
+    "upstreams": {"teacher": {"source": "data/teacher"}},
     "teacher": {"layers": "2,4,6"},
     "store": {"pack_frames": 256, "pack_frames_fbank": 512, "shard_packs": 1},
     "machine": {"extract": "--device cpu --threads 1", "train": "--device cpu", "evaluate": "--workers 0"},
-    "corpora": {"distill": {"read": "librispeech data/librispeech --part train-clean-100 --part dev-clean"}},
-    "students": ["distilhubert", "interleaved-12x384"],
     "train": {
         "defaults": {"targets": [2, 4, 6], "steps": 30, "precision": "fp32", "shape": SHAPE,
                      "checkpoint_every_steps": 1, "optimiser": {"accumulate": 1}},
         "distilhubert": {"steps": 30, "shape": SHAPE, "optimiser": {"accumulate": 1}},
     },
+    "tasks": {"librispeech": ["pr"]},
     "evaluate": {"pr": {"learning_rates": [0.01], "steps": 4, "dev_evaluations": 1, "batch_size": 4}},
 }  # fmt: skip
 
@@ -72,16 +71,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(["git", *command.split()], cwd=folder, check=True, capture_output=True)
     write_librispeech(folder / "data/librispeech")
     make_teacher(folder / "data/teacher")
-    with contextlib.chdir(folder):
-        make_study("hubert-base-ls960", Path(STUDY), changes=CHANGES)
-        params = read_params(Path(STUDY, "params.yaml"))
-        for section in ("corpora", "features", "tasks"):  # as a user deletes lines
-            params[section] = {name: row for name, row in params[section].items() if name in ("distill", "librispeech")}
-        params["tasks"] = {"librispeech": ["pr"]}
-        Path(STUDY, "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for name in ("distill", "librispeech"):
-        read = params["corpora"][name]["read"].split()
-        run_command("pipelines", "corpus", *read, "--out", f"{STUDY}/corpora/{name}.h5", cwd=folder, check=True)
+    changes = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    run_command("pipelines", "study", "librispeech-100", "--corpora", "librispeech", *changes, cwd=folder, check=True)
+    for name, row in read_params(folder / STUDY / "params.yaml")["corpora"].items():
+        arguments = (*row["read"].split(), "--out", f"{STUDY}/corpora/{name}.h5")
+        run_command("pipelines", "corpus", *arguments, cwd=folder, check=True)
     return folder
 
 
@@ -97,20 +91,16 @@ def logs_of(clone: Path, name: str = "*") -> str:
 
 @pytest.fixture(scope="module")
 def requeued(clone: Path, slurm: Slurm) -> str:
-    """Submit the three files, each after the one before it; end a student as a time limit does; return its job."""
-
-    def submit(file: str, *options: str) -> str:
-        script = f"pipelines/slurm/{file}.sbatch"
-        return slurm.submit("--cpus-per-task=1", "--mem-per-cpu=0", *options, script, STUDY, cwd=clone)
-
-    extract = submit("extract", "--ntasks=2")
-    students = submit("students", "--array=0-1", f"--dependency=afterok:{extract}")
-    scores = submit("scores", "--array=2", f"--dependency=afterok:{students}")
-    saved = (clone / "checkpoints").rglob
-    slurm.until(lambda: any(saved("interleaved*/*.pt")), "checkpoint", students)
-    slurm.run("scancel", "--batch", "--signal=USR1", f"{students}_1")
-    slurm.wait(extract, students, scores)
-    return students
+    """Submit the lines of docs/cluster.md, and end a student as a time limit does; return the number of its job."""
+    page = CLUSTER.read_text(encoding="utf-8").replace("$STUDY", STUDY)
+    lines = re.findall(r"^sbatch (.*\.sbatch .*)$", page, flags=re.MULTILINE)[:3]
+    lines[2] = lines[2].replace("--array=0-3", "--array=2")  # one upstream is enough
+    jobs = [slurm.submit(*line.split(), cwd=clone) for line in lines]
+    assert jobs == ["41", "42", "43"]  # as on the page
+    slurm.until(lambda: any((clone / "checkpoints").rglob("interleaved*/*.pt")), "a checkpoint", *jobs)
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{jobs[1]}_1")
+    slurm.wait(*jobs, logs=sorted((clone / "pipelines/slurm/logs").glob("*.log")))
+    return jobs[1]
 
 
 def run_plainly(clone: Path, *arguments: str) -> None:
@@ -121,20 +111,46 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+PLAIN = (
+    "extract run --upstream data/teacher --name teacher --corpus STUDY/corpora/distill.json --threads 1 --layers 2,4,6 "
+    "--initial-blocks 2 --pack-frames 256 --shard-packs 1"
+)
+
+
+def digests(manifest: Path) -> tuple[str, Any]:
+    made = Manifest.read(manifest)
+    return made.digest, made.initial_weights and made.initial_weights["sha256"]
+
+
+@pytest.fixture(scope="module")
+def plain(clone: Path) -> tuple[str, Any]:
+    """Return the digests of the teacher's store and initial weights, made in one process."""
+    run_plainly(clone, PLAIN, "--manifest plain/distill.json --store plain")
+    return digests(clone / "plain/distill.json")
+
+
 @pytest.mark.usefixtures("requeued")
-def test_workers_of_a_job_write_the_store_of_one_process(clone: Path) -> None:
-    run_plainly(
-        clone,
-        "extract run --upstream data/teacher --name teacher --corpus STUDY/corpora/distill.json --threads 1",
-        "--manifest plain/distill.json --store plain --layers 2,4,6 --initial-blocks 2 --pack-frames 256",
-        "--shard-packs 1",
+def test_workers_of_a_job_write_the_store_of_one_process(clone: Path, plain: tuple[str, Any]) -> None:
+    assert digests(clone / STUDY / "manifests/targets/distill.json") == plain
+    assert "Traceback" not in logs_of(clone, "extract-*")
+
+
+def test_workers_that_are_jobs_write_the_same_store(
+    clone: Path, slurm: Slurm, plain: tuple[str, Any], tmp_path: Path
+) -> None:
+    """Run `workers.py` of docs/cluster.md with another command, since its stage is up to date by now."""
+    (code,) = re.findall(r"^`workers.py`:\n\n```python\n(.*?)```", CLUSTER.read_text(), flags=re.MULTILINE | re.DOTALL)
+    command = f"python -m {PLAIN} --manifest jobs/distill.json --store jobs".replace("STUDY", STUDY).split()
+    changed = code.replace('["dvc", "repro", "-s", stage]', repr(command)).replace("jobs=2", "jobs=1")
+    assert str(command) in changed
+    (clone / "workers.py").write_text(changed)
+    environment = slurm.environment | {"STUDY": STUDY, "DASK_CONFIG": str(tmp_path)}  # where dask-jobqueue writes
+    done = subprocess.run(
+        [sys.executable, "workers.py"], cwd=clone, env=environment, capture_output=True, text=True, check=False
     )
-    plain, job = (
-        Manifest.read(clone / path) for path in ("plain/distill.json", f"{STUDY}/manifests/targets/distill.json")
-    )
-    assert job.digest == plain.digest
-    assert job.initial_weights == plain.initial_weights
-    assert "error" not in logs_of(clone, "extract-*")
+    assert done.returncode == 0, done.stderr
+    assert digests(clone / "jobs/distill.json") == plain
+    assert "JobName=dask-worker" in slurm.run("scontrol", "show", "job")
 
 
 def test_a_student_that_was_requeued_is_the_same(clone: Path, slurm: Slurm, requeued: str) -> None:
