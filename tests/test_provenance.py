@@ -107,4 +107,8 @@ def test_results_of_several_machines_are_named_as_a_mixture(made: Made, tmp_path
     facts = provenance_facts(replace(results, speed=None), many)
     assert facts["scores"].startswith(f"{SCORED.device}, revision {SCORED.revision}; Another, revision unknown; ")
     assert "speed" not in facts
+    processor = describe_machine()["processor"]
+    assert results.speed is not None
+    measured = replace(results.speed, provenance=replace(SCORED, device=processor))
+    assert provenance_facts(replace(results, speed=measured), many)["speed"].count(processor) == 1
     assert re.search(r"revision (c0){20}, branch main, changed since: 0\.py, .*4\.py and 2 more$", facts["code"])

@@ -28,7 +28,9 @@ def provenance_facts(results: Results, revision: Revision | None) -> dict[str, s
     )
     if speed is not None:
         machine = [speed.machine[key] for key in ("processor", "memory", "system") if key in speed.machine]
-        facts["speed"] = ", ".join([_merged([speed.provenance]), *machine, f"{speed.machine.get('cores', '?')} cores"])
+        one = speed.provenance
+        parts = [_UNKNOWN] if one is None else [one.device, _code(one)]  # the device may be the processor
+        facts["speed"] = ", ".join(dict.fromkeys([*parts, *machine, f"{speed.machine.get('cores', '?')} cores"]))
     facts["versions"] = ", ".join(f"{library} {version}" for library, version in merged_versions(results).items())
     return facts
 
