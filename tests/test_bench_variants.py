@@ -87,7 +87,7 @@ def test_all_steps_train_on_the_same_batches(tmp_path: Path) -> None:
 
 def test_cache_and_online_upstream_train_the_same_head(tmp_path: Path) -> None:
     groups = measured(tmp_path, "evaluate", "--shape hubert-demo --batch-size 2 --steps 1 --codec float16")
-    assert groups.keys() == {"keyword spotting", "phone recognition"}
+    assert groups.keys() == {"keyword spotting", "phoneme recognition"}
     for runs in groups.values():
         loss = {name: runs[name]["outcome"]["loss_after"] for name in ("cached", "online", "ready")}
         # The same head after the same steps, on the same batch: float16 frames, float32 means.

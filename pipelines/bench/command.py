@@ -98,7 +98,7 @@ for _name, _options in OPTIONS.items():
     "--size",
     default="small",
     show_default=True,
-    help="small: the demo's shapes, about 20 minutes on two cores. base: HuBERT Base's shape, hours on a CPU. tiny: a "
+    help="small: the demo's shapes, half an hour on two cores. base: HuBERT Base's shape, hours on a CPU. tiny: a "
     "trial of a minute or two, to be used with another --out.",
 )
 @click.option("--only", default="", metavar="NAME,…", help="These benchmarks only [default: all of them].")

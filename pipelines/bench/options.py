@@ -137,7 +137,7 @@ class EvaluateOptions(Options):
     """Compare a step of a SUPERB head from the cache with a step that runs the upstream on every batch.
 
     Variants: cached, online (the usual approach) and ready (the upper bound: the head alone, its batches read and
-    decoded before the clock starts), for keyword spotting and for phone recognition.
+    decoded before the clock starts), for keyword spotting and for phoneme recognition.
     """
 
     shape: str = _shape("hubert-base")
