@@ -386,7 +386,7 @@ def test_the_command_names_the_chosen_layer(spoken: Stored, tmp_path: Path) -> N
     arguments = ["run", "--task", "qbe", "--manifest", str(spoken[0]), "--corpus", str(spoken[1]), "--out", str(out)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "query by example mtwv 50.00% on 5 test queries" in result.stdout
+    assert "MTWV 50.00% on 5 test queries" in result.stdout
     assert "layer 1, " in result.stdout
 
 

@@ -189,7 +189,7 @@ def test_a_manifest_records_utterances_run_one_by_one(
     manifest, _ = extract(replace(config, upstream=str(folder), trust_remote_code=True))
     assert manifest.batching is not None and manifest.batching["mode"] == "single"
     assert manifest.batching["relative_error"] > 1e-3
-    assert capsys.readouterr().err.count("odd: utterances are run one by one") == 1
+    assert capsys.readouterr().err.count("odd on noise: utterances are run one by one") == 1
     model = HubertModel.from_pretrained(config.upstream).eval()
     model.encoder.pos_conv_embed.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
     reader = StoreReader.open(config.manifest, corpus)

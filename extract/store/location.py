@@ -148,6 +148,12 @@ class RemoteLocation:
     def _sizes(self) -> dict[str, int]:
         return self._objects.sizes()
 
+    def check(self) -> None:
+        """Raise RetortError for a URL of an unknown kind, or without a bucket; no request is sent."""
+        from extract.store.object_store import Address
+
+        Address.of(self.url)
+
     def size(self, name: str) -> int | None:
         """Bytes of an object, None where it is missing."""
         return self._sizes.get(name)
@@ -223,6 +229,7 @@ class CachedLocation:
         """Fetch an object unless the cache has it. A lock makes other processes and threads wait for the first one."""
         if name not in self.objects or self._has(name):
             return
+        self.remote.check()  # before a folder is made
         lock = self.folder / ".locks" / f"{name.replace('/', '.')}.lock"  # one per object: others are fetched meanwhile
         _make_folder(lock.parent)
         with lock.open("w") as file:
