@@ -104,8 +104,8 @@ def score(scores: tuple[Path, ...], fbank: str | None, teacher: str | None, offi
 def compare(first: Path, second: Path, pairs: tuple[str, ...]) -> None:
     """Compare the scores of folders A and B, such as of two machines; exit status 1 if one is outside its tolerance.
 
-    A folder holds score files, or the metrics of the report: `dvc get . metrics -o claimed` fetches those of the last
-    commit. Scores of different recipes, seeds or test sets are named and count as outside.
+    A folder holds score files, or the metrics of the report: `dvc get . metrics --rev HEAD -o claimed` fetches those
+    of the last commit. Scores of different recipes, seeds or test sets are named and count as outside.
     """
     from rich.console import Console
 

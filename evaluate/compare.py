@@ -1,6 +1,6 @@
 """Comparison of two sets of scores: of the same recipe on two machines, or before and after a change of the code.
 
-    dvc get . metrics -o claimed && python -m evaluate compare claimed scores
+    dvc get . metrics --rev HEAD -o claimed && python -m evaluate compare claimed scores
 
 A side is a folder of score files, or of metrics as the report writes them and git keeps them: UPSTREAM.json with one
 figure a task. Metrics have no intervals, recipes or digests, so one side at least has to be score files.

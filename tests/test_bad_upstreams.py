@@ -95,7 +95,7 @@ CORPORA = [
     Row("audio exchanged", EXTRACT, "the file changed after", lambda: shutil.copy("corpora/other.h5", AUDIO)),
     Row("samples elsewhere", EXTRACT, "its samples lie in another file", samples_elsewhere),
     Row("name climbs", EXTRACT, "name: got '../../x', expected a plain name", name_climbs),
-    Row("fewer starts", EXTRACT, "column start has shape .2,., expected 10 rows", lambda: change_h5("utterances/start", [0, 1])),
+    Row("fewer starts", EXTRACT, "column start .*expected 10 rows", lambda: change_h5("utterances/start", [0, 1])),
     Row("numbers as ids", EXTRACT, "is not a readable corpus", lambda: change_h5("utterances/id", list(range(10)))),
     Row("ids alike", EXTRACT, "ids are not unique names", lambda: change_h5("utterances/id", ["a"] * 10)),
     Row(
