@@ -5,7 +5,7 @@
 #
 # With another build of torch, for the CPU or an older driver (requirements/without-torch.lock), as pytorch.org shows it:
 #
-#     docker build --tag retort --build-arg TORCH="torch==2.14.1 torchaudio==2.11.1 --index-url …" .
+#     docker build --tag retort --build-arg TORCH="WORDS AFTER pip install" .
 FROM python:3.12-slim
 
 # git: DVC and the report read the revision. gcc and libc6-dev: torch.compile builds launchers of GPU kernels. The audio
