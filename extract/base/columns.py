@@ -4,6 +4,7 @@ A Python string costs 50 bytes beside its characters. Here a column is one block
 for values that repeat. Both are read-only sequences of str, and make a string only for a row that is asked for.
 """
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -31,8 +32,9 @@ class _Column(Sequence[str]):
             raise IndexError(row)
         return self._at(int(row) % len(self))
 
+    @abstractmethod
     def _at(self, row: int) -> str:
-        raise NotImplementedError
+        """Return the value of a row, 0 or more."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
