@@ -23,6 +23,7 @@ from tests.evaluate_stores import make_corpus, make_store
 
 Hidden = NDArray[np.float32]
 GROUP = 32  # frames of an int4 group
+CUDA = torch.cuda.is_available()
 
 
 def normal(num_frames: int = 50, *, dim: int = 16, seed: int = 0) -> Hidden:
@@ -194,13 +195,70 @@ def test_torch_decodes_the_same_bits_in_any_order_of_frames(codec: Codec, case: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
 def test_a_gpu_decodes_the_same_bits(codec: Codec) -> None:
     codes, scale = codec.encode(normal(100))
     out = torch.empty(3, 100, 16, device="cuda")
     on_device = None if scale is None else torch.from_numpy(scale).cuda()
     codec.decode_into(out, torch.from_numpy(codes).cuda(), on_device, torch.arange(100, device="cuda"))
     assert out.cpu().numpy().tobytes() == codec.decode(codes, scale).tobytes()
+
+
+EDGES: dict[str, Callable[[], Hidden]] = {
+    **CASES,
+    "a short group": lambda: normal(8 * GROUP + 7, dim=6),
+    "several blocks": lambda: normal(2 * 256 + 5),
+    "largest of float16": lambda: np.broadcast_to(np.float32([65504, -65504, 65504, 0]), (2, 40, 4)).copy(),
+    "largest of float32": lambda: normal() * np.float32(1e37),
+    "scales at the smallest normal": lambda: normal() * np.float32(127 * 2.0**-126),
+    "subnormal": lambda: normal() * np.float32(2.0**-140),
+    **{f"about 2^{power}": lambda power=power: normal() * np.float32(2.0**power) for power in range(-28, 8, 4)},
+}
+
+
+def encode_with_torch(codec: Codec, hidden_LFD: Hidden, device: str) -> tuple[bytes, bytes]:
+    """Return the bytes of codes and scale, computed by torch."""
+    num_layers, num_frames, dim = hidden_LFD.shape
+    shape = codec.scale_shape(num_frames, dim)
+    codes_LFW = torch.empty(num_layers, num_frames, codec.width(dim), dtype=getattr(torch, codec.dtype), device=device)
+    scale = None
+    if shape is not None:
+        scale = torch.empty(num_layers, *shape, dtype=getattr(torch, str(codec.scale_dtype)), device=device)
+    codec.encode_into(codes_LFW, scale, torch.from_numpy(hidden_LFD).to(device))
+    return codes_LFW.cpu().numpy().tobytes(), b"" if scale is None else scale.cpu().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])],
+)
+def test_torch_encodes_the_same_bits(codec: Codec, device: str) -> None:
+    for case, hidden in EDGES.items():
+        hidden_LFD = hidden()
+        if np.abs(hidden_LFD).max() > codec.largest:
+            with pytest.raises(RetortError, match="65504"):
+                codec.encode(hidden_LFD)
+            continue
+        codes, scale = codec.encode(hidden_LFD)
+        expected = codes.tobytes(), b"" if scale is None else scale.tobytes()
+        assert encode_with_torch(codec, hidden_LFD, device) == expected, case
+
+
+def test_int4_rounds_steps_up_to_the_next_float16() -> None:
+    """For the range of a group from 0 to any float16 times 7, whose base rounds, the step is numpy's `nextafter`."""
+    highs_D = np.arange(1, 0x7A00, 7, dtype=np.uint16).view(np.float16).astype(np.float32)
+    hidden_LFD = np.stack([np.zeros_like(highs_D), highs_D, highs_D / 3])[None]
+    _, scale_LG2D = CODECS["int4"].encode(hidden_LFD[..., : len(highs_D) // 2 * 2])
+    assert scale_LG2D is not None
+    step_D, base_D = scale_LG2D[0, 0]
+    low_D, high_D = hidden_LFD[0].min(axis=0)[: len(step_D)], hidden_LFD[0].max(axis=0)[: len(step_D)]
+    wide_D = base_D.astype(np.float32)
+    exact_D = np.maximum((high_D - wide_D) / np.float32(7), (wide_D - low_D) / np.float32(8))
+    nearest_D = exact_D.astype(np.float16)
+    np.testing.assert_array_equal(
+        step_D, np.where(nearest_D < exact_D, np.nextafter(nearest_D, np.float16(np.inf)), nearest_D)
+    )
+    assert (nearest_D < exact_D).any() and (step_D < 6e-5).any()  # subnormal steps too
 
 
 def test_the_error_is_measured_on_what_comes_back(codec: Codec) -> None:

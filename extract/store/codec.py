@@ -4,13 +4,15 @@
     int8      1 byte per value, and a float32 scale per pack, layer and feature
     int4      0.5 bytes per value, and a float16 step and base per 32 frames, layer and feature: 0.625 bytes
 
-A codec encodes one pack and decodes a pack or consecutive frames of one. Decoding is written once, with the operators
-that numpy arrays and torch tensors share, so that a reader without torch and a training device compute the same bits.
+A codec encodes one pack and decodes a pack or consecutive frames of one. Both are written once, with the operators that
+numpy arrays and torch tensors share, so that a CPU with numpy and a GPU compute the same bits. Operations whose names
+differ between the two are at the end of the formulas; torch is not imported here.
 
 Shapes: L layers, F frames, D features, W codes of one frame, G groups of T = 32 consecutive frames. `rows_F` are the
 rows of the frames, counted from the first frame that the given scale covers.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ class Codec(ABC):
     dtype: ClassVar[str]  # of the codes
     scale_dtype: ClassVar[str | None] = None
     values_per_code: ClassVar[int] = 1  # features in one code
+    largest: ClassVar[float] = math.inf  # absolute value that can be encoded
 
     def width(self, dim: int) -> int:
         """Return W, the codes of one frame and layer. Raises RetortError for a dim that is not a multiple."""
@@ -58,9 +61,23 @@ class Codec(ABC):
             size += int(np.prod(shape)) * np.dtype(self.scale_dtype).itemsize
         return num_layers * size
 
-    @abstractmethod
     def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, Scale | None]:
         """Encode one pack, float32 (L, F, D): codes (L, F, W), scale (L, ...). Raises RetortError if out of range."""
+        num_layers, num_frames, dim = hidden_LFD.shape
+        codes_LFW = np.empty((num_layers, num_frames, self.width(dim)), dtype=self.dtype)
+        shape = self.scale_shape(num_frames, dim)
+        scale = None if shape is None else np.empty((num_layers, *shape), dtype=self.scale_dtype)
+        if self.largest < math.inf and (peak := _peak(hidden_LFD)) > self.largest:
+            raise RetortError(f"hidden states reach {peak:.3g}, the largest float16 is 65504; use --codec int8")
+        self.encode_into(codes_LFW, scale, hidden_LFD)
+        return codes_LFW, scale
+
+    @abstractmethod
+    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+        """Encode one pack, float32 (L, F, D), into codes (L, F, W) and a scale (L, ...).
+
+        Codes of layers with a value beyond `largest` are undefined.
+        """
 
     @abstractmethod
     def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
@@ -84,10 +101,10 @@ class Float16(Codec):
 
     name = "float16"
     dtype = "float16"
+    largest = _FLOAT16_MAX
 
-    def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, None]:
-        _check_float16_range(float(np.abs(hidden_LFD).max(initial=0.0)))
-        return hidden_LFD.astype(np.float16), None
+    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+        codes_LFW[...] = hidden_LFD  # the assignment rounds to the nearest float16
 
     def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
         out_LFD[...] = codes_LFW  # the assignment widens float16 to float32
@@ -103,19 +120,16 @@ class Int8(Codec):
     def scale_shape(self, num_frames: int, dim: int) -> tuple[int, ...]:
         return (dim,)
 
-    def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, Scale]:
-        codes_LFD = np.empty(hidden_LFD.shape, dtype=np.int8)
-        scale_LD = np.empty((len(hidden_LFD), hidden_LFD.shape[2]), dtype=np.float32)
-        # Encoding runs beside the forward pass: blocks that fit in the cache take three fifths of the time.
-        for hidden_FD, codes_FD, scale_D in zip(hidden_LFD, codes_LFD, scale_LD, strict=True):
-            scale_D[:] = np.abs(np.maximum(hidden_FD.max(axis=0), -hidden_FD.min(axis=0))) / np.float32(127)
+    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+        assert scale is not None
+        for hidden_FD, codes_FD, scale_D in zip(hidden_LFD, codes_LFW, scale, strict=True):
+            low_D, high_D = _range(hidden_FD, 0)
+            scale_D[...] = _divided(abs(high_D.clip(-low_D)), 127)  # clip: the larger of the two
             # A subnormal scale is too coarse to hold 127 steps, so that codes would wrap around: such features are 0.
-            scale_D[scale_D < _FLOAT32_TINY] = 0
-            divisor_D = np.where(scale_D > 0, scale_D, np.float32(1))
-            for first in range(0, len(hidden_FD), _BLOCK_FRAMES):
-                block_FD = hidden_FD[first : first + _BLOCK_FRAMES] / divisor_D
-                codes_FD[first : first + _BLOCK_FRAMES] = np.rint(block_FD, out=block_FD)  # -127 to 127
-        return codes_LFD, scale_LD
+            scale_D *= scale_D >= _FLOAT32_TINY
+            divisor_D = scale_D + (scale_D == 0)
+            for rows in _blocks(hidden_FD, len(hidden_FD)):
+                codes_FD[rows] = _rounded(hidden_FD[rows] / divisor_D)  # -127 to 127
 
     def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
         assert scale is not None
@@ -138,30 +152,28 @@ class Int4(Codec):
     dtype = "int8"
     scale_dtype = "float16"
     values_per_code = 2
+    largest = _FLOAT16_MAX
     group_frames: ClassVar[int] = 32
 
     def scale_shape(self, num_frames: int, dim: int) -> tuple[int, ...]:
         return (-(-num_frames // self.group_frames), 2, dim)  # G is rounded up
 
-    def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, Scale]:
-        num_layers, num_frames, dim = hidden_LFD.shape
-        half, shape = self.width(dim), self.scale_shape(num_frames, dim)
-        codes_LFW = np.empty((num_layers, num_frames, half), dtype=np.int8)
-        scale_LG2D = np.empty((num_layers, *shape), dtype=np.float16)
-        # One buffer for all layers: encoding runs beside the forward pass, and fresh pages would be half of its cost.
-        grouped_GTD = np.empty((shape[0], self.group_frames, dim), dtype=np.float32)
-        values_FD = grouped_GTD.reshape(-1, dim)
-        for layer, hidden_FD in enumerate(hidden_LFD):
-            values_FD[:num_frames] = hidden_FD
-            values_FD[num_frames:] = hidden_FD[-1]  # fills the last group without widening its range
-            step_GD, base_GD = _step_and_base(grouped_GTD.min(axis=1), grouped_GTD.max(axis=1))
-            scale_LG2D[layer, :, 0], scale_LG2D[layer, :, 1] = step_GD, base_GD
-            grouped_GTD -= base_GD.astype(np.float32)[:, None]
-            grouped_GTD /= np.where(step_GD > 0, step_GD, np.float16(1)).astype(np.float32)[:, None]
-            np.rint(grouped_GTD, out=grouped_GTD)
-            codes_FD = values_FD[:num_frames].astype(np.int8)
-            codes_LFW[layer] = (codes_FD[:, half:] << 4) | (codes_FD[:, :half] & 15)  # two features in a byte
-        return codes_LFW, scale_LG2D
+    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+        assert scale is not None
+        num_frames, dim = hidden_LFD.shape[1:]
+        half, whole = self.width(dim), num_frames // self.group_frames * self.group_frames
+        for hidden_FD, codes_FW, scale_G2D in zip(hidden_LFD, codes_LFW, scale, strict=True):
+            # Blocks of whole groups, then the last group if it is shorter.
+            for rows in (*_blocks(hidden_FD, whole), *[slice(whole, num_frames)] * (whole < num_frames)):
+                grouped_GTD = hidden_FD[rows].reshape(-1, min(self.group_frames, rows.stop - rows.start), dim)
+                step_GD, base_GD = _step_and_base(*_range(grouped_GTD, 1))
+                first = rows.start // self.group_frames
+                scale_G2D[first : first + len(step_GD), 0] = step_GD
+                scale_G2D[first : first + len(step_GD), 1] = base_GD
+                levels_GTD = grouped_GTD - base_GD[:, None]
+                levels_GTD /= (step_GD + (step_GD == 0))[:, None]
+                codes_FD = _int8(_rounded(levels_GTD)).reshape(-1, dim)
+                codes_FW[rows] = (codes_FD[:, half:] << 4) | (codes_FD[:, :half] & 15)  # two features in a byte
 
     def span(self, scale: Array | None, first_frame: int, num_frames: int) -> tuple[Array | None, int]:
         assert scale is not None
@@ -183,27 +195,59 @@ class Int4(Codec):
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Float16(), Int8(), Int4())}
 
 
-def _step_and_base(
-    low_GD: NDArray[np.float32], high_GD: NDArray[np.float32]
-) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Return float16 steps and bases, the smallest steps whose levels -8 to 7 around the base reach low and high."""
-    _check_float16_range(max(float(high_GD.max()), -float(low_GD.min())))
-    base_GD = (low_GD + (high_GD - low_GD) * np.float32(8 / 15)).astype(np.float16)
-    wide_GD = base_GD.astype(np.float32)
+def _step_and_base(low_GD: Array, high_GD: Array) -> tuple[Array, Array]:
+    """Return steps and bases, float16 values in float32.
+
+    The steps are the smallest whose levels -8 to 7 around the base reach low and high.
+    """
+    base_GD = _through_float16(low_GD + (high_GD - low_GD) * (8 / 15))
     # From the rounded base, and rounded up: codes then need no clipping, and no error exceeds half a step.
-    exact_GD = np.maximum((high_GD - wide_GD) / np.float32(7), (wide_GD - low_GD) / np.float32(8))
-    step_GD = exact_GD.astype(np.float16)
-    return np.where(step_GD < exact_GD, np.nextafter(step_GD, np.float16(np.inf)), step_GD), base_GD
+    exact_GD = _divided(high_GD - base_GD, 7).clip((base_GD - low_GD) / 8)
+    step_GD = _through_float16(exact_GD)
+    # 0.75 to 1.5 units in the last place more, in float16's normal and subnormal range, round to the next float16.
+    above_GD = (step_GD * (0.75 * 2**-10)).clip(0.75 * 2**-24)
+    return _through_float16(step_GD + above_GD * (step_GD < exact_GD)), base_GD
 
 
-def _check_float16_range(peak: float) -> None:
-    if peak > _FLOAT16_MAX:
-        raise RetortError(f"hidden states reach {peak:.3g}, the largest float16 is 65504; use --codec int8")
+def _blocks(hidden_FD: Array, num_frames: int) -> list[slice]:
+    """Return the rows of blocks of the first frames: in numpy blocks that fit in the cache, in torch one block."""
+    size = _BLOCK_FRAMES if isinstance(hidden_FD, np.ndarray) else max(1, num_frames)
+    return [slice(first, min(first + size, num_frames)) for first in range(0, num_frames, size)]
+
+
+def _range(values: Array, axis: int) -> tuple[Array, Array]:
+    """Return the smallest and the largest values along an axis."""
+    if isinstance(values, np.ndarray):
+        return values.min(axis=axis), values.max(axis=axis)
+    return values.amin(axis), values.amax(axis)
+
+
+def _divided(values: Array, number: int) -> Array:
+    """Divide by a number. On CUDA torch would multiply by its reciprocal, with other bits: it is given a tensor."""
+    return values / (np.float32(number) if isinstance(values, np.ndarray) else values.new_full((), number))
+
+
+def _rounded(values: Array) -> Array:
+    """Round to the nearest integer, half to even, in place."""
+    return np.rint(values, out=values) if isinstance(values, np.ndarray) else values.round_()
 
 
 def _float32(values: Array) -> Array:
-    """Convert to float32, the one operation here whose name differs between numpy and torch."""
     return values.astype(np.float32) if isinstance(values, np.ndarray) else values.float()
+
+
+def _int8(values: Array) -> Array:
+    return values.astype(np.int8) if isinstance(values, np.ndarray) else values.char()
+
+
+def _through_float16(values: Array) -> Array:
+    """Round float32 values to the nearest float16."""
+    return _float32(values.astype(np.float16) if isinstance(values, np.ndarray) else values.half())
+
+
+def _peak(values: NDArray[np.float32]) -> float:
+    """Return the largest absolute value, 0 of nothing. Two fast passes, without an array of absolute values."""
+    return max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
 
 
 @dataclass
@@ -225,7 +269,8 @@ class CodecError:
         for layer in range(len(hidden_LFD)):
             one = slice(layer, layer + 1)
             decoded_1FD = codec.decode(codes_LFW[one], None if scale is None else scale[one])
-            lost.append(cls.between(hidden_LFD[one], decoded_1FD))
+            decoded_1FD -= hidden_LFD[one]
+            lost.append(cls._of_lost(decoded_1FD, hidden_LFD[one]))
         return cls.joined(lost)
 
     @classmethod
@@ -240,8 +285,11 @@ class CodecError:
     @classmethod
     def between(cls, hidden_LFD: NDArray[np.float32], other_LFD: NDArray[np.float32]) -> "CodecError":
         """Measure the error of `other` against `hidden`, such as another precision of a forward pass."""
-        lost_LFD = other_LFD - hidden_LFD
-        return cls(_energy(lost_LFD), _energy(hidden_LFD), np.abs(lost_LFD).max((1, 2), initial=0.0).astype(np.float64))
+        return cls._of_lost(other_LFD - hidden_LFD, hidden_LFD)
+
+    @classmethod
+    def _of_lost(cls, lost_LFD: NDArray[np.float32], hidden_LFD: NDArray[np.float32]) -> "CodecError":
+        return cls(_energy(lost_LFD), _energy(hidden_LFD), np.array([_peak(lost_FD) for lost_FD in lost_LFD]))
 
     def __add__(self, other: "CodecError") -> "CodecError":
         return CodecError(self.error + other.error, self.signal + other.signal, np.maximum(self.max_abs, other.max_abs))
