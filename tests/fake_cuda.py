@@ -69,7 +69,7 @@ class _HostWaits(TorchDispatchMode):
     def _check_index(self, func: Any, values: Tensor, indices: list[Tensor | None]) -> None:
         devices = {index.device.type for index in indices if index is not None}
         if values.device.type == "cpu" and "cuda" in devices:  # FakeTensorMode lets it through, CUDA does not
-            raise RuntimeError("indices on cuda:0 into values on the cpu")
+            raise RuntimeError("two devices: indices on cuda:0 into values on the cpu")
         if values.device.type == "cuda" and "cpu" in devices:
             self._record(func)  # a copy of the index
 
