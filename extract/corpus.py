@@ -204,8 +204,7 @@ class Corpus:
 
     def waveform(self, index: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Read the waveform of one utterance, float32 (num_samples,) in [-1, 1), into `out` if it is given."""
-        # A multiplication by a power of two is exact.
-        return np.multiply(self.samples(index), np.float32(1 / 32_768), out=out, dtype=np.float32)
+        return scale_samples(self.samples(index), out)
 
     def cut_long(self, num_samples: int) -> "Corpus":
         """Return the corpus with utterances of more than `num_samples` in parts of at most so many; itself for 0.
@@ -307,9 +306,21 @@ def _part_ids(ids: TextColumn, utterance: NDArray[np.int64], number: NDArray[np.
     return TextColumn.of(map(block, range(0, len(utterance), BLOCK_ROWS)))
 
 
+def scale_samples(samples: NDArray[np.int16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Return samples as a waveform, float32 in [-1, 1), in `out` if it is given."""
+    # A multiplication by a power of two is exact.
+    return np.multiply(samples, np.float32(1 / 32_768), out=out, dtype=np.float32)
+
+
+def waveform_statistics(waveform: NDArray[np.float32]) -> tuple[np.float32, np.float32]:
+    """Return the mean of a waveform and the deviation by which it is divided to be normalised."""
+    return waveform.mean(), np.sqrt(waveform.var() + np.float32(1e-7))
+
+
 def normalise_waveform(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return float32 (num_samples,) with zero mean and unit variance, as Wav2Vec2FeatureExtractor of transformers."""
-    scaled: NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
+    mean, deviation = waveform_statistics(waveform)
+    scaled: NDArray[np.float32] = (waveform - mean) / deviation
     return scaled
 
 

@@ -171,7 +171,7 @@ def test_a_student_trains_from_parts_resumed_or_not(world: World, monkeypatch: p
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     run = begin(train_request(world, config, "again"))
     assert run.corpus.num_cut == 5
-    batches = [run.data.training_batch(int(pack)) for pack in run.data.sampler.packs]
+    batches = [part for pack in run.data.sampler.packs for part in run.data.training_parts(int(pack))]
     trained = sorted(row for batch in batches for row in batch.utterances)
     assert trained == run.corpus.select("train").tolist()
     assert sum(int(batch.num_samples_B.sum()) for batch in batches) == sum(

@@ -14,7 +14,8 @@ from extract.corpus import Corpus
 from extract.store.codec import CODECS
 from extract.store.reader import StoreReader
 from tests.train_world import TARGETS, World, make_world
-from train.data import DistillationData, PackSampler, read_ahead
+from train.data import DistillationData, PackSampler
+from train.read_ahead import read_ahead
 
 
 @pytest.fixture(scope="module", params=CODECS)
@@ -31,15 +32,17 @@ def data_of(world: World, **changes: object) -> DistillationData:
 def test_batches_hold_an_utterance_and_its_own_features(world: World) -> None:
     data = data_of(world, layers=(6, 2))
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(world.teacher)
-    batches = [data.training_batch(int(pack)) for pack in data.sampler.packs] + list(data.dev_batches())
+    batches = [part for pack in data.sampler.packs for part in data.training_parts(int(pack))] + list(
+        data.dev_batches()
+    )
     for batch in batches:
-        targets, first = batch.targets(), 0
-        width = (batch.waveforms_BS.shape[1] - 400) // 320 + 1
+        waveforms_BS, targets, first = batch.waveforms(), batch.targets(), 0
+        width = (waveforms_BS.shape[1] - 400) // 320 + 1
         for row, index in enumerate(batch.utterances):
             length = int(batch.num_samples_B[row])
             expected = extractor(data.corpus.waveform(index), sampling_rate=16_000).input_values[0]
-            np.testing.assert_allclose(batch.waveforms_BS[row, :length], expected, atol=1e-5)
-            assert not batch.waveforms_BS[row, length:].any()
+            np.testing.assert_allclose(waveforms_BS[row, :length], expected, atol=1e-5)
+            assert not waveforms_BS[row, length:].any()
             hidden = data.store.hidden(data.corpus.ids[index], (6, 2))
             mine = slice(first, first + hidden.shape[1])
             np.testing.assert_array_equal(targets[:, mine], hidden)
@@ -50,7 +53,7 @@ def test_batches_hold_an_utterance_and_its_own_features(world: World) -> None:
 
 def test_codes_stay_as_stored_until_they_are_decoded(world: World) -> None:
     data = data_of(world)
-    batch, codec = data.training_batch(0), data.store.codec
+    [batch], codec = data.training_parts(0), data.store.codec
     assert batch.codes_LFW.numpy().dtype == codec.dtype
     assert batch.codes_LFW.shape == (3, len(batch.rows_F), codec.width(16))
     assert batch.targets().dtype == torch.float32 and batch.targets().shape == (3, len(batch.rows_F), 16)
@@ -62,7 +65,7 @@ def test_dev_utterances_are_in_no_training_batch(world: World) -> None:
     mixed = [set(data.store.utterances_of(pack).tolist()) for pack in range(data.store.num_packs)]
     assert any(dev & pack and pack - dev for pack in mixed), "the world must mix splits in a pack"
     batches = islice(data.training_batches(0), 3 * len(data.sampler))
-    seen = [index for batch in batches for index in batch.utterances]
+    seen = [index for [batch] in batches for index in batch.utterances]
     assert not dev & set(seen)
     assert sorted(seen) == sorted(data.corpus.select("train").tolist() * 3)
     assert {index for batch in data.dev_batches() for index in batch.utterances} == dev
@@ -71,7 +74,7 @@ def test_dev_utterances_are_in_no_training_batch(world: World) -> None:
 def test_dev_batches_hold_at_most_a_pack(world: World) -> None:
     data = data_of(world)
     for batch in data.dev_batches():
-        frames = (batch.waveforms_BS.shape[1] - 400) // 320 + 1
+        frames = (batch.samples_BS.shape[1] - 400) // 320 + 1
         assert len(batch.utterances) * frames <= data.store.pack_frames
 
 

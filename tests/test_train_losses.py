@@ -1,5 +1,7 @@
 """Losses against numpy, heads and gradients of the distillers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,8 @@ def test_layer_errors(pair: tuple[list[torch.Tensor], torch.Tensor]) -> None:
 
 def distiller_and_batch(world: World, family: str, **changes: object) -> tuple[Distiller, Batch]:
     run = begin(train_request(world, student(family, **changes)))
-    return run.distiller, run.data.training_batch(int(run.data.sampler.packs[0]))
+    [batch] = run.data.training_parts(int(run.data.sampler.packs[0]))
+    return run.distiller, batch
 
 
 @pytest.mark.parametrize("family", ["distilhubert", "layerwise", "gendistiller", "gendistiller-2d"])
@@ -69,15 +72,14 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
         first = 0
         for row, length in enumerate(batch.num_samples_B.tolist()):
             frames = (length - 400) // 320 + 1
-            one = Batch(
-                batch.waveforms_BS[row : row + 1, :length],
-                batch.num_samples_B[row : row + 1],
-                batch.codes_LFW[:, first : first + frames],
-                batch.scale,
-                batch.codec,
-                batch.pack_rows_F[first : first + frames],
-                torch.arange(frames),
-                batch.utterances[row : row + 1],
+            one = replace(
+                batch,
+                utterances=batch.utterances[row : row + 1],
+                samples_BS=batch.samples_BS[row : row + 1, :length],
+                num_samples_B=batch.num_samples_B[row : row + 1],
+                codes_LFW=batch.codes_LFW[:, first : first + frames],
+                pack_rows_F=batch.pack_rows_F[first : first + frames],
+                rows_F=torch.arange(frames),
             )
             for many, alone in zip(predicted, distiller(one, one.targets()), strict=True):
                 torch.testing.assert_close(many[first : first + frames], alone, atol=1e-4, rtol=0)

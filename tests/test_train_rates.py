@@ -83,7 +83,7 @@ def refused(world: World, **changes: Any) -> str:
 def test_a_student_of_25_frames_a_second_has_its_teachers_frames(world: World, family: str) -> None:
     run = begin(train_request(world, student(family)))
     assert run.parts.copied[0] == "stem" and run.data.dev.size
-    for batch in [run.data.training_batch(int(pack)) for pack in run.data.sampler.packs]:
+    for batch in [part for pack in run.data.sampler.packs for part in run.data.training_parts(int(pack))]:
         predicted = run.distiller(batch, batch.targets())
         assert all(one.shape == batch.targets()[0].shape for one in predicted)
         for index in batch.utterances:

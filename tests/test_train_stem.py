@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,14 @@ def test_a_batch_has_the_output_of_the_frozen_stem(tmp_path: Path, codec: str, d
     run = begin(train_request(world, student("distilhubert", optimiser=FROZEN)))
     worst = json.loads(world.manifest.read_text())["codec_error"]["stem"]["max_abs_error"]
     data = run.data
-    pairs = [[data.training_batch(int(pack), stored=stored) for stored in (False, True)] for pack in data.sampler.packs]
+    pairs = [
+        [batch for stored in (False, True) for batch in data.training_parts(int(pack), stored=stored)]
+        for pack in data.sampler.packs
+    ]
     pairs += zip(data.dev_batches(), data.dev_batches(stored=True), strict=True)
     for from_waveforms, read in pairs:
         assert (
-            read.waveforms_BS is None
+            read.samples_BS is None
             and from_waveforms.stem_codes_1FW is None
             and from_waveforms.utterances == read.utterances
         )
@@ -270,7 +274,7 @@ def test_positions_decide_what_a_batch_is_made_of(world: World) -> None:
     run = begin(train_request(world, student("distilhubert", 6, optimiser=settings, stem="stored")))
     for position in (0, 5, 7):
         batches = run.data.training_batches(position)
-        kinds = [next(batches).waveforms_BS is None for _ in range(4)]
+        kinds = [batch.samples_BS is None for [batch] in islice(batches, 4)]
         batches.close()
         assert kinds == [draw < 6 for draw in range(position, position + 4)]
     assert np.isinf(student("distilhubert", optimiser=FROZEN).stem_trains_from)

@@ -57,10 +57,12 @@ def run_key(
 ) -> str:
     """Return the digest of everything that decides a run's result, except how many packs a step has.
 
+    It is also without the parts that packs are cut into, so that a run which was out of memory resumes in smaller ones.
+
     `initial_weights` is the sha256 of their file; None if the weights start random.
     """
     value = asdict(config)
-    del value["optimiser"]["accumulate"]
+    del value["optimiser"]["accumulate"], value["optimiser"]["micro_frames"]
     return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, asdict(stem), initial_weights])
 
 

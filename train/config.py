@@ -69,6 +69,7 @@ class OptimiserConfig:
     weight_decay: float = 1e-6
     clip: float = 5.0  # largest L2 norm of all gradients together
     accumulate: int = 1  # packs per step and process
+    micro_frames: int = 0  # most frames, padding included, that run at once; packs of more run in parts. 0: whole packs
     ema: float = 0.0  # decay of the moving average of the weights that is scored and saved; 0: no average
     stem_grad_scale: float = 0.1  # factor of the gradients that reach the convolution stem; 0 freezes the stem
     stem_frozen: float = 0.0  # share of the steps, from the first one on, in which the stem is frozen
@@ -84,6 +85,7 @@ class OptimiserConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RetortError(f"betas: got {list(self.betas)}, expected two numbers from 0 to below 1")
         _check_range(self, "accumulate", low=1)
+        _check_range(self, "micro_frames", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

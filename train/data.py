@@ -1,19 +1,19 @@
 """Training and dev batches: packs of audio and teacher features in a seeded shuffled order.
 
-One pack is one micro-batch. It has the waveforms of the pack's training utterances, padded to the longest, and their
-rows of the teacher's layers as stored: codes are decoded on the training device, which keeps transfers small. With a
-stored stem (`extract run --keep frames,pooled,stem`) its rows replace the waveforms and no audio is read. A pack may
-contain dev utterances too: they are excluded from training batches and form batches of their own.
+One pack is one micro-batch, or several parts of one with `optimiser.micro_frames`. A batch has the samples of a pack's
+training utterances, padded to the longest, and their rows of the teacher's layers, both as stored: they are scaled and
+decoded on the training device, which keeps transfers small. With a stored stem (`extract run --keep
+frames,pooled,stem`) its rows replace the samples and no audio is read. A pack may contain dev utterances too: they are
+excluded from training batches and form batches of their own.
 
 Shapes: B batch, S samples, T frames of the padded batch, F own frames of all utterances in a row, L layers, D dim,
 C channels of the stem, W codes per frame, N = B T.
 """
 
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,26 +21,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.base.errors import RetortError
-from extract.corpus import SAMPLE_RATE_HZ, Corpus, normalise_waveform
-from extract.store.codec import Codec, Scale
-from extract.store.reader import StoreReader
+from extract.corpus import SAMPLE_RATE_HZ, Corpus, scale_samples, waveform_statistics
+from extract.store.codec import Codec, Codes, Scale
+from extract.store.reader import Pack, StoreReader
+from train.read_ahead import read_ahead_on
 
-T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Utterances, as waveforms or as the stem's output, and the teacher's features of them. Tensors on one device."""
 
-    waveforms_BS: Tensor | None  # float32, zero past each utterance's end
+    utterances: tuple[int, ...]  # corpus indices
+    duration_s: float  # seconds of audio, without padding
+    share: float = 1.0  # own frames of this part / own frames of all parts of its pack
     num_samples_B: Tensor  # int64
+    samples_BS: Tensor | None = None  # int16, zero past each utterance's end
+    statistics_B2: Tensor | None = None  # float32: mean and deviation of each waveform; None: not to be normalised
     codes_LFW: Tensor  # as stored, own frames only, utterance after utterance
     scale: Tensor | None  # of the frames' pack, as stored
     codec: Codec | None  # None: the codes are the values, float32
     pack_rows_F: Tensor  # int64: row of each own frame in its pack, for the scales of the codec
     rows_F: Tensor  # int64: position of each own frame in the flattened (B, T) grid
-    utterances: tuple[int, ...]  # corpus indices
-    stem_codes_1FW: Tensor | None = None  # the stem's output in place of waveforms, coded like the targets
+    stem_codes_1FW: Tensor | None = None  # the stem's output in place of samples, coded like the targets
     stem_scale: Tensor | None = None
     valid_BT: Tensor | None = None  # bool: True on own frames; given with the stem's output
 
@@ -50,6 +54,24 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of the batch until `stream` has done what is queued there now."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.record_stream(stream)
+
+    def waveforms(self) -> Tensor:
+        """Return the waveforms, float32 (B, S), zero on padding, normalised if the teacher's were."""
+        assert self.samples_BS is not None
+        waveforms_BS = self.samples_BS.float() * 2**-15  # exact, to [-1, 1)
+        if self.statistics_B2 is None:
+            return waveforms_BS
+        mean_B1, deviation_B1 = self.statistics_B2[:, :1], self.statistics_B2[:, 1:]
+        # A division by the deviation, not a product with its inverse: the bits of `normalise_waveform`.
+        waveforms_BS.sub_(mean_B1).div_(deviation_B1)
+        padding_BS = torch.arange(waveforms_BS.shape[1], device=waveforms_BS.device) >= self.num_samples_B[:, None]
+        return waveforms_BS.masked_fill_(padding_BS, 0)
 
     def targets(self) -> Tensor:
         """Return the teacher's layers, float32 (L, F, D), decoded on the batch's device."""
@@ -69,11 +91,6 @@ class Batch:
         values_LFD = torch.empty((num_layers, num_frames, width * self.codec.values_per_code), device=codes_LFW.device)
         self.codec.decode_into(values_LFD, codes_LFW, scale, self.pack_rows_F)
         return values_LFD
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of audio, without padding."""
-        return float(self.num_samples_B.sum()) / SAMPLE_RATE_HZ
 
 
 class PackSampler:
@@ -114,6 +131,7 @@ class DistillationData:
         layers: teacher layers, in the order of the batches' first axis.
         train_splits, dev_split: splits of the corpus; utterances of other splits are not used.
         stored_draws: number of packs, from the first draw on, with the stored stem in place of waveforms.
+        micro_frames: largest number of frames of a part of a pack, padding included; 0: packs are not cut.
     Raises RetortError for unknown splits and if no pack has a training utterance.
     """
 
@@ -127,10 +145,12 @@ class DistillationData:
         dev_split: str | None,
         seed: int,
         stored_draws: float = 0,
+        micro_frames: int = 0,
     ) -> None:
         self.corpus, self.store, self.layers = corpus, store, layers
-        self.stored_draws = stored_draws
+        self.stored_draws, self.micro_frames = stored_draws, micro_frames
         self.normalise = bool(store.manifest.upstream["normalise"])
+        self._statistics = np.full((len(corpus), 2), np.nan, dtype=np.float32)  # computed when first read
         kept = store.pack_of >= 0  # extraction may drop utterances, such as those shorter than one frame
         self.is_train = np.zeros(len(corpus), dtype=bool)
         for split in train_splits:
@@ -145,24 +165,54 @@ class DistillationData:
             )
         self.sampler = PackSampler(packs, seed=seed)
 
-    def training_batches(self, position: int, *, rank: int = 0, size: int = 1) -> Generator[Batch]:
-        """Yield batches without end, read ahead in a thread: of every `size` packs from `position` on the `rank`-th."""
-        draws = islice(enumerate(self.sampler.from_position(position), start=position), rank, None, size)
-        return read_ahead(self.training_batch(pack, stored=draw < self.stored_draws) for draw, pack in draws)
+    def training_batches(
+        self, position: int, *, device: torch.device = _CPU, rank: int = 0, size: int = 1
+    ) -> Generator[tuple[Batch, ...]]:
+        """Yield the parts of pack after pack without end, on `device`, read ahead in a thread.
 
-    def training_batch(self, pack: int, *, stored: bool = False) -> Batch:
-        """Return the training utterances of one pack; `stored`: with the stored stem in place of waveforms."""
+        Of every `size` packs from `position` on these are the `rank`-th.
+        """
+        draws = islice(enumerate(self.sampler.from_position(position), start=position), rank, None, size)
+        return read_ahead_on(
+            device, (self.training_parts(pack, stored=draw < self.stored_draws) for draw, pack in draws)
+        )
+
+    def training_parts(self, pack: int, *, stored: bool = False) -> tuple[Batch, ...]:
+        """Return the training utterances of one pack, in parts of at most `micro_frames` frames including padding.
+
+        An utterance of more frames is a part of its own. `stored`: with the stored stem in place of waveforms.
+        """
         found = self.store.pack(pack, self.layers)
+        stem = self.store.stem_pack(pack) if stored else None
         chosen = found.utterances[self.is_train[found.utterances]]
-        rows = self._pack_rows(chosen)
+        parts, total = self._cut(chosen), int(self.store.num_frames[chosen].sum())
+        return tuple(self._part(part, found, stem, total) for part in parts)
+
+    def _cut(self, utterances: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut utterances, in their order, into parts of at most `micro_frames` frames including padding."""
+        if not self.micro_frames:
+            return [utterances]
+        starts, first, longest = [], 0, 0
+        for row, num_frames in enumerate(self.store.num_frames[utterances].tolist()):
+            longest = max(longest, num_frames)
+            if row > first and (row + 1 - first) * longest > self.micro_frames:
+                starts.append(row)
+                first, longest = row, num_frames
+        return np.split(utterances, starts)
+
+    def _part(
+        self, utterances: NDArray[np.int64], found: Pack, stem: tuple[Codes, Scale | None] | None, total: int
+    ) -> Batch:
+        """Return one part of a pack; `total`: own frames of all its parts."""
+        rows = self._pack_rows(utterances)
         # Contiguous training utterances are copied as one slice, ten times as fast as by an index of rows.
         together = rows[-1] + 1 - rows[0] == len(rows)
         own = slice(rows[0], rows[-1] + 1) if together else rows
-        stem = None
-        if stored:
-            codes_1FW, scale = self.store.stem_pack(pack)
+        if stem is not None:
+            codes_1FW, scale = stem
             stem = codes_1FW[:, own], scale
-        return self._batch(chosen, found.codes_LFW[:, own], found.scale, self.store.codec, stem)
+        batch = self._batch(utterances, found.codes_LFW[:, own], found.scale, self.store.codec, stem)
+        return replace(batch, share=len(rows) / total)
 
     def dev_batches(self, *, stored: bool = False, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """Yield the dev batches, each of at most a pack of frames including padding: of every `size` the `rank`-th.
@@ -199,21 +249,23 @@ class DistillationData:
         codec: Codec | None,
         stem: tuple[NDArray[Any], Scale | None] | None,
     ) -> Batch:
-        num_frames = self.store.num_frames[utterances]
+        num_frames, num_samples = self.store.num_frames[utterances], self.corpus.num_samples[utterances]
         width = int(num_frames.max())  # T
         rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]  # of the flattened grid
         batch = Batch(
-            None,
-            torch.from_numpy(self.corpus.num_samples[utterances]),
-            torch.from_numpy(np.ascontiguousarray(codes_LFW)),
-            None if scale is None else torch.from_numpy(scale),
-            codec,
-            torch.from_numpy(self._pack_rows(utterances)),
-            torch.from_numpy(np.concatenate(rows)),
-            tuple(utterances.tolist()),
+            utterances=tuple(utterances.tolist()),
+            duration_s=float(num_samples.sum()) / SAMPLE_RATE_HZ,
+            num_samples_B=torch.from_numpy(num_samples),
+            codes_LFW=torch.from_numpy(np.ascontiguousarray(codes_LFW)),
+            scale=None if scale is None else torch.from_numpy(scale),
+            codec=codec,
+            pack_rows_F=torch.from_numpy(self._pack_rows(utterances)),
+            rows_F=torch.from_numpy(np.concatenate(rows)),
         )
         if stem is None:
-            return replace(batch, waveforms_BS=torch.from_numpy(self._waveforms(utterances)))
+            samples_BS = self._samples(utterances)
+            statistics_B2 = torch.from_numpy(self._statistics[utterances]) if self.normalise else None
+            return replace(batch, samples_BS=samples_BS, statistics_B2=statistics_B2)
         codes_1FW, stem_scale = stem
         return replace(
             batch,
@@ -222,29 +274,13 @@ class DistillationData:
             valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
         )
 
-    def _waveforms(self, utterances: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return padded waveforms, float32 (B, S), normalised if the teacher's were."""
+    def _samples(self, utterances: NDArray[np.int64]) -> Tensor:
+        """Return padded samples, int16 (B, S); compute the statistics of new utterances if the teacher's waveforms
+        were normalised."""
         num_samples = self.corpus.num_samples[utterances]
-        waveforms_BS = np.zeros((len(utterances), int(num_samples.max())), dtype=np.float32)
-        for row, index in enumerate(utterances):
-            waveform = waveforms_BS[row, : num_samples[row]]
-            self.corpus.waveform(int(index), out=waveform)
-            if self.normalise:
-                waveform[:] = normalise_waveform(waveform)
-        return waveforms_BS
-
-
-def read_ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
-    """Yield the same items, up to `depth` of them computed ahead in a background thread.
-
-    Closing the generator ends the thread. An error in the thread is raised where its item would be returned.
-    """
-    end = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
-        pending = [pool.submit(next, items, end) for _ in range(depth)]
-        while True:
-            item = pending.pop(0).result()
-            if item is end:
-                return
-            pending.append(pool.submit(next, items, end))
-            yield item  # type: ignore[misc]
+        samples_BS = torch.zeros((len(utterances), int(num_samples.max())), dtype=torch.int16)
+        for index, count, samples_S in zip(utterances, num_samples, samples_BS.numpy(), strict=True):
+            samples_S[:count] = self.corpus.samples(int(index))
+            if self.normalise and np.isnan(self._statistics[index, 0]):
+                self._statistics[index] = waveform_statistics(scale_samples(samples_S[:count]))
+        return samples_BS

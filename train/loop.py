@@ -58,7 +58,7 @@ def train(request: TrainRequest) -> RunMetrics:
         curve=state.curve,
         curves=open_record(run),
     )
-    batches = run.data.training_batches(state.packs, rank=processes.rank, size=processes.size)
+    batches = run.data.training_batches(state.packs, device=request.device, rank=processes.rank, size=processes.size)
     with progress, closing(batches):
         progress.write_line(_headline(run))
         if run.parts.random:
@@ -93,7 +93,7 @@ def open_record(run: Run) -> Curves | None:
     )
 
 
-def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[Batch]) -> None:
+def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[tuple[Batch, ...]]) -> None:
     """Run the steps that are left: grow and unfreeze where they are due, log, score the dev split, save."""
     name, config, state = run.request.student, run.request.config, run.state
     started_audio_s, clock = state.audio_s, time.monotonic()
@@ -127,7 +127,7 @@ def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[Batch]) 
             saved = time.monotonic()
 
 
-def train_step(run: Run, batches: Generator[Batch], step: int, rate: float) -> float:
+def train_step(run: Run, batches: Generator[tuple[Batch, ...]], step: int, rate: float) -> float:
     """Run one step of the optimiser at a learning rate; return the loss.
 
     Raises RetortError if the loss or its gradient is not finite.
@@ -143,31 +143,25 @@ def train_step(run: Run, batches: Generator[Batch], step: int, rate: float) -> f
     return loss
 
 
-def _gradients(run: Run, batches: Generator[Batch], *, forced: bool) -> float:
+def _gradients(run: Run, batches: Generator[tuple[Batch, ...]], *, forced: bool) -> float:
     """Compute the clipped gradients of one step, means over the packs of all processes; return the mean loss.
 
     Raises RetortError, in all processes, if the loss or its gradient is not finite: weights and checkpoint are still
     good then.
     """
-    request, config, processes, state = run.request, run.request.config, run.request.processes, run.state
+    config, processes, state = run.request.config, run.request.processes, run.state
     losses: list[Tensor] = []
     audio_s: list[float] = []
     utterances: list[tuple[int, ...]] = []
     waited_s = 0.0
     for index in range(config.optimiser.accumulate):
         clock = time.monotonic()
-        batch = next(batches)
+        parts = next(batches)
         waited_s += time.monotonic() - clock
-        audio_s.append(batch.duration_s)
-        utterances.append(batch.utterances)
-        batch = batch.to(request.device)
+        audio_s.append(sum(part.duration_s for part in parts))
+        utterances.append(tuple(chain.from_iterable(part.utterances for part in parts)))
         seed_dropout(config.seed, state.packs + index * processes.size + processes.rank)
-        with _precision(run):
-            targets_LFD = batch.targets()
-            loss = run.distiller.loss(run.distiller(batch, targets_LFD, forced), targets_LFD)
-        # Gradients of packs add up, here and over processes, so each is divided by the number of packs of a step.
-        (loss / request.packs_per_step).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+        losses.append(_add_gradients(run, parts, forced=forced))
     processes.all_reduce_gradients(run.distiller.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.distiller.parameters(), config.optimiser.clip).item()
     # Only here: reading a loss waits for the device, which would idle between the packs of a step.
@@ -183,8 +177,24 @@ def _gradients(run: Run, batches: Generator[Batch], *, forced: bool) -> float:
     return mean
 
 
+def _add_gradients(run: Run, parts: tuple[Batch, ...], *, forced: bool) -> Tensor:
+    """Add the gradients of one pack, part by part; return its loss, a float32 scalar.
+
+    Losses are means over frames, so the share of a part's frames is its weight in the mean of the pack.
+    """
+    losses: list[Tensor] = []
+    for part in parts:
+        with _precision(run):
+            targets_LFD = part.targets()
+            loss = part.share * run.distiller.loss(run.distiller(part, targets_LFD, forced), targets_LFD)
+        # Gradients of packs add up, here and over processes, so each is divided by the number of packs of a step.
+        (loss / run.request.packs_per_step).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
 def seed_dropout(seed: int, position: int) -> None:
-    """Make the dropout of the `position`-th pack a function of (seed, position).
+    """Make the dropout of the `position`-th pack, part after part, a function of (seed, position).
 
     No generator state has to be stored, and a pack gets the same masks on any number of processes.
     """

@@ -105,10 +105,10 @@ class Distiller(nn.Module, ABC):
 
     def stem(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the stem's output (B, T, C) and the own frames, bool (B, T), from waveforms or from the store."""
-        if batch.waveforms_BS is None:
+        if batch.samples_BS is None:
             return batch.stem()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stem_trains):
-            stem_BTC, valid_BT = self.student.feature_extractor(batch.waveforms_BS, batch.num_samples_B)
+            stem_BTC, valid_BT = self.student.feature_extractor(batch.waveforms(), batch.num_samples_B)
         if self.stem_trains and self.stem_grad_scale != 1:
             stem_BTC = _ScaleGradient.apply(stem_BTC, self.stem_grad_scale)  # type: ignore[no-untyped-call, unused-ignore]
         return stem_BTC, valid_BT

@@ -95,6 +95,7 @@ def begin(request: TrainRequest) -> Run:
         dev_split=config.dev_split,
         seed=config.seed,
         stored_draws=config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0,
+        micro_frames=config.optimiser.micro_frames,
     )
     distiller, parts = _initial_distiller(config, store, data, stem, weights)
     distiller.to(request.device).train()

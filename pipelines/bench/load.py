@@ -103,7 +103,7 @@ def _bytes_of_packs(bench: Load) -> Iterator[tuple[Any, Any, Any]]:
     """Yield the parts of every pack's batch: codes of the frames (L, F, W), scales, samples (int16)."""
     data = _data(bench)
     for pack in epoch(data):
-        batch = data.training_batch(pack)
+        [batch] = data.training_parts(pack)
         scale = np.zeros(0) if batch.scale is None else batch.scale.numpy()
         samples = np.concatenate([data.corpus.samples(index) for index in batch.utterances])
         yield batch.codes_LFW.numpy(), scale, samples
@@ -129,11 +129,11 @@ def loader(bench: Load) -> TimedSteps:
     keep_freed_blocks()
     data = _data(bench)
     order = epoch(data)
-    data.training_batch(order[0])  # warm-up: files are open, indices are read
+    data.training_parts(order[0])  # warm-up: files are open, indices are read
     yield
     frames = samples = 0
     for pack in order:
-        batch = data.training_batch(pack)
+        [batch] = data.training_parts(pack)
         frames += len(batch.rows_F)
         samples += int(batch.num_samples_B.sum())
     yield

@@ -99,7 +99,7 @@ def _read_epoch(config: ExtractConfig) -> dict[str, float]:
         corpus = Corpus.open(config.corpus)
         store = StoreReader.open(config.manifest, corpus)
         data = DistillationData(corpus, store, layers=layers, train_splits=("all",), dev_split=None, seed=0)
-        data.training_batch(int(data.sampler.packs[0]))
+        data.training_parts(int(data.sampler.packs[0]))
         return data
 
     keep_freed_blocks()  # as the command does
@@ -108,7 +108,7 @@ def _read_epoch(config: ExtractConfig) -> dict[str, float]:
     data = opened()
     ready = time.process_time()
     for pack in epoch(data):
-        data.training_batch(pack)
+        data.training_parts(pack)
     return {"open_cpu_s": ready - start, "epoch_cpu_s": time.process_time() - ready}
 
 

@@ -99,17 +99,17 @@ def timed_steps(
     change = _teacher(bench, run) if kind == "online" else None
     work: list[tuple[int, ...]] = []
 
-    def changed(batches: Iterator[Batch]) -> Generator[Batch]:
-        for batch in batches:
-            work.append(batch.utterances)
-            yield batch if change is None else change(batch)
+    def changed(packs: Iterator[tuple[Batch, ...]]) -> Generator[tuple[Batch, ...]]:
+        for parts in packs:
+            work.extend(part.utterances for part in parts)
+            yield parts if change is None else tuple(map(change, parts))
 
-    with closing(run.data.training_batches(0)) as read:
-        source: Iterator[Batch] = read
+    with closing(run.data.training_batches(0, device=run.request.device)) as read:
+        source: Iterator[tuple[Batch, ...]] = read
         if kind == "ready":
             # As many as the steps take, the warm-up included.
             num_batches = run.request.packs_per_step * (num_steps + 1)
-            source = iter([_decoded(batch.to(run.request.device)) for batch in islice(read, num_batches)])
+            source = iter([tuple(map(_decoded, parts)) for parts in islice(read, num_batches)])
         batches = changed(source)
         # Warm-up: memory is allocated, the optimiser has its state.
         train_step(run, batches, 0, learning_rate(run.request.config, run.stages[0], 0))
@@ -120,7 +120,7 @@ def timed_steps(
     return {"losses": losses, "work": work, "depth": run.depth, "threads": torch.get_num_threads()}
 
 
-def _step(run: Run, batches: Generator[Batch], step: int) -> float:
+def _step(run: Run, batches: Generator[tuple[Batch, ...]], step: int) -> float:
     stage = stage_at(run.stages, step)
     if step == stage.first_step and stage.sources is not None:
         grow(run, stage)
@@ -140,7 +140,6 @@ def _teacher(bench: Train, run: Run) -> Callable[[Batch], Batch]:
 
 
 def _from_teacher(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
-    batch = batch.to(run.request.device)
     states = teacher.forward([run.corpus.waveform(index) for index in batch.utterances])  # each (B, T, D)
     # Frames of all utterances in a row, as the stored codes lie: (F, D) of each layer.
     own = [states[layer].float().flatten(0, 1).index_select(0, batch.rows_F) for layer in run.data.layers]
