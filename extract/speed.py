@@ -21,7 +21,15 @@ from extract.base.errors import RetortError
 from extract.base.machine import describe_machine, processor_model
 from extract.base.params import read_section
 from extract.base.provenance import Provenance
-from extract.base.timing import Progress, TimedRun, TimedSteps, in_fresh_process, range_of, run_interleaved
+from extract.base.timing import (
+    Progress,
+    TimedRun,
+    TimedSteps,
+    in_fresh_process,
+    range_of,
+    run_interleaved,
+    synchronise_gpu,
+)
 from extract.base.validate import parse
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.macs import count_macs
@@ -145,7 +153,7 @@ def _timed_passes(request: SpeedRequest, *, name: str) -> TimedSteps:
     """One upstream over all utterances, one at a time: a variant of the interleaved timer."""
     waveforms = choose_waveforms(Corpus.open(Path(request.audio.corpus)), request.audio)
     upstream = load(request, name, check=False)
-    last = [upstream.spec.num_layers - 1]  # one layer is copied to numpy, so that a GPU has finished
+    last = [upstream.spec.num_layers - 1]
     for waveform in waveforms:  # every length once: libraries prepare kernels by shape
         upstream.hidden_states([waveform], last)
     latencies_s = []
@@ -153,6 +161,7 @@ def _timed_passes(request: SpeedRequest, *, name: str) -> TimedSteps:
     for waveform in waveforms:
         start = time.perf_counter()
         upstream.hidden_states([waveform], last)
+        synchronise_gpu()
         latencies_s.append(time.perf_counter() - start)
     yield
     return {"latencies_s": latencies_s}

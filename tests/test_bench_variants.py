@@ -11,11 +11,11 @@ import pytest
 from extract.base.errors import RetortError
 from extract.base.timing import TimedSteps
 from extract.corpus import Corpus
-from pipelines.bench import growth, load, scaling
+from pipelines.bench import ceiling, growth, load, scaling
 from pipelines.bench.command import benchmarks
 from pipelines.bench.growth import METHODS, ONLINE, depths, method_config
 from pipelines.bench.measure import Bench, Group, summarise
-from pipelines.bench.options import GrowthOptions, LoadOptions, ScalingOptions
+from pipelines.bench.options import CeilingOptions, GrowthOptions, LoadOptions, ScalingOptions
 from pipelines.bench.page import sentences
 from pipelines.bench.scaling import HOURS, LAYERS, UTTERANCES, fit, points
 from tests.bench_world import invented_run, run_bench_command
@@ -160,13 +160,55 @@ def test_loader_and_memory_map_read_the_same_bytes(tmp_path: Path, params: Path,
     bench = Bench(options, tmp_path)
     packs = load.prepare(bench)[""]
     flat, batches = outcome_of(load.memmap(bench)), outcome_of(load.loader(bench))
-    assert flat == batches and flat["packs"] == packs["number"] >= 3
-    assert flat["bytes"] == (tmp_path / "flat.bin").stat().st_size == pytest.approx(packs["bytes"] * packs["number"])
+    assert flat == batches == outcome_of(load.preadv(bench))
+    epochs, odd_packs = divmod(flat["packs"], packs["number"])
+    assert odd_packs == 0 and epochs > 1 and packs["number"] >= 3
+    file = tmp_path / "noise.flat.bin"
+    num_bytes = flat["bytes"] // epochs
+    assert num_bytes == file.stat().st_size == pytest.approx(packs["bytes"] * packs["number"])
     audio = round(packs["samples"] * packs["number"])
-    values = (flat["bytes"] - audio) * {"int8": 1, "float16": 0.5, "int4": 1.6}[codec]  # except for scales
+    values = (num_bytes - audio) * {"int8": 1, "float16": 0.5, "int4": 1.6}[codec]  # except for scales
     assert outcome_of(load.files(bench))["bytes"] == pytest.approx(2 * values + audio, rel=0.05)
     assert packs["samples"] == pytest.approx(packs["audio_s"] * 32_000)
-    assert np.memmap(tmp_path / "flat.bin", dtype=np.uint8, mode="r").std() > 1
+    assert np.memmap(file, dtype=np.uint8, mode="r").std() > 1
+
+
+def test_ceilings_count_the_bytes_of_whole_packs(tmp_path: Path) -> None:
+    options = CeilingOptions(packs=2, pack_frames=1024, rounds=1)
+    bench = Bench(options, tmp_path)
+    facts = ceiling.prepare(bench)
+    assert facts.keys() == ceiling.STORES.keys() | ceiling.LOADERS.keys()
+    of_stage_one, num_packs = bench.of("Base, 3 layers"), facts["loader from waveforms"]["number"]
+    one = {name: outcome_of(ceiling.BENCHMARK.variants[name](of_stage_one)) for name in ("encode", "write", "extract")}
+    # int8: a byte for each of 3 x 1024 x 768 values, and a float32 scale for each feature of a layer
+    whole = {"float32_bytes": num_packs * 3 * 1024 * 768 * 4, "code_bytes": num_packs * 3 * (1024 * 768 + 768 * 4)}
+    for outcome in one.values():
+        assert outcome.items() >= whole.items()
+        assert outcome["audio_s"] == pytest.approx(facts["Base, 3 layers"]["audio_s"])
+    assert outcome_of(ceiling.sha256(of_stage_one)) == {"code_bytes": whole["code_bytes"] // num_packs * 2}
+    for name, stored in ceiling.LOADERS.items():
+        of_loader = bench.of(name)
+        assert outcome_of(ceiling.loader(of_loader)) == outcome_of(load.memmap(of_loader))
+        assert (facts[name]["samples"] == 0) == stored
+    # The stem's 512 channels lie beside three layers of 768 features.
+    codes = [facts[name]["codes"] for name in ceiling.LOADERS]
+    assert codes[1] / codes[0] == pytest.approx((3 * 768 + 512) / (3 * 768))
+
+
+def test_a_group_runs_its_own_variants() -> None:
+    runs = [invented_run(name, 0.5, packs=3) for name in ("memmap", "preadv", "loader")]
+    facts = {"number": 3, "bytes": 2e6}
+    figures = summarise(ceiling.BENCHMARK, Group(settings={}, facts=facts, runs=runs))
+    assert figures.keys() == {"memmap", "preadv", "loader"}
+    assert figures["loader"]["packs_per_s"]["wall_s"].median == 6
+    assert figures["loader"]["share_of_memmap"]["cpu_s"].median == 1 and "share_of_memmap" not in figures["memmap"]
+    assert "audio_s_per_s" not in figures["loader"]
+    names = {
+        group: {name for name in ceiling.BENCHMARK.variants if ceiling.BENCHMARK.measures(group, name)}
+        for group in (*ceiling.STORES, *ceiling.LOADERS)
+    }
+    assert set.union(*names.values()) == set(ceiling.BENCHMARK.variants)
+    assert names["Large, 25 layers"].isdisjoint(names["loader from waveforms"])
 
 
 def test_training_reports_its_wait_for_the_loader(tmp_path: Path, params: Path) -> None:

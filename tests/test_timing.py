@@ -6,9 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from extract.base.errors import RetortError
-from extract.base.timing import Range, TimedSteps, range_of, run_interleaved, speed_ratio
+from extract.base.timing import (
+    Range,
+    TimedSteps,
+    peak_gpu_bytes,
+    range_of,
+    run_interleaved,
+    speed_ratio,
+    synchronise_gpu,
+)
 from tests.bench_world import invented_run
 
 
@@ -29,6 +38,16 @@ def allocating(settings: float) -> TimedSteps:
     block = np.ones(200 * 2**20, dtype=np.uint8)
     yield
     return {"process": os.getpid(), "bytes": int(block.sum())}
+
+
+def queueing(settings: float) -> TimedSteps:
+    """Queue `settings` seconds of kernels as the warm-up and compute nothing."""
+    block = torch.ones(2**18, device="cuda")
+    start = time.perf_counter()
+    torch.cuda._sleep(round(settings * 1.5e9))  # cycles of a clock of 1 to 2 GHz
+    yield
+    yield
+    return {"queued_s": time.perf_counter() - start, "sum": float(block.sum())}
 
 
 def refusing(settings: float) -> TimedSteps:
@@ -59,6 +78,20 @@ def test_variants_are_interleaved_each_in_a_process_of_its_own() -> None:
         else:
             assert run.peak_bytes > 200 * 2**20
     assert os.environ.get("OMP_NUM_THREADS") == "1"  # as tests/conftest.py sets it
+
+
+@pytest.mark.gpu
+def test_kernels_of_the_warm_up_run_before_the_clock() -> None:
+    """Two seconds of kernels are queued by the warm-up, and none by the work."""
+    (run,) = run_interleaved({"it": queueing}, 2.0, rounds=1, threads=None, progress=lambda text: None)
+    assert run.wall_s < 0.5 < 1 < run.outcome["queued_s"]
+    assert run.peak_gpu_bytes is not None and run.peak_gpu_bytes >= 2**20
+
+
+def test_a_process_without_a_gpu_has_nothing_to_wait_for() -> None:
+    synchronise_gpu()
+    if not torch.cuda.is_available():
+        assert peak_gpu_bytes() is None
 
 
 @pytest.mark.parametrize(("variant", "message"), [(refusing, "no such device"), (dying, "was killed")])

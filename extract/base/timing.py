@@ -112,11 +112,12 @@ def _clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dic
     """Run a variant in this process; return the fields of its TimedRun but for name and round."""
     steps = variant(settings)
     next(steps)
+    synchronise_gpu()  # the warm-up's kernels would otherwise run on the clock
     wall, cpu = time.perf_counter(), time.process_time()
     next(steps)
-    gpu_bytes = _synchronise_gpu()
+    synchronise_gpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = _peak_bytes()  # before the variant inspects its results
+    peak, gpu_bytes = _peak_bytes(), peak_gpu_bytes()  # before the variant inspects its results
     try:
         next(steps)
     except StopIteration as stop:
@@ -124,13 +125,21 @@ def _clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dic
     raise AssertionError("a variant yields exactly twice: before and after the timed work")
 
 
-def _synchronise_gpu() -> int | None:
-    """Wait for the kernels that still run; return the peak bytes of tensors on the GPU, None if no GPU was used."""
+def synchronise_gpu() -> None:
+    """Wait for the kernels that still run on the GPU, if this process uses one: to be called before a clock is read."""
+    if (cuda := _cuda()) is not None:
+        cuda.synchronize()
+
+
+def peak_gpu_bytes() -> int | None:
+    """Return the peak bytes of tensors on the GPU, None if this process uses none."""
+    return None if (cuda := _cuda()) is None else int(cuda.max_memory_allocated())
+
+
+def _cuda() -> Any:
+    """Return torch.cuda if this process has initialised it."""
     torch = sys.modules.get("torch")  # not imported here: a variant may need numpy alone
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated())
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _peak_bytes() -> int:

@@ -4,94 +4,106 @@
 reading it costs the same as reading hidden states.
 """
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from extract.base.files import write_json
 from extract.base.malloc import keep_freed_blocks
 from extract.base.timing import TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import make_store, progress_of
-from extract.shards import Advance, Extraction, LocalRunner
+from extract.shards import Extraction
+from extract.store.manifest import KEEP
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
-from extract.upstream.spec import UpstreamFacts, UpstreamSpec
 from pipelines.bench import synthetic
+from pipelines.bench.free import HOP_SAMPLES, FreeRunner, FreeUpstream
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, Named, over_rounds
-from pipelines.bench.options import LoadOptions
+from pipelines.bench.options import CeilingOptions, LoadOptions
 from train.config import read_student
 
 if TYPE_CHECKING:
     from train.data import DistillationData
 
 Load = Bench[LoadOptions]
-_LAYERS = (4, 8, 12)  # three of HuBERT Base, as in the study hubert-base-ls960
-_HOP_SAMPLES, _RECEPTIVE_SAMPLES = 320, 400  # of wav2vec 2.0's stem
+Loaded = Bench[LoadOptions | CeilingOptions]
+LENGTHS = synthetic.LENGTHS["long"]
+_LAYERS = (1, 2, 3)
+_EPOCHS = 8  # of a few packs, which alone take too little time for a clock
+_STEM_DIM = 512  # channels of wav2vec 2.0's stem
 
 
 def prepare(bench: Load) -> dict[str, dict[str, Any]]:
     """Write corpus, store, flat file and .npy files; return the mean audio and bytes of a pack."""
+    facts = prepare_store(bench, dim=bench.options.dim)
+    store = StoreReader.open(bench.manifest)
+    for index in range(store.num_utterances):
+        np.save(bench.folder / f"{index}.npy", store.hidden_at(index).astype(np.float16))
+    return {"": facts}
+
+
+def prepare_store(bench: Loaded, *, dim: int, stored: bool = False) -> dict[str, Any]:
+    """Write a corpus, a store of noise and a flat file of what training reads; return the mean of a pack.
+
+    stored: the stem's output is kept and read in place of waveforms.
+    """
     options = bench.options
-    seconds = options.packs * options.pack_frames * _HOP_SAMPLES / SAMPLE_RATE_HZ
-    synthetic.make_noise(bench.corpus, synthetic.LENGTHS["long"], seconds=seconds)
-    config = bench.extract_config(upstream=str(synthetic.DEMO_TEACHER), layers=_LAYERS)
+    seconds = options.packs * options.pack_frames * HOP_SAMPLES / SAMPLE_RATE_HZ
+    synthetic.make_noise(bench.corpus, LENGTHS, seconds=seconds)
+    config = bench.extract_config(
+        upstream=str(synthetic.DEMO_TEACHER), layers=_LAYERS, keep=KEEP if stored else KEEP - {"stem"}
+    )
     card, corpus = find_upstream(config.upstream), Corpus.open(bench.corpus)
-    shape = UpstreamSpec(max(_LAYERS) + 1, options.dim, _HOP_SAMPLES, _RECEPTIVE_SAMPLES, stem_dim=None)
-    extraction = Extraction.open(config, card, corpus, shape)
-    manifest = make_store(extraction, _NoiseRunner(config, card), progress_of(card, [corpus]))
-    write_json(bench.manifest, manifest.to_dict())
-    audio_s, num_bytes = 0.0, []
+    upstream = FreeUpstream(
+        num_layers=max(_LAYERS) + 1, dim=dim, longest=LENGTHS.longest_frames, stem_dim=_STEM_DIM if stored else None
+    )
+    extraction = Extraction.open(config, card, corpus, upstream.spec)
+    runner = FreeRunner(config, upstream, card)
+    write_json(bench.manifest, make_store(extraction, runner, progress_of(card, [corpus])).to_dict())
+    num_bytes, audio_s = [], float(corpus.num_samples.sum()) / SAMPLE_RATE_HZ
     with _flat(bench).open("wb") as file:
-        for parts in _bytes_of_packs(bench):
+        for parts in _bytes_of_packs(bench, stored=stored):
             num_bytes.append([part.nbytes for part in parts])
-            audio_s += parts[-1].nbytes / 2 / SAMPLE_RATE_HZ  # samples are int16
             for part in parts:
                 file.write(part.tobytes())
-    np.save(bench.folder / "bytes.npy", np.array(num_bytes))
-    store = StoreReader.open(bench.manifest)
-    for index in range(len(corpus)):
-        np.save(bench.folder / f"{index}.npy", store.hidden_at(index).astype(np.float16))
+    np.save(_sizes(bench), np.array(num_bytes))
     codes, scales, samples = np.mean(num_bytes, axis=0).tolist()
     pack_bytes = {"bytes": codes + scales + samples, "codes": codes, "scales": scales, "samples": samples}
-    return {"": {"number": len(num_bytes), "audio_s": audio_s / len(num_bytes), **pack_bytes}}
+    return {"number": len(num_bytes), "audio_s": audio_s / len(num_bytes), **pack_bytes}
 
 
-def _flat(bench: Load) -> Path:
-    return bench.folder / "flat.bin"
+def _flat(bench: Loaded) -> Path:
+    return bench.corpus.with_suffix(".flat.bin")
 
 
-class _NoiseRunner(LocalRunner):
-    """A runner that writes noise in place of hidden states."""
-
-    def open(self, extraction: Extraction) -> UpstreamFacts:
-        return UpstreamFacts(convention="noise", attention="none", num_parameters=0, threads=1, dtype_error={})
-
-    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
-        writer, packing = extraction.writer, extraction.writer.packing
-        shape = (len(_LAYERS), packing.pack_frames, writer.dim)
-        noise_LFD = np.random.default_rng(synthetic.SEED).standard_normal(shape, dtype=np.float32)
-        for shard in shards:
-            encoded = []
-            for pack in packing.packs_of(shard):
-                hidden_LFD, last = noise_LFD.copy(), packing.by_pack[pack][-1]
-                hidden_LFD[:, packing.first_frame[last] + packing.num_frames[last] :] = 0  # rows past the last frame
-                encoded.append(writer.encode_pack(pack, hidden_LFD))
-            writer.write_shard(shard, encoded)
+def _sizes(bench: Loaded) -> Path:
+    return bench.corpus.with_suffix(".sizes.npy")
 
 
-def _data(bench: Load) -> "DistillationData":
+def _data(bench: Loaded, *, stored: bool = False) -> "DistillationData":
     from train.data import DistillationData
 
     corpus = Corpus.open(bench.corpus)
     store = StoreReader.open(bench.manifest, corpus)
-    return DistillationData(corpus, store, layers=_LAYERS, train_splits=("all",), dev_split=None, seed=0)
+    return DistillationData(
+        corpus,
+        store,
+        layers=_LAYERS,
+        train_splits=("all",),
+        dev_split=None,
+        seed=0,
+        stored_draws=math.inf if stored else 0,
+    )
 
 
 def epoch(data: "DistillationData") -> list[int]:
@@ -99,49 +111,76 @@ def epoch(data: "DistillationData") -> list[int]:
     return list(islice(data.sampler.from_position(0), len(data.sampler)))
 
 
-def _bytes_of_packs(bench: Load) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield the parts of every pack's batch: codes of the frames (L, F, W), scales, samples (int16)."""
+def _bytes_of_packs(bench: Loaded, *, stored: bool) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield the bytes that training reads of every pack: codes and scales of own frames, samples (int16).
+
+    stored: codes and scales of the stem's output follow those of the layers, and there are no samples.
+    """
     data = _data(bench)
-    for pack in epoch(data):
-        [batch] = data.training_parts(pack)
-        scale = np.zeros(0) if batch.scale is None else batch.scale.numpy()
-        samples = np.concatenate([data.corpus.samples(index) for index in batch.utterances])
-        yield batch.codes_LFW.numpy(), scale, samples
+    for number in epoch(data):
+        pack = data.store.pack(number, _LAYERS)
+        own = slice(int(pack.first_frame[-1] + pack.num_frames[-1]))  # rows of the pack's utterances
+        codes, scales = [pack.codes_LFW[:, own]], [pack.scale]
+        if stored:
+            codes_1FW, scale = data.store.stem_pack(number)
+            codes, scales = [*codes, codes_1FW[:, own]], [*scales, scale]
+        samples = [] if stored else [data.corpus.samples(int(index)) for index in pack.utterances]
+        yield tuple(map(_as_bytes, (codes, scales, samples)))
 
 
-def memmap(bench: Load) -> TimedSteps:
+def _as_bytes(arrays: Sequence[NDArray[Any] | None]) -> NDArray[np.uint8]:
+    """Return the bytes of arrays end to end, uint8 (bytes,); None has none."""
+    flat = [np.ascontiguousarray(one).reshape(-1).view(np.uint8) for one in arrays if one is not None]
+    return np.concatenate([np.zeros(0, dtype=np.uint8), *flat])
+
+
+def _spans(bench: Loaded) -> list[tuple[int, int]]:
+    """Return the first byte of each pack in the flat file, and the byte after its last one."""
+    stops = np.cumsum(np.load(_sizes(bench)).sum(axis=1)).tolist()
+    return list(pairwise([0, *stops]))
+
+
+def memmap(bench: Loaded) -> TimedSteps:
     """Copy the bytes of the packs out of a memory map."""
     keep_freed_blocks()  # as the command does, and for its upper bound too
-    flat = np.memmap(_flat(bench), dtype=np.uint8, mode="r")
-    stops = np.cumsum(np.load(bench.folder / "bytes.npy").sum(axis=1)).tolist()
-    starts = [0, *stops[:-1]]
-    np.array(flat[: stops[0]])  # warm-up: the first pages are mapped
+    flat, spans = np.memmap(_flat(bench), dtype=np.uint8, mode="r"), _spans(bench)
+    np.array(flat[slice(*spans[0])])  # warm-up: the first pages are mapped
     yield
-    read = 0
-    for start, stop in zip(starts, stops, strict=True):
-        read += np.array(flat[start:stop]).nbytes  # np.array copies
+    read = sum(np.array(flat[slice(*span)]).nbytes for span in spans * _EPOCHS)  # np.array copies
     yield
-    return {"bytes": read, "packs": len(stops), "work": read}
+    return {"bytes": read, "packs": len(spans) * _EPOCHS, "work": read}
 
 
-def loader(bench: Load) -> TimedSteps:
-    """Read the batches of one epoch, one after another."""
+def preadv(bench: Loaded) -> TimedSteps:
+    """Read the bytes of the packs into one buffer, by a system call each."""
+    spans = _spans(bench)
+    buffer, read = np.zeros(max(stop - start for start, stop in spans), dtype=np.uint8).data, 0
+    with _flat(bench).open("rb") as file:
+        yield
+        for start, stop in spans * _EPOCHS:
+            read += os.preadv(file.fileno(), [buffer[: stop - start]], start)
+        yield
+    return {"bytes": read, "packs": len(spans) * _EPOCHS, "work": read}
+
+
+def loader(bench: Loaded, *, stored: bool = False) -> TimedSteps:
+    """Read the batches of some epochs as training does, for a model of zero cost."""
     keep_freed_blocks()
-    data = _data(bench)
-    order = epoch(data)
-    data.training_parts(order[0])  # warm-up: files are open, indices are read
+    data, used = _data(bench, stored=stored), 0
+    epoch_packs = len(data.sampler)
+    with closing(data.training_batches(0)) as batches:
+        for _ in range(epoch_packs):  # warm-up: files are open, indices are read, every shape of batch has its memory
+            next(batches)
+    batches = data.training_batches(epoch_packs)  # reading ahead starts with the clock
     yield
-    frames = samples = 0
-    for pack in order:
-        [batch] = data.training_parts(pack)
-        frames += len(batch.rows_F)
-        samples += int(batch.num_samples_B.sum())
+    for parts in islice(batches, epoch_packs * _EPOCHS):
+        used += sum(len(part.utterances) for part in parts)
     yield
-    per_frame = len(_LAYERS) * batch.codes_LFW.shape[-1] * batch.codes_LFW.element_size()
-    scales = 0 if batch.scale is None else batch.scale.numel() * batch.scale.element_size() * len(order)
-    # Valid frames only: a pack's unused rows count for no variant. Samples are stored as int16.
-    read = frames * per_frame + scales + 2 * samples
-    return {"bytes": read, "packs": len(order), "work": read}
+    batches.close()
+    assert used == data.store.num_utterances * _EPOCHS  # an epoch has every utterance once
+    # Own frames only: a pack's unused rows count for no variant. Samples are stored as int16.
+    read = int(np.load(_sizes(bench)).sum()) * _EPOCHS
+    return {"bytes": read, "packs": epoch_packs * _EPOCHS, "work": read}
 
 
 def files(bench: Load) -> TimedSteps:
@@ -200,7 +239,7 @@ def training(bench: Load) -> TimedSteps:
     }
 
 
-_per_pack = over_rounds(lambda group, run, clock: getattr(run, clock) / run.outcome["packs"])
+seconds_per_pack = over_rounds(lambda group, run, clock: getattr(run, clock) / run.outcome["packs"])
 _bytes_per_s = over_rounds(lambda group, run, clock: run.outcome["bytes"] / run.wall_s)
 
 
@@ -210,7 +249,7 @@ def _remarks(group: Group) -> Iterator[str]:
         group.range("train", lambda run, key=key: float(run.outcome[key]))  # type: ignore[misc]
         for key in ("seconds_per_step", "loader_wait_share")
     )
-    ready = _per_pack(group, "loader", "wall_s").median
+    ready = seconds_per_pack(group, "loader", "wall_s").median
     yield f"{pack['number']} packs of {pack['audio_s']:.0f} s of audio, {pack['bytes'] / 1e6:.1f} MB each, " + (
         f"{pack['codes'] / 1e6:.1f} MB of it codes"
     )
@@ -225,10 +264,18 @@ BENCHMARK = Benchmark(
     name="load",
     title="Loading",
     prepare=prepare,
-    variants={"memmap": memmap, "loader": loader, "files": files, "train": training},
-    rows=("memmap", "loader", "files"),
+    variants={"memmap": memmap, "preadv": preadv, "loader": loader, "files": files, "train": training},
+    rows=("memmap", "preadv", "loader", "files"),
     figures=(
-        Figure(key="s_per_pack", title="ms a pack", text="{:.1f}", of=_per_pack, clocks=BOTH, scale=1e3, ranged=True),
+        Figure(
+            key="sseconds_per_pack",
+            title="ms a pack",
+            text="{:.1f}",
+            of=seconds_per_pack,
+            clocks=BOTH,
+            scale=1e3,
+            ranged=True,
+        ),
         Figure(key="bytes_per_s", title="MB / s", text="{:,.0f}", of=_bytes_per_s, scale=1e-6),
     ),
     subject=Named("loader", "the loader"),

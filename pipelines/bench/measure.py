@@ -136,6 +136,7 @@ class Benchmark(Generic[Asked]):
     prepare: fill the folder and return the facts of each group (JSON); runs in a fresh process.
     variants: name -> generator function of `extract.base.timing`. Outcomes with a key `work` must agree in it.
     claim: least speed of `subject` as (reference, ratio), from settings and name of the group.
+    measures: whether a group runs a variant, from the names of both.
     remarks: more sentences on a group; extra_rows: more table rows, of its own figures.
     sizes: arguments of `bench all` by size.
     """
@@ -150,6 +151,7 @@ class Benchmark(Generic[Asked]):
     limit: Named | None = None
     baseline: Named | None = None
     claim: Callable[[Mapping[str, Any], str], tuple[Named, float]] | None = None
+    measures: Callable[[str, str], bool] = lambda group, variant: True
     remarks: Callable[[Group], Iterable[str]] = lambda group: ()
     extra_rows: Callable[[Group], Iterable[Sequence[str]]] = lambda group: ()
     sizes: Mapping[str, str]
@@ -227,7 +229,7 @@ def measure(benchmark: Benchmark[Asked], options: Asked, progress: Progress) -> 
         progress("preparing models, corpora and stores")
         for title, facts in in_fresh_process(benchmark.prepare, bench, threads=options.threads).items():
             runs = run_interleaved(
-                benchmark.variants,
+                {name: variant for name, variant in benchmark.variants.items() if benchmark.measures(title, name)},
                 bench.of(title),
                 rounds=options.rounds,
                 threads=options.threads,

@@ -84,8 +84,8 @@ class ExtractOptions(Options):
 class LoadOptions(Options):
     """Compare the training loader with a memory map and with one file an utterance; measure how long training waits.
 
-    Variants: memmap (the upper bound: the same bytes of one flat file), loader, files (the usual approach: one .npy
-    file an utterance) and train (`train run` over the same packs).
+    Variants: memmap (the upper bound: the same bytes of one flat file), preadv (the same by system calls), loader,
+    files (the usual approach: one .npy file an utterance) and train (`train run` over the same packs).
     """
 
     config: Path = option(Path("params.yaml"), "The params file.")  # noqa: RUF009
@@ -101,6 +101,19 @@ class LoadOptions(Options):
         super().__post_init__()
         CODECS[self.codec].width(self.dim)  # raises for a width that the codec cannot store
         read_student(self.config, self.student)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CeilingOptions(Options):
+    """Measure how fast stage one would be with an upstream of zero cost, and stage two's loader with such a model.
+
+    Stage one, at Base and Large width, of 3 and of all layers: memcpy, sha256 and disk (the machine's own rates),
+    encode and write (the two parts alone, called from one thread), and extract (the whole). The loader, from waveforms
+    and from the stored stem: memmap, preadv and loader.
+    """
+
+    packs: int = option(4, "Packs of a store.")
+    pack_frames: int = option(8192, "Frames of a pack, as in `extract run`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +180,7 @@ class UtterancesOptions(Options):
 OPTIONS: dict[str, type[Options]] = {
     "extract": ExtractOptions,
     "load": LoadOptions,
+    "ceiling": CeilingOptions,
     "train": TrainOptions,
     "growth": GrowthOptions,
     "evaluate": EvaluateOptions,

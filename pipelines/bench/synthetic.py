@@ -3,6 +3,7 @@
 The cost of a forward pass depends neither on the weights nor on the content of the audio.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class Lengths:
 
     shortest_s: float
     longest_s: float
+
+    @property
+    def longest_frames(self) -> int:
+        """Frames of the longest utterance at wav2vec 2.0's 50 a second."""
+        return math.ceil(self.longest_s * 50)
 
     def __str__(self) -> str:
         return f"{self.shortest_s:g} to {self.longest_s:g} s, uniform, seed {SEED}"

@@ -2,24 +2,23 @@
 
 The sizes are 1/28, 1/4 and all of `--utterances`, by default those of 960 h of LibriSpeech. Utterances have 1 to 4
 frames and packs are as small, so that packs, shards and objects are as many as with whole utterances. The upstream
-returns slices of one array; all else is real, to the last fsync.
+has zero cost (free.py); all else is real, to the last fsync.
 
 Each size runs in one process. CPU time is of all of its threads. Memory is the growth of the process's peak in a step.
 """
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from extract.base.dask_pool import DaskPool
 from extract.base.files import write_json
@@ -28,54 +27,31 @@ from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.corpus_writer import Utterance, write_corpus
 from extract.run import make_store, progress_of
-from extract.shards import Extraction, LocalRunner
+from extract.shards import Extraction
 from extract.stats import measure
 from extract.store.reader import StoreReader
-from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import Features, Upstream, UpstreamFacts, UpstreamSpec
+from pipelines.bench.free import CARD, HOP_SAMPLES, RECEPTIVE_SAMPLES, FreeRunner, FreeUpstream
 from pipelines.bench.measure import Bench, Benchmark, Figure, Group, over_rounds
 from pipelines.bench.options import UtterancesOptions
 from pipelines.bench.scaling import SIZE_NAMES, fit, size_of
 from pipelines.bench.synthetic import NOISE, SEED
 
 _SHARES = (28, 4, 1)  # of the utterances
-_HOP, _RECEPTIVE = 320, 400  # samples
 _MOST_FRAMES = 4  # of an utterance
 _DATASET_WORDS = 34  # mean length of a transcript of LibriSpeech
 _STATS_PACKS = 100
-_CARD = UpstreamCard("slices", "slices", None, "slices", "", "", False, None, None)
-
-
-class Slices(Upstream):
-    """An upstream that costs nothing: its hidden states are slices of one array."""
-
-    spec = UpstreamSpec(num_layers=3, dim=16, hop_samples=_HOP, receptive_samples=_RECEPTIVE, stem_dim=None)
-    facts = UpstreamFacts(convention="noise", attention="none", num_parameters=0)
-    autocast = None
-    _noise_LTD = np.random.default_rng(SEED).standard_normal((3, _MOST_FRAMES, 16)).astype(np.float32)
-
-    def features(
-        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
-    ) -> list[Features]:
-        return [Features(self._noise_LTD[:, : (len(one) - _RECEPTIVE) // _HOP + 1]) for one in waveforms]
-
-
-class SlicesRunner(LocalRunner):
-    """Runner of `Slices`."""
-
-    @cached_property
-    def upstream(self) -> Upstream:
-        return Slices()
 
 
 def utterances(num: int) -> Iterator[Utterance]:
     """Yield short utterances of noise, nine tenths for training, with transcripts as long as LibriSpeech's."""
-    noise = (np.random.default_rng(SEED).standard_normal(_RECEPTIVE + _MOST_FRAMES * _HOP) * 3_000).astype(np.int16)
+    noise = (
+        np.random.default_rng(SEED).standard_normal(RECEPTIVE_SAMPLES + _MOST_FRAMES * HOP_SAMPLES) * 3_000
+    ).astype(np.int16)
     for index in range(num):
         words = " ".join(f"word{(index + place) % 997}" for place in range(_DATASET_WORDS))
         yield Utterance(
             f"{index // 100:05d}-{index:08d}",
-            noise[: _RECEPTIVE + index % _MOST_FRAMES * _HOP],
+            noise[: RECEPTIVE_SAMPLES + index % _MOST_FRAMES * HOP_SAMPLES],
             split="train" if index < 0.9 * num else "test",
             speaker=f"speaker{index // 120}",
             labels={"text": words, "phones": words[::-1]},
@@ -137,7 +113,7 @@ def at_size(bench: Bench[UtterancesOptions], *, number: int) -> TimedSteps:
     num, meter = sizes(bench.options)[number], Meter()
     with TemporaryDirectory(dir=bench.folder) as name:
         config = ExtractConfig(
-            upstream="slices",
+            upstream=CARD.id,
             corpus=Path(name) / "noise.json",
             manifest=Path(name) / "manifest.json",
             store=Path(name) / "stores",
@@ -155,20 +131,21 @@ def at_size(bench: Bench[UtterancesOptions], *, number: int) -> TimedSteps:
 
 
 def _make_store(config: ExtractConfig, num: int, meter: Meter) -> None:
+    upstream = FreeUpstream(num_layers=3, dim=16, longest=_MOST_FRAMES)
     with meter.step("corpus_write"):
         write_corpus(config.corpus.with_suffix(".h5"), name="noise", reader=NOISE, utterances=utterances(num))
     with meter.step("corpus_open"):
         corpus = Corpus.open(config.corpus)
     with meter.step("pack"):
-        extraction = Extraction.open(config, _CARD, corpus, Slices.spec)
+        extraction = Extraction.open(config, CARD, corpus, upstream.spec)
     shards = range(extraction.writer.packing.num_shards)
-    runner = SlicesRunner(config, _CARD)
+    runner = FreeRunner(config, upstream)
     extraction.writer.create()
     with meter.step("shard", len(shards)):
         runner.write(extraction, list(shards), lambda seconds: None)
     # All shards are finished: what is left is the check of their records, and `finish`.
     with meter.open_files("finish_files"), meter.step("finish"):
-        bar = progress_of(_CARD, [corpus])
+        bar = progress_of(CARD, [corpus])
         write_json(config.manifest, make_store(extraction, runner, bar).to_dict())
 
 

@@ -1,0 +1,47 @@
+"""An upstream of zero cost: its hidden states are slices of one array of noise. All else of stage one is real.
+
+Shapes: L layers, T frames of an utterance, D features, C channels of the convolution stem.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.config import ExtractConfig
+from extract.shards import LocalRunner
+from extract.upstream.card import UpstreamCard
+from extract.upstream.spec import Features, Upstream, UpstreamFacts, UpstreamSpec
+from pipelines.bench.synthetic import SEED
+
+HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400  # of wav2vec 2.0's stem
+CARD = UpstreamCard("noise", "noise", None, "noise", "", "", False, None, None)
+
+
+class FreeUpstream(Upstream):
+    """`num_layers` layers of `dim` features, for utterances of at most `longest` frames."""
+
+    autocast = None
+
+    def __init__(self, *, num_layers: int, dim: int, longest: int, stem_dim: int | None = None) -> None:
+        self.spec = UpstreamSpec(num_layers, dim, HOP_SAMPLES, RECEPTIVE_SAMPLES, stem_dim)
+        self.facts = UpstreamFacts(convention="noise", attention="none", num_parameters=0)
+        generator = np.random.default_rng(SEED)
+        self._noise_LTD = generator.standard_normal((num_layers, longest, dim), dtype=np.float32)
+        self._stem_TC = generator.standard_normal((longest, stem_dim or 0), dtype=np.float32)
+
+    def features(
+        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
+    ) -> list[Features]:
+        noise_LTD = self._noise_LTD[layers[0] : layers[-1] + 1]
+        assert len(noise_LTD) == len(layers)  # neighbouring layers need no copy
+        counts = [(len(one) - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1 for one in waveforms]
+        return [Features(noise_LTD[:, :count], self._stem_TC[:count] if stem else None) for count in counts]
+
+
+class FreeRunner(LocalRunner):
+    """A runner with an upstream of zero cost."""
+
+    def __init__(self, config: ExtractConfig, upstream: FreeUpstream, card: UpstreamCard = CARD) -> None:
+        super().__init__(config, card)
+        self.upstream = upstream
