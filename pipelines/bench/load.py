@@ -125,7 +125,7 @@ def _bytes_of_packs(bench: Loaded, *, stored: bool) -> Iterator[tuple[NDArray[An
             codes_1FW, scale = data.store.stem_pack(number)
             codes, scales = [*codes, codes_1FW[:, own]], [*scales, scale]
         samples = [] if stored else [data.corpus.samples(int(index)) for index in pack.utterances]
-        yield tuple(map(_as_bytes, (codes, scales, samples)))
+        yield _as_bytes(codes), _as_bytes(scales), _as_bytes(samples)
 
 
 def _as_bytes(arrays: Sequence[NDArray[Any] | None]) -> NDArray[np.uint8]:
