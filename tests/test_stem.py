@@ -162,10 +162,10 @@ def test_resumed_is_bit_identical(config: ExtractConfig, tmp_path: Path, monkeyp
     elsewhere = replace(config, store=tmp_path / "killed", manifest=tmp_path / "killed.json")
     write = StoreWriter._put
 
-    def stopping(self: StoreWriter, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
+    def stopping(self: StoreWriter, objects: Any, array: Any, name: str, shard: int, blocks: Any) -> None:
         if name == "stem" and shard == 1:
             raise Stopped  # the shard's hidden states are written, its stem is not
-        return write(self, group, name, shard, blocks)
+        write(self, objects, array, name, shard, blocks)
 
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "_put", stopping)

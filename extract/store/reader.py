@@ -1,4 +1,4 @@
-"""Reading a feature store, with numpy and zarr and without torch.
+"""Reading a feature store, with numpy and zarr and without torch. Packs are read by `extract.store.shard_file`.
 
     ROOT/<upstream>-<fingerprint>/<corpus>-<digest>/        a Zarr v3 group
         hidden     (packs, layers, frames, width)  codes, one chunk per pack and layer: float16 or int8 with
@@ -18,7 +18,8 @@
 `python -m extract info M.json` prints a manifest; `python -m extract verify M.json` checks every byte of its store.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from extract.store.codec import CODECS, Codes, Scale
 from extract.store.location import LocalLocation, check_bytes, check_sizes
 from extract.store.manifest import Manifest
 from extract.store.packing import PackMembers
+from extract.store.shard_file import DamagedShard, ShardedArray
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,31 @@ class StoreReader:
             )
         return array
 
-    def _read(self, array: zarr.Array[Any], *where: "int | slice") -> NDArray[Any]:
-        """Read a part of an array. Raises RetortError if the bytes are not those of a shard."""
+    def _sharded(self, name: str, dtype: str, *shape: int | None, has_layers: bool) -> ShardedArray:
+        with self._refused(name):
+            return ShardedArray.of(self._array(name, dtype, *shape), has_layers=has_layers, file_of=self._file_of)
+
+    def _file_of(self, name: str) -> Path | None:
+        """Return the file of an object, fetched first if the store is at a URL; None for one that was not written."""
+        return self._location.file(name) if name in self._objects else None
+
+    @contextmanager
+    def _refused(self, array: str) -> Iterator[None]:
+        """Raise RetortError for bytes that are not those of a shard."""
         try:
-            return np.asarray(array[where])
-        except (ValueError, RuntimeError) as error:  # zarr's, for a shard's index or checksum
+            yield
+        except (ValueError, RuntimeError, DamagedShard) as error:  # zarr's, for a chunk; ours
             if isinstance(error, RetortError):  # a ValueError, too: the cache could not fetch the object
                 raise
             raise RetortError(
-                f"the store of {self.source} is damaged: {array.path} can't be read ({error}); `python -m extract "
+                f"the store of {self.source} is damaged: {array} can't be read ({error}); `python -m extract "
                 f"verify {self.source}` names what is damaged, `python -m extract run` then makes it again"
             ) from None
+
+    def _read(self, array: zarr.Array[Any], where: slice) -> NDArray[Any]:
+        """Read rows of a small array."""
+        with self._refused(array.path):
+            return np.asarray(array[where])
 
     def _check_kept(self, part: str, advice: str) -> None:
         if part not in self.keep:
@@ -163,13 +179,13 @@ class StoreReader:
             )
 
     @cached_property
-    def _hidden(self) -> zarr.Array[Any]:
+    def _hidden(self) -> ShardedArray:
         self._check_kept("frames", "frames,pooled")
-        width = self.codec.width(self.dim)
-        return self._array("hidden", self.codec.dtype, self.num_packs, len(self.layers), self.pack_frames, width)
+        shape = (self.num_packs, len(self.layers), self.pack_frames, self.codec.width(self.dim))
+        return self._sharded("hidden", self.codec.dtype, *shape, has_layers=True)
 
     @cached_property
-    def _scale(self) -> "zarr.Array[Any] | None":
+    def _scale(self) -> ShardedArray | None:
         return self._scale_array("scale", self.dim, len(self.layers))
 
     @cached_property
@@ -178,24 +194,24 @@ class StoreReader:
         return self._array("pooled", "float32", self.num_utterances, len(self.layers), self.dim)
 
     @cached_property
-    def _stem(self) -> zarr.Array[Any]:
+    def _stem(self) -> ShardedArray:
         self._check_kept("stem", "frames,pooled,stem")
-        return self._array("stem", self.codec.dtype, self.num_packs, self.pack_frames, None)
+        return self._sharded("stem", self.codec.dtype, self.num_packs, self.pack_frames, None, has_layers=False)
 
     @cached_property
-    def _stem_scale(self) -> "zarr.Array[Any] | None":
+    def _stem_scale(self) -> ShardedArray | None:
         return self._scale_array("stem_scale", self.stem_dim)
 
-    def _scale_array(self, name: str, dim: int, *axes: int) -> "zarr.Array[Any] | None":
+    def _scale_array(self, name: str, dim: int, *axes: int) -> ShardedArray | None:
         shape = self.codec.scale_shape(self.pack_frames, dim)
         if shape is None or self.codec.scale_dtype is None:
             return None
-        return self._array(name, self.codec.scale_dtype, self.num_packs, *axes, *shape)
+        return self._sharded(name, self.codec.scale_dtype, self.num_packs, *axes, *shape, has_layers=bool(axes))
 
     @property
     def stem_dim(self) -> int:
         """Channels of the stored stem. Raises RetortError for a store without one."""
-        return int(self._stem.shape[-1]) * self.codec.values_per_code
+        return self._stem.shape[-1] * self.codec.values_per_code
 
     @cached_property
     def ids(self) -> TextColumn:
@@ -228,37 +244,49 @@ class StoreReader:
         """Return the corpus indices of a pack's utterances, in order of first frame."""
         return self._by_pack[pack]
 
-    def _rows(self, layers: Sequence[int] | None) -> "slice | list[int]":
-        """Return the rows of layers on the axis of layers. Raises RetortError for a layer that is not stored."""
+    def _rows(self, layers: Sequence[int] | None) -> list[int]:
+        """Return the places of layers on the axis of layers. Raises RetortError for a layer that is not stored."""
         if layers is None:
-            return slice(None)
+            return list(range(len(self.layers)))
         if missing := [layer for layer in layers if layer not in self.layers]:
             stored = ", ".join(map(str, self.layers))
             raise RetortError(f"{self.source} has no layer {missing[0]}; expected one of {stored}")
-        rows = [self.layers.index(layer) for layer in layers]
-        if rows == list(range(rows[0], rows[0] + len(rows))):
-            return slice(rows[0], rows[0] + len(rows))  # neighbouring layers: one read into one array
-        return rows
+        return [self.layers.index(layer) for layer in layers]
 
-    def pack(self, index: int, layers: Sequence[int] | None = None) -> Pack:
-        """Read one pack as stored (codes and scales), of all stored layers or of `layers` in that order."""
+    def pack(
+        self,
+        index: int,
+        layers: Sequence[int] | None = None,
+        *,
+        frames: slice = slice(None),
+        out: Codes | None = None,
+    ) -> Pack:
+        """Read one pack as stored (codes and scales), of all stored layers or of `layers` in that order.
+
+        frames: rows of the pack whose codes are read; `Pack.first_frame` and the scale stay those of the whole pack.
+        out: C-contiguous memory (layers, frames, width) of the codec's dtype, such as pinned memory, for the codes.
+        """
         utterances = self.utterances_of(index)
         return Pack(
-            self._layers_of(self._hidden, index, layers),
-            None if self._scale is None else self._layers_of(self._scale, index, layers),
+            self._codes(index, layers, frames, out),
+            self._scale_of(index, layers),
             utterances,
             self.first_frame[utterances],
             self.num_frames[utterances],
         )
 
-    def _layers_of(
-        self, array: zarr.Array[Any], pack: int, layers: Sequence[int] | None, frames: slice | None = None
-    ) -> Any:
-        tail = () if frames is None else (frames,)
+    def _codes(
+        self, pack: int, layers: Sequence[int] | None, frames: slice = slice(None), out: Codes | None = None
+    ) -> Codes:
         rows = self._rows(layers)
-        if isinstance(rows, slice):
-            return self._read(array, pack, rows, *tail)
-        return np.stack([self._read(array, pack, row, *tail) for row in rows])  # one read per layer: chunks are layers
+        with self._refused("hidden"):
+            return self._hidden.read(pack, rows, frames, out)
+
+    def _scale_of(self, pack: int, layers: Sequence[int] | None) -> Scale | None:
+        if self._scale is None:
+            return None
+        with self._refused("scale"):
+            return self._scale.read(pack, self._rows(layers))
 
     def hidden(self, utterance_id: str, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Read the hidden states of an utterance, float32 (layers, frames, dim). Raises RetortError for another id."""
@@ -267,16 +295,21 @@ class StoreReader:
             raise RetortError(f"{self.source} has no utterance {utterance_id!r}")
         return self.hidden_at(index, layers)
 
-    def stem_pack(self, index: int) -> tuple[Codes, Scale | None]:
-        """Read the stem's output of one pack as stored: codes (1, pack_frames, width) and scale (1, ...)."""
-        scale = None if self._stem_scale is None else self._read(self._stem_scale, index)[None]
-        return self._read(self._stem, index)[None], scale
+    def stem_pack(
+        self, index: int, *, frames: slice = slice(None), out: Codes | None = None
+    ) -> tuple[Codes, Scale | None]:
+        """Read the stem's output of one pack as stored: codes (1, frames, width) and scale (1, ...).
+
+        frames, out: as for `pack`.
+        """
+        with self._refused("stem"):
+            codes_1FW = self._stem.read(index, rows=frames, out=out)
+            return codes_1FW, None if self._stem_scale is None else self._stem_scale.read(index)
 
     def stem_at(self, index: int) -> NDArray[np.float32]:
         """Read the stem's output for the utterance at a corpus index, float32 (frames, channels)."""
         pack, first, count = self._span_of(index)
-        codes_1TW = self._read(self._stem, pack, slice(first, first + count))[None]  # as one layer, for the codec
-        scale = None if self._stem_scale is None else self._read(self._stem_scale, pack)[None]
+        codes_1TW, scale = self.stem_pack(pack, frames=slice(first, first + count))
         stem_1TC: NDArray[np.float32] = self.codec.decode(codes_1TW, scale, first_frame=first)
         stem_TC: NDArray[np.float32] = stem_1TC[0]
         return stem_TC
@@ -294,9 +327,8 @@ class StoreReader:
     def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Read the hidden states of the utterance at a corpus index, float32 (layers, frames, dim)."""
         pack, first, count = self._span_of(index)
-        codes_LTW = self._layers_of(self._hidden, pack, layers, slice(first, first + count))
-        scale = None if self._scale is None else self._layers_of(self._scale, pack, layers)  # of the whole pack
-        return self.codec.decode(codes_LTW, scale, first_frame=first)
+        codes_LTW = self._codes(pack, layers, slice(first, first + count))
+        return self.codec.decode(codes_LTW, self._scale_of(pack, layers), first_frame=first)
 
     def own_frames(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Decode one pack without its padding, its utterances end to end: float32 (layers, frames, dim)."""

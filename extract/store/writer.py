@@ -1,9 +1,9 @@
 """Writing a feature store: shard by shard, each by one worker, and the manifest last.
 
-The arrays of a shard are written first (zarr renames each object into place), then its record `shards/NNNNN.json` with
-the digests of its objects. A shard with a record is finished and is skipped by later runs. `finish` gathers the pooled
-rows (kept in `rows/`, so that `pooled` can be made again), writes the index, the list of all objects and then the
-manifest. A store without a manifest is never read.
+The objects of a shard are written first (`extract.store.shard_file`), then its record `shards/NNNNN.json` with their
+digests. A shard with a record is finished and is skipped by later runs. `finish` gathers the pooled rows (kept in
+`rows/`, so that `pooled` can be made again), writes the index, the list of all objects and then the manifest. A store
+without a manifest is never read. Metadata, `pooled` and the index are written through zarr.
 
 A store at a URL is made in a staging folder of each process. The objects of a shard are uploaded, then its record, and
 the arrays are deleted from the folder, which therefore holds a few shards and the pooled rows. A shard is finished if
@@ -14,6 +14,7 @@ Shapes: L layers, F frames of a pack, T frames of an utterance, D features, C ch
 
 import fcntl
 import hashlib
+import io
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,8 +34,8 @@ from extract.base.files import (
     sha256_file,
     sweep,
     write_json,
+    write_parts,
     writing_in,
-    written_aside,
 )
 from extract.base.validate import check_fields
 from extract.store.codec import CODECS, Codec, CodecError, Codes, Scale
@@ -42,6 +43,7 @@ from extract.store.location import LocalLocation, Location, RemoteLocation
 from extract.store.manifest import MANIFEST_NAME, Manifest, record_name
 from extract.store.objects import OBJECTS_NAME, ObjectList, is_object
 from extract.store.packing import Packing
+from extract.store.shard_file import write_indexed, write_whole
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
 _GATHERED_BYTES = 256 << 20  # of `pooled` in memory while it is written, at least one chunk
@@ -228,25 +230,36 @@ class StoreWriter:
 
     def _write_objects(self, shard: int, packs: list[EncodedPack]) -> dict[str, list[Any]]:
         """Write a shard's objects, then its record; return the objects with their fingerprints."""
-        names = [f"rows/{shard:05d}.npy"]
-        group = zarr.open_group(self.folder, mode="r+")
-        for name in packs[0].arrays:
-            names.append(self._put(group, name, shard, [pack.arrays[name] for pack in packs]))
-        with written_aside(self._rows(shard), swept=True) as aside, aside.open("wb") as file:
-            np.save(file, np.concatenate([pack.means for pack in packs]))
-        # zarr writes no object for a shard of zeros: a missing object reads as zeros.
-        objects = {name: _fingerprint(self.folder / name) for name in names if (self.folder / name).is_file()}
+        objects = {f"rows/{shard:05d}.npy": self._write_rows(shard, packs)}
+        for array in self.coded:
+            for name in (array.codes, array.scale):
+                if name in packs[0].arrays:
+                    self._put(objects, array, name, shard, [pack.arrays[name] for pack in packs])
         error = sum((pack.error for pack in packs), CodecError.none(len(self.error_rows)))
         record = {"objects": objects, "codec_error": error.to_dict()}
         write_json(self.folder / record_name(shard), record, swept=True)
         return objects
 
-    def _put(self, group: zarr.Group, name: str, shard: int, blocks: list[Any]) -> str:
-        """Write one shard of an array as one object; return its name."""
-        array, where = group[name], self.packing.packs_of(shard)
-        assert isinstance(array, zarr.Array)
-        array[where.start : where.stop] = np.stack(blocks)
-        return f"{name}/c/{shard}" + "/0" * (array.ndim - 1)
+    def _put(
+        self, objects: dict[str, list[Any]], array: CodedArray, name: str, shard: int, blocks: list[NDArray[Any]]
+    ) -> None:
+        """Write one shard of `name`, and add it to `objects`; a shard of zeros has no object and reads as zeros."""
+        target = f"{name}/c/{shard}" + "/0" * blocks[0].ndim
+        path, num_packs = self.folder / target, self.packing.shard_packs
+        if name == array.scale and blocks[0].ndim == len(array.layers) + 1:  # int8: one chunk, see `_create`
+            written = write_whole(path, blocks, num_packs=num_packs)
+        else:
+            written = write_indexed(path, blocks, grid=(num_packs, array.layers[0] if array.layers else 1))
+        if written is not None:
+            objects[target] = written
+
+    def _write_rows(self, shard: int, packs: list[EncodedPack]) -> list[Any]:
+        """Write the time means of a shard's utterances as `numpy.save` does, pack after pack."""
+        shape = (sum(len(pack.means) for pack in packs), len(self.layers), self.dim)
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        means = [np.ascontiguousarray(pack.means, dtype="<f4").reshape(-1).view(np.uint8) for pack in packs]
+        return write_parts(self._rows(shard), [header.getvalue(), *means])
 
     def _send(self, names: list[str], remote: RemoteLocation) -> None:
         for name in names:
