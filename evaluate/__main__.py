@@ -19,6 +19,14 @@ def main() -> None:
     """SUPERB tasks from a feature store: heads train on stored features, no upstream is loaded."""
 
 
+_device = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cpu, cuda, cuda:1, … for the heads of pr, asr, sf, asv and sd; others train on CPUs.",
+)
+
+
 @main.command()
 @click.option("--task", "name", required=True, help="pr, asr, ks, …; an unknown one lists them.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML whose section evaluate.TASK sets the recipe.")
@@ -26,18 +34,22 @@ def main() -> None:
 @click.option("--manifest", type=click.Path(path_type=Path), required=True, help="Manifest of the features.")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True, help="Its corpus, .json or .h5.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Score file to write.")
-def run(name: str, config: Path | None, upstream: str | None, manifest: Path, corpus: Path, out: Path) -> None:
+@_device
+def run(
+    name: str, config: Path | None, upstream: str | None, manifest: Path, corpus: Path, out: Path, device: str
+) -> None:
     """Train a task's heads over a grid of learning rates; choose on dev, report test once.
 
     A killed run leaves a checkpoint, from which the same command resumes.
     """
     settings = read_section(config, "evaluate") if config else {}
     # Imported here: torch takes seconds to import, and --help and a mistyped path need none of it.
-    from evaluate.jobs import configure_torch, job_of, line_of, score_here
+    from evaluate.jobs import check_device, configure_torch, job_of, line_of, score_here
 
+    check_device(device)
     configure_torch()
     upstream = upstream or out.resolve().parent.name
-    job = job_of(name, settings, config, upstream=upstream, manifest=manifest, corpus=corpus, out=out)
+    job = job_of(name, settings, config, upstream=upstream, manifest=manifest, corpus=corpus, out=out, device=device)
     click.echo(line_of(job, score_here(job)))
 
 
@@ -53,6 +65,7 @@ _folder = click.Path(path_type=Path, file_okay=False)
 @click.option("--out", type=_folder, default=Path("scores"), show_default=True, help="UPSTREAM/TASK.json are written.")
 @click.option("--workers", default=0, show_default=True, help="Processes of a local Dask cluster; 0: this process.")
 @click.option("--scheduler", metavar="ADDRESS", help="Running Dask cluster, such as tcp://10.0.0.1:8786.")
+@_device
 def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> None:
     """Score every upstream on every task of the config, in parallel: one score is one Dask task.
 
@@ -61,9 +74,10 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
     """
     if workers < 0 or (workers and scheduler):
         raise RetortError("--workers N starts a local cluster, --scheduler ADDRESS uses a running one: give one, N > 0")
-    from evaluate.jobs import jobs_of, score_all
+    from evaluate.jobs import check_device, jobs_of, score_all
     from evaluate.task import not_scored
 
+    check_device(asked["device"], workers=workers, scheduler=scheduler)
     jobs = jobs_of(config, **asked)
     if left_out := not_scored(read_params(config), config):
         click.echo(left_out)

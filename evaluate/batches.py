@@ -4,7 +4,8 @@ The batch of a training step is a function of the seed and the step alone. A run
 resumes with the same batches, and a checkpoint needs no generator state.
 
 Packs hold utterances of similar length, and so do batches: a batch touches one or two packs. Packs stay in memory in
-the codec's stored form up to a limit, so that a small corpus is read once and a large one is streamed.
+the codec's stored form up to a limit, so that a small corpus is read once and a large one is streamed. Heads on a GPU
+have their packs there: codes cross the bus, an eighth to a half of the values' bytes, and are decoded on the GPU.
 
 Shapes: L layers, B utterances, T frames of the longest, F frames of all utterances concatenated, D features, S
 speakers.
@@ -20,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluate.heads import Ragged
-from extract.store.reader import Pack, StoreReader
+from evaluate.ragged import CPU, Ragged, on_device
+from extract.store.reader import StoreReader
 
 T = TypeVar("T")
 
@@ -81,11 +82,12 @@ class FrameReader:
     """Reader of utterances' frames, decoded to float32 into one buffer that the next `read` overwrites."""
 
     reader: StoreReader
-    memory_gb: float  # limit for packs in memory, in their stored form
+    memory_gb: float  # limit for packs in memory, in their stored form; on a GPU this is its memory
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
-        self._packs: OrderedDict[int, Pack] = OrderedDict()  # least recently used first
-        self._buffer = torch.empty(0)
+        self._packs: OrderedDict[int, tuple[Tensor, Tensor | None]] = OrderedDict()  # least recently used first
+        self._buffer = torch.empty(0, device=self.device)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return all kept layers of the utterances at corpus `indices`, concatenated: float32 (L, F, D)."""
@@ -94,24 +96,24 @@ class FrameReader:
         size = num_layers * sum(counts) * dim
         if self._buffer.numel() < size:
             # Reused: the page faults of a fresh block of this size cost more than the copy into it.
-            self._buffer = torch.empty(size)
+            self._buffer = torch.empty(size, device=self.device)
         hidden_LFD = self._buffer[:size].view(num_layers, sum(counts), dim)
         start = 0
         for index, count in zip(indices, counts, strict=True):
-            pack = self._pack(int(self.reader.pack_of[index]))
+            codes_LFW, scale = self._pack(int(self.reader.pack_of[index]))
             first = int(self.reader.first_frame[index])
-            scale, row = self.reader.codec.span(pack.scale, first, count)
+            scale, row = self.reader.codec.span(scale, first, count)
             self.reader.codec.decode_into(
                 hidden_LFD[:, start : start + count],
-                torch.from_numpy(pack.codes_LFW[:, first : first + count]),
-                None if scale is None else torch.from_numpy(scale),
-                torch.arange(row, row + count),
+                codes_LFW[:, first : first + count],
+                scale,
+                torch.arange(row, row + count, device=self.device),
             )
             start += count
         return hidden_LFD
 
-    def _pack(self, index: int) -> Pack:
-        """Return one pack, from memory if possible; the least recently used packs make room."""
+    def _pack(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Return codes and scale of one pack, from memory if possible; the least recently used packs make room."""
         if index in self._packs:
             self._packs.move_to_end(index)
             return self._packs[index]
@@ -120,5 +122,6 @@ class FrameReader:
         room = max(1, int(self.memory_gb * 1e9 // size))
         while len(self._packs) >= room:
             self._packs.popitem(last=False)
-        self._packs[index] = pack
-        return pack
+        scale = None if pack.scale is None else on_device(pack.scale, self.device)
+        self._packs[index] = on_device(pack.codes_LFW, self.device), scale
+        return self._packs[index]

@@ -3,8 +3,8 @@
 Blank = pad = 0, end of sequence = 1, unknown = 2, then the symbols, as in the reference toolkit. Labels end with the
 end-of-sequence symbol, which is dropped from hypotheses. ASR and SF add the recurrent head, dropout and SpecAugment.
 
-Shapes: B utterances, T frames of the longest, F frames of all utterances concatenated, D features, C symbols, S labels
-of the longest, H units, M masks.
+Shapes: B utterances, T frames of the longest, F frames of all utterances concatenated, N and P the same in frames of
+the logits (evaluate/ragged.py), D features, C symbols, S labels of the longest, H units, M masks.
 """
 
 import itertools
@@ -22,13 +22,15 @@ from torch.nn import functional as F
 
 from evaluate.batches import FrameReader, bucket, steps_from
 from evaluate.bootstrap import Metrics
-from evaluate.heads import Head, Ragged, RecurrentHead
+from evaluate.heads import Head, RecurrentHead
+from evaluate.ragged import CPU, Ragged, on_device
 from evaluate.sweep import HeadPool
 from evaluate.task import Features, FrameRecipe
 from extract.base.errors import RetortError
 
 BLANK, END, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
+ON_GPU = "trained on a GPU, whose CTC adds gradients in no fixed order: another run differs in the last bits"
 WITHOUT_WARPING = "SpecAugment without time warping"  # deviation of tasks with the recurrent head
 Texts = list[Sequence[str]]  # symbols of each utterance
 H = TypeVar("H", bound=Head)
@@ -74,7 +76,7 @@ class Noise:
     """Random draws for one training batch; evaluation has none."""
 
     features_FD: Tensor | None = None  # 0 where SpecAugment masks, else 1
-    kept_BTH: tuple[Tensor, ...] = ()  # for each LSTM the dropout mask, 0 or 1 / (1 - p)
+    kept: tuple[Tensor, ...] = ()  # for each LSTM the dropout mask, 0 or 1 / (1 - p); see RecurrentHead.forward
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class CtcBatch:
     hidden_LFD: Tensor
     frames: Ragged
     labels_BS: Tensor
-    num_labels_B: Tensor
+    num_labels_B: Tensor  # on the CPU, where CTC reads its lengths
     noise: Noise
 
 
@@ -98,10 +100,13 @@ class Transcription(ABC, Generic[H]):
     def __init__(self, features: Features, recipe: FrameRecipe, *, stack: int = 1) -> None:
         """Read all transcripts. stack: frames of the store per frame of the logits."""
         self.store, self.stack = features.reader, stack
-        self.reader = FrameReader(features.reader, recipe.memory_gb)
+        self.device = torch.device(features.device)
+        self.reader = FrameReader(features.reader, recipe.memory_gb, self.device)
         self.vocabulary, self.splits = self._read_transcripts(features, recipe.batch_size)
         self.num_test = len(self.splits["test"].references)
         self.notes: Sequence[str] = infeasible_note(self.splits["train"], features, stack)
+        if self.device.type == "cuda":
+            self.notes = [*self.notes, ON_GPU]
 
     @staticmethod
     @abstractmethod
@@ -118,10 +123,10 @@ class Transcription(ABC, Generic[H]):
 
     @abstractmethod
     def logits(self, head: H, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
-        """Map weighted sums (F, D) to logits (B, T // stack, C)."""
+        """Map weighted sums (F, D) to logits (B, N, C)."""
 
-    def noise(self, num_frames_B: Tensor, generator: torch.Generator) -> Noise:
-        """Draw the noise of a training batch from its frame counts."""
+    def noise(self, frames: Ragged, generator: torch.Generator) -> Noise:
+        """Draw the noise of a training batch."""
         return Noise()
 
     def _read_transcripts(self, features: Features, batch_size: int) -> tuple[Vocabulary, dict[str, Transcripts]]:
@@ -162,15 +167,18 @@ class Transcription(ABC, Generic[H]):
 
         for number, generator in steps_from(first, seed, draw_epoch):
             rows_B = train.batches[number]
-            num_frames_B = torch.from_numpy(self.store.num_frames[rows_B])
+            frames = self._frames(rows_B)
             labels = [torch.tensor(train.labels[row]) for row in rows_B.tolist()]
             yield CtcBatch(
                 self.reader.read(rows_B.tolist()),
-                Ragged.of(num_frames_B),
-                torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
+                frames,
+                on_device(torch.nn.utils.rnn.pad_sequence(labels, batch_first=True), self.device),
                 torch.tensor([len(label) for label in labels]),
-                self.noise(num_frames_B, generator),
+                self.noise(frames, generator),
             )
+
+    def _frames(self, rows_B: NDArray[np.int64]) -> Ragged:
+        return Ragged(self.store.num_frames[rows_B], self.device, self.stack)
 
     def loss(self, head: H, batch: CtcBatch) -> Tensor:
         """Return the reference's CTC loss: divided by the number of labels, then the mean over the batch.
@@ -181,9 +189,9 @@ class Transcription(ABC, Generic[H]):
         if batch.noise.features_FD is not None:
             mixed_FD = mixed_FD * batch.noise.features_FD
         return F.ctc_loss(
-            self.logits(head, mixed_FD, batch.frames, batch.noise).log_softmax(-1).transpose(0, 1),  # (T, B, C)
+            self.logits(head, mixed_FD, batch.frames, batch.noise).log_softmax(-1).transpose(0, 1),  # (N, B, C)
             batch.labels_BS,
-            batch.frames.num_frames_B // self.stack,  # frames of the logits
+            torch.from_numpy(batch.frames.stacked_B),
             batch.num_labels_B,
             blank=BLANK,
             zero_infinity=True,  # loss and gradient of an utterance without a path
@@ -194,7 +202,7 @@ class Transcription(ABC, Generic[H]):
         hypotheses: list[Texts] = [[] for _ in heads]
         references: Texts = []
         for rows_B in data.batches:
-            frames = Ragged.of(torch.from_numpy(self.store.num_frames[rows_B]))
+            frames = self._frames(rows_B)
             hidden_LFD = self.reader.read(rows_B.tolist())
             references += [data.references[row] for row in rows_B.tolist()]
             decode = partial(self._decode, hidden_LFD=hidden_LFD, frames=frames)
@@ -206,9 +214,9 @@ class Transcription(ABC, Generic[H]):
     def _decode(self, head: H, *, hidden_LFD: Tensor, frames: Ragged) -> list[list[str]]:
         """Return the head's hypothesis for each utterance."""
         # Greedy decoding: no language model, no beam.
-        best_BT = self.logits(head, head.sum_layers(hidden_LFD), frames, Noise()).argmax(-1)
-        counts = (frames.num_frames_B // self.stack).tolist()
-        return [self.vocabulary.decode(best_T[:count]) for best_T, count in zip(best_BT, counts, strict=True)]
+        best_BN = self.logits(head, head.sum_layers(hidden_LFD), frames, Noise()).argmax(-1).cpu()
+        counts = frames.stacked_B.tolist()
+        return [self.vocabulary.decode(best_N[:count]) for best_N, count in zip(best_BN, counts, strict=True)]
 
 
 def infeasible(labels: Sequence[int], num_frames: int) -> bool:
@@ -289,47 +297,53 @@ class RecurrentTranscription(Transcription[RecurrentHead]):
         )
 
     def logits(self, head: RecurrentHead, mixed_FD: Tensor, frames: Ragged, noise: Noise) -> Tensor:
-        logits_BTC: Tensor = head(mixed_FD, frames, noise.kept_BTH)
-        return logits_BTC
+        logits_BNC: Tensor = head(mixed_FD, frames, noise.kept)
+        return logits_BNC
 
-    def noise(self, num_frames_B: Tensor, generator: torch.Generator) -> Noise:
-        return draw_noise(num_frames_B, generator, recipe=self.recipe, dim=self.store.dim, stack=self.stack)
+    def noise(self, frames: Ragged, generator: torch.Generator) -> Noise:
+        return draw_noise(frames, generator, recipe=self.recipe, dim=self.store.dim)
 
 
-def masked(lengths_B: Tensor, size: int, *, masks: int, width: int, generator: torch.Generator) -> Tensor:
+def masked(
+    lengths_B: Tensor, size: int, *, masks: int, width: int, generator: torch.Generator, device: torch.device = CPU
+) -> Tensor:
     """Return SpecAugment's masks along one axis: bool (B, size), True inside one of `masks` spans.
 
     A span's width is uniform in 0..width - 1, its start uniform among those that fit into lengths_B (Park et al.,
-    Interspeech 2019; sizes as the reference toolkit's).
+    Interspeech 2019; sizes as the reference toolkit's). The spans are drawn on the CPU, hence the same on all devices.
     """
     shape = (len(lengths_B), masks)
     # Drawn for all M masks of all utterances at once, as floats, and rounded down.
     span_BM = (torch.rand(shape, generator=generator) * width).floor().minimum(lengths_B[:, None])
     start_BM = (torch.rand(shape, generator=generator) * (lengths_B[:, None] - span_BM + 1)).floor()
-    place_T = torch.arange(size)
-    inside_BMT = (place_T >= start_BM[..., None]) & (place_T < (start_BM + span_BM)[..., None])
+    begin_BM1, end_BM1 = on_device(torch.stack([start_BM, start_BM + span_BM])[..., None], device)
+    place_T = torch.arange(size, device=device)
+    inside_BMT: Tensor = (place_T >= begin_BM1) & (place_T < end_BM1)
     return inside_BMT.any(1)
 
 
-def draw_noise(
-    num_frames_B: Tensor, generator: torch.Generator, *, recipe: RecurrentRecipe, dim: int, stack: int
-) -> Noise:
+def draw_noise(frames: Ragged, generator: torch.Generator, *, recipe: RecurrentRecipe, dim: int) -> Noise:
     """Draw SpecAugment's masks and dropout for one batch; they are the same for all heads."""
-    longest = int(num_frames_B.max())
+    num_frames_B, longest = torch.from_numpy(frames.counts_B), int(frames.counts_B.max())
     masks, width = recipe.time_masking(longest)
-    time_BT = masked(num_frames_B, longest, masks=masks, width=width, generator=generator)
+    time_BT = masked(num_frames_B, longest, masks=masks, width=width, generator=generator, device=frames.device)
     feature_BD = masked(
         torch.full_like(num_frames_B, dim),
         dim,
         masks=recipe.feature_masks,
         width=recipe.feature_mask_width,
         generator=generator,
+        device=frames.device,
     )
-    own_BT = torch.arange(longest) < num_frames_B[:, None]  # without padding: selects the F frames in order
-    # An entry is kept if neither its frame nor its feature is masked: (B, T, 1) | (B, 1, D), then rows to F.
-    features_FD = (~(time_BT[..., None] | feature_BD[:, None])[own_BT]).float()
-    shape = (len(num_frames_B), longest // stack, 2 * recipe.hidden)
+    # An entry is kept if neither its frame nor its feature is masked: (F, 1) | (F, D).
+    masked_FD = time_BT.flatten()[frames.grid_F, None] | feature_BD[frames.grid_F // longest]
     keep = 1 - recipe.dropout
     # Inverted dropout: what is kept is scaled, so that evaluation needs no factor. One mask for each LSTM's output.
-    kept = tuple((torch.rand(shape, generator=generator) < keep) / keep for _ in range(recipe.depth))
-    return Noise(features_FD, kept)
+    shape: tuple[int, ...] = (len(num_frames_B), int(frames.stacked_B.max()), 2 * recipe.hidden)
+    if frames.device.type == "cuda":  # for the packed frames, drawn there: a function of seed and step as well
+        shape = (int(frames.stacked_B.sum()), 2 * recipe.hidden)
+        generator = torch.Generator(frames.device).manual_seed(generator.initial_seed())
+    kept = tuple(
+        (torch.rand(shape, generator=generator, device=frames.device) < keep) / keep for _ in range(recipe.depth)
+    )
+    return Noise((~masked_FD).float(), kept)

@@ -23,9 +23,9 @@ from evaluate.scorefile import ScoreFile
 from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences
 from evaluate.tasks import TASKS
 from evaluate.time_left import ExpectedScore, TimeLeft, work_of
+from extract.base.device import check_local_workers, device_model, named_device
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
-from extract.base.machine import processor_model
 from extract.base.malloc import keep_freed_blocks
 from extract.base.params import read_params, read_section
 from extract.base.progress import ProgressBar
@@ -49,10 +49,12 @@ class ScoringJob:
     manifest: Path
     corpus: Path
     out: Path
+    device: str = "cpu"  # of --device; a task whose heads train on CPUs ignores it
 
     def open(self) -> Features:
         """Open corpus and store. Raises RetortError as `open_features`."""
-        return open_features(self.task, manifest=self.manifest, corpus=self.corpus)
+        features = open_features(self.task, manifest=self.manifest, corpus=self.corpus)
+        return replace(features, device=self.device if self.task.on_gpu else "cpu")
 
     def session(self, features: Features, bar: ProgressBar | None = None) -> TaskSession:
         """Return the job's session in this process, with the checkpoints that interrupted runs left."""
@@ -64,21 +66,40 @@ class ScoringJob:
         return TaskSession(bar, folder=folder, key=key)
 
 
-def job_of(name: str, settings: Mapping[str, Any], config: Path | None, **paths: Any) -> ScoringJob:
-    """Return the job of a task by name. settings: section `evaluate` of `config`; paths: other fields of the job.
+def check_device(name: str, *, workers: int = 0, scheduler: str | None = None) -> None:
+    """Raise RetortError for an unknown device, for one that is not here, and unless each worker has a GPU of its own.
+
+    The workers of a running cluster are looked at when it is there.
+    """
+    device = named_device(name, expected="cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda"):
+        raise RetortError(f"--device {name!r}: expected cpu, cuda or cuda:N")
+    if scheduler is None:
+        check_local_workers(name, workers or 1)
+
+
+def job_of(name: str, settings: Mapping[str, Any], config: Path | None, **fields: Any) -> ScoringJob:
+    """Return the job of a task by name. settings: section `evaluate` of `config`; fields: others of the job.
 
     Raises RetortError for an unknown task, an unknown key and an invalid value.
     """
     for key in (name, *settings):
         if key not in TASKS:
             raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)
-    check_name(paths["upstream"], where="--upstream")  # part of the path of its checkpoints
+    check_name(fields["upstream"], where="--upstream")  # part of the path of its checkpoints
     where = f"evaluate.{name}" + (f" of {config}" if config else "")
-    return ScoringJob(task=TASKS[name], recipe=TASKS[name].parse_recipe(settings.get(name), where=where), **paths)
+    return ScoringJob(task=TASKS[name], recipe=TASKS[name].parse_recipe(settings.get(name), where=where), **fields)
 
 
 def jobs_of(
-    config: Path, *, tasks: Sequence[str], upstreams: Sequence[str], manifests: Path, corpora: Path, out: Path
+    config: Path,
+    *,
+    tasks: Sequence[str],
+    upstreams: Sequence[str],
+    manifests: Path,
+    corpora: Path,
+    out: Path,
+    device: str = "cpu",
 ) -> list[ScoringJob]:
     """Return the jobs of params.yaml, all or those of the named tasks and upstreams.
 
@@ -102,6 +123,7 @@ def jobs_of(
             manifest=manifests / upstream / f"{corpus}.json",
             corpus=corpora / f"{corpus}.json",
             out=out / upstream / f"{task}.json",
+            device=device,
         )
         for task, corpus in corpus_of.items()
         if not tasks or task in tasks
@@ -220,7 +242,7 @@ def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreF
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         notes=(*task.deviations, *differences(job.recipe), *result.notes, *dropped),
         seconds=round(session.seconds, 2),
-        provenance=Provenance.of(processor_model()),
+        provenance=Provenance.of(device_model(features.device)),
     )
 
 

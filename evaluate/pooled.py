@@ -21,6 +21,7 @@ from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import LinearHead
 from evaluate.metrics import accuracy
+from evaluate.ragged import CPU
 from evaluate.sweep import HeadPool, sweep
 from evaluate.task import Features, Recipe, SweepResult
 
@@ -71,6 +72,7 @@ class PooledClassification:
 
     metric = "acc"
     higher_is_better = True
+    device = CPU  # for heads of a few thousand numbers an utterance a GPU is no faster
 
     def __init__(
         self,

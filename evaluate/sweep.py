@@ -4,9 +4,10 @@ All heads start from the same parameters and get the same batches, masks and dro
 same head trained alone. Dev chooses the checkpoint of each head and then the rate; test is measured once, with the
 chosen head.
 
-Each head is trained in one thread of its own. The operations of heads are small: torch's internal threads speed them up
-little on an idle machine and slow them down tenfold on a busy one. With one thread each, results do not depend on the
-number of cores.
+On a CPU each head is trained in one thread of its own. The operations of heads are small: torch's internal threads
+speed them up little on an idle machine and slow them down tenfold on a busy one. With one thread each, results do not
+depend on the number of cores. On a GPU heads follow one another on one stream, and the host does not wait for a step: a
+loss that is not finite stops its head on the GPU, and the host reads that before an evaluation or a checkpoint.
 """
 
 import copy
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from evaluate.bootstrap import Metric, Metrics, mean_of
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import Head
+from evaluate.ragged import CPU
 from evaluate.scorefile import GridPoint
 from evaluate.task import Recipe, SweepResult
 from extract.base.errors import RetortError
@@ -40,9 +42,10 @@ class Problem(Protocol[H, Batch]):
     higher_is_better: bool
     num_test: int
     notes: Sequence[str]
+    device: torch.device  # of batches, losses and heads that train
 
     def new_head(self) -> H:
-        """Return a head at the reference's initialisation; the sweep sets the seed around the call."""
+        """Return a head at the reference's initialisation, on the CPU; the sweep sets the seed around the call."""
         ...
 
     def batches(self, seed: int, first: int) -> Iterator[Batch]:
@@ -67,8 +70,9 @@ class Problem(Protocol[H, Batch]):
 class HeadPool:
     """Threads that run one head each, with torch's own threads off. Results come in the order of the heads."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, device: torch.device = CPU) -> None:
         self._pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+        self._in_threads = device.type == "cpu"
 
     def __enter__(self) -> "HeadPool":
         return self
@@ -77,7 +81,11 @@ class HeadPool:
         self._pool.shutdown(cancel_futures=True)
 
     def each(self, work: Callable[..., Out], *columns: Iterable[Any]) -> list[Out]:
-        """Return `work` of every row of the columns, as `map` does; raises what it raises."""
+        """Return `work` of every row of the columns, as `map` does; raises what it raises. On a GPU without threads."""
+        return self.each_on_cpu(work, *columns) if self._in_threads else list(map(work, *columns))
+
+    def each_on_cpu(self, work: Callable[..., Out], *columns: Iterable[Any]) -> list[Out]:
+        """Return `work` of every row in threads, for work that uses no GPU."""
         return list(self._pool.map(work, *columns))
 
 
@@ -94,17 +102,26 @@ class Selection:
 
 @dataclass
 class HeadTraining(Generic[H]):
-    """Training of one head at one learning rate."""
+    """Training of one head at one learning rate.
+
+    `diverged`: the first step whose loss was not finite, int64 on a GPU, 0 before it; None on a CPU, which reads a loss
+    at once.
+    """
 
     lr: float
     head: H
     optimiser: torch.optim.AdamW
     selection: Selection
+    diverged: Tensor | None = None
 
     def step(self, problem: Problem[H, Any], batch: Any, step: int, clip_norm: float) -> None:
         """Train on one batch; a loss that is not finite ends this head's training."""
         loss = problem.loss(self.head, batch)
-        if not loss.isfinite():
+        if self.diverged is not None:
+            self.diverged.masked_fill_((self.diverged == 0) & ~loss.isfinite(), step)
+            # AdamW's kernel leaves parameters and moments alone where this is 1, as in mixed precision.
+            self.optimiser.found_inf = (self.diverged > 0).float()  # type: ignore[attr-defined]
+        elif not loss.isfinite():
             self.selection.diverged = step
             return
         loss.backward()  # type: ignore[no-untyped-call]
@@ -112,8 +129,14 @@ class HeadTraining(Generic[H]):
         self.optimiser.step()
         self.optimiser.zero_grad()
 
+    def settle(self) -> None:
+        """Read from a GPU whether the head has diverged; this waits for its steps."""
+        if self.diverged is not None:
+            self.selection.diverged = int(self.diverged) or None
+
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint as tensors and plain values."""
+        self.settle()
         return {
             "lr": self.lr,
             "head": self.head.state_dict(),
@@ -127,6 +150,8 @@ class HeadTraining(Generic[H]):
         self.head.load_state_dict(state["head"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.selection = Selection(**state["selection"])
+        if self.diverged is not None:
+            self.diverged.fill_(self.selection.diverged or 0)
 
     def consider(self, value: float, step: int, *, higher_is_better: bool) -> None:
         """Keep the head's parameters if dev is strictly better than before."""
@@ -141,11 +166,17 @@ def begin(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> HeadTraining
     # torch.nn initialises from the global generator: fork it, so that nothing outside is read or changed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        head = problem.new_head()
+        head = problem.new_head().to(problem.device)
     # AdamW with weight decay 0 is Adam. Fused: one kernel for all parameters.
     optimiser = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
     worst = -math.inf if problem.higher_is_better else math.inf
-    return HeadTraining(lr, head, optimiser, Selection(worst))
+    diverged = None if problem.device.type == "cpu" else torch.zeros((), dtype=torch.int64, device=problem.device)
+    return HeadTraining(lr, head, optimiser, Selection(worst), diverged)
+
+
+def step_flop(head: Head, num_frames: int) -> int:
+    """Return about the operations of one training step on so many frames: 2 a weight and frame, and backward twice."""
+    return 6 * num_frames * sum(weight.numel() for weight in head.parameters() if weight.dim() > 1)
 
 
 def sweep(problem: Problem[H, Batch], recipe: Recipe, session: TaskSession) -> SweepResult:
@@ -162,7 +193,7 @@ def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, session: 
 
     Metrics and layer weights are means over the folds.
     """
-    with HeadPool(min(len(recipe.learning_rates), os.cpu_count() or 1)) as pool:
+    with HeadPool(min(len(recipe.learning_rates), os.cpu_count() or 1), folds[0].device) as pool:
         trained = [_train(problem, recipe, session, pool, 1 / len(folds)) for problem in folds]
         return _conclude(folds, trained, pool)
 
@@ -196,6 +227,8 @@ def _train(
 
 
 def _evaluate(problem: Problem[H, Batch], trainings: Sequence[HeadTraining[H]], step: int, pool: HeadPool) -> None:
+    for training in trainings:
+        training.settle()
     active = [training for training in trainings if training.selection.diverged is None]
     if not active:
         return

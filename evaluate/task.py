@@ -86,10 +86,11 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Features:
-    """Features of one upstream for one corpus, with the corpus's labels."""
+    """Features of one upstream for one corpus, with the corpus's labels. `device`: where heads train."""
 
     reader: "StoreReader"
     corpus: "Corpus"
+    device: str = "cpu"  # or cuda, cuda:N
 
     def select(self, split: str) -> NDArray[np.int64]:
         """Return corpus indices of a split's utterances that are in the store, int64 (utterances,).
@@ -160,6 +161,7 @@ class Task(Generic[S]):
     recipe: type[S]
     score: "Callable[[Features, S, TaskSession], SweepResult]"
     deviations: tuple[str, ...] = ()  # from the reference, whatever the recipe
+    on_gpu: bool = False  # heads train on the GPU of --device; others are too small for one, or there are none
     unit_s: float = 1e-3  # seconds of a unit of work (evaluate/time_left.py) in the demo: a guess, soon corrected
 
     def parse_recipe(self, section: object, *, where: str) -> S:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from evaluate.__main__ import main
 from evaluate.bootstrap import Metric
 from evaluate.diarization import frame_labels
-from evaluate.heads import Ragged
 from evaluate.jobs import open_features
+from evaluate.ragged import Ragged
 from evaluate.scorefile import ScoreFile
 from evaluate.sweep import HeadPool
 from evaluate.tasks import TASKS
@@ -119,11 +119,11 @@ def test_dev_trials_are_all_targets_and_as_many_impostors(voices: Stored) -> Non
 def test_an_utterance_of_a_batch_is_embedded_as_by_itself() -> None:
     torch.manual_seed(0)
     head = XVectorHead(num_layers=1, dim=6, hidden=8, pooled=10, speakers=3)
-    counts = torch.tensor([CONTEXT_FRAMES + 1, 40, 23])
+    counts = np.array([CONTEXT_FRAMES + 1, 40, 23])
     utterances = [torch.randn(int(count), 6) for count in counts]
-    together = head.embed(torch.cat(utterances), Ragged.of(counts))
+    together = head.embed(torch.cat(utterances), Ragged(counts))
     for number, utterance in enumerate(utterances):
-        alone = head.embed(utterance, Ragged.of(counts[number : number + 1]))
+        alone = head.embed(utterance, Ragged(counts[number : number + 1]))
         torch.testing.assert_close(together[number : number + 1], alone)
     # One TDNN layer as in the reference: Linear over frames t - 2 … t + 2, concatenated.
     first = head.tdnn[0]
@@ -141,7 +141,7 @@ def test_the_loss_is_am_softmax(voices: Stored) -> None:
     problem = Verification(features, TASKS["asv"].parse_recipe(SHORT["asv"], where="test"))
     head = problem.new_head()
     batch = next(problem.batches(0, 0))
-    assert batch.frames.num_frames_B.max() == 20  # 0.4 s
+    assert batch.frames.counts_B.max() == 20  # 0.4 s
     cosines = head.cosines(head.embed(head.sum_layers(batch.hidden_LFD), batch.frames))
     assert cosines.abs().max() <= 1 + 1e-6
     terms = []
@@ -244,9 +244,9 @@ def test_frames_are_as_many_as_labels_and_chunks_cut_both_alike(mixtures: Stored
     rows = whole.rows["train"][:5]
     hidden, frames, row_of_chunk = whole._read(rows)
     assert row_of_chunk == rows.tolist()
-    assert frames.num_frames_B.tolist() == [len(whole.labels[row]) for row in rows]
+    assert frames.counts_B.tolist() == [len(whole.labels[row]) for row in rows]
     start = 0
-    for row, count in zip(rows.tolist(), frames.num_frames_B.tolist(), strict=True):
+    for row, count in zip(rows.tolist(), frames.counts_B.tolist(), strict=True):
         stored = whole.reader.reader.hidden_at(row)
         assert stored.shape[1] == count - 1 or stored.shape[1] == count
         own = hidden[:, start : start + count].numpy()
@@ -255,11 +255,11 @@ def test_frames_are_as_many_as_labels_and_chunks_cut_both_alike(mixtures: Stored
         start += count
     in_pieces, pieces, row_of_chunk = cut._read(rows)
     torch.testing.assert_close(in_pieces, hidden)
-    assert int(pieces.num_frames_B.max()) == 40
-    assert len(row_of_chunk) == len(pieces.num_frames_B) > 5
+    assert int(pieces.counts_B.max()) == 40
+    assert len(row_of_chunk) == len(pieces.counts_B) > 5
     batch = next(cut.batches(0, 0))
-    assert batch.labels.shape == (len(batch.frames.num_frames_B), 40, 2)
-    assert int(batch.frames.num_frames_B.sum()) == batch.hidden_LFD.shape[1]
+    assert batch.labels.shape == (len(batch.frames.counts_B), 40, 2)
+    assert int(batch.frames.counts_B.sum()) == batch.hidden_LFD.shape[1]
 
 
 def test_frames_of_10_ms_are_averaged_two_by_two(mixtures: Stored) -> None:

@@ -1,5 +1,6 @@
 """Heads against independent references: torch's modules, packed sequences, and all frames of a time mean."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from evaluate.heads import LinearHead, Ragged, RecurrentHead
+from evaluate.heads import LinearHead, RecurrentHead
 from evaluate.pooled import summed_cross_entropy
+from evaluate.ragged import Ragged
 
 F64 = torch.float64
+F64_KEEP = torch.tensor(0.8, dtype=torch.float64)
 
 
 class ReferencePooledHead(nn.Module):
@@ -124,8 +127,8 @@ def test_recurrent_head_equals_packed_bidirectional_lstms(stack: int) -> None:
     torch.manual_seed(stack)
     head = RecurrentHead(num_layers=1, dim=5, projection=6, hidden=4, depth=2, classes=3, stack=stack).to(F64)
     utterances = [torch.randn(n, 5, dtype=F64) for n in (11, 7, 12, 3)]
-    counts_B = torch.tensor([len(u) for u in utterances])
-    logits_BTC = head(torch.cat(utterances), Ragged.of(counts_B))
+    counts_B = np.array([len(u) for u in utterances])
+    logits_BTC = head(torch.cat(utterances), Ragged(counts_B, stack=stack))
     assert logits_BTC.shape[1] == 12 // stack
     for logits_TC, expected in zip(logits_BTC, reference_recurrent(head, utterances, 2), strict=True):
         torch.testing.assert_close(logits_TC[: len(expected)], expected, atol=1e-10, rtol=0)
@@ -135,12 +138,45 @@ def test_an_utterances_logits_do_not_depend_on_its_neighbours() -> None:
     torch.manual_seed(0)
     head = RecurrentHead(num_layers=1, dim=5, projection=6, hidden=4, depth=2, classes=3, stack=2)
     long, short = torch.randn(20, 5), torch.randn(9, 5)
-    alone = head(short, Ragged.of(torch.tensor([9])))[0]
-    together = head(torch.cat([long, short]), Ragged.of(torch.tensor([20, 9])))[1, : 9 // 2]
+    alone = head(short, Ragged(np.array([9]), stack=2))[0]
+    together = head(torch.cat([long, short]), Ragged(np.array([20, 9]), stack=2))[1, : 9 // 2]
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("stack", [1, 2, 3])
+def test_packed_utterances_give_the_logits_and_gradients_of_padded_ones(stack: int) -> None:
+    torch.manual_seed(stack)
+    head = RecurrentHead(num_layers=1, dim=5, projection=6, hidden=4, depth=2, classes=3, stack=stack).to(F64)
+    frames = Ragged(np.array([7, 11, 2, 12]), stack=stack)  # with a stack of 3 the third has no head frame
+    mixed_FD = torch.randn(32, 5, dtype=F64)
+    own_BN = torch.from_numpy(np.arange(12 // stack) < frames.stacked_B[:, None])
+    kept_BNH = [(torch.rand(4, 12 // stack, 8) < 0.8) / F64_KEEP for _ in range(2)]
+    time_P, rank_P = np.nonzero(np.arange(12 // stack)[:, None] < np.sort(frames.stacked_B)[::-1])
+    order_B = np.argsort(-frames.stacked_B, kind="stable")
+    kept_PH = [kept[order_B[rank_P], time_P] for kept in kept_BNH]  # the same masks, in the packed layout
+    found = []
+    for run, kept in ((head.padded, kept_BNH), (head.packed, kept_PH), (head.padded, ()), (head.packed, ())):
+        head.zero_grad()
+        logits_BNC = run(mixed_FD, frames, kept)[own_BN]
+        logits_BNC.square().sum().backward()
+        found.append([logits_BNC.detach(), *(weight.grad for weight in list(head.parameters())[1:])])
+    for one, other in (found[:2], found[2:]):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    assert not torch.equal(found[0][0], found[2][0])
+
+
 def test_ragged_rows() -> None:
-    ragged = Ragged.of(torch.tensor([3, 1]))
+    ragged = Ragged(np.array([3, 1]))
     assert ragged.rows_BT.tolist() == [[0, 1, 2], [3, 3, 3]]
-    assert ragged.reversed_BT.tolist() == [[2, 1, 0], [0, 0, 0]]
+    assert ragged.reversed_BN.tolist() == [[2, 1, 0], [0, 0, 0]]
+    assert ragged.grid_F.tolist() == [0, 1, 2, 3]
+
+
+def test_packed_rows_are_those_of_torch() -> None:
+    frames = [torch.arange(3), torch.arange(10, 16), torch.arange(20, 24)]
+    expected = pack_padded_sequence(pad_sequence(frames), torch.tensor([3, 6, 4]), enforce_sorted=False)
+    packed = Ragged(np.array([3, 6, 4])).packed
+    assert torch.cat(frames)[packed.rows_PS[:, 0]].tolist() == expected.data.tolist()
+    assert packed.batch_sizes_N.tolist() == expected.batch_sizes.tolist()
+    rows_BN = packed.rows_PS[:, 0][packed.padded_BN]
+    assert rows_BN.tolist() == [[0, 1, 2, 2, 2, 2], [3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 12, 12]]

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from evaluate.batches import generator_of
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import LinearHead
-from evaluate.sweep import HeadPool, sweep
+from evaluate.ragged import CPU
+from evaluate.sweep import HeadPool, begin, step_flop, sweep
 from evaluate.task import Recipe, SweepResult
 from extract.base.errors import RetortError
 
@@ -28,6 +29,7 @@ class Points:
     higher_is_better: bool = False
     num_test: int = 40
     notes: tuple[str, ...] = ()
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -194,3 +196,31 @@ def test_a_grid_that_diverges_whole_is_one_clear_line() -> None:
 
     with pytest.raises(RetortError, match="every learning rate diverged"):
         run(All())
+
+
+def test_a_loss_that_is_read_late_stops_its_head_at_its_last_good_weights() -> None:
+    problem = Points()
+    training, batches = begin(problem, 1e-2, RECIPE), problem.batches(0, 0)
+    training.diverged = torch.zeros((), dtype=torch.int64)  # as on a GPU
+    reference = begin(problem, 1e-2, RECIPE)
+    for step in range(1, 7):
+        batch = next(batches)
+        if step < 4:
+            reference.step(problem, batch, step, 1.0)
+        training.step(problem, batch * torch.nan if step in (4, 6) else batch, step, 1.0)
+    assert training.selection.diverged is None
+    kept = training.state()
+    assert kept["selection"]["diverged"] == 4
+    for name, value in reference.head.state_dict().items():
+        assert torch.equal(kept["head"][name], value)
+    for index, moments in reference.state()["optimiser"]["state"].items():
+        assert all(torch.equal(kept["optimiser"]["state"][index][name], value) for name, value in moments.items())
+    again = begin(problem, 1e-2, RECIPE)
+    again.diverged = torch.zeros((), dtype=torch.int64)
+    again.load_state(kept)
+    again.settle()
+    assert again.selection.diverged == 4
+
+
+def test_operations_are_those_of_every_weight_three_times() -> None:
+    assert step_flop(Points().new_head(), 10) == 6 * 10 * (3 * 4 + 4)

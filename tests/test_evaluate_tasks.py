@@ -14,6 +14,7 @@ from evaluate.batches import FrameReader, bucket
 from evaluate.ctc import END, UNKNOWN, RecurrentRecipe, Vocabulary, draw_noise, infeasible, masked
 from evaluate.heads import LinearHead
 from evaluate.jobs import open_features
+from evaluate.ragged import Ragged
 from evaluate.scorefile import ScoreFile
 from evaluate.tasks import TASKS, pr
 from evaluate.tasks.asr import characters
@@ -177,7 +178,7 @@ def test_ctc_loss_is_the_reference_toolkits(phones: tuple[Path, Path, Hidden]) -
     problem = pr.PhoneRecognition(features, pr.PrRecipe(batch_size=8))
     heads = [LinearHead(num_layers=2, dim=12, projection=8, classes=7) for _ in range(2)]
     batch = next(problem.batches(0, 0))
-    counts = batch.frames.num_frames_B.tolist()
+    counts = batch.frames.counts_B.tolist()
     for head in heads:
         utterances = batch.hidden_LFD.split(counts, dim=1)
         mixed = [torch.einsum("l,ltd->td", head.layer_logits.softmax(0), hidden) for hidden in utterances]
@@ -232,14 +233,15 @@ def test_masks_stay_inside_and_have_the_asked_size() -> None:
 
 def test_noise_masks_each_utterances_own_frames_and_scales_dropout() -> None:
     recipe = RecurrentRecipe(hidden=64, depth=1, time_masks=1, time_mask_frames=9, feature_masks=0)
-    noise = draw_noise(torch.tensor([40, 10]), torch.Generator().manual_seed(1), recipe=recipe, dim=6, stack=2)
+    frames = Ragged(np.array([40, 10]), stack=2)
+    noise = draw_noise(frames, torch.Generator().manual_seed(1), recipe=recipe, dim=6)
     assert noise.features_FD is not None
     assert noise.features_FD.shape == (50, 6)
     for own_FD in noise.features_FD.split([40, 10]):
         masked_frames = (own_FD == 0).all(1)
         assert 0 < masked_frames.sum() < 9
         assert (own_FD[~masked_frames] == 1).all()
-    (kept,) = noise.kept_BTH
+    (kept,) = noise.kept
     assert kept.shape == (2, 20, 128)
     assert kept.unique().tolist() == pytest.approx([0, 1.25])
     assert kept.mean() == pytest.approx(1, abs=0.05)

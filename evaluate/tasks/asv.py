@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from evaluate.batches import FrameBatch, FrameReader, bucket, shuffled, steps_from
 from evaluate.bootstrap import Metric, Metrics
 from evaluate.checkpoint import TaskSession
-from evaluate.heads import Head, Ragged
+from evaluate.heads import Head
 from evaluate.metrics import equal_error_rate
+from evaluate.ragged import Ragged, on_device
 from evaluate.sweep import HeadPool, sweep
 from evaluate.task import SPEAKER, Features, FrameRecipe, SweepResult, Task
 from extract.base.errors import RetortError
@@ -79,8 +80,9 @@ class XVectorHead(Head):
         x_BHT = self.projection(mixed_FD)[frames.rows_BT].transpose(1, 2)
         for layer in self.tdnn:
             x_BHT = layer(x_BHT).relu()
+        counts = frames.counts_B.tolist()
         # Statistics over an utterance's own frames, not over its padding.
-        own = [x_HT[:, : count - CONTEXT_FRAMES + 1] for x_HT, count in zip(x_BHT, frames.num_frames_B, strict=True)]
+        own = [x_HT[:, : count - CONTEXT_FRAMES + 1] for x_HT, count in zip(x_BHT, counts, strict=True)]
         pooled_BP = torch.stack([torch.cat([x_HT.mean(1), x_HT.std(1)]) for x_HT in own])
         embedded: Tensor = self.embedding(pooled_BP).relu()
         return embedded
@@ -110,7 +112,8 @@ class Verification:
 
     def __init__(self, features: Features, recipe: AsvRecipe) -> None:
         self.store, self.recipe = features.reader, recipe
-        self.reader = FrameReader(features.reader, recipe.memory_gb)
+        self.device = torch.device(features.device)
+        self.reader = FrameReader(features.reader, recipe.memory_gb, self.device)
         self.train = features.select("train")
         names = features.labels(SPEAKER, self.train)
         number_of = {name: number for number, name in enumerate(sorted(set(names)))}
@@ -161,7 +164,7 @@ class Verification:
                 spans = zip(begin_B.tolist(), kept_B.tolist(), strict=True)
                 hidden_LFD = torch.cat([hidden_LFD[:, begin : begin + kept] for begin, kept in spans], 1)
             speakers_B = torch.tensor([self.speaker_of[row] for row in rows_B.tolist()])
-            yield FrameBatch(hidden_LFD, Ragged.of(kept_B), speakers_B)
+            yield FrameBatch(hidden_LFD, Ragged(kept_B.numpy(), self.device), on_device(speakers_B, self.device))
 
     def loss(self, head: XVectorHead, batch: FrameBatch) -> Tensor:
         """Return the AM-softmax loss: cross entropy of s (cos - m [own speaker]), scale s and margin m.
@@ -187,7 +190,7 @@ class Verification:
         batches = bucket(rows, store.num_frames, self.recipe.batch_size)
         for rows_B in batches:
             hidden_LFD = self.reader.read(rows_B.tolist())
-            frames = Ragged.of(torch.from_numpy(store.num_frames[rows_B]))
+            frames = Ragged(store.num_frames[rows_B], self.device)
             found = pool.each(partial(_embed, hidden_LFD=hidden_LFD, frames=frames), heads)
             for own, embedded_BH in zip(embedded, found, strict=True):
                 own.append(embedded_BH)
@@ -199,8 +202,8 @@ class Verification:
 
 @torch.no_grad()  # applies to this thread only, hence not around the pool's work
 def _embed(head: XVectorHead, *, hidden_LFD: Tensor, frames: Ragged) -> Tensor:
-    """Return embeddings scaled to length 1, float32 (B, H)."""
-    return F.normalize(head.embed(head.sum_layers(hidden_LFD), frames), dim=1)
+    """Return embeddings scaled to length 1, float32 (B, H), on the CPU."""
+    return F.normalize(head.embed(head.sum_layers(hidden_LFD), frames), dim=1).cpu()
 
 
 def test_trials(features: Features) -> Trials:
@@ -261,6 +264,7 @@ ASV = Task(
     higher_is_better=False,
     labels=(SPEAKER,),
     reads="frames",
+    on_gpu=True,
     unit_s=1.4e-3,
     recipe=AsvRecipe,
     score=score,

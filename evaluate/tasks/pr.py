@@ -10,8 +10,9 @@ from torch import Tensor
 from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.ctc import Noise, Texts, Transcription
-from evaluate.heads import LinearHead, Ragged
+from evaluate.heads import LinearHead
 from evaluate.metrics import token_error_rate
+from evaluate.ragged import Ragged
 from evaluate.sweep import sweep
 from evaluate.task import Features, FrameRecipe, SweepResult, Task
 
@@ -64,6 +65,7 @@ PR = Task(
     higher_is_better=False,
     labels=PhoneRecognition.labels,
     reads="frames",
+    on_gpu=True,
     unit_s=1.6e-3,
     recipe=PrRecipe,
     score=score,

@@ -20,7 +20,8 @@ from evaluate.batches import FrameBatch, FrameReader, bucket, shuffled, steps_fr
 from evaluate.bootstrap import Metric, Metrics
 from evaluate.checkpoint import TaskSession
 from evaluate.diarization import Reference, Turn, diarization_error_rate, frame_labels, median_filtered, parse_turns
-from evaluate.heads import Head, Ragged
+from evaluate.heads import Head
+from evaluate.ragged import Ragged, on_device
 from evaluate.sweep import HeadPool, sweep
 from evaluate.task import Features, FrameRecipe, SweepResult, Task
 from extract.base.errors import RetortError
@@ -80,12 +81,13 @@ def permutation_free_loss(logits_BTS: Tensor, labels_BTS: Tensor, num_frames_B: 
     sum_b min_order mean_s sum_t BCE(logits[b, t, s], labels[b, t, order(s)]) / sum_b T_b. Source: permutation-free loss
     of Fujita et al., Interspeech 2019.
     """
-    own_BT1 = (torch.arange(logits_BTS.shape[1]) < num_frames_B[:, None])[..., None]  # False on padding
+    time_T = torch.arange(logits_BTS.shape[1], device=logits_BTS.device)
+    own_BT1 = (time_T < num_frames_B[:, None])[..., None]  # False on padding
     losses_B = [
-        (F.binary_cross_entropy_with_logits(logits_BTS, labels_BTS[..., list(order)], reduction="none") * own_BT1)
+        (F.binary_cross_entropy_with_logits(logits_BTS, torch.stack(order, -1), reduction="none") * own_BT1)
         .sum(1)  # over frames: (B, S)
         .mean(1)  # over speakers: (B,)
-        for order in itertools.permutations(range(SPEAKERS))
+        for order in itertools.permutations(labels_BTS.unbind(-1))
     ]
     # The order is chosen for each chunk alone: speakers have no identity across chunks.
     return torch.stack(losses_B).amin(0).sum() / num_frames_B.sum()
@@ -103,7 +105,8 @@ class Diarization:
 
     def __init__(self, features: Features, recipe: SdRecipe) -> None:
         self.store, self.recipe = features.reader, recipe
-        self.reader = FrameReader(features.reader, recipe.memory_gb)
+        self.device = torch.device(features.device)
+        self.reader = FrameReader(features.reader, recipe.memory_gb, self.device)
         self.stack, self.repeat = frames_to_labels(features.reader.hop_samples, where=features.reader.source)
         self.rows = features.train_dev_test()
         self.num_frames = features.corpus.num_samples // FRAME_SAMPLES
@@ -148,7 +151,8 @@ class Diarization:
                 # The same cuts as those of the hidden states, so that chunk k has labels k.
                 for part_TS in np.split(self.labels[row], self._cuts(row)[1:-1])
             ]
-            yield FrameBatch(hidden_LFD, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True))
+            labels_BTS = nn.utils.rnn.pad_sequence(labels, batch_first=True)
+            yield FrameBatch(hidden_LFD, frames, on_device(labels_BTS, self.device))
 
     def loss(self, head: DiarizationHead, batch: FrameBatch) -> Tensor:
         logits_BTS = head(head.sum_layers(batch.hidden_LFD), batch.frames)
@@ -180,7 +184,7 @@ class Diarization:
             hidden_LFD, frames, row_of_chunk = self._read(rows_B)
             found = pool.each(partial(_probabilities, hidden_LFD=hidden_LFD, frames=frames), heads)
             for own, probability_BTS in zip(outputs, found, strict=True):
-                parts = zip(row_of_chunk, probability_BTS, frames.num_frames_B.tolist(), strict=True)
+                parts = zip(row_of_chunk, probability_BTS, frames.counts_B.tolist(), strict=True)
                 for row, group in itertools.groupby(parts, key=lambda part: part[0]):
                     own[row] = np.concatenate([probability_TS[:count] for _, probability_TS, count in group])
 
@@ -195,7 +199,7 @@ class Diarization:
                 for threshold in THRESHOLDS
             }
 
-        return pool.each(grid, outputs)
+        return pool.each_on_cpu(grid, outputs)
 
     def _read(self, rows_B: NDArray[np.int64]) -> tuple[Tensor, Ragged, list[int]]:
         """Return recordings at 20 ms a frame, with as many frames as labels: the store's last frame is repeated.
@@ -210,11 +214,12 @@ class Diarization:
                 count = max(1, own_LFD.shape[1] // self.stack)
                 own_LFD = torch.unflatten(own_LFD[:, : count * self.stack], 1, (count, self.stack)).mean(2)
             # Labels count from samples, frames from the receptive field: the last frame stands for what is missing.
-            at_F = (torch.arange(int(self.num_frames[row])) // self.repeat).clamp(max=own_LFD.shape[1] - 1)
-            parts.append(own_LFD[:, at_F])
+            time_F = torch.arange(int(self.num_frames[row]), device=self.device)
+            parts.append(own_LFD[:, (time_F // self.repeat).clamp(max=own_LFD.shape[1] - 1)])
         cuts = {row: self._cuts(row) for row in rows_B.tolist()}
         row_of_chunk = [row for row, places in cuts.items() for _ in places[1:]]
-        return torch.cat(parts, 1), Ragged.of(torch.cat([torch.tensor(c).diff() for c in cuts.values()])), row_of_chunk
+        counts_B = np.concatenate([np.diff(places) for places in cuts.values()])
+        return torch.cat(parts, 1), Ragged(counts_B, self.device), row_of_chunk
 
     def _cuts(self, row: int) -> list[int]:
         """Return the first frame of each of a recording's chunks, and its number of frames."""
@@ -225,7 +230,7 @@ class Diarization:
 @torch.no_grad()  # applies to this thread only, hence not around the pool's work
 def _probabilities(head: DiarizationHead, *, hidden_LFD: Tensor, frames: Ragged) -> NDArray[np.float32]:
     """Return the probability that each speaker speaks, float32 (B, T, S)."""
-    probability_BTS: NDArray[np.float32] = head(head.sum_layers(hidden_LFD), frames).sigmoid().numpy()
+    probability_BTS: NDArray[np.float32] = head(head.sum_layers(hidden_LFD), frames).sigmoid().cpu().numpy()
     return probability_BTS
 
 
@@ -245,6 +250,7 @@ SD = Task(
     higher_is_better=False,
     labels=("rttm",),
     reads="frames",
+    on_gpu=True,
     unit_s=3.5e-3,
     recipe=SdRecipe,
     score=score,

@@ -99,6 +99,7 @@ SF = Task(
     higher_is_better=True,
     labels=SlotFilling.labels,
     reads="frames",
+    on_gpu=True,
     unit_s=4.9e-3,
     recipe=SfRecipe,
     score=score,
