@@ -4,10 +4,9 @@
 same interface, `ShardRunner`, and uses a `LocalRunner` in each worker. The bytes of a shard depend on the request
 alone, not on the process that writes it.
 
-Two shards run concurrently: one in the model, one being encoded and written. Within a shard the next pack is read while
-the model runs the current one. Memory therefore holds two shards, whatever the size of the corpus.
-
-Shapes: L layers, T frames of an utterance, F frames of a pack, D features, C channels of the convolution stem.
+Two shards run concurrently: one in the model, one being encoded and written. Within a shard the next pack is read,
+normalised and padded while the model runs the current one, and `extract.encoding` encodes the ones before. Memory
+therefore holds the codes of two shards and the hidden states of a few packs, whatever the size of the corpus.
 """
 
 import threading
@@ -33,11 +32,11 @@ from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import FBANK, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
 if TYPE_CHECKING:
+    from extract.encoding import PackEncoder
     from extract.published import SimulatedCorpus
-    from extract.upstream.spec import Upstream
+    from extract.upstream.spec import PackStates, Upstream
 
 CONCURRENT_SHARDS = 2  # one in the model, one being encoded and written
-_WAITING_PACKS = 2  # run and not yet encoded, for each shard: bounds memory
 _PROBED_S = 30.0  # audio on which the error of a precision is measured
 _PROBED_UTTERANCES = 64  # at most, evenly spaced over the lengths
 _LEAST_SNR_DB = 20.0  # of a precision against fp32: rounding alone leaves 30 dB and more
@@ -212,54 +211,54 @@ class LocalRunner:
     ) -> None:
         """Run, encode and write one shard; leave it unwritten if `stopped` is set on the way."""
         writer = extraction.writer
-        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "encode") as encoder:
-            waveforms = self._read_ahead(reader, extraction, shard)
+        with ThreadPoolExecutor(1, "read") as reader, self._encoder(writer) as encoder:
+            prepared = self._read_ahead(reader, extraction, shard)
             encoding: list[Future[EncodedPack]] = []
             with self._in_model:
-                for pack, waveforms_of_pack in zip(writer.packing.packs_of(shard), waveforms, strict=True):
+                for pack, batches in zip(writer.packing.packs_of(shard), prepared, strict=True):
                     if stopped is not None and stopped.is_set():
                         return
-                    features = self.run_pack(extraction, pack, waveforms_of_pack)
-                    encoding.append(encoder.submit(writer.encode_pack, pack, *features))
-                    if len(encoding) > _WAITING_PACKS:
-                        encoding[-1 - _WAITING_PACKS].result()
+                    encoding.append(encoder.submit(pack, self.run_pack(extraction, pack, batches)))
+                    if len(encoding) > encoder.waiting:  # bounds memory
+                        encoding[-1 - encoder.waiting].result()
                     advance(extraction.pack_s(pack))
             writer.write_shard(shard, [future.result() for future in encoding])
 
-    def _read_ahead(
-        self, reader: ThreadPoolExecutor, extraction: Extraction, shard: int
-    ) -> Iterator[list[NDArray[np.float32]]]:
-        """Yield the waveforms of a shard's packs, each read while the pack before it is run."""
-        packs = extraction.writer.packing.packs_of(shard)
-        ahead = reader.submit(self.read_pack, extraction, packs[0])
+    def _encoder(self, writer: StoreWriter) -> "PackEncoder":
+        import torch
+
+        from extract.encoding import PackEncoder
+
+        return PackEncoder(writer, torch.device("cpu" if self.card.family == FBANK else self.config.device))
+
+    def _read_ahead(self, reader: ThreadPoolExecutor, extraction: Extraction, shard: int) -> Iterator[Any]:
+        """Yield what the upstream makes of the waveforms of a shard's packs, each while the pack before it is run."""
+        upstream, packs = self.upstream, extraction.writer.packing.packs_of(shard)
+
+        def prepare(pack: int) -> Any:
+            return upstream.prepare(self.read_pack(extraction, pack))
+
+        ahead = reader.submit(prepare, packs[0])
         for following in [*packs[1:], None]:
             current = ahead.result()
             if following is not None:
-                ahead = reader.submit(self.read_pack, extraction, following)
+                ahead = reader.submit(prepare, following)
             yield current
 
     def read_pack(self, extraction: Extraction, pack: int) -> list[NDArray[np.float32]]:
         """Return the waveforms of a pack's utterances in order of first frame, each float32 (samples,)."""
         return [extraction.corpus.waveform(int(index)) for index in extraction.writer.packing.by_pack[pack]]
 
-    def run_pack(
-        self, extraction: Extraction, pack: int, waveforms: list[NDArray[np.float32]]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Return hidden states float32 (L, F, D) and, if kept, the stem's output float32 (F, C); unused rows are 0."""
+    def run_pack(self, extraction: Extraction, pack: int, prepared: Any) -> "PackStates":
+        """Run a pack that the upstream has prepared; its states have the rows of the packing."""
         packing, writer = extraction.writer.packing, extraction.writer
-        features = self.upstream.features(waveforms, writer.layers, stem=writer.stem_dim is not None)
-        hidden_LFD = np.zeros((len(writer.layers), packing.pack_frames, writer.dim), dtype=np.float32)
-        stem_FC = None
-        if writer.stem_dim is not None:
-            stem_FC = np.zeros((packing.pack_frames, writer.stem_dim), dtype=np.float32)
-        for index, utterance in zip(packing.by_pack[pack], features, strict=True):
-            assert utterance.hidden_LTD.shape[1] == packing.num_frames[index]
-            first = packing.first_frame[index]
-            rows = slice(first, first + packing.num_frames[index])
-            hidden_LFD[:, rows] = utterance.hidden_LTD
-            if stem_FC is not None:
-                stem_FC[rows] = utterance.stem_TC
-        return hidden_LFD, stem_FC
+        states = self.upstream.states(
+            prepared, writer.layers, stem=writer.stem_dim is not None, num_rows=packing.pack_frames
+        )
+        members = packing.by_pack[pack]
+        assert states.num_frames == packing.num_frames[members].tolist()
+        assert (np.cumsum(states.num_frames)[:-1] == packing.first_frame[members[1:]]).all()  # end to end
+        return states
 
     def write_initial_weights(self, config: ExtractConfig) -> dict[str, Any]:
         from extract.upstream.forward import Transformer

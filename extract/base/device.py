@@ -36,6 +36,11 @@ def device_model(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_model()
 
 
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to a device. From pinned memory the host does not wait for the kernels in flight."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 def check_local_workers(name: str, workers: int) -> None:
     """Raise RetortError if this machine does not have a CUDA device for each of its workers."""
     device = named_device(name, expected="cpu, cuda or cuda:N")

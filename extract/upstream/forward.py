@@ -9,9 +9,11 @@ measures the result when an upstream is loaded. Utterances are run one by one if
 Shapes: B batch, S samples, T frames, D features, C channels.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from extract.base.device import check_there, named_device
+from extract.base.device import check_there, named_device, upload
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.pretrained import open_pretrained
-from extract.corpus import normalise_waveform
+from extract.corpus import SAMPLE_RATE_HZ, normalise_waveform
 from extract.store.packing import count_frames
 from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import Features, Upstream, UpstreamFacts, read_spec
+from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec
 
 CONVENTION = (
     "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
@@ -49,6 +51,9 @@ class Transformer(Upstream):
         target = named_device(device, expected="cpu, cuda or cuda:N")
         check_there(target)
         self.model: Any = model.eval().requires_grad_(False).to(target)
+        self._target = target
+        self._uploads: Any = torch.cuda.Stream(target) if target.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._most_frames: float = math.inf  # padded frames of a batch, once a larger one did not fit the memory
         self.normalise = card.normalise
         self.device = device
         self.dtype = dtype
@@ -68,21 +73,69 @@ class Transformer(Upstream):
             _replace_positional_convolutions(self.model)
         self._replaced = [one for one in self.model.modules() if isinstance(one, OwnFramesGroupNorm | _OwnFrames)]
 
-    def features(
-        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
-    ) -> list[Features]:
+    def prepare(self, waveforms: Sequence[NDArray[np.float32]]) -> list["Batch"]:
+        """Normalise and pad waveforms, and start their copy to the device."""
         num_frames = self.num_frames(waveforms)
-        found: list[Features] = []
-        for rows in self.batches(num_frames):
-            with _stem_of(self.model, wanted=stem) as stems:
-                states_BTD = self.forward([waveforms[row] for row in rows])
-            kept_LBTD = [states_BTD[layer].float().cpu().numpy() for layer in layers]
-            stem_BTC = stems[0].float().cpu().numpy() if stem else None
-            for index, row in enumerate(rows):
-                own = slice(num_frames[row])  # frames without padding
-                hidden_LTD = np.stack([state_BTD[index, own] for state_BTD in kept_LBTD])
-                found.append(Features(hidden_LTD, None if stem_BTC is None else stem_BTC[index, own]))
-        return found
+        return [
+            self._padded([waveforms[row] for row in rows], [num_frames[row] for row in rows])
+            for rows in self.batches(num_frames)
+        ]
+
+    @torch.inference_mode()
+    def states(
+        self, prepared: list["Batch"], layers: Sequence[int], *, stem: bool = False, num_rows: int | None = None
+    ) -> PackStates:
+        """Run batches, in halves if the device's memory does not hold one. Raises RetortError for one utterance."""
+        num_frames = [count for batch in prepared for count in batch.num_frames]
+        shape = (len(layers), num_rows or sum(num_frames), self.spec.dim)
+        hidden_LFD = torch.empty(shape, dtype=torch.float32, device=self.device)
+        stem_FC = hidden_LFD.new_empty((shape[1], self.spec.stem_dim or 0)) if stem else None
+        first, waiting = 0, prepared[::-1]  # the last one is next
+        while waiting:
+            batch = waiting.pop()
+            if batch.padded_frames > self._most_frames and len(batch) > 1:
+                waiting += batch.halves()[::-1]
+                continue
+            own = slice(first, first + sum(batch.num_frames))
+            if self._run_into(hidden_LFD[:, own], None if stem_FC is None else stem_FC[own], batch, layers):
+                first = own.stop
+            else:
+                waiting.append(batch)  # is halved now
+        hidden_LFD[:, first:] = 0
+        if stem_FC is not None:
+            stem_FC[first:] = 0
+        return PackStates(num_frames, hidden_LFD, stem_FC)
+
+    def _run_into(self, hidden_LFD: Tensor, stem_FC: Tensor | None, batch: "Batch", layers: Sequence[int]) -> bool:
+        """Write a batch's own frames end to end; return False for more than one utterance if the memory is full."""
+        try:
+            with _stem_of(self.model, wanted=stem_FC is not None) as stems:
+                states_BTD = self._run(batch)
+            assert states_BTD[0].shape[1] == max(batch.num_frames)
+            rows_F = upload(batch.own_rows(), self._target)
+            for layer, kept_FD in zip(layers, hidden_LFD, strict=True):
+                _gather(kept_FD, states_BTD[layer], rows_F)
+            if stem_FC is not None:
+                _gather(stem_FC, stems[0], rows_F)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise RetortError(self._too_long(batch)) from None
+        # Outside of the handler, whose traceback holds the tensors of the failed pass.
+        self._most_frames = batch.padded_frames // 2
+        if self._target.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the whole batch's sizes are in the way of other sizes
+        return False
+
+    def _too_long(self, batch: "Batch") -> str:
+        duration_s = batch.num_samples[0] / SAMPLE_RATE_HZ
+        return (
+            f"an utterance of {duration_s:.1f} s ({batch.num_frames[0]} frames) does not fit into the memory of "
+            f"{self.device} by itself; cut it with --cut-long {max(1, int(duration_s // 2))}, give --dtype bf16, or a "
+            "device with more memory"
+        )
 
     def batches(self, num_frames: Sequence[int]) -> list[range]:
         """Split the utterances of a pack into batches: one batch on a GPU, several of `_CPU_BATCH_FRAMES` on a CPU.
@@ -110,29 +163,85 @@ class Transformer(Upstream):
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
         """Return all hidden states of a padded batch, each (B, T, D). Raises MemoryError if the device is full."""
-        num_samples = [len(waveform) for waveform in waveforms]
-        batch_BS = np.zeros((len(waveforms), max(num_samples)), dtype=np.float32)
-        mask_BS = np.zeros(batch_BS.shape, dtype=np.int64)  # 1 for samples, 0 for padding
-        for row, waveform in enumerate(waveforms):
-            # Normalised alone: padding must not enter the mean and the variance.
-            batch_BS[row, : len(waveform)] = normalise_waveform(waveform) if self.normalise else waveform
-            mask_BS[row, : len(waveform)] = 1
-        for module in self._replaced:
-            module.num_samples, module.num_frames = num_samples, self.num_frames(waveforms)
-        autocast = torch.autocast(
-            torch.device(self.device).type, dtype=self.autocast, enabled=self.autocast is not None
-        )
         try:
-            with autocast:
-                output = self.model(
-                    torch.from_numpy(batch_BS).to(self.device),
-                    attention_mask=torch.from_numpy(mask_BS).to(self.device),
-                    output_hidden_states=True,
-                )
+            return self._run(self._padded(waveforms, self.num_frames(waveforms)))
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
+
+    def _padded(self, waveforms: Sequence[NDArray[np.float32]], num_frames: list[int]) -> "Batch":
+        num_samples = [len(waveform) for waveform in waveforms]
+        on_cuda = self._target.type == "cuda"
+        waveforms_BS = torch.zeros(len(waveforms), max(num_samples), pin_memory=on_cuda)
+        for row_S, waveform in zip(waveforms_BS.numpy(), waveforms, strict=True):
+            # Normalised alone: padding must not enter the mean and the variance.
+            row_S[: len(waveform)] = normalise_waveform(waveform) if self.normalise else waveform
+        if not on_cuda:
+            return Batch(waveforms_BS.to(self._target), num_samples, num_frames)
+        with torch.cuda.stream(self._uploads):  # beside the kernels of the batch before
+            waveforms_BS = waveforms_BS.to(self._target, non_blocking=True)
+            return Batch(waveforms_BS, num_samples, num_frames, self._uploads.record_event())
+
+    def _run(self, batch: "Batch") -> list[Tensor]:
+        """Return all hidden states of a batch, each (B, T, D)."""
+        if batch.copied is not None:
+            stream = torch.cuda.current_stream(self._target)
+            stream.wait_event(batch.copied)
+            batch.waveforms_BS.record_stream(stream)  # its memory is not given to the next copy before this pass ends
+        num_samples_B = upload(torch.tensor(batch.num_samples), self._target)
+        places_S = torch.arange(batch.waveforms_BS.shape[1], device=self._target)
+        mask_BS = (places_S < num_samples_B[:, None]).long()  # 1 for samples, 0 for padding
+        for module in self._replaced:
+            module.num_samples, module.num_frames = batch.num_samples, batch.num_frames
+        with torch.autocast(self._target.type, dtype=self.autocast, enabled=self.autocast is not None):
+            output = self.model(batch.waveforms_BS, attention_mask=mask_BS, output_hidden_states=True)
         # In transformers 5, hidden_states[-1] of a Large model is its input to the final LayerNorm: use the output.
         return [*output.hidden_states[:-1], output.last_hidden_state]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the device: waveforms that were normalised one by one and padded with 0."""
+
+    waveforms_BS: Tensor
+    num_samples: list[int]
+    num_frames: list[int]
+    copied: "torch.cuda.Event | None" = None  # the waveforms are there; on CUDA
+
+    def __len__(self) -> int:
+        return len(self.num_samples)
+
+    @property
+    def padded_frames(self) -> int:
+        return len(self) * max(self.num_frames)
+
+    def halves(self) -> list["Batch"]:
+        """Split the utterances, without the padding that a half does not need."""
+        middle = len(self) // 2
+        return [self._part(slice(middle)), self._part(slice(middle, None))]
+
+    def _part(self, rows: slice) -> "Batch":
+        num_samples = self.num_samples[rows]
+        waveforms_BS = self.waveforms_BS[rows, : max(num_samples)]
+        return Batch(waveforms_BS, num_samples, self.num_frames[rows], self.copied)
+
+    def own_rows(self) -> Tensor:
+        """Return the rows of own frames, utterance by utterance, in hidden states of shape (B T, D)."""
+        longest = max(self.num_frames)
+        return torch.cat([row * longest + torch.arange(count) for row, count in enumerate(self.num_frames)])
+
+
+def _gather(out_FD: Tensor, state_BTD: Tensor, rows_F: Tensor) -> None:
+    """Copy rows of a layer into `out`, as float32. Padding is not copied."""
+    flat = state_BTD.flatten(0, 1)
+    if flat.dtype == out_FD.dtype:
+        torch.index_select(flat, 0, rows_F, out=out_FD)
+    else:
+        out_FD.copy_(flat.index_select(0, rows_F))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator of the CPU raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _brings_code(config: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 Three records describe an upstream: `UpstreamCard` (identity, in `extract.upstream.card`), `UpstreamSpec` (dimensions,
 known without weights) and `UpstreamFacts` (known once it is loaded).
 
-Shapes: L layers, T frames, D features, C channels of the convolution stem.
+Shapes: L layers, T frames of an utterance, F frames of a pack, D features, C channels of the convolution stem.
 """
 
 import math
@@ -68,6 +68,35 @@ class UpstreamFacts:
 
 
 @dataclass(frozen=True)
+class PackStates:
+    """Output of an upstream for the utterances of a pack, end to end, on the upstream's device.
+
+    Rows past the last utterance are 0.
+    """
+
+    num_frames: list[int]  # of each utterance
+    hidden_LFD: "torch.Tensor"  # float32
+    stem_FC: "torch.Tensor | None" = None  # output of the convolution stem, if it was requested
+
+    @classmethod
+    def joined(
+        cls, hidden: "Sequence[torch.Tensor]", *, num_rows: int | None, stem: "Sequence[torch.Tensor] | None" = None
+    ) -> "PackStates":
+        """Put the output for utterances, (L, T, D) and (T, C) each, end to end into `num_rows` rows (None: no more)."""
+        stem_1FC = None if stem is None else _end_to_end([stem_TC[None] for stem_TC in stem], num_rows)
+        num_frames = [hidden_LTD.shape[1] for hidden_LTD in hidden]
+        return cls(num_frames, _end_to_end(hidden, num_rows), None if stem_1FC is None else stem_1FC[0])
+
+
+def _end_to_end(parts: "Sequence[torch.Tensor]", num_rows: int | None) -> "torch.Tensor":
+    ends = np.cumsum([part_LTD.shape[1] for part_LTD in parts]).tolist()
+    joined_LFD = parts[0].new_zeros((len(parts[0]), num_rows or ends[-1], parts[0].shape[2]))
+    for part_LTD, end in zip(parts, ends, strict=True):
+        joined_LFD[:, end - part_LTD.shape[1] : end] = part_LTD
+    return joined_LFD
+
+
+@dataclass(frozen=True)
 class Features:
     """Output of an upstream for one utterance, equal to its output for that utterance alone."""
 
@@ -82,14 +111,30 @@ class Upstream(Protocol):
     facts: UpstreamFacts
     autocast: "torch.dtype | None"  # of the forward pass; None for fp32, the precision of the weights
 
+    def prepare(self, waveforms: Sequence[NDArray[np.float32]]) -> Any:
+        """Return what `states` takes for waveforms, float32 (samples,). May run in another thread than `states`."""
+        return waveforms
+
+    def states(
+        self, prepared: Any, layers: Sequence[int], *, stem: bool = False, num_rows: int | None = None
+    ) -> PackStates:
+        """Run prepared waveforms; return `layers` and, if `stem`, the stem's output.
+
+        num_rows: rows of the result, None for those of the utterances alone. The stem's output is the input of the
+        feature projection, before its layer norm; it needs `spec.stem_dim`.
+        """
+        ...
+
     def features(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
     ) -> list[Features]:
-        """Run waveforms, float32 (samples,), and return `layers` and, if `stem`, the stem's output of each.
-
-        The stem's output is the input of the feature projection, before its layer norm; it needs `spec.stem_dim`.
-        """
-        ...
+        """Run waveforms, float32 (samples,), and return the output for each."""
+        states = self.states(self.prepare(waveforms), layers, stem=stem)
+        ends = np.cumsum(states.num_frames)[:-1]
+        hidden = np.split(states.hidden_LFD.cpu().numpy(), ends, axis=1)
+        if states.stem_FC is None:
+            return list(map(Features, hidden))
+        return list(map(Features, hidden, np.split(states.stem_FC.cpu().numpy(), ends)))
 
     def hidden_states(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]

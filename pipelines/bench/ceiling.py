@@ -119,15 +119,16 @@ def part(bench: Ceiling, *, write: bool) -> TimedSteps:
         writer = extraction.writer
         writer.create()
         packs = range(writer.packing.num_packs)
-        ready = [runner.run_pack(extraction, pack, runner.read_pack(extraction, pack)) for pack in packs[:1]]
-        encoded = [writer.encode_pack(0, *ready[0])]  # the first pack stands for all: they are of one shape
+        # The first pack stands for all: they are of one shape.
+        hidden_LFD = runner.run_pack(extraction, 0, runner.read_pack(extraction, 0)).hidden_LFD.numpy()
+        encoded = [writer.encode_pack(0, hidden_LFD)]
         yield
         if write:
             for shard in range(writer.packing.num_shards):
                 writer.write_shard(shard, encoded * len(writer.packing.packs_of(shard)))
         else:
             for _ in packs:
-                writer.encode_pack(0, *ready[0])
+                writer.encode_pack(0, hidden_LFD)
         yield
         return _done(bench, extraction)
 

@@ -4,14 +4,14 @@ Shapes: L layers, T frames of an utterance, D features, C channels of the convol
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from extract.config import ExtractConfig
 from extract.shards import LocalRunner
 from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import Features, Upstream, UpstreamFacts, UpstreamSpec
+from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, UpstreamSpec
 from pipelines.bench.synthetic import SEED
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400  # of wav2vec 2.0's stem
@@ -30,13 +30,17 @@ class FreeUpstream(Upstream):
         self._noise_LTD = generator.standard_normal((num_layers, longest, dim), dtype=np.float32)
         self._stem_TC = generator.standard_normal((longest, stem_dim or 0), dtype=np.float32)
 
-    def features(
-        self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int], *, stem: bool = False
-    ) -> list[Features]:
-        noise_LTD = self._noise_LTD[layers[0] : layers[-1] + 1]
+    def states(
+        self, prepared: Any, layers: Sequence[int], *, stem: bool = False, num_rows: int | None = None
+    ) -> PackStates:
+        import torch
+
+        noise_LTD = torch.from_numpy(self._noise_LTD[layers[0] : layers[-1] + 1])
         assert len(noise_LTD) == len(layers)  # neighbouring layers need no copy
-        counts = [(len(one) - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1 for one in waveforms]
-        return [Features(noise_LTD[:, :count], self._stem_TC[:count] if stem else None) for count in counts]
+        counts = [(len(waveform) - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1 for waveform in prepared]
+        stem_TC = torch.from_numpy(self._stem_TC)
+        stems = [stem_TC[:count] for count in counts] if stem else None
+        return PackStates.joined([noise_LTD[:, :count] for count in counts], num_rows=num_rows, stem=stems)
 
 
 class FreeRunner(LocalRunner):
