@@ -26,8 +26,8 @@ from tests.distributed_script import run_one
 from tests.train_world import SHAPE, World, make_world, student, train_request
 from train.data import PackSampler
 from train.distributed import SINGLE_PROCESS, _buckets
-from train.loop import seed_dropout
 from train.run import begin
+from train.step import seed_dropout
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -3,9 +3,12 @@
 import copy
 import filecmp
 import json
+import math
 import shutil
 import signal
 import time
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,11 @@ from train import checkpoint
 from train.__main__ import main
 from train.config import StudentConfig
 from train.growth import grow_mapping
-from train.loop import draws_forcing, train
-from train.optimiser import STACK
-from train.run import begin, stage_at
+from train.loop import train
+from train.losses import HeadDistiller
+from train.optimiser import STACK, read_state
+from train.run import Run, begin, stage_at
+from train.step import collect, draws_forcing, train_step
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +255,85 @@ def test_a_loss_that_is_not_finite_stops_the_run(world: World) -> None:
     message = str(caught.value)
     assert "at step 1" in message and "utterance-" in message and "checkpoint.pt" in message and "\n" not in message
     assert not (world.folder / "students" / "tiny").exists()
+
+
+def state_of(run: Run) -> dict[str, torch.Tensor]:
+    """Return copies of weights, moments and step counts."""
+    moments = {
+        f"{name} {key}": value
+        for name, values in read_state(run.optimiser, run.distiller).items()
+        for key, value in values.items()
+    }
+    return copy.deepcopy(run.distiller.state_dict() | moments)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_bad_step_changes_nothing_and_is_named_one_step_later(world: World) -> None:
+    run = begin(train_request(world, student("distilhubert", 9)))
+    parts = [run.data.training_parts(pack) for pack in run.data.sampler.packs[:3]]
+    [bad] = parts[1]
+    assert bad.scale is not None
+    batches = iter([parts[0], (replace(bad, scale=bad.scale * math.nan),), parts[2]])
+    train_step(run, batches, 0, 1e-3)
+    good = state_of(run)
+    train_step(run, batches, 1, 1e-3)
+    assert equal(state_of(run), good)
+    names = ", ".join(run.corpus.ids[index] for index in bad.utterances)
+    with pytest.raises(RetortError, match=f"loss nan .* at step 1, .* on utterances {names}; no checkpoint"):
+        train_step(run, batches, 2, 1e-3)
+
+
+def test_fp16_leaves_out_steps_that_overflow_until_the_scale_fits(world: World) -> None:
+    run = begin(train_request(world, student("distilhubert", 9, precision="fp16")))
+    parts = run.data.training_parts(int(run.data.sampler.packs[0]))
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**60})
+    before = state_of(run)
+    train_step(run, repeat(parts), 0, 1e-3)
+    after = state_of(run)
+    assert all(torch.equal(after[name], before[name]) for name in before) and run.scaler.get_scale() == 2.0**59
+    assert all(value.count_nonzero() == 0 for name, value in after.items() if name not in before)
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 256.0})
+    train_step(run, repeat(parts), 1, 1e-3)
+    assert not equal(state_of(run), after)
+    losses = collect(run)
+    assert losses[0] == losses[1] and run.state.skipped == 1  # the same weights, pack and dropout
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**120})
+    with pytest.raises(RetortError, match=r"gradient norm (inf|nan) at step"):
+        for step in range(2, 40):
+            train_step(run, repeat(parts), step, 1e-3)
+
+
+def test_fp16_resumed_equals_uninterrupted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = student("distilhubert", 6, precision="fp16", checkpoint_every_steps=1)
+    # Large enough for the first steps to overflow.
+    monkeypatch.setattr("train.run.make_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0**18))
+    train(train_request(world, config, "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_request(world, config, "parts"))
+    train(train_request(world, config, "parts"))
+    assert equal(weights(world, "whole"), weights(world, "parts"))
+    assert curves(world, "whole") == curves(world, "parts")
+    skipped = float(curves(world, "whole")["train/skipped.tsv"].split()[-1])
+    assert 0 < skipped < 6
+
+
+def test_out_of_memory_names_the_setting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: HeadDistiller, *_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(HeadDistiller, "forward", full)
+    for micro_frames, advice in ((0, "set optimiser.micro_frames to 48"), (60, "--cut-long")):
+        config = student("distilhubert", optimiser={"micro_frames": micro_frames})
+        with pytest.raises(RetortError) as caught:
+            train(train_request(world, config))
+        message = str(caught.value)
+        assert message.startswith("tiny: cpu is out of memory at step 0") and "\n" not in message
+        assert advice in message and "no checkpoint yet" in message
 
 
 def test_a_damaged_checkpoint_is_named(world: World) -> None:

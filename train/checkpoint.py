@@ -13,6 +13,7 @@ No random state is stored: teacher forcing draws by step, dropout by pack (train
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class RunState:
     seconds: float = 0.0
     waited_s: float = 0.0  # part of `seconds` spent waiting for batches
     audio_s: float = 0.0
+    skipped: int = 0  # steps whose gradients overflowed in fp16 and changed nothing
     recent: list[float] = field(default_factory=list)  # losses since the last logged point
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # points given to DVCLive
 
@@ -50,6 +52,7 @@ class Checkpoint:
     optimiser: OptimiserState
     copied: list[str]  # parts copied from the teacher
     random: dict[str, str]  # parts with random initial weights -> reason
+    scaler: dict[str, Any] = field(default_factory=dict)  # state of the loss scaler; empty without fp16
 
 
 def run_key(

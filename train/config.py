@@ -140,14 +140,14 @@ class StudentConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and losses stay float32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # weights and losses stay float32; fp16 scales the loss
     seed: int = 0
     train_splits: tuple[str, ...] = ("train",)
     dev_split: str | None = "dev"  # None: nothing is held out
     log_every: int = 10
     dev_every: int = 1000
     checkpoint_every_steps: int = 1000
-    checkpoint_every_s: float = 600.0
+    checkpoint_every_s: float = 600.0  # seen after steps that log, score or save
 
     def __post_init__(self) -> None:
         shape = self.shape

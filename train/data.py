@@ -215,7 +215,7 @@ class DistillationData:
         return replace(batch, share=len(rows) / total)
 
     def dev_batches(self, *, stored: bool = False, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """Yield the dev batches, each of at most a pack of frames including padding: of every `size` the `rank`-th.
+        """Yield the dev batches, each of at most a pack of frames, or `micro_frames`: of every `size` the `rank`-th.
 
         Targets are decoded here, since a dev batch gathers utterances of several packs. `stored` as in
         `training_batch`.
@@ -232,7 +232,8 @@ class DistillationData:
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
-            stop = start + max(1, int(self.store.pack_frames // self.store.num_frames[order[start]]))
+            most = self.micro_frames or self.store.pack_frames
+            stop = start + max(1, int(most // self.store.num_frames[order[start]]))
             yield order[start:stop]
             start = stop
 

@@ -57,11 +57,16 @@ class ProcessGroup:
         for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
             # One message per bucket: many small all-reduces would cost their latency each.
             flat = torch.cat([gradient.flatten() for gradient in bucket])
-            with _collective():
-                distributed.all_reduce(flat)
+            self.all_reduce(flat)
             parts = torch.split(flat, [gradient.numel() for gradient in bucket])
             for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
+
+    def all_reduce(self, value: Tensor) -> None:
+        """Replace a tensor by its sum over all processes, equal to the bit in each of them."""
+        if self.size > 1:
+            with _collective():
+                distributed.all_reduce(value)
 
     def check_equal(self, **values: object) -> None:
         """Raise RetortError, on all processes alike, if a value differs between processes."""

@@ -6,12 +6,11 @@
 The teacher is not needed: its features come from the store, its initial weights from the file beside the manifest.
 """
 
-import math
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, astuple, dataclass
-from itertools import chain, zip_longest
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,20 @@ import torch
 from torch import Tensor
 
 from extract.base.device import device_model
-from extract.base.errors import RetortError
 from extract.base.files import check_out
 from extract.base.progress import run_id
 from extract.base.provenance import Provenance
 from train import checkpoint
-from train.config import GENERATING, StudentConfig
 from train.curves import Curves, TrainingRecord, open_curves
 from train.data import Batch
 from train.losses import GenerationDistiller, layer_errors
 from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
-from train.optimiser import learning_rate, update_average
+from train.optimiser import learning_rate
 from train.progress import TrainingProgress
 from train.run import Run, TrainRequest, begin, grow, snapshot, stage_at, unfreeze_stem
+from train.step import RECENT, audio_so_far, autocast, collect, last_loss, out_of_memory, train_step
 from train.student_folder import MADE_FROM, save_student, versions
 
-_RECENT = 50  # the reported training loss is the mean over so many last steps
-_NAMED = 8  # utterances that an error lists
 _STORED = "dev/loss_stored_stem"  # curve of one point: the dev loss from the stored stem
 _NOTICEABLE = 0.01  # relative difference of dev losses, from waveforms and from the stored stem, that is reported
 
@@ -63,8 +59,11 @@ def train(request: TrainRequest) -> RunMetrics:
         progress.write_line(_headline(run))
         if run.parts.random:
             progress.write_line(f"{request.student}: random initial weights: {run.parts}")
-        _run_steps(run, progress, batches)
-        free, forced = _dev(run)
+        try:
+            _run_steps(run, progress, batches)
+            free, forced = _dev(run)
+        except torch.OutOfMemoryError:
+            raise out_of_memory(run) from None
         _log(run, progress, _dev_curve(free, forced))
         if not run.distiller.stem_trains:
             _compare_stems(run, progress, free)
@@ -93,10 +92,13 @@ def open_record(run: Run) -> Curves | None:
     )
 
 
-def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[tuple[Batch, ...]]) -> None:
-    """Run the steps that are left: grow and unfreeze where they are due, log, score the dev split, save."""
+def _run_steps(run: Run, progress: TrainingProgress, batches: Iterator[tuple[Batch, ...]]) -> None:
+    """Run the steps that are left: grow and unfreeze where they are due, log, score the dev split, save.
+
+    Losses are read before they are logged and before the weights are scored or saved, so that nothing bad is saved.
+    """
     name, config, state = run.request.student, run.request.config, run.state
-    started_audio_s, clock = state.audio_s, time.monotonic()
+    first, started_audio_s, clock = state.step, state.audio_s, time.monotonic()
     saved = clock
     for step in range(state.step, config.steps):
         stage = stage_at(run.stages, step)
@@ -104,118 +106,33 @@ def _run_steps(run: Run, progress: TrainingProgress, batches: Generator[tuple[Ba
             grow(run, stage)
             progress.write_line(f"{name}: grown to {stage.depth} layers at step {step}")
         if step == config.stem_trains_from and not run.distiller.stem_trains:
+            collect(run)
             _compare_stems(run, progress, _dev(run)[0])
             unfreeze_stem(run)
             progress.write_line(f"{name}: the stem trains from step {step} on")
 
         rate = learning_rate(config, stage, step)
-        loss = train_step(run, batches, step, rate)
+        train_step(run, batches, step, rate)
 
         state.step, state.packs = step + 1, state.packs + run.request.packs_per_step
-        state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
-        state.recent = [*state.recent, loss][-max(_RECENT, config.log_every) :]
-        progress.advance(loss=loss, depth=run.depth, audio_s=state.audio_s - started_audio_s)
         done = state.step == config.steps
-        if done or state.step % config.log_every == 0:
+        logs = done or state.step % config.log_every == 0
+        scores = not done and state.step % config.dev_every == 0
+        saves = done or state.step % config.checkpoint_every_steps == 0
+        if reads := logs or scores or saves or step == first:
+            collect(run)
+        state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
+        progress.advance(loss=last_loss(run), depth=run.depth, audio_s=audio_so_far(run) - started_audio_s)
+        if logs:
             mean = float(np.mean(state.recent[-config.log_every :]))
-            _log(run, progress, {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)})
-        if not done and state.step % config.dev_every == 0:
+            skipped = {"train/skipped": float(state.skipped)} if run.scaler.is_enabled() else {}
+            _log(run, progress, {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)} | skipped)
+        if scores:
             _log(run, progress, _dev_curve(*_dev(run)))
-        due = clock - saved > config.checkpoint_every_s
-        if run.request.processes.is_main and (done or due or state.step % config.checkpoint_every_steps == 0):
+        due = reads and clock - saved > config.checkpoint_every_s
+        if run.request.processes.is_main and (saves or due):
             checkpoint.save(run.checkpoint, snapshot(run))
             saved = time.monotonic()
-
-
-def train_step(run: Run, batches: Generator[tuple[Batch, ...]], step: int, rate: float) -> float:
-    """Run one step of the optimiser at a learning rate; return the loss.
-
-    Raises RetortError if the loss or its gradient is not finite.
-    """
-    config = run.request.config
-    for group in run.optimiser.param_groups:
-        group["lr"] = rate
-    loss = _gradients(run, batches, forced=draws_forcing(config, step))
-    run.optimiser.step()
-    run.optimiser.zero_grad(set_to_none=True)
-    if run.average is not None:
-        update_average(run.average, run.distiller, config.optimiser.ema)
-    return loss
-
-
-def _gradients(run: Run, batches: Generator[tuple[Batch, ...]], *, forced: bool) -> float:
-    """Compute the clipped gradients of one step, means over the packs of all processes; return the mean loss.
-
-    Raises RetortError, in all processes, if the loss or its gradient is not finite: weights and checkpoint are still
-    good then.
-    """
-    config, processes, state = run.request.config, run.request.processes, run.state
-    losses: list[Tensor] = []
-    audio_s: list[float] = []
-    utterances: list[tuple[int, ...]] = []
-    waited_s = 0.0
-    for index in range(config.optimiser.accumulate):
-        clock = time.monotonic()
-        parts = next(batches)
-        waited_s += time.monotonic() - clock
-        audio_s.append(sum(part.duration_s for part in parts))
-        utterances.append(tuple(chain.from_iterable(part.utterances for part in parts)))
-        seed_dropout(config.seed, state.packs + index * processes.size + processes.rank)
-        losses.append(_add_gradients(run, parts, forced=forced))
-    processes.all_reduce_gradients(run.distiller.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(run.distiller.parameters(), config.optimiser.clip).item()
-    # Only here: reading a loss waits for the device, which would idle between the packs of a step.
-    values: list[float] = torch.stack(losses).tolist()
-    own = list(zip(values, audio_s, utterances, strict=True))
-    packs = [pack for of_process in processes.all_gather(own) for pack in of_process]
-    state.audio_s += sum(pack_s for _, pack_s, _ in packs)
-    state.waited_s += max(processes.all_gather(waited_s))  # the slowest process holds up the others
-    mean = float(np.mean([value for value, _, _ in packs]))
-    if not (math.isfinite(mean) and math.isfinite(norm)):
-        not_finite = [indices for value, _, indices in packs if not math.isfinite(value)]
-        raise _not_finite(run, mean, norm, not_finite or [indices for _, _, indices in packs])
-    return mean
-
-
-def _add_gradients(run: Run, parts: tuple[Batch, ...], *, forced: bool) -> Tensor:
-    """Add the gradients of one pack, part by part; return its loss, a float32 scalar.
-
-    Losses are means over frames, so the share of a part's frames is its weight in the mean of the pack.
-    """
-    losses: list[Tensor] = []
-    for part in parts:
-        with _precision(run):
-            targets_LFD = part.targets()
-            loss = part.share * run.distiller.loss(run.distiller(part, targets_LFD, forced), targets_LFD)
-        # Gradients of packs add up, here and over processes, so each is divided by the number of packs of a step.
-        (loss / run.request.packs_per_step).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    return torch.stack(losses).sum()
-
-
-def seed_dropout(seed: int, position: int) -> None:
-    """Make the dropout of the `position`-th pack, part after part, a function of (seed, position).
-
-    No generator state has to be stored, and a pack gets the same masks on any number of processes.
-    """
-    torch.manual_seed(int(np.random.SeedSequence([seed, position]).generate_state(1)[0]))
-
-
-def draws_forcing(config: StudentConfig, step: int) -> bool:
-    """Return True if a gendistiller's step takes its history from the teacher (teacher forcing).
-
-    The probability goes linearly from `forcing_first` to `forcing_last`. Each step draws independently from
-    (seed, step), so that resumption needs no stored state.
-    """
-    if config.family not in GENERATING:
-        return False
-    first, last = config.generation.forcing_first, config.generation.forcing_last
-    share = first + (last - first) * step / max(1, config.steps - 1)
-    return bool(np.random.default_rng([config.seed, step, 1]).random() < share)
-
-
-def _precision(run: Run) -> torch.autocast:
-    return torch.autocast(run.request.device.type, dtype=torch.bfloat16, enabled=run.request.config.precision == "bf16")
 
 
 # ------------------------------------------------------------------------------------------------------ the dev split
@@ -245,16 +162,20 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> 
     """
     stored = not run.request.config.needs_audio if stored is None else stored
     distiller, processes = run.scored.eval(), run.request.processes
-    rows: list[list[float]] = []  # one per batch: number of frames, loss, three errors per layer
+    num_frames: list[int] = []  # of each batch
+    scores: list[Tensor] = []  # of each batch, on the device: loss, three errors per layer
     for batch in run.data.dev_batches(stored=stored, rank=processes.rank, size=processes.size):
         batch = batch.to(run.request.device)
-        with _precision(run):
+        with autocast(run):
             targets_LFD = batch.targets()
             predicted = distiller(batch, targets_LFD, forced)
-            loss = distiller.loss(predicted, targets_LFD).item()
-        errors = [value for error in layer_errors(predicted, targets_LFD) for value in astuple(error)]
-        rows.append([targets_LFD.shape[1], loss, *errors])
+            loss = distiller.loss(predicted, targets_LFD)
+        scores.append(torch.cat([loss[None], layer_errors(predicted, targets_LFD).flatten()]))
+        num_frames.append(targets_LFD.shape[1])
     distiller.train()
+    # One read for all batches: reading one waits for the device. A process may have no batch.
+    values = torch.stack(scores).tolist() if scores else []
+    rows = [[frames, *row] for frames, row in zip(num_frames, values, strict=True)]
     # In the order of batches, so that the mean has the same bits on any number of processes.
     in_order = [row for rows in zip_longest(*processes.all_gather(rows)) for row in rows if row is not None]
     weights, *columns = zip(*in_order, strict=True)
@@ -314,17 +235,6 @@ def _log(run: Run, progress: TrainingProgress, values: dict[str, float]) -> None
         progress.log(run.state.step, values)
 
 
-def _not_finite(run: Run, loss: float, norm: float, packs: list[tuple[int, ...]]) -> RetortError:
-    names = [run.corpus.ids[index] for index in dict.fromkeys(chain.from_iterable(packs))]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    good = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
-    return RetortError(
-        f"{run.request.student}: loss {loss:g} with gradient norm {norm:g} at step {run.state.step}, expected finite "
-        f"values, on utterances {', '.join(names[:_NAMED])}{more}; {good}; lower optimiser.lr, or check these "
-        "utterances"
-    )
-
-
 def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetrics:
     """Write the student's folder, then its metrics, then remove the checkpoint; in the main process only."""
     request, config, state, student = run.request, run.request.config, run.state, run.scored.student
@@ -355,7 +265,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetr
         loader_wait_share=round(state.waited_s / state.seconds, 4),
         processes=request.processes.size,
         loss=RunLoss(
-            train=float(np.mean(state.recent[-_RECENT:])),
+            train=float(np.mean(state.recent[-RECENT:])),
             dev=None if free is None else free.loss,
             dev_stored_stem=next((values[_STORED] for _, values in state.curve if _STORED in values), None),
         ),

@@ -23,7 +23,6 @@ from torch.nn import functional
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
-from train.metrics import LayerError
 from train.modeling_retort import (
     RetortGen2dStudent,
     RetortGenStudent,
@@ -61,16 +60,18 @@ def layer_to_layer_loss(predicted: list[Tensor], targets_LFD: Tensor, weight: fl
     return errors_L[-1] + weight * torch.stack(errors_L[:-1]).mean()
 
 
-def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> list[LayerError]:
-    """Return the errors of every target layer. Arguments as in `regression_loss`."""
-    return [
-        LayerError(
-            l1=functional.l1_loss(one_FD.float(), target_FD).item(),
-            cosine=functional.cosine_similarity(one_FD.float(), target_FD, dim=-1).mean().item(),
-            mse=functional.mse_loss(one_FD.float(), target_FD).item(),
-        )
-        for one_FD, target_FD in zip(predicted, targets_LFD, strict=True)
-    ]
+def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
+    """Return the errors of every target layer in the order of `LayerError`, float32 (L, 3), on the device.
+
+    Arguments as in `regression_loss`.
+    """
+    errors_L3 = []
+    for one_FD, target_FD in zip(predicted, targets_LFD, strict=True):
+        found_FD = one_FD.float()
+        cosine = functional.cosine_similarity(found_FD, target_FD, dim=-1).mean()
+        l1, mse = functional.l1_loss(found_FD, target_FD), functional.mse_loss(found_FD, target_FD)
+        errors_L3.append(torch.stack([l1, cosine, mse]))
+    return torch.stack(errors_L3)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """AdamW with its state by parameter name, so that moments survive growth and resumption; the learning rate by step."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +22,15 @@ def make_optimiser(config: StudentConfig, model: nn.Module) -> torch.optim.AdamW
         weight_decay=settings.weight_decay,
         fused=True,  # one kernel for all parameters
     )
+
+
+def make_scaler(config: StudentConfig, device: torch.device) -> torch.amp.GradScaler:
+    """Return the scaler of the loss for precision fp16, for others one without effect.
+
+    Small gradients would be zero in fp16. A step whose gradients overflow is left out and halves the scale; 2000 good
+    steps in a row double it.
+    """
+    return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
 
 def learning_rate(config: StudentConfig, stage: Stage, step: int) -> float:
@@ -54,11 +61,17 @@ def read_state(optimiser: torch.optim.Optimizer, model: nn.Module) -> OptimiserS
 
 
 def write_state(optimiser: torch.optim.Optimizer, model: nn.Module, state: OptimiserState) -> None:
-    """Set the optimiser's state to copies of `state`, whose names must be those of trainable parameters."""
-    parameters: dict[str, Any] = dict(model.named_parameters())
+    """Set the optimiser's state to copies of `state`, whose names must be those of trainable parameters.
+
+    The copies are on the devices of their parameters: a checkpoint is read on the CPU, and AdamW's fused kernel takes
+    moments and step count on the parameter's device alone.
+    """
+    parameters = dict(model.named_parameters())
     assert all(parameters[name].requires_grad for name in state)
     for name, values in state.items():
-        optimiser.state[parameters[name]] = {key: value.clone() for key, value in values.items()}
+        parameter = parameters[name]
+        # Always a copy: after growth, a clone's moments come as its original's own tensors.
+        optimiser.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in values.items()}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ train/loop.py holds the loop over its steps.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from train.distributed import SINGLE_PROCESS, ProcessGroup
 from train.growth import Stage, grow_layers, plan_stages
 from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
 from train.losses import Distiller, LayerDistiller, build_distiller
-from train.optimiser import grown_state, make_optimiser, read_state, write_state
+from train.optimiser import grown_state, make_optimiser, make_scaler, read_state, write_state
 from train.stem import STANDARD, StemShape, check_frames, has_frames_of, teacher_stem
+from train.step_record import StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +58,13 @@ class Run:
     distiller: Distiller
     average: Distiller | None  # moving average of the weights, with `optimiser.ema`
     optimiser: torch.optim.AdamW
+    scaler: torch.amp.GradScaler  # of the loss, for precision fp16; else without effect
     state: RunState
     parts: LoadedParts  # parts that started as the teacher's
     key: str
     checkpoint: Path
+    records: list[StepRecord] = field(default_factory=list)  # steps since `state` was last brought up to date
+    skipped_in_a_row: int = 0  # steps that fp16 left out, up to the last one that was read
 
     @property
     def depth(self) -> int:
@@ -115,6 +119,7 @@ def begin(request: TrainRequest) -> Run:
         distiller=distiller,
         average=copy.deepcopy(distiller) if config.optimiser.ema else None,
         optimiser=make_optimiser(config, distiller),
+        scaler=make_scaler(config, request.device),
         state=RunState(),
         parts=parts,
         key=key,
@@ -245,13 +250,15 @@ def unfreeze_stem(run: Run) -> None:
 
 
 def snapshot(run: Run) -> Checkpoint:
-    """Return the state of the run between two steps."""
+    """Return the state of the run between two steps, all of whose losses are read."""
+    assert not run.records
     return Checkpoint(
         state=run.state,
         depth=run.depth,
         model=run.distiller.state_dict(),
         average=None if run.average is None else run.average.state_dict(),
         optimiser=read_state(run.optimiser, run.distiller),
+        scaler=run.scaler.state_dict(),
         copied=run.parts.copied,
         random=run.parts.random,
     )
@@ -269,5 +276,6 @@ def _resume(run: Run, found: Checkpoint) -> None:
     run.distiller.train_stem(found.state.step > run.request.config.stem_trains_from)
     run.optimiser = make_optimiser(run.request.config, run.distiller)
     write_state(run.optimiser, run.distiller, found.optimiser)
+    run.scaler.load_state_dict(found.scaler)
     run.parts = LoadedParts(found.copied, found.random)
     run.state = found.state

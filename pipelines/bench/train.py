@@ -28,9 +28,9 @@ from pipelines.studies import read_study
 from train.config import StudentConfig, read_student
 from train.data import Batch
 from train.distributed import find_device
-from train.loop import train_step
 from train.optimiser import learning_rate
 from train.run import Run, TrainRequest, begin, grow, stage_at
+from train.step import collect, train_step
 
 if TYPE_CHECKING:
     from extract.upstream.forward import Transformer
@@ -113,18 +113,21 @@ def timed_steps(
         batches = changed(source)
         # Warm-up: memory is allocated, the optimiser has its state.
         train_step(run, batches, 0, learning_rate(run.request.config, run.stages[0], 0))
+        collect(run)
         work.clear()
         yield
-        losses = [_step(run, batches, step) for step in range(first, first + num_steps)]
+        for step in range(first, first + num_steps):
+            _step(run, batches, step)
+        losses = collect(run)  # waits for the device
         yield
     return {"losses": losses, "work": work, "depth": run.depth, "threads": torch.get_num_threads()}
 
 
-def _step(run: Run, batches: Generator[tuple[Batch, ...]], step: int) -> float:
+def _step(run: Run, batches: Generator[tuple[Batch, ...]], step: int) -> None:
     stage = stage_at(run.stages, step)
     if step == stage.first_step and stage.sources is not None:
         grow(run, stage)
-    return train_step(run, batches, step, learning_rate(run.request.config, stage, step))
+    train_step(run, batches, step, learning_rate(run.request.config, stage, step))
 
 
 def _teacher(bench: Train, run: Run) -> Callable[[Batch], Batch]:
