@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from evaluate.task import read_recipes
 from extract.base.errors import CommandGroup, RetortError
 from extract.base.files import check_out, write_json
-from extract.base.params import read_params, read_section
+from extract.base.params import read_params
 
 
 @click.group(cls=CommandGroup)
@@ -42,7 +43,7 @@ def run(
 
     A killed run leaves a checkpoint, from which the same command resumes.
     """
-    settings = read_section(config, "evaluate") if config else {}
+    settings = read_recipes(config) if config else {}
     # Imported here: torch takes seconds to import, and --help and a mistyped path need none of it.
     from evaluate.jobs import check_device, configure_torch, job_of, line_of, score_here
 
@@ -83,6 +84,25 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
         click.echo(left_out)
     for line in score_all(jobs, workers=workers, scheduler=scheduler):
         click.echo(line)
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True)
+@click.option("--task", "tasks", multiple=True, help="Only this one of `tasks`; repeatable.")
+@click.option("--layers", default=13, show_default=True, help="Hidden states of the upstream in the store.")
+@click.option("--dim", default=768, show_default=True, help="Features of a hidden state: 768 of Base, 1024 of Large.")
+@click.option(
+    "--corpora", type=_folder, default=Path("corpora"), show_default=True, help="CORPUS.json, if it is there."
+)
+@click.option("--device", "devices", multiple=True, default=("cpu",), show_default=True, help="cpu, cuda; repeatable.")
+def plan(config: Path, tasks: tuple[str, ...], layers: int, dim: int, corpora: Path, devices: tuple[str, ...]) -> None:
+    """Time some steps of each task's heads on random features; print the hours of the recipes before anything starts.
+
+    Nothing but params.yaml is needed: no corpus, no store. A file with section `evaluate` alone plans all ten tasks.
+    """
+    from evaluate.plan import plan_scores
+
+    plan_scores(config, tasks, num_layers=layers, dim=dim, corpora=corpora, devices=devices)
 
 
 @main.command()

@@ -20,14 +20,14 @@ import torch
 from evaluate.bootstrap import intervals_of
 from evaluate.checkpoint import FORMAT_VERSION, TaskSession
 from evaluate.scorefile import ScoreFile
-from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences
+from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences, read_recipes
 from evaluate.tasks import TASKS
 from evaluate.time_left import ExpectedScore, TimeLeft, work_of
 from extract.base.device import check_local_workers, device_model, named_device
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
 from extract.base.malloc import keep_freed_blocks
-from extract.base.params import read_params, read_section
+from extract.base.params import read_params
 from extract.base.progress import ProgressBar
 from extract.base.provenance import Provenance
 from extract.base.validate import check_name
@@ -83,12 +83,19 @@ def job_of(name: str, settings: Mapping[str, Any], config: Path | None, **fields
 
     Raises RetortError for an unknown task, an unknown key and an invalid value.
     """
+    check_name(fields["upstream"], where="--upstream")  # part of the path of its checkpoints
+    recipe = recipe_of(name, settings, config)
+    return ScoringJob(task=TASKS[name], recipe=recipe, **fields)
+
+
+def recipe_of(name: str, settings: Mapping[str, Any], config: Path | None) -> Settings:
+    """Return the recipe of a task by name. settings: section `evaluate` of `config`. Raises RetortError as `job_of`."""
     for key in (name, *settings):
         if key not in TASKS:
             raise unknown("task" if key == name else f"key in evaluate of {config}", key, TASKS)
-    check_name(fields["upstream"], where="--upstream")  # part of the path of its checkpoints
     where = f"evaluate.{name}" + (f" of {config}" if config else "")
-    return ScoringJob(task=TASKS[name], recipe=TASKS[name].parse_recipe(settings.get(name), where=where), **fields)
+    recipe: Settings = TASKS[name].parse_recipe(settings.get(name), where=where)
+    return recipe
 
 
 def jobs_of(
@@ -105,7 +112,7 @@ def jobs_of(
 
     Raises RetortError that lists the valid names for an unknown one.
     """
-    params, settings = read_params(config), read_section(config, "evaluate")
+    params, settings = read_params(config), read_recipes(config)
     corpus_of = corpus_of_tasks(params, config)
     configured = params.get("upstreams")
     if not isinstance(configured, dict) or not all(isinstance(name, str) for name in configured):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from evaluate.bootstrap import Metrics
 from evaluate.scorefile import GridPoint, LayerPoint
-from extract.base.errors import RetortError
-from extract.base.params import configured
+from extract.base.errors import RetortError, unknown
+from extract.base.params import configured, merge, read_section
 from extract.base.validate import parse
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from extract.store.reader import StoreReader
 
 SPEAKER = "speaker"
+PROFILES = Path(__file__).parent / "profiles"
 RUN_ONLY = frozenset({"memory_gb"})  # recipe fields that change the use of memory, not the score
 
 
@@ -186,6 +187,18 @@ def _plain(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{item:g}" for item in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_recipes(config: Path) -> dict[str, Any]:
+    """Return section `evaluate` of a params file, over the recipes of the profile that its key `profile` names.
+
+    Without that key the profile is `published`. Raises RetortError that lists the profiles for an unknown one.
+    """
+    section = read_section(config, "evaluate")
+    name, valid = section.pop("profile", "published"), sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if name not in valid:
+        raise unknown(f"evaluate.profile of {config}", str(name), valid)
+    return merge(read_section(PROFILES / f"{name}.yaml", "evaluate"), section)
 
 
 def corpus_of_tasks(params: dict[str, Any], path: Path) -> dict[str, str]:
