@@ -1,9 +1,14 @@
 """GenDistiller of 2023: attention over cells (layer, time), and its implementations as one function."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.test_modeling import make, padded, waveforms
 from train.modeling_retort import RetortGen2dStudent, RetortGenStudent, causal_over_layers
@@ -144,6 +149,65 @@ def test_flex_attentions_mask_is_the_dense_one(padding: bool) -> None:
     flex = causal_over_layers(LAYERS, size, num_frames, mask if padding else None, torch.device("cpu"))
     cells = LAYERS * num_frames
     assert torch.equal(create_mask(flex.mask_mod, size, 1, cells, cells, device="cpu"), dense_mask(mask))
+
+
+@pytest.mark.parametrize(
+    ("layers", "size", "num_frames"), [(3, 4, 20), (2, 3, 128), (5, 2, 333), (12, 2, 64), (3, 1, 1)]
+)
+@pytest.mark.parametrize("padding", [True, False])
+def test_blocks_of_flex_attention_are_those_of_the_dense_mask(
+    layers: int, size: int, num_frames: int, padding: bool
+) -> None:
+    lengths = torch.linspace(1, num_frames, size).long().flip(0)
+    mask = (torch.arange(num_frames) < lengths[:, None])[:, None, None] if padding else None
+    found = causal_over_layers(layers, size, num_frames, mask, torch.device("cpu"))
+    cells = layers * num_frames
+    expected = create_block_mask(found.mask_mod, size, None, cells, cells, device="cpu")
+    assert found.shape == expected.shape
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(expected, f"{name}_{part}") for part in ("num_blocks", "indices"))
+        assert torch.equal(getattr(found, f"{name}_num_blocks"), counts)
+        used = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(found, f"{name}_indices")[used], indices[used])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [one.untyped_storage().nbytes() for one in tree_leaves(made) if isinstance(one, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return made
+
+
+def test_the_mask_of_one_long_utterance_takes_megabytes() -> None:
+    layers, num_frames = 12, 8192
+    with LargestTensor() as memory:
+        mask = causal_over_layers(layers, 1, num_frames, None, torch.device("cpu"))
+    num_blocks = layers * num_frames // 128
+    assert memory.largest <= 8 * num_blocks**2  # int64 block indices; N² bools would be 9.7 GB
+    layer = torch.arange(num_blocks) // (num_frames // 128)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), layer <= layer[:, None])
+
+
+@torch.no_grad()
+def test_compiled_flex_attention_is_layer_by_layer_for_changing_shapes() -> None:
+    model, start, mask = model_and_start()
+    history = some_history(start)
+    counters.clear()
+    with torch.compiler.set_stance("default", force_backend="eager"):  # of which a CPU has no other for this operation
+        for rows, frames in ((3, 24), (2, 24), (3, 15), (2, 19), (3, 20)):
+            part = [layer[:rows, :frames] for layer in (start, *history)]
+            keys = mask[:rows, ..., :frames]
+            flex = causal_over_layers(LAYERS, rows, frames, keys, start.device)
+            found = model.all_at_once(part[0], part[1:], flex)
+            for one, other in zip(found, model.layer_by_layer(part[0], part[1:], keys), strict=True):
+                own = keys[:, 0, 0]
+                torch.testing.assert_close(one[own], other[own], atol=1e-5, rtol=0)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # of at most 8, after which it would run dense
 
 
 @pytest.mark.gpu

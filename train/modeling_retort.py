@@ -24,12 +24,19 @@ K features per head, L generated layers, N = L T cells (layer, time) in order of
 
 import functools
 import math
+import os
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -123,22 +130,28 @@ class ConvLayer(nn.Module):
     def forward(self, hidden_BCT: Tensor, valid_BT: Tensor | None) -> Tensor:
         """Map (B, C', T') to (B, C, T). `valid_BT` (bool) is True on own output frames; None: nothing is padded."""
         hidden_BCT = self.conv(hidden_BCT)  # T = floor((T' - kernel) / stride) + 1
-        if isinstance(self.layer_norm, nn.LayerNorm):
+        norm = self.layer_norm
+        if isinstance(norm, nn.GroupNorm) and valid_BT is not None:
+            # In one kernel if it trains on a GPU; nobody who only runs a student waits for a compiler.
+            fuses = self.training and hidden_BCT.is_cuda and _compiles_for_cuda()
+            norm_gelu = _compiled(_group_norm_gelu) if fuses else _group_norm_gelu
+            return norm_gelu(hidden_BCT, valid_BT, norm.weight, norm.bias, norm.eps)  # type: ignore[no-any-return, unused-ignore]
+        if isinstance(norm, nn.LayerNorm):
             # Over channels, frame by frame: padding has no influence.
-            hidden_BCT = self.layer_norm(hidden_BCT.transpose(1, 2)).transpose(1, 2)
-        elif isinstance(self.layer_norm, nn.GroupNorm):
-            hidden_BCT = _group_norm(hidden_BCT, valid_BT, self.layer_norm)
+            hidden_BCT = norm(hidden_BCT.transpose(1, 2)).transpose(1, 2)
+        elif norm is not None:
+            hidden_BCT = norm(hidden_BCT)
         return functional.gelu(hidden_BCT)
 
 
-def _group_norm(hidden_BCT: Tensor, valid_BT: Tensor | None, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with one group per channel, its statistics over the utterance's own frames, in float32.
+def _group_norm_gelu(hidden_BCT: Tensor, valid_BT: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    """GELU of group norm with one group per channel, its statistics over the utterance's own frames, in float32.
 
     mean_c = sum_t h_ct / n,  var_c = sum_t (h_ct - mean_c)² / n,  over the n own frames t. Padded frames come out as
-    the norm's bias; own frames of the next convolution do not depend on them.
+    GELU of the norm's bias; own frames of the next convolution do not depend on them.
+
+    Eagerly the gradient needs 8 bytes a value, and 6 in half precision. Compiled it keeps the input alone: 4 and 2.
     """
-    if valid_BT is None:
-        return norm(hidden_BCT)  # type: ignore[no-any-return, unused-ignore]
     valid_B1T = valid_BT[:, None].to(torch.float32)
     num_frames_B11 = valid_B1T.sum(-1, keepdim=True)
     full_BCT = hidden_BCT.float()
@@ -146,8 +159,36 @@ def _group_norm(hidden_BCT: Tensor, valid_BT: Tensor | None, norm: nn.GroupNorm)
     centred_BCT = (full_BCT - mean_BC1) * valid_B1T
     # Two passes, as E[h²] - mean² would cancel in float32; vector_norm reads the values once.
     variance_BC1 = torch.linalg.vector_norm(centred_BCT, dim=-1, keepdim=True).square() / num_frames_B11
-    scale_BC1 = norm.weight[:, None] * torch.rsqrt(variance_BC1 + norm.eps)
-    return torch.addcmul(norm.bias[:, None], centred_BCT, scale_BC1).to(hidden_BCT.dtype)
+    scale_BC1 = weight_C[:, None] * torch.rsqrt(variance_BC1 + eps)
+    return functional.gelu(torch.addcmul(bias_C[:, None], centred_BCT, scale_BC1).to(hidden_BCT.dtype))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function compiled for any shape: every batch has another, and the eighth new one would run eagerly."""
+    return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def _compiles_for_cuda() -> bool:
+    """Return True if torch.compile can make CUDA kernels here; warn once if something is missing that it needs."""
+    if not torch.cuda.is_available():
+        return False
+    compilers = (os.environ.get("CC", "gcc"), "clang")  # those that Triton looks for, to compile its launchers
+    needed = {
+        "Triton": find_spec("triton") is not None,
+        "a C compiler": any(shutil.which(name) for name in compilers),
+        "Python's headers": Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file(),
+        "a GPU of compute capability 7.0": torch.cuda.get_device_capability() >= (7, 0),
+    }
+    missing = [name for name, found in needed.items() if not found]
+    if missing:
+        warnings.warn(
+            f"torch.compile needs {', '.join(missing)}: students train with uncompiled operations, which take more "
+            "time and memory",
+            stacklevel=2,
+        )
+    return not missing
 
 
 class ConvStem(nn.Module):
@@ -215,11 +256,6 @@ class PositionalConv(nn.Module):
 Past = list[tuple[Tensor, Tensor]]  # of one block: keys and values (B, H, T, K) of every layer generated so far
 
 
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention)  # compiled it is one kernel and skips masked blocks; eager it does neither
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over time, or over cells (layer, time): softmax(q k^T / sqrt(K)) v for each head."""
 
@@ -250,7 +286,7 @@ class Attention(nn.Module):
             key_BHTK, value_BHTK = (torch.cat(layers, dim=2) for layers in zip(*past, strict=True))
             mask = mask.repeat(1, 1, 1, len(past)) if isinstance(mask, Tensor) else None
         if isinstance(mask, BlockMask):
-            context_BHTK = _compiled_flex_attention()(query_BHTK, key_BHTK, value_BHTK, block_mask=mask)
+            context_BHTK = _compiled(flex_attention)(query_BHTK, key_BHTK, value_BHTK, block_mask=mask)
         else:
             context_BHTK = functional.scaled_dot_product_attention(
                 query_BHTK,
@@ -502,9 +538,11 @@ class RetortGen2dStudent(RetortGenStudent):
         """Return [g_1, ..., g_L], g_i from h_0 and `history[: i - 1]`, the given layers (B, T, D) before it."""
         history = [layer_BTD.to(start_BTD.dtype) for layer_BTD in history]
         size, num_frames, dim = start_BTD.shape
-        # FlexAttention's kernels have no dropout, and need heads of at least 16 features.
+        # FlexAttention's kernels have no dropout, and need heads of at least 16 features. Only compiled it skips masked
+        # blocks and does not hold the scores of all pairs of cells.
         drops = self.training and self.config.attention_dropout > 0
-        if start_BTD.is_cuda and not drops and dim >= 16 * self.config.num_attention_heads:
+        wide = dim >= 16 * self.config.num_attention_heads
+        if start_BTD.is_cuda and not drops and wide and _compiles_for_cuda():
             mask = causal_over_layers(len(history) + 1, size, num_frames, mask_B11T, start_BTD.device)
             return self.all_at_once(start_BTD, history, mask)
         return self.layer_by_layer(start_BTD, history, mask_B11T)
@@ -538,22 +576,47 @@ class RetortGen2dStudent(RetortGenStudent):
         return list(generated_BND.chunk(len(rows), dim=1))
 
 
+_BLOCK = 128  # queries, or keys, of a block in FlexAttention's kernels
+
+
 def causal_over_layers(
     num_layers: int, size: int, num_frames: int, mask_B11T: Tensor | None, device: torch.device
 ) -> BlockMask:
     """Return FlexAttention's mask over the N cells of `size` utterances.
 
     A cell attends to the own frames of its layer and of the layers before it: block lower triangular over layers.
+    The M = N / 128 blocks follow from the layers at their ends. No tensor has N² values: torch's `create_block_mask`
+    takes 9.7 GB for twelve layers of one utterance of 8192 frames, this function 4 bytes for each of B M² pairs.
     """
     if mask_B11T is None:
         mask_B11T = torch.ones(size, 1, 1, num_frames, dtype=torch.bool, device=device)
-    layer_N = torch.arange(num_layers, device=device).repeat_interleave(num_frames)
+    num_cells = num_layers * num_frames
+    layer_N = torch.arange(num_cells, device=device) // num_frames
     valid_BN = mask_B11T[:, 0, 0].repeat(1, num_layers)
 
     def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (layer_N[key] <= layer_N[query]) & valid_BN[row, key]
 
-    return create_block_mask(attends, size, None, len(layer_N), len(layer_N), device=device)
+    # Cells past the last one fill its block; they are not valid, and their layer is after all others.
+    fill = -num_cells % _BLOCK
+    layer_MK = functional.pad(layer_N, (0, fill), value=num_layers).view(-1, _BLOCK)  # K cells of a block
+    valid_BMK = functional.pad(valid_BN, (0, fill)).view(size, -1, _BLOCK)
+    first_M, last_M = layer_MK[:, 0], layer_MK[:, -1].clamp(max=num_layers - 1)
+    earliest_BM = torch.where(valid_BMK, layer_MK, num_layers).amin(-1)  # layer of a block's first own frame
+    some_BMM = earliest_BM[:, None] <= last_M[:, None]  # blocks of queries x blocks of keys
+    # A block of queries that ends with filling is never full, nor is one of keys: its filling is not valid.
+    filled_M1 = layer_MK[:, -1:] < num_layers
+    every_BMM = valid_BMK.all(-1)[:, None] & (last_M <= first_M[:, None]) & filled_M1
+    partial, full = _block_indices(some_BMM & ~every_BMM), _block_indices(every_BMM)
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=_BLOCK, mask_mod=attends, seq_lengths=(num_cells, num_cells)
+    )
+
+
+def _block_indices(chosen_BMM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each block of queries the number of its chosen blocks of keys, and all blocks, the chosen first."""
+    order = chosen_BMM.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return chosen_BMM.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]  # for all heads
 
 
 def _wants_states(config: PretrainedConfig, asked: bool | None) -> bool:
