@@ -143,5 +143,9 @@ def _fitted(gradient: Tensor, expected: Any) -> Tensor:
 
 def _call(node: Any, given: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     arguments = [given.get(index) for index in range(len(node._input_metadata))]
-    made = node.apply(*arguments) if isinstance(node, BackwardCFunction) else node(*arguments)
-    return made if isinstance(made, tuple) else (made,)
+    if not isinstance(node, BackwardCFunction):
+        made = node(*arguments)
+        return made if isinstance(made, tuple) else (made,)
+    made = node.apply(*arguments)  # a function written in Python: with None for arguments that are not tensors
+    made = made if isinstance(made, tuple) else (made,)
+    return made if len(made) == len(node.next_functions) else tuple(one for one in made if one is not None)

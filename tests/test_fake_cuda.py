@@ -75,12 +75,12 @@ def test_autocast_is_on() -> None:
 
 class _Doubled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor) -> Tensor:
-        return 2 * values
+    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, factor: float) -> Tensor:
+        return factor * values
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return 2 * gradient
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return 2 * gradient, None
 
 
 def network(device: torch.device | str) -> tuple[nn.Module, Tensor]:
@@ -89,7 +89,7 @@ def network(device: torch.device | str) -> tuple[nn.Module, Tensor]:
     model = nn.ModuleList([nn.Linear(4, 6, device=device), nn.LayerNorm(6, device=device)])
     hidden = model[1](model[0](torch.randn(5, 4, device=device)))
     first, _, last = hidden.chunk(3, dim=-1)
-    attended = nn.functional.scaled_dot_product_attention(first[None], last[None], _Doubled.apply(first)[None])
+    attended = nn.functional.scaled_dot_product_attention(first[None], last[None], _Doubled.apply(first, 2.0)[None])
     return model, (attended.sum() + hidden.square().mean() + first.mean(0, keepdim=True).expand(5, 2).sum()).exp()
 
 
