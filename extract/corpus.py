@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from extract.base.columns import BLOCK_ROWS, CodedColumn, TakenColumn, TextColumn
 from extract.base.errors import RetortError
-from extract.base.files import in_main_tree, read_json
+from extract.base.files import in_main_tree, read_at, read_json
 from extract.base.validate import check_fields, check_name
 
 FORMAT_VERSION = 1
@@ -171,7 +171,7 @@ class Corpus:
 
     def __getstate__(self) -> dict[str, Any]:
         # h5py handles survive neither fork nor pickling: each process opens its own.
-        return {key: value for key, value in self.__dict__.items() if key != "_samples"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_samples", "_place")}
 
     @cached_property
     def has_audio(self) -> bool:
@@ -195,12 +195,26 @@ class Corpus:
         self.check_audio("this command needs")
         return _open_file(self.path)["samples"]
 
-    def samples(self, index: int) -> NDArray[np.int16]:
-        """Read the samples of one utterance, int16 (num_samples,)."""
-        start = int(self.start[index])
+    @cached_property
+    def _place(self) -> tuple[int, int] | None:
+        """File descriptor and byte of `/samples`; None where HDF5 does not keep them in one piece."""
+        offset = self._samples.id.get_offset()
+        return None if offset is None else (self._samples.file.id.get_vfd_handle(), offset)
+
+    def samples(self, index: int, out: NDArray[np.int16] | None = None) -> NDArray[np.int16]:
+        """Read the samples of one utterance, int16 (num_samples,), into contiguous `out` if it is given."""
+        start, count = int(self.start[index]), int(self.num_samples[index])
+        out = np.empty(count, dtype=np.int16) if out is None else out
+        assert out.shape == (count,) and out.dtype == np.int16
         with _described_errors(self.path):
-            values: NDArray[np.int16] = self._samples[start : start + int(self.num_samples[index])]
-        return values
+            if self._place is None:
+                self._samples.read_direct(out, np.s_[start : start + count])
+            else:
+                descriptor, offset = self._place
+                # Half the time of HDF5's own read, and without its lock.
+                if missing := read_at(descriptor, out.view(np.uint8).data, offset + 2 * start):
+                    raise ValueError(f"it ends {missing} bytes too early")
+        return out
 
     def waveform(self, index: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Read the waveform of one utterance, float32 (num_samples,) in [-1, 1), into `out` if it is given."""

@@ -10,7 +10,7 @@ Shapes: B batch, S samples, T frames of the padded batch, F own frames of all ut
 C channels of the stem, W codes per frame, N = B T.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, scale_samples, waveform_statistics
-from extract.store.codec import Codec, Codes, Scale
-from extract.store.reader import Pack, StoreReader
+from extract.store.codec import Codec
+from extract.store.reader import StoreReader
 from train.read_ahead import read_ahead_on
 
+Coded = tuple[Tensor, tuple[Tensor | None, ...]]  # codes (L, F, W) and the scales of their runs
 _CPU = torch.device("cpu")
 
 
@@ -39,27 +40,41 @@ class Batch:
     num_samples_B: Tensor  # int64
     samples_BS: Tensor | None = None  # int16, zero past each utterance's end
     statistics_B2: Tensor | None = None  # float32: mean and deviation of each waveform; None: not to be normalised
-    codes_LFW: Tensor  # as stored, own frames only, utterance after utterance
-    scale: Tensor | None  # of the frames' pack, as stored
     codec: Codec | None  # None: the codes are the values, float32
-    pack_rows_F: Tensor  # int64: row of each own frame in its pack, for the scales of the codec
+    codes_LFW: Tensor  # as stored, own frames only, utterance after utterance
+    run_frames: tuple[int, ...]  # lengths of the runs of frames that share a scale: one for a part of a pack
+    scales: tuple[Tensor | None, ...]  # of the runs, as stored
+    scale_rows_F: Tensor  # int64: row of each own frame, counted from the first frame of its scale
     rows_F: Tensor  # int64: position of each own frame in the flattened (B, T) grid
     stem_codes_1FW: Tensor | None = None  # the stem's output in place of samples, coded like the targets
-    stem_scale: Tensor | None = None
+    stem_scales: tuple[Tensor | None, ...] = ()
     valid_BT: Tensor | None = None  # bool: True on own frames; given with the stem's output
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        """Return the batch on `device`; from pinned memory the copies are queued there, and the host goes on."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """Return the batch in pinned memory: tensors that are there already stay."""
+        return self._each(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the batch until `stream` has done what is queued there now."""
-        for value in vars(self).values():
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._each(record)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                value.record_stream(stream)
+                changed[name] = change(value)
+            elif name in ("scales", "stem_scales"):
+                changed[name] = tuple(one if one is None else change(one) for one in value)
+        return replace(self, **changed)
 
     def waveforms(self) -> Tensor:
         """Return the waveforms, float32 (B, S), zero on padding, normalised if the teacher's were."""
@@ -75,21 +90,25 @@ class Batch:
 
     def targets(self) -> Tensor:
         """Return the teacher's layers, float32 (L, F, D), decoded on the batch's device."""
-        return self._decoded(self.codes_LFW, self.scale)
+        return self._decoded(self.codes_LFW, self.scales)
 
     def stem(self) -> tuple[Tensor, Tensor]:
         """Return the stored stem's output, float32 (B, T, C), zero on padding, and the own frames, bool (B, T)."""
         assert self.stem_codes_1FW is not None and self.valid_BT is not None
-        stem_FC = self._decoded(self.stem_codes_1FW, self.stem_scale)[0]
+        stem_FC = self._decoded(self.stem_codes_1FW, self.stem_scales)[0]
         grid_NC = stem_FC.new_zeros(self.valid_BT.numel(), stem_FC.shape[1])
         return grid_NC.index_copy_(0, self.rows_F, stem_FC).view(*self.valid_BT.shape, -1), self.valid_BT
 
-    def _decoded(self, codes_LFW: Tensor, scale: Tensor | None) -> Tensor:
+    def _decoded(self, codes_LFW: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
         if self.codec is None:
             return codes_LFW
         num_layers, num_frames, width = codes_LFW.shape
         values_LFD = torch.empty((num_layers, num_frames, width * self.codec.values_per_code), device=codes_LFW.device)
-        self.codec.decode_into(values_LFD, codes_LFW, scale, self.pack_rows_F)
+        first = 0
+        for scale, num_run in zip(scales, self.run_frames, strict=True):
+            run = slice(first, first + num_run)
+            self.codec.decode_into(values_LFD[:, run], codes_LFW[:, run], scale, self.scale_rows_F[run])
+            first += num_run
         return values_LFD
 
 
@@ -173,20 +192,24 @@ class DistillationData:
         Of every `size` packs from `position` on these are the `rank`-th.
         """
         draws = islice(enumerate(self.sampler.from_position(position), start=position), rank, None, size)
+        pin = device.type == "cuda"
         return read_ahead_on(
-            device, (self.training_parts(pack, stored=draw < self.stored_draws) for draw, pack in draws)
+            device, (self.training_parts(pack, stored=draw < self.stored_draws, pin=pin) for draw, pack in draws)
         )
 
-    def training_parts(self, pack: int, *, stored: bool = False) -> tuple[Batch, ...]:
+    def training_parts(self, pack: int, *, stored: bool = False, pin: bool = False) -> tuple[Batch, ...]:
         """Return the training utterances of one pack, in parts of at most `micro_frames` frames including padding.
 
-        An utterance of more frames is a part of its own. `stored`: with the stored stem in place of waveforms.
+        An utterance of more frames is a part of its own.
+
+        Arguments:
+            stored: with the stored stem in place of waveforms.
+            pin: in pinned memory, from which a GPU copies while it computes.
         """
-        found = self.store.pack(pack, self.layers)
-        stem = self.store.stem_pack(pack) if stored else None
-        chosen = found.utterances[self.is_train[found.utterances]]
-        parts, total = self._cut(chosen), int(self.store.num_frames[chosen].sum())
-        return tuple(self._part(part, found, stem, total) for part in parts)
+        members = self.store.utterances_of(pack)
+        chosen = members[self.is_train[members]]
+        total = int(self.store.num_frames[chosen].sum())
+        return tuple(self._part(pack, part, total, stored=stored, pin=pin) for part in self._cut(chosen))
 
     def _cut(self, utterances: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Cut utterances, in their order, into parts of at most `micro_frames` frames including padding."""
@@ -200,88 +223,127 @@ class DistillationData:
                 first, longest = row, num_frames
         return np.split(utterances, starts)
 
-    def _part(
-        self, utterances: NDArray[np.int64], found: Pack, stem: tuple[Codes, Scale | None] | None, total: int
-    ) -> Batch:
+    def _part(self, pack: int, utterances: NDArray[np.int64], total: int, *, stored: bool, pin: bool) -> Batch:
         """Return one part of a pack; `total`: own frames of all its parts."""
-        rows = self._pack_rows(utterances)
-        # Contiguous training utterances are copied as one slice, ten times as fast as by an index of rows.
-        together = rows[-1] + 1 - rows[0] == len(rows)
-        own = slice(rows[0], rows[-1] + 1) if together else rows
-        if stem is not None:
-            codes_1FW, scale = stem
-            stem = codes_1FW[:, own], scale
-        batch = self._batch(utterances, found.codes_LFW[:, own], found.scale, self.store.codec, stem)
-        return replace(batch, share=len(rows) / total)
+        rows_F = _ranges(self.store.first_frame[utterances], self.store.num_frames[utterances])
+        gaps = np.flatnonzero(np.diff(rows_F) != 1) + 1  # where utterances of another split lie between
+        spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_F, gaps)]
+        targets = self._codes(pack, spans, pin=pin)
+        stem = self._codes(pack, spans, is_stem=True, pin=pin) if stored else None
+        runs = (len(rows_F),), rows_F
+        return self._batch(utterances, targets, stem, runs, share=len(rows_F) / total, pin=pin)
 
-    def dev_batches(self, *, stored: bool = False, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """Yield the dev batches, each of at most a pack of frames, or `micro_frames`: of every `size` the `rank`-th.
+    def dev_batches(
+        self, *, device: torch.device = _CPU, stored: bool = False, rank: int = 0, size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield the dev batches on `device`, read ahead in a thread: of every `size` the `rank`-th.
 
-        Targets are decoded here, since a dev batch gathers utterances of several packs. `stored` as in
-        `training_batch`.
+        Each has at most a pack of frames including padding, or `micro_frames`. `stored` as in `training_parts`.
         """
-        for chosen in islice(self._dev_groups(), rank, None, size):
-            hidden = [self.store.hidden_at(int(index), self.layers) for index in chosen]
-            stem = None
-            if stored:
-                stem = np.concatenate([self.store.stem_at(int(index)) for index in chosen])[None], None
-            yield self._batch(chosen, np.concatenate(hidden, axis=1), None, None, stem)
+        groups = islice(self._dev_groups(), rank, None, size)
+        pin = device.type == "cuda"
+        for (batch,) in read_ahead_on(
+            device, ((self._dev_batch(chosen, stored=stored, pin=pin),) for chosen in groups)
+        ):
+            yield batch
+
+    def _dev_batch(self, utterances: NDArray[np.int64], *, stored: bool, pin: bool) -> Batch:
+        """Return dev utterances, which lie in several packs: each brings its own scale."""
+        targets, rows_F = self._dev_codes(utterances)
+        stem = self._dev_codes(utterances, is_stem=True)[0] if stored else None
+        runs = tuple(self.store.num_frames[utterances].tolist()), rows_F
+        return self._batch(utterances, targets, stem, runs, pin=pin)
+
+    def _dev_codes(self, utterances: NDArray[np.int64], *, is_stem: bool = False) -> tuple[Coded, NDArray[np.int64]]:
+        """Read the codes of utterances, a run each, and return the rows of their frames in their scales, too."""
+        codes, scales, rows = [], [], []
+        for index in utterances.tolist():
+            pack, first = int(self.store.pack_of[index]), int(self.store.first_frame[index])
+            count = int(self.store.num_frames[index])
+            one, (scale,) = self._codes(pack, [slice(first, first + count)], is_stem=is_stem)
+            scale, row = self.store.codec.span(scale, first, count)
+            codes.append(one)
+            scales.append(None if scale is None else scale.clone())  # a view would keep the scale of a whole pack
+            rows.append(np.arange(row, row + count))
+        return (torch.cat(codes, dim=1), tuple(scales)), np.concatenate(rows)
 
     def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
         """Yield the utterances of each dev batch, longest first, which keeps padding small."""
         order = self.dev[np.argsort(-self.store.num_frames[self.dev], kind="stable")]
         start = 0
         while start < len(order):
-            most = self.micro_frames or self.store.pack_frames
+            most = min(self.micro_frames or self.store.pack_frames, self.store.pack_frames)
             stop = start + max(1, int(most // self.store.num_frames[order[start]]))
             yield order[start:stop]
             start = stop
 
-    def _pack_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of the utterances' frames in their packs, utterance after utterance, int64 (F,)."""
-        rows = [np.arange(self.store.num_frames[one]) + self.store.first_frame[one] for one in utterances]
-        return np.concatenate(rows)
+    def _codes(self, pack: int, spans: list[slice], *, is_stem: bool = False, pin: bool = False) -> Coded:
+        """Read the codes of a pack's rows in `spans`, ascending, end to end: of the stem or of the target layers."""
+        store, own = self.store, sum(span.stop - span.start for span in spans)
+        num_layers, dim = (1, store.stem_dim) if is_stem else (len(self.layers), store.dim)
+        width, dtype = store.codec.width(dim), torch.from_numpy(np.empty(0, dtype=store.codec.dtype)).dtype
+        codes_LFW = torch.empty((num_layers, own, width), dtype=dtype, pin_memory=pin)
+        # Read in place. Rows of another split between the spans are read too: a read per gap and layer would cost more.
+        whole = slice(spans[0].start, spans[-1].stop)
+        out = codes_LFW.numpy()
+        if len(spans) > 1:
+            out = np.empty((num_layers, whole.stop - whole.start, width), dtype=store.codec.dtype)
+        if is_stem:
+            _, scale = store.stem_pack(pack, frames=whole, out=out)
+        else:
+            scale = store.pack(pack, self.layers, frames=whole, out=out).scale
+        if len(spans) > 1:
+            own_rows = [out[:, span.start - whole.start : span.stop - whole.start] for span in spans]
+            np.concatenate(own_rows, axis=1, out=codes_LFW.numpy())
+        return codes_LFW, (None if scale is None else torch.from_numpy(scale),)
 
     def _batch(
         self,
         utterances: NDArray[np.int64],
-        codes_LFW: NDArray[Any],
-        scale: Scale | None,
-        codec: Codec | None,
-        stem: tuple[NDArray[Any], Scale | None] | None,
+        targets: Coded,
+        stem: Coded | None,
+        runs: tuple[tuple[int, ...], NDArray[np.int64]],
+        *,
+        share: float = 1.0,
+        pin: bool,
     ) -> Batch:
+        """Return the batch of utterances. runs: the lengths of the runs that share a scale, and the rows in these."""
         num_frames, num_samples = self.store.num_frames[utterances], self.corpus.num_samples[utterances]
         width = int(num_frames.max())  # T
-        rows = [np.arange(count) + row * width for row, count in enumerate(num_frames)]  # of the flattened grid
         batch = Batch(
             utterances=tuple(utterances.tolist()),
             duration_s=float(num_samples.sum()) / SAMPLE_RATE_HZ,
+            share=share,
             num_samples_B=torch.from_numpy(num_samples),
-            codes_LFW=torch.from_numpy(np.ascontiguousarray(codes_LFW)),
-            scale=None if scale is None else torch.from_numpy(scale),
-            codec=codec,
-            pack_rows_F=torch.from_numpy(self._pack_rows(utterances)),
-            rows_F=torch.from_numpy(np.concatenate(rows)),
+            codec=self.store.codec,
+            codes_LFW=targets[0],
+            run_frames=runs[0],
+            scales=targets[1],
+            scale_rows_F=torch.from_numpy(runs[1]),
+            rows_F=torch.from_numpy(_ranges(np.arange(len(utterances)) * width, num_frames)),  # of the flattened grid
         )
         if stem is None:
-            samples_BS = self._samples(utterances)
-            statistics_B2 = torch.from_numpy(self._statistics[utterances]) if self.normalise else None
-            return replace(batch, samples_BS=samples_BS, statistics_B2=statistics_B2)
-        codes_1FW, stem_scale = stem
-        return replace(
-            batch,
-            stem_codes_1FW=torch.from_numpy(np.ascontiguousarray(codes_1FW)),
-            stem_scale=None if stem_scale is None else torch.from_numpy(stem_scale),
-            valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
-        )
+            batch = replace(batch, samples_BS=self._samples(utterances, pin=pin))
+            if self.normalise:
+                batch = replace(batch, statistics_B2=torch.from_numpy(self._statistics[utterances]))
+        else:
+            valid_BT = torch.from_numpy(np.arange(width) < num_frames[:, None])
+            batch = replace(batch, stem_codes_1FW=stem[0], stem_scales=stem[1], valid_BT=valid_BT)
+        return batch.pinned() if pin else batch
 
-    def _samples(self, utterances: NDArray[np.int64]) -> Tensor:
-        """Return padded samples, int16 (B, S); compute the statistics of new utterances if the teacher's waveforms
-        were normalised."""
+    def _samples(self, utterances: NDArray[np.int64], *, pin: bool) -> Tensor:
+        """Return padded samples, int16 (B, S), and take the statistics of waveforms that are to be normalised."""
         num_samples = self.corpus.num_samples[utterances]
-        samples_BS = torch.zeros((len(utterances), int(num_samples.max())), dtype=torch.int16)
-        for index, count, samples_S in zip(utterances, num_samples, samples_BS.numpy(), strict=True):
-            samples_S[:count] = self.corpus.samples(int(index))
+        samples_BS = torch.empty((len(utterances), int(num_samples.max())), dtype=torch.int16, pin_memory=pin)
+        for index, count, row_S in zip(utterances.tolist(), num_samples.tolist(), samples_BS.numpy(), strict=True):
+            self.corpus.samples(index, out=row_S[:count])
+            row_S[count:] = 0
             if self.normalise and np.isnan(self._statistics[index, 0]):
-                self._statistics[index] = waveform_statistics(scale_samples(samples_S[:count]))
+                self._statistics[index] = waveform_statistics(scale_samples(row_S[:count]))
         return samples_BS
+
+
+def _ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the numbers first, ..., first + count - 1 of every pair, end to end, int64."""
+    before = np.cumsum(count) - count
+    return np.repeat(first - before, count) + np.arange(int(count.sum()))

@@ -164,8 +164,8 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> 
     distiller, processes = run.scored.eval(), run.request.processes
     num_frames: list[int] = []  # of each batch
     scores: list[Tensor] = []  # of each batch, on the device: loss, three errors per layer
-    for batch in run.data.dev_batches(stored=stored, rank=processes.rank, size=processes.size):
-        batch = batch.to(run.request.device)
+    device = run.request.device
+    for batch in run.data.dev_batches(device=device, stored=stored, rank=processes.rank, size=processes.size):
         with autocast(run):
             targets_LFD = batch.targets()
             predicted = distiller(batch, targets_LFD, forced)

@@ -201,3 +201,10 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 (hex) of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill bytes from a byte of a file on; return how many of them the file ends too early."""
+    while len(into) and (num_read := os.preadv(descriptor, [into], offset)):  # a read may return fewer than asked
+        into, offset = into[num_read:], offset + num_read
+    return len(into)

@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from extract.base.files import write_parts
+from extract.base.files import read_at, write_parts
 
 _ABSENT = np.uint64(2**64 - 1)  # in an index: offset and bytes of a chunk of zeros
 _NOWHERE = -1  # the same among offsets
@@ -196,9 +196,5 @@ def _opened(file: Path) -> Iterator[int]:
 
 
 def _read_all(descriptor: int, into: NDArray[np.uint8], offset: int) -> None:
-    """Read until an array is full: a read may return fewer bytes than there is room for."""
-    left = into.data
-    while len(left):
-        if not (num_read := os.preadv(descriptor, [left], offset)):
-            raise DamagedShard(f"the file ends {len(left)} bytes too early")
-        left, offset = left[num_read:], offset + num_read
+    if missing := read_at(descriptor, into.data, offset):
+        raise DamagedShard(f"the file ends {missing} bytes too early")

@@ -146,14 +146,14 @@ def _from_teacher(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
     states = teacher.forward([run.corpus.waveform(index) for index in batch.utterances])  # each (B, T, D)
     # Frames of all utterances in a row, as the stored codes lie: (F, D) of each layer.
     own = [states[layer].float().flatten(0, 1).index_select(0, batch.rows_F) for layer in run.data.layers]
-    return replace(batch, codes_LFW=torch.stack(own), scale=None, codec=None)
+    return replace(batch, codes_LFW=torch.stack(own), scales=(), codec=None)
 
 
 def _decoded(batch: Batch) -> Batch:
     """Return the batch with values in place of codes, of targets and stem."""
     rows, _ = batch.stem()  # (B, T, C)
     stem_1FC = rows.flatten(0, 1).index_select(0, batch.rows_F)[None]
-    return replace(batch, codes_LFW=batch.targets(), stem_codes_1FW=stem_1FC, scale=None, stem_scale=None, codec=None)
+    return replace(batch, codes_LFW=batch.targets(), stem_codes_1FW=stem_1FC, scales=(), stem_scales=(), codec=None)
 
 
 def _remarks(group: Group) -> Iterator[str]:
