@@ -36,9 +36,10 @@ def make_batch(codec_name: str, *, stored: bool) -> Batch:
         statistics_B2=torch.ones(len(LENGTHS), 2),
         num_samples_B=torch.from_numpy(num_samples),
         codes_LFW=torch.from_numpy(codes),
-        scale=None if scale is None else torch.from_numpy(scale),
+        run_frames=(total,),
+        scales=(None if scale is None else torch.from_numpy(scale),),
         codec=codec,
-        pack_rows_F=torch.arange(total),
+        scale_rows_F=torch.arange(total),
         rows_F=torch.from_numpy(rows),
     )
     if not stored:
@@ -49,7 +50,7 @@ def make_batch(codec_name: str, *, stored: bool) -> Batch:
         samples_BS=None,
         statistics_B2=None,
         stem_codes_1FW=torch.from_numpy(codes),
-        stem_scale=None if scale is None else torch.from_numpy(scale),
+        stem_scales=(None if scale is None else torch.from_numpy(scale),),
         valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
     )
 
