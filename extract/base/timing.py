@@ -76,7 +76,7 @@ def run_interleaved(
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
             progress(f"round {number + 1} of {rounds}: {name}")
-            figures = in_fresh_process(_clock, variants[name], settings, threads=threads)
+            figures = in_fresh_process(clock, variants[name], settings, threads=threads)
             runs.append(TimedRun(variant=name, round=number, **figures))
     return runs
 
@@ -108,7 +108,7 @@ def _omp_threads(threads: int | None) -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dict[str, Any]:
+def clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dict[str, Any]:
     """Run a variant in this process; return the fields of its TimedRun but for name and round."""
     steps = variant(settings)
     next(steps)

@@ -87,6 +87,24 @@ for _name, _options in OPTIONS.items():
     bench_command.add_command(_command(_name, _options))
 
 
+@bench_command.command("gpu")
+@click.option("--out", type=_PATH, default=Path("bench/gpu"), show_default=True, help="Folder of results and logs.")
+@click.option("--device", default="cuda", show_default=True, help="Device to measure; cpu for a trial.")
+@click.option("--shape", default="published", show_default=True, help="Models: published, or tiny for a trial.")
+@click.option("--minutes", default=9.0, show_default=True, help="Limit of all steps together.")
+@click.option("--only", default="", metavar="STEP,…", help="These steps only [default: all of them].")
+def gpu_command(out: Path, device: str, shape: str, minutes: float, only: str) -> None:
+    """Prove on a GPU what can't be proved without one, then measure its rates; cheap proofs come first.
+
+    Every step is a process with its own limit, log and results. Exits with status 1 and names each proof that fails.
+    The libraries that it needs are torch, transformers, zarr, h5py, click and PyYAML.
+    """
+    from pipelines.bench.gpu.runner import ask, run_steps
+
+    asked = ask(out, device=device, shape=shape, minutes=minutes)
+    click.echo(run_steps(asked, minutes=minutes, only=tuple(filter(None, only.split(",")))))
+
+
 @bench_command.command("all")
 @click.option(
     "--out",

@@ -1,6 +1,6 @@
 """`python -m pipelines bench extract`: `extract run` against its upper bound and the usual approach.
 
-`options.ExtractOptions` describes the variants. Each has loaded its model and run it once before the clock starts.
+`options.ExtractOptions` describes the variants. Each has loaded its model and run every batch before the clock starts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -84,7 +84,8 @@ def bare(bench: Extract) -> TimedSteps:
         # rows: places in the pack of the utterances of one batch
         for rows in upstream.batches([int(packing.num_frames[index]) for index in members])
     ]
-    upstream.forward(batches[0])  # warm-up: memory is allocated, kernels are chosen
+    for waveforms in batches:  # warm-up: memory is allocated, kernels are chosen, for every shape of batch
+        upstream.forward(waveforms)
     yield
     for waveforms in batches:
         upstream.forward(waveforms)
@@ -103,7 +104,8 @@ def extract_run(config: ExtractConfig) -> TimedSteps:
     with TemporaryDirectory(dir=config.corpus.parent) as folder:
         config = replace(config, store=Path(folder), manifest=Path(folder) / "manifest.json")
         runner, extraction = _opened(config)
-        _transformer_of(runner).forward(runner.read_pack(extraction, 0))
+        for pack in range(extraction.writer.packing.num_packs):  # warm-up with every shape of batch
+            runner.run_pack(extraction, pack, runner.read_pack(extraction, pack))
         yield
         # Reading, forward passes, encoding, writing, digests, manifest: all but opening the corpus.
         bar = progress_of(extraction.card, [extraction.corpus])
@@ -134,7 +136,8 @@ def dump(bench: Extract) -> TimedSteps:
             hidden = model(inputs.to(options.device), output_hidden_states=True).hidden_states
             return torch.stack(hidden)[:, 0]  # (L, T, D)
 
-    states(int(np.argmax(corpus.num_samples)))  # warm-up with the longest
+    for index in range(len(corpus)):  # warm-up with every length
+        states(index)
     with TemporaryDirectory(dir=bench.folder) as folder:
         yield
         for index, name in enumerate(corpus.ids):  # one by one, so without padding

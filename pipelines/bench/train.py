@@ -1,10 +1,11 @@
 """`python -m pipelines bench train`: a training step from the cache against one with the teacher online.
 
 `options.TrainOptions` describes the variants. All train the same student on the same batches: packs in the order of the
-sampler. Each has made one step before the clock starts. `online` also reads the stored layers in the background and
-drops them: some MB a step.
+sampler. Each has trained on every pack before the clock starts. `online` also reads the stored layers in the background
+and drops them: some MB a step.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -40,6 +41,15 @@ Train = Bench[TrainOptions]
 DEMO_PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
+def write_params(bench: Train) -> None:
+    """Write the settings of the shape's students."""
+    study, params = SHAPES[bench.options.shape], bench.folder / "params.yaml"
+    if study is None:
+        params.write_bytes(DEMO_PARAMS.read_bytes())
+    else:
+        params.write_text(yaml.safe_dump(read_study(study)))
+
+
 def student_config(bench: Train) -> StudentConfig:
     """Return the student, trained on noise, which has one split and no dev scores."""
     config = read_student(bench.folder / "params.yaml", bench.options.student)
@@ -64,12 +74,8 @@ def request_of(bench: Train, config: StudentConfig, *, frozen: bool, stored: boo
 def prepare(bench: Train) -> dict[str, dict[str, Any]]:
     """Write a teacher, noise, and a store of the target layers and the stem with initial weights."""
     keep_freed_blocks()
-    study, options, params = SHAPES[bench.options.shape], bench.options, bench.folder / "params.yaml"
-    if study is None:
-        params.write_bytes(DEMO_PARAMS.read_bytes())
-    else:
-        params.write_text(yaml.safe_dump(read_study(study)))
-    config = student_config(bench)
+    write_params(bench)
+    options, config = bench.options, student_config(bench)
     synthetic.make_teacher(bench.teacher, options.shape)
     synthetic.make_noise(bench.corpus, synthetic.LENGTHS["long"], seconds=options.seconds)
     extract_store(
@@ -90,12 +96,13 @@ def timed_steps(
     config_of: Callable[[Train], StudentConfig] = student_config,
     first: int = 1,
 ) -> TimedSteps:
-    """Train from step `first` on, growth included, after one step of warm-up.
+    """Train from step `first` on, growth included, after a warm-up with every pack, and so with every shape of batch.
 
     kind: of batches: store, online (the teacher runs) or ready (decoded beforehand).
     """
     keep_freed_blocks()  # as the command does
     run, num_steps = begin(request_of(bench, config_of(bench), frozen=frozen, stored=stored)), bench.options.steps
+    warm_steps = math.ceil(len(run.data.sampler) / run.request.packs_per_step)
     change = _teacher(bench, run) if kind == "online" else None
     work: list[tuple[int, ...]] = []
 
@@ -107,20 +114,28 @@ def timed_steps(
     with closing(run.data.training_batches(0, device=run.request.device)) as read:
         source: Iterator[tuple[Batch, ...]] = read
         if kind == "ready":
-            # As many as the steps take, the warm-up included.
-            num_batches = run.request.packs_per_step * (num_steps + 1)
+            num_batches = run.request.packs_per_step * (warm_steps + num_steps)
             source = iter([tuple(map(_decoded, parts)) for parts in islice(read, num_batches)])
         batches = changed(source)
-        # Warm-up: memory is allocated, the optimiser has its state.
-        train_step(run, batches, 0, learning_rate(run.request.config, run.stages[0], 0))
+        # Memory is allocated, kernels are chosen by shape, the optimiser has its state.
+        for _ in range(warm_steps):
+            train_step(run, batches, 0, learning_rate(run.request.config, run.stages[0], 0))
         collect(run)
         work.clear()
+        before_s, waited_s = run.state.audio_s, run.state.waited_s
         yield
         for step in range(first, first + num_steps):
             _step(run, batches, step)
         losses = collect(run)  # waits for the device
         yield
-    return {"losses": losses, "work": work, "depth": run.depth, "threads": torch.get_num_threads()}
+    return {
+        "losses": losses,
+        "work": work,
+        "audio_s": run.state.audio_s - before_s,
+        "waited_s": run.state.waited_s - waited_s,
+        "depth": run.depth,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _step(run: Run, batches: Generator[tuple[Batch, ...]], step: int) -> None:
