@@ -12,7 +12,6 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from rapidfuzz.distance import Levenshtein
 
 from evaluate.bootstrap import Counts, Metric, rate
 
@@ -36,6 +35,8 @@ def token_error_rate(hypotheses: Sequence[Sequence[Hashable]], references: Seque
 
     Raises ValueError for different lengths, and if no reference has a token: the rate is then not defined.
     """
+    from rapidfuzz.distance import Levenshtein  # late: heads train without it
+
     edits_U = [Levenshtein.distance(h, r) for h, r in zip(hypotheses, references, strict=True)]
     lengths_U = [len(reference) for reference in references]
     if not sum(lengths_U):
@@ -87,6 +88,8 @@ def slot_value_cer(hypotheses: Sequence[Slots], references: Sequence[Slots]) -> 
 def _fewest_edits(hypothesis: Slots, slot: tuple[str, str]) -> int:
     """Return the edits between a reference slot's value and the closest hypothesis of its type."""
     values = [value for kind, value in hypothesis if kind == slot[0]] or [""]
+    from rapidfuzz.distance import Levenshtein
+
     return min(Levenshtein.distance(value, slot[1]) for value in values)
 
 

@@ -127,8 +127,9 @@ def parse_room(room: str, rest: list[str], *, whole: bool) -> None:
             assert not whole, f"{room}: which command?"
             return
         name, *rest = rest
-        assert name in command.commands, f"{room} has no command {name}"
-        command = command.commands[name]
+        found = command.get_command(click.Context(command), name)
+        assert found is not None, f"{room} has no command {name}"
+        command = found
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for word in rest:
         if word.startswith("--"):
@@ -250,7 +251,10 @@ def options_of(command: click.Command) -> Iterator[str]:
     for parameter in command.params:
         yield from parameter.opts
     if isinstance(command, click.Group):
-        for inner in command.commands.values():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
             yield from options_of(inner)
 
 

@@ -89,7 +89,7 @@ def code_of(command: str) -> set[Path]:
     _, _, room, name = shlex.split(command)[:4]
     group = importlib.import_module(f"{room}.__main__").main
     assert isinstance(group, click.Group)
-    callback = inspect.unwrap(group.commands[name].callback)  # type: ignore[type-var, arg-type]
+    callback = inspect.unwrap(group.get_command(click.Context(group), name).callback)  # type: ignore
     module = callback.__module__
     if module == f"{room}.__main__":  # which has other commands too: follow this one alone
         files = closure(used_in(module, callback.__name__)) | {Path(room, "__main__.py")}

@@ -57,7 +57,7 @@ def prepare(bench: Evaluate) -> dict[str, dict[str, Any]]:
         utterances = _utterances(task, LENGTHS[task], options.batch_size)
         write_corpus(of_task.corpus, name=task, reader=synthetic.NOISE, utterances=utterances)
         start = time.perf_counter()
-        extract_store(of_task.extract_config(keep=frozenset({"pooled", TASKS[task].reads})))
+        extract_store(of_task.extract_config(device=options.device, keep=frozenset({"pooled", TASKS[task].reads})))
         facts[title] = {"lengths": str(LENGTHS[task]), "cache_made_s": time.perf_counter() - start}
     return facts
 
@@ -75,11 +75,11 @@ def _utterances(task: str, lengths: Lengths, batch_size: int) -> Iterator[Uttera
 class OnlineUpstream:
     """The upstream in the training loop: hidden states are computed when they are requested."""
 
-    def __init__(self, folder: Path, corpus: Corpus, layers: Sequence[int]) -> None:
+    def __init__(self, folder: Path, corpus: Corpus, layers: Sequence[int], device: str) -> None:
         from extract.upstream.forward import Transformer
         from extract.upstream.load import load_upstream
 
-        upstream = load_upstream(find_upstream(str(folder)))
+        upstream = load_upstream(find_upstream(str(folder)), device=device)
         assert isinstance(upstream, Transformer)
         self.upstream, self.corpus, self.layers = upstream, corpus, list(layers)
 
@@ -93,12 +93,12 @@ class OnlineFrames(FrameReader):
     """Frames from the upstream in place of the store's."""
 
     def __init__(self, features: Features, upstream: OnlineUpstream) -> None:
-        super().__init__(features.reader, memory_gb=1)  # for its fields; no pack is read
+        super().__init__(features.reader, 1.0, torch.device(features.device))  # for its fields; no pack is read
         self.upstream = upstream
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return all layers of the utterances, end to end: float32 (L, F, D)."""
-        return torch.cat(self.upstream.hidden_states(indices), 1)
+        return torch.cat(self.upstream.hidden_states(indices), 1).to(self.device)
 
 
 class OnlineMeans:
@@ -114,10 +114,11 @@ class OnlineMeans:
 
 def _problem(bench: Evaluate, task: str, recipe: Recipe, *, online: bool) -> Any:
     """Return the training problem of a task, with features from the store or from the upstream."""
-    features = open_features(TASKS[task], manifest=bench.manifest, corpus=bench.corpus)
+    device = bench.options.device
+    features = replace(open_features(TASKS[task], manifest=bench.manifest, corpus=bench.corpus), device=device)
     upstream = None
     if online:
-        upstream = OnlineUpstream(bench.teacher, features.corpus, features.reader.layers)
+        upstream = OnlineUpstream(bench.teacher, features.corpus, features.reader.layers, device)
     if task == "ks":
         rows = features.train_dev_test()
         means = PooledMeans.read(features, rows.values())

@@ -105,7 +105,7 @@ def extract_run(config: ExtractConfig) -> TimedSteps:
         config = replace(config, store=Path(folder), manifest=Path(folder) / "manifest.json")
         runner, extraction = _opened(config)
         for pack in range(extraction.writer.packing.num_packs):  # warm-up with every shape of batch
-            runner.run_pack(extraction, pack, runner.read_pack(extraction, pack))
+            runner.run_pack(extraction, pack, runner.upstream.prepare(runner.read_pack(extraction, pack)))
         yield
         # Reading, forward passes, encoding, writing, digests, manifest: all but opening the corpus.
         bar = progress_of(extraction.card, [extraction.corpus])

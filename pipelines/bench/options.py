@@ -128,7 +128,7 @@ class TrainOptions(Options):
     shape: str = _shape("hubert-base")
     student: str = option("layerwise-12x384", _STUDENT)
     seconds: float = option(120.0, _SECONDS)
-    steps: int = option(2, "Timed steps, after one step of warm-up.")
+    steps: int = option(2, "Timed steps, after a warm-up with every pack.")
     device: str = option("cpu", _DEVICE)
     dtype: Literal["fp32", "bf16"] = option("fp32", "Precision of teacher and student.", ("fp32", "bf16"))
 
@@ -156,6 +156,7 @@ class EvaluateOptions(Options):
     shape: str = _shape("hubert-base")
     batch_size: int = option(8, "Utterances of a step.")
     steps: int = option(2, "Timed steps, after one step of warm-up.")
+    device: str = option("cpu", "Device of the upstream and of heads on frames; heads on time means stay on the CPU.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,8 +123,10 @@ def run_step(name: str, asked: Asked) -> None:
         proved: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         for found in STEPS[name].run(asked):
-            kept = proved if isinstance(found, Proof) else rows
-            kept.append(asdict(found))
+            if isinstance(found, Proof):
+                proved.append(asdict(found))
+            else:  # pairs: the keys of an object would be sorted
+                rows.append({"table": found.table, "cells": list(found.cells.items())})
             write_json(asked.folder / f"{name}.json", {"proofs": proved, "rows": rows})
 
 
@@ -156,7 +158,7 @@ def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
     tables: dict[str, list[Row]] = {}
     for result in results.values():
         for one in result["rows"]:
-            tables.setdefault(one["table"], []).append(Row(**one))
+            tables.setdefault(one["table"], []).append(Row(one["table"], dict(one["cells"])))
     for title, of_table in tables.items():
         columns = list(dict.fromkeys(key for row in of_table for key in row.cells))
         body = [[str(row.cells.get(column, "")) for column in columns] for row in of_table]

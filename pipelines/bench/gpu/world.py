@@ -94,8 +94,8 @@ class TrainingWorld:
 
     def step(self, run: "Run", batches: "Generator[Any]") -> float:
         """Run the next step of a run; return its loss."""
-        from train.loop import collect, train_step
         from train.optimiser import learning_rate
+        from train.step import collect, train_step
 
         config, state = run.request.config, run.state
         train_step(run, batches, state.step, learning_rate(config, run.stages[0], state.step))
