@@ -3,8 +3,7 @@
     python -m extract run … --workers 4                       starts a cluster on this machine, for this run
     python -m extract run … --scheduler tcp://10.0.0.1:8786   uses a running cluster (see `extract.base.dask_pool`)
 
-Each worker has two threads: while one shard is in the model, another is encoded and written. Workers of a running
-cluster use the first GPU that they see: start each with a CUDA_VISIBLE_DEVICES of its own. They report their GPUs.
+Each worker has two threads: while one shard is in the model, another is encoded and written.
 """
 
 import os
@@ -12,14 +11,11 @@ import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distributed import Worker, get_worker
-
-from extract.base.dask_pool import DaskPool
+from extract.base.dask_pool import DaskPool, own_device
 from extract.base.errors import RetortError
 from extract.base.files import in_main_tree
-from extract.base.progress import log
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.shards import CONCURRENT_SHARDS, Advance, Extraction, LocalRunner
@@ -27,9 +23,6 @@ from extract.store.location import is_url, root_text
 from extract.store.manifest import initial_weights_path
 from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import FBANK, UpstreamFacts
-
-if TYPE_CHECKING:
-    from extract.base.device import Finding, WorkerGPU
 
 # State of a worker process, one entry at most each: the loaded upstream, and the store that it works on.
 _lock = threading.Lock()
@@ -43,35 +36,19 @@ class DaskRunner:
     def __init__(self, config: ExtractConfig, card: UpstreamCard) -> None:
         self.config = config
         self.card = replace(card, folder=card.folder and card.folder.resolve())
-        self._on_gpus = config.device.startswith("cuda") and card.family != FBANK  # which runs on the CPU
         self._started = ExitStack()  # holds the pool, if a store needed it
-        self._known: frozenset[str] = frozenset()  # workers whose GPUs were looked at
 
     @cached_property
     def pool(self) -> DaskPool:
-        config = self.config
-        if config.scheduler is None and self._on_gpus:
-            from extract.base.device import check_local_workers  # late: torch takes seconds
-
-            check_local_workers(config.device, config.workers)
-        pool = self._started.enter_context(
-            DaskPool(number=config.workers, address=config.scheduler, threads=CONCURRENT_SHARDS, piece="shard")
+        return self._started.enter_context(
+            DaskPool(
+                number=self.config.workers,
+                address=self.config.scheduler,
+                threads=CONCURRENT_SHARDS,
+                piece="shard",
+                device="cpu" if self.card.family == FBANK else self.config.device,
+            )
         )
-        for finding in self._look_at_gpus(pool):
-            if finding.wrong:
-                raise RetortError(finding.text)
-            log(finding.text)
-        return pool
-
-    def _look_at_gpus(self, pool: DaskPool) -> "list[Finding]":
-        """Return what is odd about the GPUs of a running cluster, if it has workers that were not looked at."""
-        if self.config.scheduler is None or not self._on_gpus or (self._known and pool.workers <= self._known):
-            return []
-        from extract.base.device import find_shared_gpus
-
-        reported = pool.everywhere(_report_gpu, self.config.device)
-        self._known |= reported.keys()
-        return find_shared_gpus(reported.values())
 
     def close(self) -> None:
         self._started.close()
@@ -83,8 +60,6 @@ class DaskRunner:
         config = self._for_workers(extraction.config, extraction.corpus)
         for shard, _ in self.pool.each(partial(_write_shard, config, self.card), shards):
             advance(extraction.shard_s(shard))
-            for finding in self._look_at_gpus(self.pool):  # of workers that came later: the run goes on
-                log(finding.text)
 
     def write_initial_weights(self, config: ExtractConfig) -> dict[str, Any]:
         record = self.pool.once(_write_initial_weights, self._for_workers(config), self.card)
@@ -106,13 +81,6 @@ class DaskRunner:
         )
 
 
-def _report_gpu(device: str, dask_worker: Worker) -> "WorkerGPU":
-    """Return the GPU of this worker, which Dask gives to a parameter of this name."""
-    from extract.base.device import WorkerGPU
-
-    return WorkerGPU.here(dask_worker.address, _own_device(device, dask_worker))
-
-
 def _load(config: ExtractConfig, card: UpstreamCard) -> LocalRunner:
     """Return this worker's runner of an upstream. Call it with the lock held."""
     if (key := (config.loading, card)) not in _loaded:
@@ -121,7 +89,8 @@ def _load(config: ExtractConfig, card: UpstreamCard) -> LocalRunner:
         keep_freed_blocks()
         _loaded.clear()  # an earlier upstream is freed first: one at a time in memory
         _opened.clear()
-        _loaded[key] = LocalRunner(replace(config, device=_own_device(config.device, get_worker())), card)
+        device = own_device(config.device, local=config.scheduler is None)
+        _loaded[key] = LocalRunner(replace(config, device=device), card)
     return _loaded[key]
 
 
@@ -136,11 +105,6 @@ def _open_here(config: ExtractConfig, card: UpstreamCard) -> tuple[LocalRunner, 
             _opened.clear()
             _opened[key] = runner, extraction, facts
         return _opened[key]
-
-
-def _own_device(device: str, worker: Worker) -> str:
-    """Return a GPU of its own for each worker of a local cluster, which are named 0, 1, …, if the device is `cuda`."""
-    return f"cuda:{worker.name}" if device == "cuda" and isinstance(worker.name, int) else device
 
 
 def _open(config: ExtractConfig, card: UpstreamCard) -> UpstreamFacts:

@@ -8,12 +8,14 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from extract.base.dask_pool import DaskPool, own_device
 from extract.base.errors import RetortError
 from extract.base.machine import processor_model
 from extract.config import ExtractConfig
@@ -204,3 +206,16 @@ def test_workers_without_a_gpu_are_named(config: ExtractConfig, tmp_path: Path) 
     *_, line = run.stderr.splitlines()
     assert re.match(r"error: tcp://\S+ on \S+ \(CUDA_VISIBLE_DEVICES=1\) does not have --device cuda", line)
     assert not (tmp_path / "gpus").exists()
+
+
+def test_workers_of_a_local_cluster_have_a_gpu_each_and_others_the_first_that_they_see() -> None:
+    with DaskPool(number=2, address=None, threads=1, piece="shard") as pool:
+        assert sorted(pool.everywhere(partial(own_device, "cuda", local=True)).values()) == ["cuda:0", "cuda:1"]
+        for device, local in (("cuda", False), ("cuda:3", True), ("cpu", True)):
+            assert set(pool.everywhere(partial(own_device, device, local=local)).values()) == {device}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_pool_refuses_workers_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(RetortError, match="--device cuda: this machine has 0 CUDA devices"):
+        DaskPool(number=2, address=None, threads=1, piece="score", device="cuda")

@@ -7,21 +7,28 @@ every file under the same paths, and all its processes must be started in the ro
     python -m dask worker ADDRESS --nworkers 1 --nthreads 2 --memory-limit 0
 
 If a worker dies, its pieces go to others. If the cluster dies, the next run does what is missing.
+
+On GPUs each worker of a local cluster has one of its own, so more workers than GPUs are refused. Workers of a running
+cluster use the first GPU that they see: start each with a CUDA_VISIBLE_DEVICES of its own, as `dask cuda worker` does.
+They report their GPUs before the work (`extract.base.device`).
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed import Client, KilledWorker, LocalCluster, Worker, as_completed, get_worker
 from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import NoValidWorkerError
 
 from extract.base.errors import RetortError
 from extract.base.progress import log
+
+if TYPE_CHECKING:
+    from extract.base.device import WorkerGPU
 
 _CONNECT_S = 10
 _IN_FLIGHT = 500  # pieces submitted at a time, more than the threads of most clusters
@@ -32,14 +39,21 @@ Out = TypeVar("Out")
 class DaskPool(AbstractContextManager["DaskPool"]):
     """A local cluster of `number` processes with `threads` pieces at a time each, or the one at `address`.
 
-    piece: name of a piece of work in messages, such as "shard". Raises RetortError if no scheduler is at `address`.
+    piece: name of a piece of work in messages, such as "shard". device: of the work, as `--device` gives it.
+    Raises RetortError if no scheduler is at `address`, and for workers without a GPU or on the same while others idle.
     """
 
-    def __init__(self, *, number: int, address: str | None, threads: int, piece: str) -> None:
+    def __init__(self, *, number: int, address: str | None, threads: int, piece: str, device: str = "cpu") -> None:
         for name in ("distributed", "distributed.client"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported here, in one line
         self.cluster: LocalCluster | None = None
+        self.device = device
+        self._known: frozenset[str] = frozenset()  # workers whose GPUs were looked at
         if address is None:
+            if device.startswith("cuda"):
+                from extract.base.device import check_local_workers  # late: torch takes seconds
+
+                check_local_workers(device, number)
             self.cluster = LocalCluster(
                 n_workers=number,
                 threads_per_worker=threads,
@@ -57,6 +71,26 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 f"--scheduler {address}: no Dask scheduler answers there ({str(error).splitlines()[0]}); in the "
                 "repository's root start `python -m dask scheduler`, and `python -m dask worker ADDRESS --nthreads 2`"
             ) from None
+        try:
+            self._look_at_gpus(refuse=True)
+        except RetortError:
+            self.client.close()
+            raise
+
+    def _look_at_gpus(self, *, refuse: bool = False) -> None:
+        """Log what is odd about the GPUs of a running cluster's new workers; `refuse`: raise what is surely wrong."""
+        if self.cluster is not None or not self.device.startswith("cuda"):
+            return
+        if self._known and self.workers <= self._known:
+            return
+        from extract.base.device import find_shared_gpus
+
+        reported = self.everywhere(_report_gpu, self.device)
+        self._known |= reported.keys()
+        for finding in find_shared_gpus(reported.values()):
+            if finding.wrong and refuse:
+                raise RetortError(finding.text)
+            log(finding.text)
 
     def __exit__(self, *error: object) -> None:
         self.client.close()
@@ -105,6 +139,7 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 for following in islice(waiting, 1):
                     futures[submitted := self.client.submit(work, following, pure=False)] = following
                     finished.add(submitted)
+                self._look_at_gpus()  # of workers that came later: the run goes on
                 yield item, result
         finally:
             self.client.cancel(list(futures))
@@ -137,3 +172,15 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 f"a process of the Dask cluster {self.address} cannot import {cause.name}: start scheduler and workers "
                 "in the repository's root and in Retort's environment, with `python -m dask` in place of `dask`"
             ) from None
+
+
+def own_device(device: str, *, local: bool) -> str:
+    """Return the device of this worker: in a `local` cluster, whose workers are 0, 1, …, `cuda` is a GPU for each."""
+    return f"cuda:{get_worker().name}" if local and device == "cuda" else device
+
+
+def _report_gpu(device: str, dask_worker: Worker) -> "WorkerGPU":
+    """Return the GPU of this worker, which Dask gives to a parameter of this name."""
+    from extract.base.device import WorkerGPU
+
+    return WorkerGPU.here(dask_worker.address, device)
