@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -69,7 +69,7 @@ class ScoringJob:
 def check_device(name: str, *, workers: int = 0, scheduler: str | None = None) -> None:
     """Raise RetortError for an unknown device, for one that is not here, and unless each worker has a GPU of its own.
 
-    The workers of a running cluster are looked at when it is there.
+    The pool looks at the workers of a running cluster.
     """
     device = named_device(name, expected="cpu, cuda or cuda:N")
     if device.type not in ("cpu", "cuda"):
@@ -155,14 +155,19 @@ def score_all(jobs: Sequence[ScoringJob], *, workers: int, scheduler: str | None
         else:
             from extract.base.dask_pool import DaskPool  # late: dask takes a second to import
 
-            pool = stack.enter_context(DaskPool(number=workers, address=scheduler, threads=1, piece="score"))
+            device = next((job.device for job in left if job.task.on_gpu), "cpu")
+            pool = stack.enter_context(
+                DaskPool(number=workers, address=scheduler, threads=1, piece="score", device=device)
+            )
             # Workers of a running cluster may have another working folder.
             sent = [
                 replace(job, manifest=job.manifest.resolve(), corpus=job.corpus.resolve(), out=job.out.resolve())
                 for job in left
             ]
             parallel = workers or pool.num_threads
-            made = ((sent.index(job), one) for job, one in pool.each(_score_on_worker, sent))
+            made = (
+                (sent.index(job), one) for job, one in pool.each(partial(_score_on_worker, scheduler is None), sent)
+            )
         earlier = _earlier_scores({job.out.parent.parent for job in left})
         time_left = TimeLeft([_expected(job) for job in left], parallel, earlier)
         bar = ProgressBar("evaluate", total=len(left), unit="scores")
@@ -199,9 +204,11 @@ def score_here(job: ScoringJob) -> ScoreFile:
         return score(job, bar)
 
 
-def _score_on_worker(job: ScoringJob) -> ScoreFile:
+def _score_on_worker(local: bool, job: ScoringJob) -> ScoreFile:
+    from extract.base.dask_pool import own_device
+
     configure_torch()
-    return score(job)
+    return score(replace(job, device=own_device(job.device, local=local)))
 
 
 def score(job: ScoringJob, bar: ProgressBar | None = None) -> ScoreFile:

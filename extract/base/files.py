@@ -122,11 +122,18 @@ def check_out(path: Path, option: str, *, folder_with: str | None = None) -> Non
         raise RetortError(f"{option} {path}: {above} is not writable; give another path")
 
 
-def write_parts(path: Path, parts: Sequence[Any]) -> list[Any]:
-    """Write buffers of bytes end to end, atomically; return [bytes, sha256] of the file, which is not read again."""
+def write_parts(path: Path, parts: Sequence[Any], *, swept: bool = False) -> list[Any]:
+    """Write buffers of bytes end to end, atomically; return [bytes, sha256] of the file, which is not read again.
+
+    swept: as for `written_aside`.
+    """
     digest = hashlib.sha256()
     # sha256 runs without the interpreter's lock and takes longer than the copy to the system's cache: beside it.
-    with written_aside(path) as aside, ThreadPoolExecutor(1, "sha256") as hashing, aside.open("wb") as file:
+    with (
+        written_aside(path, swept=swept) as aside,
+        ThreadPoolExecutor(1, "sha256") as hashing,
+        aside.open("wb") as file,
+    ):
         hashed = [hashing.submit(digest.update, part) for part in parts]
         for part in parts:
             file.write(part)

@@ -344,7 +344,7 @@ class StoreReader:
 
         Only the chunks that hold the utterances are read, one at a time: all time means of 960 h are 11 GB.
         """
-        rows = self._rows(layers)
+        rows: slice | list[int] = slice(None) if layers is None else self._rows(layers)  # a slice copies nothing
         if indices is None:
             values_ULD: NDArray[np.float32] = self._read(self._pooled, slice(None))
             return values_ULD[:, rows]

@@ -55,7 +55,7 @@ def morton_order(grid: tuple[int, int]) -> NDArray[np.int64]:
 def write_indexed(path: Path, packs: Sequence[NDArray[Any]], *, grid: tuple[int, int]) -> list[Any] | None:
     """Write a shard's packs, which may be fewer than the grid's; return [bytes, sha256], None for a shard of zeros.
 
-    packs: of one shape each, (L, ...) or without an axis of layers. No byte of them is copied.
+    packs: of one shape, (L, ...) or without an axis of layers, C-contiguous: then no byte of them is copied.
     """
     chunks_PL = [_layers(pack, grid[1]) for pack in packs]
     num_bytes = chunks_PL[0][0].nbytes
