@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,9 +209,16 @@ def test_workers_without_a_gpu_are_named(config: ExtractConfig, tmp_path: Path) 
 
 def test_workers_of_a_local_cluster_have_a_gpu_each_and_others_the_first_that_they_see() -> None:
     with DaskPool(number=2, address=None, threads=1, piece="shard") as pool:
-        assert sorted(pool.everywhere(partial(own_device, "cuda", local=True)).values()) == ["cuda:0", "cuda:1"]
+
+        def devices(device: str, *, local: bool) -> list[str]:
+            options = {"local": local, "pure": False}
+            return [
+                pool.client.submit(own_device, device, workers=[worker], **options).result() for worker in pool.workers
+            ]
+
+        assert sorted(devices("cuda", local=True)) == ["cuda:0", "cuda:1"]
         for device, local in (("cuda", False), ("cuda:3", True), ("cpu", True)):
-            assert set(pool.everywhere(partial(own_device, device, local=local)).values()) == {device}
+            assert devices(device, local=local) == [device, device]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
