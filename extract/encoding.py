@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.base.device import upload
+from extract.base.device import memory_errors, upload
 from extract.store.codec import Codec, CodecError
 from extract.store.writer import EncodedPack, StoreWriter
 from extract.upstream.spec import PackStates
@@ -48,7 +48,8 @@ class PackEncoder:
         """Encode a pack. Its result raises RetortError as `StoreWriter.encode_pack` does."""
         if self._copies is None:
             return self._pool.submit(self._encode, pack, states)
-        encoded = encode_on_device(self.writer, pack, states)
+        with memory_errors():
+            encoded = encode_on_device(self.writer, pack, states)
         self._copies.wait_stream(torch.cuda.current_stream(self._copies.device))
         with torch.cuda.stream(self._copies):
             host = encoded.map(_to_pinned)

@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,15 @@ def device_model(device: torch.device | str) -> str:
     """Return the model of a device: the name of the GPU, or of the processor."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_model()
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise torch's error of a full device as MemoryError, which commands print as one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:

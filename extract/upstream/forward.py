@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from extract.base.device import check_there, named_device, upload
+from extract.base.device import check_there, memory_errors, named_device, upload
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.pretrained import open_pretrained
@@ -88,8 +88,9 @@ class Transformer(Upstream):
         """Run batches, in halves if the device's memory does not hold one. Raises RetortError for one utterance."""
         num_frames = [count for batch in prepared for count in batch.num_frames]
         shape = (len(layers), num_rows or sum(num_frames), self.spec.dim)
-        hidden_LFD = torch.empty(shape, dtype=torch.float32, device=self.device)
-        stem_FC = hidden_LFD.new_empty((shape[1], self.spec.stem_dim or 0)) if stem else None
+        with memory_errors():
+            hidden_LFD = torch.empty(shape, dtype=torch.float32, device=self.device)
+            stem_FC = hidden_LFD.new_empty((shape[1], self.spec.stem_dim or 0)) if stem else None
         first, waiting = 0, prepared[::-1]  # the last one is next
         while waiting:
             batch = waiting.pop()
@@ -163,10 +164,8 @@ class Transformer(Upstream):
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:
         """Return all hidden states of a padded batch, each (B, T, D). Raises MemoryError if the device is full."""
-        try:
+        with memory_errors():
             return self._run(self._padded(waveforms, self.num_frames(waveforms)))
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from error
 
     def _padded(self, waveforms: Sequence[NDArray[np.float32]], num_frames: list[int]) -> "Batch":
         num_samples = [len(waveform) for waveform in waveforms]
