@@ -46,7 +46,7 @@ _how_to_run = shared_options(
         default=None,
         help="Waveforms to zero mean, unit variance [default: the checkpoint's setting].",
     ),
-    click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16 autocast."),
+    click.option("--dtype", default="fp32", show_default=True, help="fp32 (IEEE), tf32 (CUDA), bf16 or fp16."),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …"),
     click.option("--trust-remote-code", is_flag=True, help="Run the modelling code in an upstream's folder."),
 )

@@ -15,7 +15,8 @@ from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.store.codec import CODECS
 from extract.store.manifest import KEEP_DEFAULT, check_keep
 
-DTYPES = ("fp32", "bf16", "fp16")  # fp32 or an autocast; weights stay fp32
+# fp32 is IEEE; tf32: products of 10 bits of mantissa, on CUDA; bf16 and fp16: an autocast. Weights stay fp32.
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)

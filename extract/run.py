@@ -201,4 +201,5 @@ def _manifest(extraction: Extraction, facts: UpstreamFacts) -> Manifest:
         batching=facts.batching,
         stem=facts.stem,
         device=facts.device,
+        float32=facts.float32,
     )

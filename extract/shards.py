@@ -149,11 +149,12 @@ class LocalRunner:
         # Imported late: torch takes seconds, and a finished store needs none of it.
         import torch
 
-        from extract.base.device import check_there, named_device
+        from extract.base.device import check_dtype, check_there, named_device
 
         config = self.config
         if self.card.family != FBANK:  # which runs on the CPU
-            check_there(named_device(config.device, expected="cpu, cuda or cuda:N"))
+            check_there(device := named_device(config.device, expected="cpu, cuda or cuda:N"))
+            check_dtype(config.dtype, device, option="--dtype")
 
         from extract.upstream.load import load_upstream  # after the check: it imports transformers
 
@@ -294,11 +295,8 @@ def measure_precision(upstream: "Upstream", extraction: Extraction) -> dict[str,
     for index in by_length[places][::-1]:
         waveforms = [extraction.corpus.waveform(int(index))]
         (got,) = upstream.features(waveforms, writer.layers, stem=stem)
-        autocast, upstream.autocast = upstream.autocast, None  # weights are fp32: without autocast the same model is
-        try:
+        with upstream.in_fp32():
             (expected,) = upstream.features(waveforms, writer.layers, stem=stem)
-        finally:
-            upstream.autocast = autocast
         errors = [CodecError.between(expected.hidden_LTD, got.hidden_LTD)]
         if expected.stem_TC is not None and got.stem_TC is not None:
             errors.append(CodecError.between(expected.stem_TC[None], got.stem_TC[None]))

@@ -1,9 +1,9 @@
-"""GPUs of workers: too many of them, none, or one for several."""
+"""GPUs of workers (too many of them, none, or one for several), and precisions that a device lacks."""
 
 import pytest
 import torch
 
-from extract.base.device import WorkerGPU, check_local_workers, find_shared_gpus
+from extract.base.device import WorkerGPU, check_dtype, check_local_workers, find_shared_gpus, set_float32
 from extract.base.errors import RetortError
 
 
@@ -58,3 +58,42 @@ def test_the_gpu_of_this_process() -> None:
     found = WorkerGPU.here("tcp://10.0.0.1:1", "cuda:0")
     assert found.num_visible == torch.cuda.device_count()
     assert (found.gpu is None) == (found.num_visible == 0)
+
+
+def test_float32_is_ieee_or_tf32_in_every_kernel_of_cuda() -> None:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    try:
+        for kind, precision in (("tf32", "high"), ("ieee", "highest"), ("tf32", "high")):
+            set_float32(kind)
+            assert {cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision} == {kind}
+            # torch.compile reads torch's older settings; an error follows where they contradict the newer ones.
+            assert torch.get_float32_matmul_precision() == precision
+            assert cuda.matmul.allow_tf32 == cudnn.allow_tf32 == (kind == "tf32")
+    finally:
+        set_float32("ieee")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "said"),
+    [
+        ("tf32", "cpu", (0, 0), "--dtype tf32: expected a CUDA device, got cpu; give fp32, bf16 or fp16"),
+        ("bf16", "cpu", (0, 0), None),
+        ("tf32", "cuda", (8, 0), None),
+        ("bf16", "cuda", (9, 0), None),
+        ("tf32", "cuda", (7, 5), "--dtype tf32: T4 has compute capability 7.5, expected 8.0 or more; give fp32"),
+        ("bf16", "cuda", (7, 5), "--dtype bf16: T4 has compute capability 7.5, expected 8.0 or more; give fp16"),
+        ("fp16", "cuda", (7, 5), None),
+        ("fp32", "cuda", (7, 5), None),
+    ],
+)
+def test_dtypes_of_devices(
+    dtype: str, device: str, capability: tuple[int, int], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    if said is None:
+        check_dtype(dtype, torch.device(device), option="--dtype")
+    else:
+        with pytest.raises(RetortError) as raised:
+            check_dtype(dtype, torch.device(device), option="--dtype")
+        assert str(raised.value) == said

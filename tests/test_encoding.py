@@ -115,7 +115,7 @@ def test_on_cuda_nothing_waits_for_the_device(teacher: Path, monkeypatch: pytest
     upstream = load_upstream(find_upstream(str(teacher)), check=False)
     assert isinstance(upstream, Transformer)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # needs a driver
-    upstream.device, upstream._target, upstream.autocast = "cuda:0", CUDA, torch.bfloat16
+    upstream.device, upstream._target, upstream._autocast = "cuda:0", CUDA, torch.bfloat16
     with fake_cuda() as waits:
         upstream.model.to(CUDA)
         del waits[:]

@@ -24,7 +24,8 @@ from transformers import (
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import OwnFramesGroupNorm, Transformer
+from extract.upstream.exact import OwnFramesGroupNorm, RowLengths
+from extract.upstream.forward import Transformer
 from extract.upstream.load import load_upstream
 from tests.conftest import TINY, save_teacher
 from tests.families import FAMILIES
@@ -187,8 +188,7 @@ def test_settings_are_read_as_transformers_5_writes_them(teacher: Path, tmp_path
 
 def test_the_mended_group_norm_is_the_norm_of_each_utterances_own_frames_bit_for_bit() -> None:
     norm = torch.nn.GroupNorm(6, 6).requires_grad_(False)
-    mended = OwnFramesGroupNorm(norm, kernel=10, stride=5)
-    mended.num_samples = [400, 260, 33]
+    mended = OwnFramesGroupNorm(norm, RowLengths([400, 260, 33]), kernel=10, stride=5)
     own_frames = [79, 51, 5]
     hidden_BCT = torch.randn(3, 6, 79, generator=torch.Generator().manual_seed(0))
     before_BCT = hidden_BCT.clone()

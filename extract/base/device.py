@@ -1,15 +1,45 @@
-"""Devices by name, as `--device` gives them, and the GPUs of Dask workers."""
+"""Devices by name, as `--device` gives them, their precisions, and the GPUs of Dask workers."""
 
 import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 
 from extract.base.errors import RetortError
 from extract.base.machine import processor_model
+
+Float32 = Literal["ieee", "tf32"]
+_AMPERE = (8, 0)  # the compute capability from which a GPU has TF32 and bf16
+
+
+def set_float32(kind: Float32) -> None:
+    """Set the arithmetic of float32 in convolutions, recurrent layers and matrix products on CUDA, process-wide.
+
+    torch computes convolutions in TF32 and matrix products in IEEE fp32 by default. CPUs are not affected.
+    """
+    # torch has two interfaces and raises an error where one is read that the other contradicts. torch.compile reads
+    # the older one, which has no field for recurrent layers alone: set both.
+    cuda, cudnn = torch.backends.cuda, cast(Any, torch.backends.cudnn)
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = kind == "tf32"
+    cuda.matmul.fp32_precision = cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = kind
+
+
+def check_dtype(dtype: str, device: torch.device, *, option: str) -> None:
+    """Raise RetortError for a dtype (fp32, tf32, bf16 or fp16) that a device lacks. option: name of its setting."""
+    if device.type != "cuda":
+        if dtype == "tf32":
+            raise RetortError(f"{option} tf32: expected a CUDA device, got {device}; give fp32, bf16 or fp16")
+        return
+    advice = {"tf32": "fp32", "bf16": "fp16"}  # torch emulates bf16 there, slower than fp32
+    if dtype in advice and (found := torch.cuda.get_device_capability(device)) < _AMPERE:
+        raise RetortError(
+            f"{option} {dtype}: {torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, "
+            f"expected 8.0 or more; give {advice[dtype]}"
+        )
 
 
 def named_device(name: str, *, expected: str) -> torch.device:

@@ -94,6 +94,7 @@ class Manifest:
     batching: dict[str, Any] | None = None  # how utterances are batched, and its measured error by layer
     stem: dict[str, Any] | None = None  # shape of the convolution stem: what a student of the same frames needs
     device: str | None = None  # model of the processor or GPU that ran the upstream
+    float32: str | None = None  # arithmetic of float32 values: ieee, or tf32; on CUDA unknown for older stores
     initial_weights: dict[str, Any] | None = None  # file (a name beside the manifest), sha256 and num_blocks
     format_2: Format2 | None = None  # not in the file
 

@@ -25,7 +25,6 @@ class Fbank(Upstream):
 
     spec = FBANK_SPEC
     facts = UpstreamFacts(convention=_CONVENTION, attention="none", num_parameters=0)
-    autocast = None
 
     def states(
         self, prepared: Any, layers: Sequence[int], *, stem: bool = False, num_rows: int | None = None

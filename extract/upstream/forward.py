@@ -1,10 +1,8 @@
 """Forward pass of wav2vec2-family models whose features do not depend on padding.
 
-In a padded batch of the models of transformers, features depend on the padding in three places: the group norm of a
-Base model's first convolution (its statistics are taken over time), data2vec-audio's stack of positional convolutions,
-and HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero).
-This module replaces these three; the rest is the model's own code under its attention mask. `extract.upstream.load`
-measures the result when an upstream is loaded. Utterances are run one by one if a padded batch is not exact.
+`extract.upstream.exact` replaces the modules whose output depends on the padding of a batch; the rest is the model's
+own code under its attention mask. `extract.upstream.load` measures the result when an upstream is loaded. Utterances
+are run one by one if a padded batch is not exact.
 
 Shapes: B batch, S samples, T frames, D features, C channels.
 """
@@ -22,13 +20,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from extract.base.device import check_there, memory_errors, named_device, upload
+from extract.base.device import (
+    Float32,
+    check_dtype,
+    check_there,
+    memory_errors,
+    named_device,
+    set_float32,
+    upload,
+)
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.pretrained import open_pretrained
 from extract.corpus import SAMPLE_RATE_HZ, normalise_waveform
 from extract.store.packing import count_frames
 from extract.upstream.card import UpstreamCard
+from extract.upstream.exact import GatedAttention, RowLengths, replace_modules
 from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec
 
 CONVENTION = (
@@ -47,9 +54,10 @@ class Transformer(Upstream):
         assert card.folder is not None
         config = read_json(card.folder / "config.json")
         remote = "auto_map" in config  # its own code: neither replaced below nor given options of transformers
-        model = _open_model(card, config, trust_remote_code=trust_remote_code)
         target = named_device(device, expected="cpu, cuda or cuda:N")
         check_there(target)
+        check_dtype(dtype, target, option="--dtype")
+        model = _open_model(card, config, trust_remote_code=trust_remote_code)
         self.model: Any = model.eval().requires_grad_(False).to(target)
         self._target = target
         self._uploads: Any = torch.cuda.Stream(target) if target.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -57,21 +65,22 @@ class Transformer(Upstream):
         self.normalise = card.normalise
         self.device = device
         self.dtype = dtype
-        self.autocast: torch.dtype | None = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self._autocast: torch.dtype | None = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
+        self._float32: Float32 = "tf32" if dtype == "tf32" else "ieee"
+        self._lengths = RowLengths()
+        if not remote:
+            replace_modules(self.model, self._lengths)
         self.spec = read_spec(str(card.folder))
         adapted = config.get("add_adapter") and not remote
         self.facts = UpstreamFacts(
             convention=f"{CONVENTION}; {_NO_ADAPTER}" if adapted else CONVENTION,
-            attention=str(getattr(self.model.config, "_attn_implementation", None)),
+            attention=_attention(self.model),
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             stem=_stem_shape(self.model),
+            float32=self._float32,
             remark=_NO_ADAPTER if adapted else None,
         )
         self.model.config.return_dict = True  # some checkpoints are configured to return tuples
-        if not remote:
-            _replace_group_norm(self.model)
-            _replace_positional_convolutions(self.model)
-        self._replaced = [one for one in self.model.modules() if isinstance(one, OwnFramesGroupNorm | _OwnFrames)]
 
     def prepare(self, waveforms: Sequence[NDArray[np.float32]]) -> list["Batch"]:
         """Normalise and pad waveforms, and start their copy to the device."""
@@ -138,6 +147,15 @@ class Transformer(Upstream):
             "device with more memory"
         )
 
+    @contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        before = self._autocast, self._float32
+        self._autocast, self._float32 = None, "ieee"  # weights are fp32: without autocast this is the same model
+        try:
+            yield
+        finally:
+            self._autocast, self._float32 = before
+
     def batches(self, num_frames: Sequence[int]) -> list[range]:
         """Split the utterances of a pack into batches: one batch on a GPU, several of `_CPU_BATCH_FRAMES` on a CPU.
 
@@ -189,9 +207,9 @@ class Transformer(Upstream):
         num_samples_B = upload(torch.tensor(batch.num_samples), self._target)
         places_S = torch.arange(batch.waveforms_BS.shape[1], device=self._target)
         mask_BS = (places_S < num_samples_B[:, None]).long()  # 1 for samples, 0 for padding
-        for module in self._replaced:
-            module.num_samples, module.num_frames = batch.num_samples, batch.num_frames
-        with torch.autocast(self._target.type, dtype=self.autocast, enabled=self.autocast is not None):
+        self._lengths.set(batch.num_samples, batch.num_frames)
+        set_float32(self._float32)
+        with torch.autocast(self._target.type, dtype=self._autocast, enabled=self._autocast is not None):
             output = self.model(batch.waveforms_BS, attention_mask=mask_BS, output_hidden_states=True)
         # In transformers 5, hidden_states[-1] of a Large model is its input to the final LayerNorm: use the output.
         return [*output.hidden_states[:-1], output.last_hidden_state]
@@ -298,6 +316,13 @@ def _open_model(card: UpstreamCard, config: dict[str, Any], *, trust_remote_code
     return model
 
 
+def _attention(model: Any) -> str:
+    """Return the implementation of attention that a model runs."""
+    if any(isinstance(module, GatedAttention) for module in model.modules()):
+        return "sdpa"  # though config.json has eager, the only one of transformers' WavLM
+    return str(getattr(model.config, "_attn_implementation", None))
+
+
 def _stem_shape(model: Any) -> dict[str, Any]:
     """Return the shape of a model's convolution stem, from which a student makes one of the same frames and weights."""
     config = model.config
@@ -323,53 +348,3 @@ def _stem_of(model: Any, *, wanted: bool) -> Iterator[list[Tensor]]:
         yield stems
     finally:
         hook.remove()
-
-
-class OwnFramesGroupNorm(nn.Module):
-    """Group norm of the first convolution, with statistics over each utterance's own frames. Works in place."""
-
-    def __init__(self, norm: nn.GroupNorm, kernel: int, stride: int) -> None:
-        super().__init__()
-        self.norm, self.kernel, self.stride = norm, kernel, stride
-        self.num_samples: list[int] = []  # of each row of the batch, set before every forward pass
-        self.num_frames: list[int] = []
-
-    def forward(self, hidden_BCT: Tensor) -> Tensor:
-        for row, num_samples in enumerate(self.num_samples):
-            own = (num_samples - self.kernel) // self.stride + 1  # frames of the first convolution alone
-            # Frames of padding stay unnormalised: they are finite, and masked before they are used.
-            hidden_BCT[row, :, :own] = self.norm(hidden_BCT[row : row + 1, :, :own])[0]
-        return hidden_BCT
-
-
-class _OwnFrames(nn.Module):
-    """Positional convolution whose input is 0 after each utterance's own frames, like the convolution's own padding."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.num_samples: list[int] = []
-        self.num_frames: list[int] = []
-
-    def forward(self, hidden_BCT: Tensor) -> Tensor:
-        hidden_BCT = hidden_BCT.clone()
-        for row, own in enumerate(self.num_frames):
-            hidden_BCT[row, :, own:] = 0
-        result: Tensor = self.layer(hidden_BCT)
-        return result
-
-
-def _replace_group_norm(model: Any) -> None:
-    first = model.feature_extractor.conv_layers[0]
-    if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
-        first.layer_norm = OwnFramesGroupNorm(
-            first.layer_norm, model.config.conv_kernel[0], model.config.conv_stride[0]
-        )
-
-
-def _replace_positional_convolutions(model: Any) -> None:
-    position = model.encoder.pos_conv_embed
-    if isinstance(getattr(position, "layers", None), nn.ModuleList):
-        position.layers = nn.ModuleList(_OwnFrames(layer) for layer in position.layers)
-    if isinstance(getattr(position, "batch_norm", None), nn.BatchNorm1d):
-        position.conv = _OwnFrames(position.conv)  # after the batch norm, whose bias makes padding nonzero

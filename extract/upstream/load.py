@@ -18,8 +18,7 @@ overflow and by values of other frames.
 Shapes: B batch, T frames, D features.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +34,7 @@ from extract.upstream.card import UpstreamCard
 from extract.upstream.forward import Transformer
 from extract.upstream.spec import FBANK, Upstream
 
-BOUND = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.3}  # of a padded batch against each utterance alone
+BOUND = {"fp32": 1e-4, "tf32": 0.05, "fp16": 0.05, "bf16": 0.3}  # of a padded batch against each utterance alone
 _PROBED_S = (0.5, 0.2, 0.0)  # durations of the three utterances
 _FEWEST_FRAMES = (12, 5, 1)  # of the three, for any hop; the last one has one frame
 # Errors that a model's code may raise on an input that it can't process.
@@ -43,6 +42,7 @@ _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, Attribut
 _WIDER = {
     "fp16": "the largest float16 is 65504, use --dtype bf16 or fp32",
     "bf16": "use --dtype fp32",
+    "tf32": "use --dtype fp32",
     "fp32": "its weights are damaged or not those of its config.json, download or train it again",
 }
 
@@ -81,7 +81,7 @@ def check_upstream(upstream: Transformer, name: str, layers: Sequence[int] | Non
     _check_formula(upstream, name)
     kept = [layer for layer in range(upstream.spec.num_layers) if layers is None or layer in layers]
     probes = _probes(upstream)
-    with _in_fp32(upstream):
+    with upstream.in_fp32():
         alone = _check_alone(upstream, name, probes, kept, dtype="fp32")
         batching = _measure(upstream, probes, alone, kept, dtype="fp32")
     if upstream.dtype != "fp32":
@@ -102,22 +102,6 @@ def _probes(upstream: Transformer) -> list[NDArray[np.float32]]:
         tone = np.sin(2 * np.pi * 220 * time_s) * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * time_s))
         probes.append((0.1 * tone + 0.05 * generator.standard_normal(num_samples)).astype(np.float32))
     return probes
-
-
-@contextmanager
-def _in_fp32(upstream: Transformer) -> Iterator[None]:
-    """Compute in IEEE fp32 inside. TF32 is off, because its rounding depends on the shape of a batch."""
-    autocast, on_cuda = upstream.autocast, torch.device(upstream.device).type == "cuda"
-    tf32 = on_cuda and torch.backends.cudnn.allow_tf32
-    upstream.autocast = None
-    if tf32:
-        torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        upstream.autocast = autocast
-        if tf32:
-            torch.backends.cudnn.allow_tf32 = True
 
 
 def _check_formula(upstream: Transformer, name: str) -> None:

@@ -8,6 +8,7 @@ Shapes: L layers, T frames of an utterance, F frames of a pack, D features, C ch
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,6 +65,7 @@ class UpstreamFacts:
     remark: str | None = None  # on a part of the checkpoint that is not run
     threads: int = 0  # torch's, in the process that runs it: sums over other numbers differ in the last bits
     device: str | None = None  # model of the processor or GPU that runs it
+    float32: str = "ieee"  # arithmetic of float32 values in convolutions and products of matrices, or "tf32"
     dtype_error: dict[str, dict[str, Any]] = field(default_factory=dict)  # by layer, against fp32; empty for fp32
 
 
@@ -109,7 +111,6 @@ class Upstream(Protocol):
 
     spec: UpstreamSpec
     facts: UpstreamFacts
-    autocast: "torch.dtype | None"  # of the forward pass; None for fp32, the precision of the weights
 
     def prepare(self, waveforms: Sequence[NDArray[np.float32]]) -> Any:
         """Return what `states` takes for waveforms, float32 (samples,). May run in another thread than `states`."""
@@ -135,6 +136,10 @@ class Upstream(Protocol):
         if states.stem_FC is None:
             return list(map(Features, hidden))
         return list(map(Features, hidden, np.split(states.stem_FC.cpu().numpy(), ends)))
+
+    def in_fp32(self) -> AbstractContextManager[None]:
+        """Run in IEEE fp32 inside, whatever the precision of the upstream."""
+        return nullcontext()
 
     def hidden_states(
         self, waveforms: Sequence[NDArray[np.float32]], layers: Sequence[int]

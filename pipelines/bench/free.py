@@ -21,8 +21,6 @@ CARD = UpstreamCard("noise", "noise", None, "noise", "", "", False, None, None)
 class FreeUpstream(Upstream):
     """`num_layers` layers of `dim` features, for utterances of at most `longest` frames."""
 
-    autocast = None
-
     def __init__(self, *, num_layers: int, dim: int, longest: int, stem_dim: int | None = None) -> None:
         self.spec = UpstreamSpec(num_layers, dim, HOP_SAMPLES, RECEPTIVE_SAMPLES, stem_dim)
         self.facts = UpstreamFacts(convention="noise", attention="none", num_parameters=0)

@@ -1,0 +1,180 @@
+"""Modules that replace a teacher's own: exact under padding, and as fast as the device allows.
+
+In a padded batch of the models of transformers, features depend on the padding in three places: the group norm of a
+Base model's first convolution (its statistics are taken over time), data2vec-audio's stack of positional convolutions,
+and HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero).
+
+Two more replacements change the last bits alone. WavLM's attention writes out the weights of every head, which nothing
+reads: `GatedAttention` runs one fused kernel. Large models add two branches a block to hidden states that autocast
+leaves in 16 bits: `_keep_residual_float32` makes them float32.
+
+Shapes: B batch, T frames, C channels, D features, H heads, E features of a head.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from extract.base.device import upload
+
+_ALIGNED = 8  # values: fused attention on CUDA copies a mask whose rows do not start at multiples of so many
+
+
+@dataclass
+class RowLengths:
+    """Lengths of the rows of a batch, which the replaced modules of a model share."""
+
+    num_samples: list[int] = field(default_factory=list)
+    num_frames: list[int] = field(default_factory=list)
+    _padding_B1T: Tensor | None = None
+
+    def set(self, num_samples: list[int], num_frames: list[int]) -> None:
+        """Set the lengths of the next forward pass."""
+        self.num_samples, self.num_frames, self._padding_B1T = num_samples, num_frames, None
+
+    def padding(self, hidden_BCT: Tensor) -> Tensor:
+        """Return bool (B, 1, T) on the device of `hidden_BCT`, True behind each row's frames; made once per batch."""
+        if self._padding_B1T is None:
+            self._padding_B1T = padding(self.num_frames, hidden_BCT)
+        return self._padding_B1T
+
+
+def padding(lengths: list[int], hidden_BCT: Tensor) -> Tensor:
+    """Return bool (B, 1, T) on the device of `hidden_BCT`, True behind the length of each row."""
+    length_B11 = upload(torch.tensor(lengths), hidden_BCT.device)[:, None, None]
+    return torch.arange(hidden_BCT.shape[-1], device=hidden_BCT.device) >= length_B11
+
+
+def replace_modules(model: Any, lengths: RowLengths) -> None:
+    """Replace the modules of a model of transformers that the docstring of this file lists."""
+    _replace_group_norm(model, lengths)
+    _replace_positional_convolutions(model, lengths)
+    if model.config.model_type == "wavlm":
+        for layer in model.encoder.layers:
+            layer.attention = GatedAttention(layer.attention)
+    if getattr(model.config, "do_stable_layer_norm", False):
+        _keep_residual_float32(model)
+
+
+class OwnFramesGroupNorm(nn.Module):
+    """Group norm of the first convolution, with statistics over each utterance's own frames. Works in place."""
+
+    def __init__(self, norm: nn.GroupNorm, lengths: RowLengths, *, kernel: int, stride: int) -> None:
+        super().__init__()
+        assert norm.num_groups == norm.num_channels
+        self.norm, self.lengths, self.kernel, self.stride = norm, lengths, kernel, stride
+
+    def forward(self, hidden_BCT: Tensor) -> Tensor:
+        # Frames of the first convolution alone.
+        own_B = [(num_samples - self.kernel) // self.stride + 1 for num_samples in self.lengths.num_samples]
+        return self.by_row(hidden_BCT, own_B) if hidden_BCT.device.type == "cpu" else self.by_mask(hidden_BCT, own_B)
+
+    def by_row(self, hidden_BCT: Tensor, own_B: list[int]) -> Tensor:
+        """Normalise one row after another, with the bits of the model's own norm."""
+        for row, own in enumerate(own_B):
+            # Frames of padding stay unnormalised: they are finite, and masked before they are used.
+            hidden_BCT[row, :, :own] = self.norm(hidden_BCT[row : row + 1, :, :own])[0]
+        return hidden_BCT
+
+    def by_mask(self, hidden_BCT: Tensor, own_B: list[int]) -> Tensor:
+        """Normalise all rows in five passes over the values, however many rows there are. Sums are float32.
+
+        The variance is the mean square less the squared mean. The means of a stem without biases are small beside its
+        deviations, and beside the square root of eps for silence, so the difference keeps its digits.
+        """
+        norm, num_B11 = self.norm, upload(torch.tensor(own_B), hidden_BCT.device)[:, None, None]
+        hidden_BCT.masked_fill_(padding(own_B, hidden_BCT), 0)  # adds nothing to the sums
+        mean_BC1 = hidden_BCT.sum(-1, keepdim=True, dtype=torch.float32) / num_B11
+        norm_BC1 = torch.linalg.vector_norm(hidden_BCT, dim=-1, keepdim=True, dtype=torch.float32)
+        variance_BC1 = (norm_BC1.square() / num_B11 - mean_BC1.square()).clamp(min=0)
+        scale_BC1 = norm.weight[:, None] * torch.rsqrt(variance_BC1 + norm.eps)
+        return torch.addcmul(norm.bias[:, None] - mean_BC1 * scale_BC1, hidden_BCT, scale_BC1, out=hidden_BCT)
+
+
+class _OwnFrames(nn.Module):
+    """Positional convolution whose input is 0 after each utterance's own frames, like the convolution's own padding."""
+
+    def __init__(self, layer: nn.Module, lengths: RowLengths) -> None:
+        super().__init__()
+        self.layer, self.lengths = layer, lengths
+
+    def forward(self, hidden_BCT: Tensor) -> Tensor:
+        result: Tensor = self.layer(hidden_BCT.masked_fill(self.lengths.padding(hidden_BCT), 0))
+        return result
+
+
+class GatedAttention(nn.Module):
+    """WavLM's attention with gated relative position bias, through `scaled_dot_product_attention`. Inference only.
+
+    The gated bias and the padding are one additive mask in the precision of the queries. Parameters keep their names.
+    """
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.num_heads = own.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = own.q_proj, own.k_proj, own.v_proj, own.out_proj
+        self.gru_rel_pos_linear, self.gru_rel_pos_const = own.gru_rel_pos_linear, own.gru_rel_pos_const
+        if hasattr(own, "rel_attn_embed"):  # the first layer's, whose bias all layers use
+            self.rel_attn_embed = own.rel_attn_embed
+            self.compute_bias = own.compute_bias
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **_unused: Any,
+    ) -> tuple[Tensor, None, Tensor]:
+        """Return the output (B, T, D), no weights, and the bias (H, T, T). attention_mask (B, T): False for padding."""
+        num_rows, num_frames, dim = hidden_states.shape
+        if position_bias is None:
+            position_bias = self.compute_bias(num_frames, num_frames)
+        heads_BHTE = hidden_states.view(num_rows, num_frames, self.num_heads, -1).transpose(1, 2)
+        query, key, value = (
+            projection(hidden_states).view(heads_BHTE.transpose(1, 2).shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mask_BHTT = self._mask(heads_BHTE, attention_mask, position_bias, query.dtype)
+        output_BHTE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_BHTT)
+        output_BTD = self.out_proj(output_BHTE.transpose(1, 2).reshape(num_rows, num_frames, dim))
+        return output_BTD, None, position_bias
+
+    def _mask(self, heads_BHTE: Tensor, attention_mask: Tensor | None, bias_HTT: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return gate x bias, and -inf for keys of padding; one write, without float32 copies of 16-bit masks."""
+        num_rows, num_heads, num_frames, _ = heads_BHTE.shape
+        # The sums of two groups of four outputs are the two gates, as in WavLM's paper (arXiv 2110.13900, section 3.1).
+        gates_BHT2 = self.gru_rel_pos_linear(heads_BHTE).unflatten(-1, (2, 4)).sum(-1).sigmoid()
+        gate_a_BHT1, gate_b_BHT1 = gates_BHT2.chunk(2, dim=-1)
+        gate_BHT1 = gate_a_BHT1 * (gate_b_BHT1 * self.gru_rel_pos_const - 1.0) + 2.0
+        padded_B11T = gate_BHT1.new_zeros(num_rows, 1, 1, num_frames)
+        if attention_mask is not None:
+            padded_B11T.masked_fill_(~attention_mask.bool()[:, None, None], -torch.inf)
+        width = -(-num_frames // _ALIGNED) * _ALIGNED
+        mask_BHTT = gate_BHT1.new_empty((num_rows, num_heads, num_frames, width), dtype=dtype)[..., :num_frames]
+        return torch.addcmul(padded_B11T, gate_BHT1, bias_HTT, out=mask_BHTT)
+
+
+def _keep_residual_float32(model: Any) -> None:
+    """Give the encoder of a Large model (`do_stable_layer_norm`) a float32 input, to which 16-bit branches are added.
+
+    Base models normalise the sum after each branch, and layer norms return float32 under autocast.
+    """
+    model.feature_projection.projection.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def _replace_group_norm(model: Any, lengths: RowLengths) -> None:
+    first = model.feature_extractor.conv_layers[0]
+    if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
+        kernel, stride = model.config.conv_kernel[0], model.config.conv_stride[0]
+        first.layer_norm = OwnFramesGroupNorm(first.layer_norm, lengths, kernel=kernel, stride=stride)
+
+
+def _replace_positional_convolutions(model: Any, lengths: RowLengths) -> None:
+    position = model.encoder.pos_conv_embed
+    if isinstance(getattr(position, "layers", None), nn.ModuleList):
+        position.layers = nn.ModuleList(_OwnFrames(layer, lengths) for layer in position.layers)
+    if isinstance(getattr(position, "batch_norm", None), nn.BatchNorm1d):
+        position.conv = _OwnFrames(position.conv, lengths)  # after the batch norm, whose bias makes padding nonzero
