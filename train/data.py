@@ -256,7 +256,9 @@ class DistillationData:
 
     def _dev_codes(self, utterances: NDArray[np.int64], *, is_stem: bool = False) -> tuple[Coded, NDArray[np.int64]]:
         """Read the codes of utterances, a run each, and return the rows of their frames in their scales, too."""
-        codes, scales, rows = [], [], []
+        codes: list[Tensor] = []
+        scales: list[Tensor | None] = []
+        rows: list[NDArray[np.int64]] = []
         for index in utterances.tolist():
             pack, first = int(self.store.pack_of[index]), int(self.store.first_frame[index])
             count = int(self.store.num_frames[index])
