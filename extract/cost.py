@@ -159,13 +159,17 @@ class Times:
         return epochs * self.teacher_s, self.extraction_s + epochs * self.reading_s
 
 
-def sample_batches(size: Size, num_samples: NDArray[np.int64], sample_s: float) -> list[NDArray[np.int64]]:
+def sample_batches(
+    size: Size, num_samples: NDArray[np.int64], sample_s: float, *, whole: bool = False
+) -> list[NDArray[np.int64]]:
     """Choose parts of packs, evenly spaced over the lengths, of about `sample_s` of audio together, longest first.
 
     Return the corpus indices of each part. At least four packs take part, with at least one utterance each, or every
-    pack of a smaller corpus.
+    pack of a smaller corpus. whole: take whole packs, which may be more audio.
     """
     chosen = spread_packs(size.packing.num_packs, max(_SAMPLED_PACKS, round(sample_s / max(1.0, size.mean_pack_s))))
+    if whole:
+        return [size.packing.by_pack[pack] for pack in chosen]
     share_s = sample_s / max(1, len(chosen))
     batches = []
     for pack in chosen:
@@ -180,11 +184,15 @@ def measure_rate(
 ) -> float:
     """Return the seconds of audio per second of the forward pass, over batches of corpus indices."""
     waveforms = [[corpus.waveform(int(index)) for index in batch] for batch in batches]
-    upstream.hidden_states(waveforms[-1], layers)  # untimed: the first call chooses kernels and allocates memory
+
+    def run(batch: list[NDArray[np.float32]]) -> None:
+        upstream.states(upstream.prepare(batch), layers).hidden_LFD[-1, -1, -1].item()  # waits for a GPU
+
+    run(waveforms[-1])  # untimed: the first call chooses kernels and allocates memory
     started = time.perf_counter()
     for batch in waveforms:
-        upstream.hidden_states(batch, layers)
-    elapsed_s = time.perf_counter() - started  # outputs are numpy arrays, so a GPU has finished
+        run(batch)
+    elapsed_s = time.perf_counter() - started
     return sum(len(waveform) for batch in waveforms for waveform in batch) / SAMPLE_RATE_HZ / elapsed_s
 
 
@@ -223,7 +231,8 @@ def _find_rate(config: CostConfig, corpus: AnyCorpus, size: Size) -> tuple[float
     keep_freed_blocks()
     asked = config.extract
     card = find_upstream(asked.upstream, normalise=asked.normalise)
-    batches = sample_batches(size, corpus.num_samples, config.sample_s)
+    # Small batches would measure how fast a host launches a GPU's kernels.
+    batches = sample_batches(size, corpus.num_samples, config.sample_s, whole=asked.device != "cpu")
     sampled_s = sum(corpus.num_samples[batch].sum() for batch in batches) / SAMPLE_RATE_HZ
     rate = measure_rate(LocalRunner(asked, card).upstream, corpus, size.layers, batches)
     return rate, f"timed on {sampled_s:.0f} s out of {len(batches)} packs, {asked.device}, {asked.dtype}"

@@ -242,6 +242,15 @@ def test_a_sample_holds_the_seconds_asked_for_from_all_lengths(large: tuple[Corp
         assert means[0] > 14 > 12 > means[-1]
 
 
+def test_a_sample_for_a_gpu_is_of_whole_packs(large: tuple[Corpus, Size]) -> None:
+    corpus, size = large
+    batches = sample_batches(size, corpus.num_samples, 60, whole=True)
+    packs = [size.packing.pack[batch[0]] for batch in batches]
+    assert len(set(packs)) == len(batches) == 4
+    for pack, batch in zip(packs, batches, strict=True):
+        assert len(batch) == (size.packing.pack == pack).sum()
+
+
 def test_the_command_times_a_real_upstream(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
     printed = plan("--upstream", teacher, "--corpus", corpus.path, "--pack-frames", 128, "--sample-s", 5)
     assert printed.exit_code == 0
