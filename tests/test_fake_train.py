@@ -150,6 +150,7 @@ def test_a_step_waits_for_the_losses_of_the_step_before_alone(
         stream = SimpleNamespace(record_event=lambda: event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         run = on_cuda(here)
+        waits.clear()  # of building the student
         moved = [tuple(part.to(CUDA) for part in parts) for parts in packs]
         assert waits == []
         batches = (parts for again in repeat(moved) for parts in again)
