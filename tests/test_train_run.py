@@ -323,6 +323,11 @@ def test_fp16_resumed_equals_uninterrupted(world: World, monkeypatch: pytest.Mon
     assert 0 < skipped < 6
 
 
+def test_tf32_needs_a_gpu(world: World) -> None:
+    with pytest.raises(RetortError, match=r"precision tf32: .*cpu"):
+        begin(train_request(world, student("distilhubert", precision="tf32")))
+
+
 def test_out_of_memory_names_the_setting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: HeadDistiller, *_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -140,7 +140,9 @@ class StudentConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # weights and losses stay float32; fp16 scales the loss
+    # Of convolutions and matrix products; weights, losses and sums stay float32. fp32 is IEEE on every device. tf32
+    # needs a GPU of compute capability 8.0 or more, and so does bf16 on GPUs; fp16 scales the loss.
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     train_splits: tuple[str, ...] = ("train",)
     dev_split: str | None = "dev"  # None: nothing is held out

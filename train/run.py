@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from extract.base.device import check_dtype, set_float32
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.manifest import initial_weights_path
@@ -80,9 +81,11 @@ class Run:
 def begin(request: TrainRequest) -> Run:
     """Open corpus and store, build the student, and resume from the newest checkpoint if there is one.
 
-    Raises RetortError for settings that do not fit the store and for missing or changed initial weights.
+    Raises RetortError for settings that do not fit the store or the device and for missing or changed initial weights.
     """
     config = request.config
+    check_dtype(config.precision, request.device, option="precision")
+    set_float32("tf32" if config.precision == "tf32" else "ieee")
     torch.manual_seed(config.seed)  # of random initial weights: no other draw may come before the student is built
     corpus = Corpus.open(request.corpus)
     store = StoreReader.open(request.manifest, corpus)
