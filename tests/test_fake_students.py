@@ -15,6 +15,7 @@ from train.config import GENERATING, Family, StudentConfig
 from train.data import Batch
 from train.growth import plan_stages
 from train.losses import Distiller, LayerDistiller, build_distiller, layer_errors
+from train.modeling_retort import causal_over_layers
 
 LENGTHS = (8_000, 5_000, 6_400)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,3 +105,13 @@ def check_gradients(parameters: object, stem: str) -> None:
         trains = stem == "waveforms" or not name.startswith("student.feature_extractor")
         assert trains == isinstance(parameter.grad, Tensor), name
         assert not trains or (parameter.grad.device, parameter.grad.dtype) == (CUDA, torch.float32)
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_the_mask_of_flex_attention_is_made_on_the_device(padding: bool) -> None:
+    with fake_cuda() as waits:
+        own = torch.ones(2, 1, 1, 300, dtype=torch.bool, device=CUDA) if padding else None
+        mask = causal_over_layers(3, 2, 300, own, CUDA)
+        parts = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices]
+        assert [part.device for part in parts if part is not None] == [CUDA] * 5
+    assert waits == []
