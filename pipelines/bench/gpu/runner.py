@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -117,17 +118,18 @@ def _run(asked: Asked, name: str, limit_s: float) -> dict[str, Any]:
 def run_step(name: str, asked: Asked) -> None:
     """Run a step in this process: output goes to NAME.log, results to NAME.json after each of them."""
     os.setsid()  # one group with its children, so that a limit stops all of them
-    with (asked.folder / f"{name}.log").open("w", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        proved: list[dict[str, Any]] = []
-        rows: list[dict[str, Any]] = []
-        for found in STEPS[name].run(asked):
-            if isinstance(found, Proof):
-                proved.append(asdict(found))
-            else:  # pairs: the keys of an object would be sorted
-                rows.append({"table": found.table, "cells": list(found.cells.items())})
-            write_json(asked.folder / f"{name}.json", {"proofs": proved, "rows": rows})
+    # Open to the end of the process: a traceback is printed after this function.
+    sys.stdout = sys.stderr = file = (asked.folder / f"{name}.log").open("w", buffering=1)
+    os.dup2(file.fileno(), 1)  # of libraries and of its own children
+    os.dup2(file.fileno(), 2)
+    proved: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for found in STEPS[name].run(asked):
+        if isinstance(found, Proof):
+            proved.append(asdict(found))
+        else:  # pairs: the keys of an object would be sorted
+            rows.append({"table": found.table, "cells": list(found.cells.items())})
+        write_json(asked.folder / f"{name}.json", {"proofs": proved, "rows": rows})
 
 
 def _failures(name: str, result: dict[str, Any], folder: Path) -> list[str]:
