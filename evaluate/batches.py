@@ -34,6 +34,11 @@ def generator_of(seed: int, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """Return a generator of the CPU, or one with its seed on a GPU, whose draws are a function of the position too."""
+    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
+
+
 def steps_from(
     first: int, seed: int, draw_epoch: Callable[[torch.Generator], Sequence[T]]
 ) -> Iterator[tuple[T, torch.Generator]]:

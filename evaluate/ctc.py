@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.batches import FrameReader, bucket, steps_from
+from evaluate.batches import FrameReader, bucket, generator_on, steps_from
 from evaluate.bootstrap import Metrics
 from evaluate.heads import Head, RecurrentHead
 from evaluate.ragged import CPU, Ragged, on_device
@@ -340,9 +340,9 @@ def draw_noise(frames: Ragged, generator: torch.Generator, *, recipe: RecurrentR
     keep = 1 - recipe.dropout
     # Inverted dropout: what is kept is scaled, so that evaluation needs no factor. One mask for each LSTM's output.
     shape: tuple[int, ...] = (len(num_frames_B), int(frames.stacked_B.max()), 2 * recipe.hidden)
-    if frames.device.type == "cuda":  # for the packed frames, drawn there: a function of seed and step as well
+    if frames.device.type == "cuda":  # the packed frames
         shape = (int(frames.stacked_B.sum()), 2 * recipe.hidden)
-        generator = torch.Generator(frames.device).manual_seed(generator.initial_seed())
+    generator = generator_on(frames.device, generator)
     kept = tuple(
         (torch.rand(shape, generator=generator, device=frames.device) < keep) / keep for _ in range(recipe.depth)
     )

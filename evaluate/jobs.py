@@ -336,7 +336,9 @@ def line_of(job: ScoringJob, made: ScoreFile) -> str:
     ends, units = made.interval.test, made.interval.of or "utterances"
     interval = f", {made.interval.level_percent}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
     chosen = f"layer {made.heaviest_layer}" if made.chosen_lr is None else f"learning rate {made.chosen_lr:g}"
+    # Asked for a GPU: which device it was, as tasks without one train on the CPU.
+    where = f" on {made.provenance.device}" if made.provenance is not None and job.device != "cpu" else ""
     return (
         f"{job.upstream}: {job.task.title}, {made.metric.upper()} {made.test:.2f}% on {made.num_test} test {units}"
-        f"{interval} (dev {made.dev:.2f}%, {chosen}, {made.seconds:.0f} s) -> {job.out}"
+        f"{interval} (dev {made.dev:.2f}%, {chosen}, {made.seconds:.0f} s{where}) -> {job.out}"
     )

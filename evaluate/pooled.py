@@ -72,7 +72,7 @@ class PooledClassification:
 
     metric = "acc"
     higher_is_better = True
-    device = CPU  # for heads of a few thousand numbers an utterance a GPU is no faster
+    device = CPU  # a step reads a few thousand numbers an utterance: starting a GPU's kernels would take longer
 
     def __init__(
         self,

@@ -27,10 +27,18 @@ HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400
 Hidden = Callable[[int, int], NDArray[np.float32]]  # corpus index, frames -> (L, T, D)
 
 
-def score_task(task: str, manifest: Path, corpus: Path, recipe: dict[str, Any]) -> ScoreFile:
+def score_task(task: str, manifest: Path, corpus: Path, recipe: dict[str, Any], *, device: str = "cpu") -> ScoreFile:
     """Score a task without writing anything; its progress must add up to the recipe's amount."""
     parsed = TASKS[task].parse_recipe(recipe, where="test")
-    job = ScoringJob(task=TASKS[task], recipe=parsed, upstream="hand", manifest=manifest, corpus=corpus, out=Path())
+    job = ScoringJob(
+        task=TASKS[task],
+        recipe=parsed,
+        upstream="hand",
+        manifest=manifest,
+        corpus=corpus,
+        out=Path(),
+        device=device,
+    )
     bar = ProgressBar(task, total=parsed.amount, unit="steps")
     score = measure(job, job.open(), TaskSession(bar))
     assert bar.done == pytest.approx(parsed.amount)

@@ -80,6 +80,14 @@ def test_a_mistake_is_one_line_and_status_1(ready: list[str | Path], change: dic
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["run", "many"])
+def test_a_device_that_is_not_here_is_one_line(name: str, ready: list[str | Path]) -> None:
+    arguments = ["--task", "ks", *ready] if name == "run" else []
+    for device, message in (("cuda:99", "this machine has"), ("tpu", "expected cpu, cuda or cuda:N"), ("mps", "expec")):
+        result = command(name, *arguments, "--device", device)
+        assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

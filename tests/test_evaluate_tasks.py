@@ -11,7 +11,7 @@ from evaluate_stores import Hidden, class_corpus, make_corpus, make_store, phone
 from torch.nn import functional as F
 
 from evaluate.batches import FrameReader, bucket
-from evaluate.ctc import END, UNKNOWN, RecurrentRecipe, Vocabulary, draw_noise, infeasible, masked
+from evaluate.ctc import END, ON_GPU, UNKNOWN, RecurrentRecipe, Vocabulary, draw_noise, infeasible, masked
 from evaluate.heads import LinearHead
 from evaluate.jobs import open_features
 from evaluate.ragged import Ragged
@@ -132,6 +132,17 @@ def test_words_are_recognised_and_characters_reported_beside(phones: tuple[Path,
     assert 0 <= score.also["cer"] < score.test
     first, second = (without_seconds(run("asr", manifest, card, steps=8)) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["pr", "asr"])
+def test_heads_on_a_gpu_score_as_on_a_cpu(phones: tuple[Path, Path, Hidden], task: str) -> None:
+    manifest, card, _ = phones
+    recipe = SHORT[task] | {"dropout": 0.0} if task == "asr" else SHORT[task]  # masks differ between devices
+    here, there = (score_task(task, manifest, card, recipe, device=device) for device in ("cpu", "cuda"))
+    assert there.test == pytest.approx(here.test, abs=10)
+    assert there.provenance == Provenance.of(torch.cuda.get_device_name())
+    assert set(there.notes) - set(here.notes) == {ON_GPU}
 
 
 def test_stacked_frames_and_infeasible_utterances_are_handled_and_named(

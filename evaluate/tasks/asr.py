@@ -44,9 +44,9 @@ ASR = Task(
     higher_is_better=False,
     labels=SpeechRecognition.labels,
     reads="frames",
-    on_gpu=True,
     unit_s=8.7e-3,
     recipe=RecurrentRecipe,
     score=score,
+    on_gpu=SpeechRecognition,
     deviations=(WITHOUT_WARPING,),
 )

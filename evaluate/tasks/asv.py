@@ -155,16 +155,17 @@ class Verification:
         store = self.store
         draw_epoch = partial(shuffled, self.train, store.pack_of, self.recipe.batch_size)
         for rows_B, generator in steps_from(first, seed, draw_epoch):
-            counts_B = torch.from_numpy(store.num_frames[rows_B])
-            kept_B = counts_B.clamp(max=self.crop_frames)
-            begin_B = (torch.rand(len(rows_B), generator=generator) * (counts_B - kept_B + 1)).long()
-            begin_B += counts_B.cumsum(0) - counts_B  # from the utterance's own frames to the concatenated ones
+            counts_B = store.num_frames[rows_B]
+            kept_B = np.minimum(counts_B, self.crop_frames)
+            places_B = (counts_B - kept_B + 1).astype(np.float32)
+            begin_B = (torch.rand(len(rows_B), generator=generator).numpy() * places_B).astype(np.int64)
+            begin_B += np.cumsum(counts_B) - counts_B  # from the utterance's own frames to the concatenated ones
             hidden_LFD = self.reader.read(rows_B.tolist())
             if (kept_B < counts_B).any():
                 spans = zip(begin_B.tolist(), kept_B.tolist(), strict=True)
                 hidden_LFD = torch.cat([hidden_LFD[:, begin : begin + kept] for begin, kept in spans], 1)
             speakers_B = torch.tensor([self.speaker_of[row] for row in rows_B.tolist()])
-            yield FrameBatch(hidden_LFD, Ragged(kept_B.numpy(), self.device), on_device(speakers_B, self.device))
+            yield FrameBatch(hidden_LFD, Ragged(kept_B, self.device), on_device(speakers_B, self.device))
 
     def loss(self, head: XVectorHead, batch: FrameBatch) -> Tensor:
         """Return the AM-softmax loss: cross entropy of s (cos - m [own speaker]), scale s and margin m.
@@ -264,10 +265,10 @@ ASV = Task(
     higher_is_better=False,
     labels=(SPEAKER,),
     reads="frames",
-    on_gpu=True,
     unit_s=1.4e-3,
     recipe=AsvRecipe,
     score=score,
+    on_gpu=Verification,
     deviations=(
         "silence is cut by our own implementation of sox's effect",
         "trains on crops of whole utterances' features; the reference crops the waveforms",

@@ -65,8 +65,8 @@ PR = Task(
     higher_is_better=False,
     labels=PhoneRecognition.labels,
     reads="frames",
-    on_gpu=True,
     unit_s=1.6e-3,
     recipe=PrRecipe,
     score=score,
+    on_gpu=PhoneRecognition,
 )

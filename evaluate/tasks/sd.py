@@ -250,10 +250,10 @@ SD = Task(
     higher_is_better=False,
     labels=("rttm",),
     reads="frames",
-    on_gpu=True,
     unit_s=3.5e-3,
     recipe=SdRecipe,
     score=score,
+    on_gpu=Diarization,
     deviations=(
         "the checkpoint with the lowest dev DER; the reference keeps the one with the best dev accuracy by frame",
     ),

@@ -99,9 +99,9 @@ SF = Task(
     higher_is_better=True,
     labels=SlotFilling.labels,
     reads="frames",
-    on_gpu=True,
     unit_s=4.9e-3,
     recipe=SfRecipe,
     score=score,
+    on_gpu=SlotFilling,
     deviations=(WITHOUT_WARPING,),
 )
