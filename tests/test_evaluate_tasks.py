@@ -135,6 +135,7 @@ def test_words_are_recognised_and_characters_reported_beside(phones: tuple[Path,
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("task", ["pr", "asr"])
 def test_heads_on_a_gpu_score_as_on_a_cpu(phones: tuple[Path, Path, Hidden], task: str) -> None:
     manifest, card, _ = phones

@@ -68,10 +68,10 @@ def ctc_loss(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_l
     return log_probs.sum() / len(targets)
 
 
-def with_values(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function whose tensors have values on the CPU: orders and frame counts are read there."""
+def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose results have values on the CPU: orders and frame counts are read there."""
 
-    def run(*arguments: Any, **named: Any) -> Tensor:
+    def run(*arguments: Any, **named: Any) -> Any:
         if named.get("device", CPU).type != "cpu":
             return function(*arguments, **named)
         with _disable_current_modes():
@@ -88,6 +88,7 @@ def fake_gpu() -> Iterator[list[str]]:
         torch.backends.cudnn.flags(enabled=False),  # torch asks the driver for its version
         patch("torch.Tensor.pin_memory", lambda tensor: tensor),
         patch("torch.from_numpy", with_values(torch.from_numpy)),
+        patch("torch.Tensor.numpy", with_values(torch.Tensor.numpy)),
         patch("torch.randperm", with_values(torch.randperm)),
         patch("torch.rand", with_values(torch.rand)),
         patch("torch.nn.functional.ctc_loss", ctc_loss),
