@@ -23,7 +23,7 @@ from evaluate.scorefile import ScoreFile
 from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences, read_recipes
 from evaluate.tasks import TASKS
 from evaluate.time_left import ExpectedScore, TimeLeft, work_of
-from extract.base.device import check_local_workers, device_model, named_device
+from extract.base.device import check_local_workers, device_model, named_device, set_float32
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
 from extract.base.malloc import keep_freed_blocks
@@ -323,6 +323,7 @@ def configure_torch() -> None:
     # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
     # fbank). Threads inherit this setting.
     torch.set_flush_denormal(True)
+    set_float32("ieee")  # of GPUs, where torch's LSTMs are TF32 by default
 
 
 @cache

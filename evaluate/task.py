@@ -20,7 +20,6 @@ from extract.base.validate import parse
 
 if TYPE_CHECKING:
     from evaluate.checkpoint import TaskSession
-    from evaluate.sweep import Problem
     from extract.corpus import Corpus
     from extract.store.reader import StoreReader
 
@@ -163,8 +162,8 @@ class Task(Generic[S]):
     recipe: type[S]
     score: "Callable[[Features, S, TaskSession], SweepResult]"
     deviations: tuple[str, ...] = ()  # from the reference, whatever the recipe
-    # Training problem of heads that train on the GPU of --device; None: they are too small for one, or there are none.
-    on_gpu: "Callable[[Features, S], Problem[Any, Any]] | None" = None
+    # `sweep.Problem` of heads that train on the GPU of --device; None: they are too small for one, or there are none.
+    on_gpu: "Callable[[Features, S], Any] | None" = None
     unit_s: float = 1e-3  # seconds of a unit of work (evaluate/time_left.py) in the demo: a guess, soon corrected
 
     def parse_recipe(self, section: object, *, where: str) -> S:
