@@ -15,7 +15,7 @@ from pipelines.bench.gpu.records import Asked, Proof, Row, Steps
 from pipelines.bench.gpu.runner import STEPS, Step, ask, run_steps
 
 ROOT = Path(__file__).parents[1]
-LACKING = "espeakng_loader dask distributed dvc dvclive rapidfuzz soundfile scipy torchaudio obstore matplotlib pytest"
+LACKING = "espeakng_loader dask distributed dvc dvclive rapidfuzz obstore grandalf"
 BLOCK = f"""
 import importlib.abc, sys
 
