@@ -319,7 +319,6 @@ def _missing_labels(task: Task[Any], corpus: Corpus) -> list[str]:
 def configure_torch() -> None:
     """Configure torch for heads, in this thread and the threads it starts."""
     keep_freed_blocks()
-    set_float32("ieee")
     torch.set_num_threads(1)  # see evaluate/sweep.py for the reason
     # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
     # fbank). Threads inherit this setting.
