@@ -95,13 +95,16 @@ def test_the_masked_group_norm_is_that_of_the_rows(dtype: torch.dtype) -> None:
     values_BCT = torch.randn(4, 6, 7_000, generator=generator).to(dtype)
     values_BCT[:, 1] += 0.5  # a mean of the size of the deviations
     values_BCT[1, :, :] *= 1e-3  # nearly silent
+    if dtype == torch.float32:
+        values_BCT[0, 2] += 100  # a recording with an offset: inputs of 16 bits would lose the signal itself
     found_BCT = replaced.by_mask(values_BCT.clone(), own_B)
     assert found_BCT.dtype == dtype and found_BCT.isfinite().all()
     for row, own in enumerate(own_B):
         alone_CT = norm(values_BCT[row : row + 1, :, :own].float())[0]
-        bound = 2e-6 if dtype == torch.float32 else 2**-8
+        bound_C1 = torch.full((6, 1), 2e-6 if dtype == torch.float32 else 2**-8)
+        bound_C1[2] *= 10 if row == 0 and dtype == torch.float32 else 1  # the mean itself is rounded at 100
         error_CT = (found_BCT[row, :, :own].float() - alone_CT).abs()
-        assert (error_CT <= bound * (1 + alone_CT.abs())).all(), (row, float(error_CT.max()))
+        assert (error_CT <= bound_C1 * (1 + alone_CT.abs())).all(), (row, float(error_CT.max()))
     # Without the lengths, statistics are far off.
     assert (replaced.by_mask(values_BCT.clone(), [7_000] * 4)[1] - found_BCT[1]).abs().max() > 0.01
 

@@ -80,18 +80,19 @@ class OwnFramesGroupNorm(nn.Module):
         return hidden_BCT
 
     def by_mask(self, hidden_BCT: Tensor, own_B: list[int]) -> Tensor:
-        """Normalise all rows in five passes over the values, however many rows there are. Sums are float32.
+        """Normalise all rows in a few passes over the values, however many rows there are. Sums are float32.
 
-        The variance is the mean square less the squared mean. The means of a stem without biases are small beside its
-        deviations, and beside the square root of eps for silence, so the difference keeps its digits.
+        The mean is subtracted before the squares are summed: of a recording with a large offset the difference of the
+        mean square and the squared mean would keep few digits.
         """
         norm, num_B11 = self.norm, upload(torch.tensor(own_B), hidden_BCT.device)[:, None, None]
-        hidden_BCT.masked_fill_(padding(own_B, hidden_BCT), 0)  # adds nothing to the sums
-        mean_BC1 = hidden_BCT.sum(-1, keepdim=True, dtype=torch.float32) / num_B11
+        padding_B1T = padding(own_B, hidden_BCT)
+        hidden_BCT.masked_fill_(padding_B1T, 0)  # adds nothing to the sum
+        hidden_BCT -= hidden_BCT.sum(-1, keepdim=True, dtype=torch.float32) / num_B11
+        hidden_BCT.masked_fill_(padding_B1T, 0)  # nor to the squares
         norm_BC1 = torch.linalg.vector_norm(hidden_BCT, dim=-1, keepdim=True, dtype=torch.float32)
-        variance_BC1 = (norm_BC1.square() / num_B11 - mean_BC1.square()).clamp(min=0)
-        scale_BC1 = norm.weight[:, None] * torch.rsqrt(variance_BC1 + norm.eps)
-        return torch.addcmul(norm.bias[:, None] - mean_BC1 * scale_BC1, hidden_BCT, scale_BC1, out=hidden_BCT)
+        scale_BC1 = norm.weight[:, None] * torch.rsqrt(norm_BC1.square() / num_B11 + norm.eps)
+        return torch.addcmul(norm.bias[:, None], hidden_BCT, scale_BC1, out=hidden_BCT)
 
 
 class _OwnFrames(nn.Module):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipelines.bench.gpu.records import Asked, Proof, Row, Steps
 from pipelines.bench.gpu.world import TrainingWorld, family_shapes
@@ -93,8 +94,10 @@ def exactness(asked: Asked) -> Steps:
     for family, shape in family_shapes().items():
         torch.manual_seed(0)
         with TemporaryDirectory(dir=asked.work) as folder:
-            AutoModel.from_config(AutoConfig.for_model(**shape)).save_pretrained(folder)
-            Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+            model: Any = AutoModel
+            model.from_config(AutoConfig.for_model(**shape)).save_pretrained(folder)
+            extractor: Any = Wav2Vec2FeatureExtractor
+            extractor(do_normalize=True).save_pretrained(folder)
             errors = {}
             for dtype in ("fp32", "tf32") if on_gpu else ("fp32",):
                 # Loading runs the comparison that the manifest records.

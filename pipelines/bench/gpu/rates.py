@@ -6,10 +6,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.bench.gpu.records import Asked, Row, Steps
 from pipelines.bench.gpu.world import HeadWorld, TrainingWorld
+
+if TYPE_CHECKING:
+    from train.config import StudentConfig
+    from train.run import TrainRequest
 
 _WARM = 3  # repetitions before the clock
 
@@ -20,7 +24,7 @@ def _clocked(variant: Any, bench: Any) -> tuple[float, float | None, dict[str, A
 
     from extract.base.timing import clock
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     run = clock(variant, bench)
@@ -32,18 +36,22 @@ def _gib(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+def _config_of(request: "TrainRequest", _: object) -> "StudentConfig":
+    return request.config
+
+
 def training(asked: Asked) -> Steps:
     """Time a training step of every family, one pack a step, from waveforms and from the stored stem."""
     from pipelines.bench import train
 
     with TrainingWorld.made(asked) as world:
-        precision = "fp32" if asked.tiny else "bf16"
+        precision: Literal["fp32", "bf16"] = "fp32" if asked.tiny else "bf16"
         for student in world.students:
             for stored in (False, True):
                 request = world.request(student, precision=precision, stored=stored)
                 options = replace(world.bench.options, student=student, dtype=precision)
                 variant = partial(
-                    train.timed_steps, frozen=stored, stored=stored, config_of=lambda _, one=request.config: one
+                    train.timed_steps, frozen=stored, stored=stored, config_of=partial(_config_of, request)
                 )
                 seconds, gib, outcome = _clocked(variant, replace(world.bench, options=options))
                 yield Row(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class TrainingWorld:
             extract(bench.extract_config(keep=KEEP, device=options.device, initial_blocks=2))
             yield cls(bench, students)
 
-    def request(self, student: str, *, precision: str, stored: bool) -> "TrainRequest":
+    def request(self, student: str, *, precision: Literal["fp32", "bf16"], stored: bool) -> "TrainRequest":
         """Return the request of a student, one pack a step."""
         from pipelines.bench import train
 
