@@ -100,10 +100,11 @@ def test_the_masked_group_norm_is_that_of_the_rows(dtype: torch.dtype) -> None:
     found_BCT = replaced.by_mask(values_BCT.clone(), own_B)
     assert found_BCT.dtype == dtype and found_BCT.isfinite().all()
     for row, own in enumerate(own_B):
-        alone_CT = norm(values_BCT[row : row + 1, :, :own].float())[0]
+        values_1CT = values_BCT[row : row + 1, :, :own].double()
+        alone_CT = torch.nn.functional.group_norm(values_1CT, 6, norm.weight.double(), norm.bias.double(), norm.eps)[0]
         bound_C1 = torch.full((6, 1), 2e-6 if dtype == torch.float32 else 2**-8)
-        bound_C1[2] *= 10 if row == 0 and dtype == torch.float32 else 1  # the mean itself is rounded at 100
-        error_CT = (found_BCT[row, :, :own].float() - alone_CT).abs()
+        bound_C1[2] *= 25 if row == 0 and dtype == torch.float32 else 1  # the mean itself is rounded at 100
+        error_CT = (found_BCT[row, :, :own] - alone_CT).abs()
         assert (error_CT <= bound_C1 * (1 + alone_CT.abs())).all(), (row, float(error_CT.max()))
     # Without the lengths, statistics are far off.
     assert (replaced.by_mask(values_BCT.clone(), [7_000] * 4)[1] - found_BCT[1]).abs().max() > 0.01

@@ -88,11 +88,13 @@ class OwnFramesGroupNorm(nn.Module):
         norm, num_B11 = self.norm, upload(torch.tensor(own_B), hidden_BCT.device)[:, None, None]
         padding_B1T = padding(own_B, hidden_BCT)
         hidden_BCT.masked_fill_(padding_B1T, 0)  # adds nothing to the sum
-        hidden_BCT -= hidden_BCT.sum(-1, keepdim=True, dtype=torch.float32) / num_B11
-        hidden_BCT.masked_fill_(padding_B1T, 0)  # nor to the squares
-        norm_BC1 = torch.linalg.vector_norm(hidden_BCT, dim=-1, keepdim=True, dtype=torch.float32)
+        mean_BC1 = hidden_BCT.sum(-1, keepdim=True, dtype=torch.float32) / num_B11
+        # In float32: differences rounded to 16 bits would be rounded twice. In place where they are float32 already.
+        centred_BCT = hidden_BCT.sub_(mean_BC1) if hidden_BCT.dtype == torch.float32 else hidden_BCT - mean_BC1
+        centred_BCT.masked_fill_(padding_B1T, 0)  # nor to the squares
+        norm_BC1 = torch.linalg.vector_norm(centred_BCT, dim=-1, keepdim=True)
         scale_BC1 = norm.weight[:, None] * torch.rsqrt(norm_BC1.square() / num_B11 + norm.eps)
-        return torch.addcmul(norm.bias[:, None], hidden_BCT, scale_BC1, out=hidden_BCT)
+        return torch.addcmul(norm.bias[:, None], centred_BCT, scale_BC1, out=centred_BCT).to(hidden_BCT.dtype)
 
 
 class _OwnFrames(nn.Module):
