@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ from extract.corpus import SAMPLE_RATE_HZ, Corpus
 
 _TIMED_S = 10.0  # of one task: utterances are lengthened until a trial takes about so long
 _SHORTEST_S = 0.5  # utterances of the first trial: 24 frames, and ASV needs 15
-_STEPS, _POOLED_STEPS = 4, 200  # of a trial; the first is a warm-up, the last one also scores dev
-_HELD_OUT = 8  # utterances of dev and of test in a trial on frames
+_STEPS, _POOLED_STEPS = 6, 200  # of a trial; the first is a warm-up, every other one scores dev too
+_FEWEST = 8  # utterances of dev and of test in a trial: ASV needs two speakers with two sessions each
+_POOLED_HELD_OUT = 512
 _MOST_POOLED = 4096  # utterances in a trial: their means do not fit into a cache
 FOLDS = 5  # of ER
 QUERY_S = 1.5  # assumed length of QbE's queries
@@ -151,9 +153,10 @@ def _trial(
     if not isinstance(recipe, Recipe):
         return _searched(task, recipe, data, duration_s=duration_s, shape=shape, clock=clock)
     steps = _STEPS if task.reads == "frames" else _POOLED_STEPS
-    trial = replace(recipe, steps=steps, learning_rates=recipe.learning_rates[-1:], dev_evaluations=1)
+    trial = replace(recipe, steps=steps, learning_rates=recipe.learning_rates[-1:], dev_evaluations=steps // 2)
     frames = task.reads == "frames"
-    num_train, held_out = (2 * recipe.batch_size, _HELD_OUT) if frames else (min(data.train, _MOST_POOLED), 512)
+    num_train = 2 * recipe.batch_size if frames else min(data.train, _MOST_POOLED)
+    held_out = max(_FEWEST, recipe.batch_size) if frames else _POOLED_HELD_OUT
     splits = ["train"] * num_train + ["dev"] * held_out + ["test"] * held_out
     folds = 1
     if task.name == "er":
@@ -163,10 +166,9 @@ def _trial(
     features = random_features(task.name, splits, duration_s=duration_s, shape=shape, device=device)
     task.score(features, trial, clock)
     seconds = clock.seconds_of()
-    first = sorted(seconds[1 : steps - 1])
-    step_s = first[len(first) // 2]
+    step_s = median(seconds[2:steps:2])
     scale = data.mean_s / duration_s
-    evaluation_s = max(0.0, seconds[steps - 1] - step_s) * scale / held_out
+    evaluation_s = max(0.0, median(seconds[1:steps:2]) - step_s) * scale / held_out
     return Estimate(
         task=task.name,
         device=device,
@@ -184,11 +186,11 @@ def _searched(
     task: Task[Any], recipe: Settings, data: DataSet, *, duration_s: float, shape: Shape, clock: _Clock
 ) -> Estimate:
     """Time a task without a head, whose time is proportional to frames of queries times frames of documents."""
-    splits = ["docs"] * _HELD_OUT + ["dev", "dev", "test", "test"]
+    splits = ["docs"] * _FEWEST + ["dev", "dev", "test", "test"]
     task.score(random_features(task.name, splits, duration_s=duration_s, shape=shape), recipe, clock)
     dev_s, test_s, _ = clock.seconds_of()
     # Dev is searched with every layer, test with one.
-    of_pair = (dev_s + test_s) / (shape.num_layers + 1) / (2 * _HELD_OUT * duration_s**2)
+    of_pair = (dev_s + test_s) / (shape.num_layers + 1) / (2 * _FEWEST * duration_s**2)
     layer_s = of_pair * data.train * data.mean_s * QUERY_S
     return Estimate(
         task=task.name,

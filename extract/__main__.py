@@ -115,7 +115,7 @@ def _config(*, layers: str | None, keep: str, **options: Any) -> "ExtractConfig"
 @click.option("--sample-s", default=60.0, show_default=True, help="Seconds of audio to time the upstream on; 0: none.")
 @click.option("--rate", type=float, help="Seconds of audio per second, measured elsewhere, in place of timing.")
 @click.option("--read-mb-s", default=500.0, show_default=True, help="MB/s at which training reads the store.")
-@click.option("--write-mb-s", default=200.0, show_default=True, help="MB/s at which extraction writes the store.")
+@click.option("--write-mb-s", default=500.0, show_default=True, help="MB/s at which extraction writes the store.")
 @click.option("--student-layers", help="Layers that a student reads every epoch [default: all kept].")
 @click.option("--student-epochs", default=0, show_default=True, help="Also compare the hours of so many epochs.")
 def plan(

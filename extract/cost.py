@@ -9,7 +9,7 @@ Model of the break-even, all times over the whole corpus:
 
     teacher    = audio / rate                                     an epoch with an online teacher: its forward pass
     reading    = bytes of the student's layers / reading rate     an epoch from the cache
-    extraction = max(audio / rate, bytes on disk / writing rate)  making the cache, once: writing overlaps the model
+    extraction = max(audio / rate, bytes on disk / writing rate)  making the cache, once: both overlap, and encoding too
     break-even = extraction / (teacher - reading)                 in epochs; never if reading is not faster
 
 The student's own work is the same in both cases and is left out. Nothing overlaps with reading in this model, which is
@@ -58,7 +58,7 @@ class CostConfig:
     sample_s: float = 60.0  # seconds of audio to time the upstream on; 0 for no timing
     rate: float | None = None  # seconds of audio per second; None to time a sample
     read_mb_s: float = 500.0  # MB/s: one process, uncompressed chunks, local disk; these two are the slow end
-    write_mb_s: float = 200.0  # MB/s: through zarr-python, one shard at a time
+    write_mb_s: float = 500.0  # MB/s: with digests, one shard at a time
     student_layers: tuple[int, ...] | None = None  # that a student reads every epoch; None for all kept ones
     student_epochs: int = 0  # 0: no comparison of an online teacher with the cache
 
