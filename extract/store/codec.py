@@ -264,13 +264,17 @@ class CodecError:
 
     @classmethod
     def of(cls, codec: Codec, hidden_LFD: NDArray[np.float32], codes_LFW: Codes, scale: Scale | None) -> "CodecError":
-        """Measure the error of one whole pack, decoded layer by layer to save memory."""
+        """Measure the error of one whole pack, decoded in blocks that stay in the cache."""
         lost = []
         for layer in range(len(hidden_LFD)):
-            one = slice(layer, layer + 1)
-            decoded_1FD = codec.decode(codes_LFW[one], None if scale is None else scale[one])
-            decoded_1FD -= hidden_LFD[one]
-            lost.append(cls._of_lost(decoded_1FD, hidden_LFD[one]))
+            one, found = slice(layer, layer + 1), cls.none(1)
+            for rows in _blocks(hidden_LFD[layer], hidden_LFD.shape[1]):
+                decoded_1FD = codec.decode(
+                    codes_LFW[one, rows], None if scale is None else scale[one], first_frame=rows.start
+                )
+                decoded_1FD -= hidden_LFD[one, rows]
+                found += cls._of_lost(decoded_1FD, hidden_LFD[one, rows])
+            lost.append(found)
         return cls.joined(lost)
 
     @classmethod
