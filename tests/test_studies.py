@@ -18,12 +18,12 @@ import yaml
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from evaluate.task import corpus_of_tasks, not_scored
+from evaluate.jobs import recipe_of
+from evaluate.task import corpus_of_tasks, not_scored, read_recipes
 from evaluate.tasks import TASKS
 from extract.__main__ import main as extract_main
 from extract.base.errors import RetortError
 from extract.base.params import merge
-from extract.base.validate import parse
 from extract.many import read_configs
 from pipelines.__main__ import main
 from pipelines.studies import make_study
@@ -89,8 +89,7 @@ def test_every_student_has_its_published_size(preset: str) -> None:
     assert {name: sizes[name] for name in expected} == pytest.approx(expected, abs=0.01)
     assert expected is not BASE or sizes["gendistiller-2d"] <= 17.0
     for task in corpus_of_tasks(settings, path):  # SUPERB's own recipes
-        recipe = TASKS[task].recipe
-        assert parse(recipe, settings["evaluate"][task], where=task) == recipe()
+        assert recipe_of(task, read_recipes(path), path) == TASKS[task].recipe()
 
 
 def test_a_study_over_a_study_changes_what_it_names_and_shares_what_is_made() -> None:
