@@ -52,7 +52,8 @@ def test_every_task_is_timed(task):
     else:
         assert (found.steps, found.evaluations) == (2 * 1000 * folds, 2 * 10 * folds)
         assert found.step_s > 0
-    assert found.evaluation_s > 0 or task in ("ks", "ic", "sid", "er")  # a pass over means is too short to be timed
+    # Test is measured once a fold. A pass over so little data may be too short for the clock: no bound on its time.
+    assert found.test_s == pytest.approx(found.evaluation_s * data.test / data.dev * folds)
     assert found.hours * 3600 >= found.steps * found.step_s
 
 
