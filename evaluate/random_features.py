@@ -70,6 +70,7 @@ class RandomReader(StoreReader):
             utterances,
             self.first_frame[utterances],
             self.num_frames[utterances],
+            self.codec_for(layers),
         )
 
     def pooled(

@@ -74,6 +74,33 @@ def test_every_row_of_a_pack_is_of_one_utterance_at_most_and_the_plan_is_the_sam
         np.testing.assert_array_equal(getattr(packing, name), getattr(again, name))
 
 
+@given(
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=60),
+    align=st.sampled_from([2, 16, 32]),
+    pack_blocks=st.integers(1, 40),
+)
+def test_aligned_utterances_start_at_blocks_and_are_packed_as_by_their_padded_lengths(
+    lengths: list[int], align: int, pack_blocks: int
+) -> None:
+    pack_frames = align * pack_blocks
+
+    def packed(num_frames: list[int], align: int) -> Packing:
+        array = np.array(num_frames, dtype=np.int64)
+        return pack_utterances(array, ids=lengths, pack_frames=pack_frames, shard_packs=2, align=align, drop_long=True)
+
+    packing = packed(lengths, align)
+    assert packing.num_frames.tolist() == lengths and packing.align == align
+    # The same places as of utterances that fill their last block, in the same order; ties of these may differ.
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    whole = packed([-(-lengths[index] // align) * align for index in by_length], 1)
+    np.testing.assert_array_equal(packing.pack[by_length], whole.pack)
+    np.testing.assert_array_equal(packing.first_frame[by_length], whole.first_frame)
+    assert not (packing.first_frame % align).any()
+    for pack, members in enumerate(packing.by_pack):
+        own = [range(packing.first_frame[index], packing.first_frame[index] + lengths[index]) for index in members]
+        assert packing.rows_of(pack).tolist() == [row for rows in own for row in rows]
+
+
 @given(num_packs=st.integers(0, 400), count=st.integers(0, 500))
 def test_packs_are_spread_evenly(num_packs: int, count: int) -> None:
     chosen = spread_packs(num_packs, count)
@@ -114,6 +141,14 @@ def test_too_long_and_too_short_are_named_with_the_option_that_helps() -> None:
     )
     assert both.pack.tolist() == [-1, 0, -1] and both.by_pack[0].tolist() == [1]
     assert both.summary()["num_frames"] == 3
+
+
+def test_a_pack_of_a_part_of_a_block_is_refused() -> None:
+    lengths = np.array([5, 90])
+    with pytest.raises(RetortError, match=r"--pack-frames 100: expected a multiple of 16.*give 112"):
+        pack_utterances(lengths, ids=["a", "b"], pack_frames=100, shard_packs=1, align=16)
+    with pytest.raises(RetortError, match=r"'b' has 90 frames, a pack holds 80.*--pack-frames 96"):
+        pack_utterances(lengths, ids=["a", "b"], pack_frames=80, shard_packs=1, align=16)
 
 
 def test_frames_follow_the_convolutions() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, scale_samples, waveform_statistics
 from extract.store.codec import Codec
+from extract.store.packing import ranges
 from extract.store.reader import StoreReader
 from train.read_ahead import read_ahead_on
 
@@ -225,7 +226,7 @@ class DistillationData:
 
     def _part(self, pack: int, utterances: NDArray[np.int64], total: int, *, stored: bool, pin: bool) -> Batch:
         """Return one part of a pack; `total`: own frames of all its parts."""
-        rows_F = _ranges(self.store.first_frame[utterances], self.store.num_frames[utterances])
+        rows_F = ranges(self.store.first_frame[utterances], self.store.num_frames[utterances])
         gaps = np.flatnonzero(np.diff(rows_F) != 1) + 1  # where utterances of another split lie between
         spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_F, gaps)]
         targets = self._codes(pack, spans, pin=pin)
@@ -322,7 +323,7 @@ class DistillationData:
             run_frames=runs[0],
             scales=targets[1],
             scale_rows_F=torch.from_numpy(runs[1]),
-            rows_F=torch.from_numpy(_ranges(np.arange(len(utterances)) * width, num_frames)),  # of the flattened grid
+            rows_F=torch.from_numpy(ranges(np.arange(len(utterances)) * width, num_frames)),  # of the flattened grid
         )
         if stem is None:
             batch = replace(batch, samples_BS=self._samples(utterances, pin=pin))
@@ -343,9 +344,3 @@ class DistillationData:
             if self.normalise and np.isnan(self._statistics[index, 0]):
                 self._statistics[index] = waveform_statistics(scale_samples(row_S[:count]))
         return samples_BS
-
-
-def _ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the numbers first, ..., first + count - 1 of every pair, end to end, int64."""
-    before = np.cumsum(count) - count
-    return np.repeat(first - before, count) + np.arange(int(count.sum()))

@@ -3,6 +3,9 @@
 A pack is a fixed number of frames that holds whole utterances of similar length. It is one micro-batch with little
 padding and one contiguous read per layer. A shard is a whole number of packs, the unit of work, resumption and
 verification.
+
+A codec of blocks of frames needs every block inside one utterance: `align` is the frames of its blocks, and every
+utterance then starts at a multiple of it. The rows between utterances are of no utterance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +31,7 @@ class Packing:
     pack: NDArray[np.int64]
     first_frame: NDArray[np.int64]
     num_frames: NDArray[np.int64]
+    align: int = 1  # divides `pack_frames` and the first row of every utterance
 
     @cached_property
     def num_packs(self) -> int:
@@ -46,6 +50,11 @@ class Packing:
     def by_pack(self) -> "PackMembers":
         """For every pack the corpus indices of its utterances, in order of first frame."""
         return PackMembers.of(self.pack, self.first_frame, self.num_packs)
+
+    def rows_of(self, pack: int) -> NDArray[np.int64]:
+        """Return the rows of a pack that are of utterances, int64 (own frames,), utterance after utterance."""
+        members = self.by_pack[pack]
+        return ranges(self.first_frame[members], self.num_frames[members])
 
     def summary(self) -> dict[str, Any]:
         """Return the field `plan` of a manifest."""
@@ -86,6 +95,12 @@ class PackMembers:
         return (self[pack] for pack in range(len(self)))
 
 
+def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the numbers first, ..., first + count - 1 of every pair, end to end, int64."""
+    before = np.cumsum(count) - count
+    return np.repeat(first - before, count) + np.arange(int(count.sum()))
+
+
 def spread_packs(num_packs: int, count: int) -> NDArray[np.int64]:
     """Choose `count` packs (or all, if there are fewer), one from the middle of each equal part, in order.
 
@@ -122,18 +137,25 @@ def pack_utterances(
     pack_frames: int,
     shard_packs: int,
     pack_s: int = 0,
+    align: int = 1,
     drop_long: bool = False,
     drop_short: bool = False,
 ) -> Packing:
     """Sort utterances by length, longest first, and fill pack after pack. The result is deterministic.
 
     num_frames: int64 (utterances,). ids: of the utterances, and pack_s: seconds of audio that fit a pack (0: not
-    known), for error lines. Raises RetortError for an utterance without a frame unless `drop_short`, and for one longer
-    than a pack unless `drop_long`.
+    known), for error lines. align: as in `Packing`, `Codec.block_frames`. Raises RetortError for an utterance without a
+    frame unless `drop_short`, for one longer than a pack unless `drop_long`, and for a `pack_frames` that `align` does
+    not divide.
     """
     for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
         if not 1 <= count < 1 << 53:
             raise RetortError(f"{option} {count}: expected at least 1 and less than 2^53")
+    if pack_frames % align:
+        raise RetortError(
+            f"--pack-frames {pack_frames}: expected a multiple of {align}, the frames of a block of the codec; "
+            f"give {pack_frames + -pack_frames % align}"
+        )
     if len(empty := np.flatnonzero(num_frames < 1)) and not drop_short:
         raise RetortError(
             f"utterance {ids[empty[0]]!r} is too short for one frame of this upstream ({len(empty)} such); "
@@ -142,20 +164,22 @@ def pack_utterances(
     if len(long := np.flatnonzero(num_frames > pack_frames)) and not drop_long:
         worst = long[np.argmax(num_frames[long])]
         cut = f"cut them with --cut-long {pack_s}, or " if pack_s else "or "
+        needed = num_frames[worst] + -num_frames[worst] % align
         raise RetortError(
             f"utterance {ids[worst]!r} has {num_frames[worst]} frames, a pack holds {pack_frames} ({len(long)} such); "
-            f"use --pack-frames {num_frames[worst]}, {cut}drop them with --drop-long"
+            f"use --pack-frames {needed}, {cut}drop them with --drop-long"
         )
     order = np.argsort(-num_frames, kind="stable")  # stable: equal lengths stay in corpus order
     order = order[(num_frames[order] <= pack_frames) & (num_frames[order] >= 1)]
-    ends = np.cumsum(num_frames[order], dtype=np.int64)  # positions if all utterances lay end to end
+    taken = num_frames[order] + -num_frames[order] % align  # rows of a pack, up to the next utterance
+    ends = np.cumsum(taken, dtype=np.int64)  # positions if all utterances lay end to end
     starts = [0]  # position in `order` of the first utterance of every pack, and of the end
     while starts[-1] < len(order):
         filled = ends[starts[-1] - 1] if starts[-1] else 0
         starts.append(int(np.searchsorted(ends, filled + pack_frames, side="right")))
     pack = np.full(len(num_frames), -1, dtype=np.int64)
     pack[order] = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    before = ends - num_frames[order]  # frames of all utterances before this one
+    before = ends - taken  # rows of all utterances before this one
     first_frame = np.zeros(len(num_frames), dtype=np.int64)
     first_frame[order] = before - before[starts[:-1]][pack[order]]
-    return Packing(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64))
+    return Packing(pack_frames, shard_packs, pack, first_frame, num_frames.astype(np.int64), align)

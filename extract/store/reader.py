@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from extract.base.columns import TextColumn
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.store.codec import CODECS, Codes, Scale
+from extract.store.codec import CODECS, Codec, Codes, Scale
 from extract.store.location import LocalLocation, check_bytes, check_sizes
 from extract.store.manifest import Manifest
 from extract.store.packing import PackMembers
@@ -51,6 +51,7 @@ class Pack:
     utterances: NDArray[np.int64]  # corpus indices, in order of first frame
     first_frame: NDArray[np.int64]
     num_frames: NDArray[np.int64]
+    codec: Codec  # of these layers
 
 
 class StoreReader:
@@ -244,6 +245,15 @@ class StoreReader:
         """Return the corpus indices of a pack's utterances, in order of first frame."""
         return self._by_pack[pack]
 
+    def codec_for(self, layers: Sequence[int] | None = None) -> Codec:
+        """Return the codec that decodes the codes of all stored layers, or of `layers` in that order."""
+        return self.codec
+
+    @property
+    def stem_codec(self) -> Codec:
+        """The codec that decodes the codes of the stem."""
+        return self.codec
+
     def _rows(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers on the axis of layers. Raises RetortError for a layer that is not stored."""
         if layers is None:
@@ -273,6 +283,7 @@ class StoreReader:
             utterances,
             self.first_frame[utterances],
             self.num_frames[utterances],
+            self.codec_for(layers),
         )
 
     def _codes(

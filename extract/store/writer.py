@@ -15,9 +15,9 @@ Shapes: L layers, F frames of a pack, T frames of an utterance, D features, C ch
 import fcntl
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class StoreWriter:
     stem_dim: int | None = None  # channels of the stem, where it is kept
     ids: Sequence[str] = ()  # of the corpus, for error lines
     dtype: str = "fp32"  # of the forward pass, for error lines
+    # Of a codec with a fit, by name of the array of codes ("hidden", "stem"); empty for the others.
+    parameters: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
     @property
     def location(self) -> Location:
@@ -96,6 +98,10 @@ class StoreWriter:
     @property
     def codec(self) -> Codec:
         return CODECS[self.codec_name]
+
+    def codec_of(self, array: CodedArray) -> Codec:
+        """Return the codec that encodes an array, with its parameters."""
+        return self.codec
 
     @property
     def coded(self) -> list[CodedArray]:
