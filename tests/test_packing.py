@@ -99,6 +99,14 @@ def test_aligned_utterances_start_at_blocks_and_are_packed_as_by_their_padded_le
     for pack, members in enumerate(packing.by_pack):
         own = [range(packing.first_frame[index], packing.first_frame[index] + lengths[index]) for index in members]
         assert packing.rows_of(pack).tolist() == [row for rows in own for row in rows]
+        end_to_end = [(index, frame) for index in members.tolist() for frame in range(lengths[index])]
+        starts = [*packing.first_frame[members].tolist(), pack_frames]
+        expected = [
+            (index, min(row - start, lengths[index] - 1))
+            for index, start, stop in zip(members.tolist(), starts[:-1], starts[1:], strict=True)
+            for row in range(start, stop)
+        ]
+        assert [end_to_end[row] for row in packing.spread(pack)] == expected
 
 
 @given(num_packs=st.integers(0, 400), count=st.integers(0, 500))

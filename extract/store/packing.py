@@ -56,6 +56,13 @@ class Packing:
         members = self.by_pack[pack]
         return ranges(self.first_frame[members], self.num_frames[members])
 
+    def spread(self, pack: int) -> NDArray[np.int64]:
+        """Return for every row of a pack a row of its utterances laid end to end, int64 (pack_frames,).
+
+        Rows of no utterance repeat the last frame before them.
+        """
+        return np.searchsorted(self.rows_of(pack), np.arange(self.pack_frames), side="right") - 1
+
     def summary(self) -> dict[str, Any]:
         """Return the field `plan` of a manifest."""
         return {
