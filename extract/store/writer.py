@@ -165,22 +165,22 @@ class StoreWriter:
     def encode_pack(
         self, pack: int, hidden_LFD: NDArray[np.float32], stem_FC: NDArray[np.float32] | None = None
     ) -> EncodedPack:
-        """Encode one pack, float32 (L, F, D), whose rows past its last utterance are 0.
+        """Encode one pack, float32 (L, F, D), whose utterances lie end to end and whose other rows are 0.
 
         stem_FC: the stem's output, if it is kept. Raises RetortError for a value that is not finite or out of the
         codec's range.
         """
-        means = []
-        for index in self.packing.by_pack[pack]:
-            first = self.packing.first_frame[index]
+        members, means = self.packing.by_pack[pack], []
+        for index, first in zip(members, self._starts(pack), strict=True):
             own_LTD = hidden_LFD[:, first : first + self.packing.num_frames[index]]
             with np.errstate(invalid="ignore"):  # inf - inf, refused below
                 means.append(own_LTD.mean(axis=1, dtype=np.float64).astype(np.float32))
         # A value that is not finite makes its mean not finite, and float64 sums of float32 values do not overflow. A
         # stem that is not finite makes every layer above it not finite.
-        for index, mean_LD in zip(self.packing.by_pack[pack], means, strict=True):
+        for index, mean_LD in zip(members, means, strict=True):
             if not np.isfinite(mean_LD).all():
-                raise self._not_finite(pack, int(index), mean_LD)
+                layer = self.layers[int(np.argmax(~np.isfinite(mean_LD).all(axis=1)))]
+                raise self._not_finite(pack, int(index), layer)
         values = {"hidden": hidden_LFD} if stem_FC is None else {"hidden": hidden_LFD, "stem": stem_FC[None]}
         arrays: dict[str, Codes | Scale] = {}
         errors = [] if "frames" in self.keep else [CodecError.none(len(self.layers))]
@@ -198,23 +198,34 @@ class StoreWriter:
     def _utterance(self, index: int) -> str:
         return f"utterance {self.ids[index]!r}" if self.ids else f"the utterance at corpus index {index}"
 
-    def _not_finite(self, pack: int, index: int, mean_LD: NDArray[np.float32]) -> RetortError:
+    def _starts(self, pack: int) -> NDArray[np.int64]:
+        """Return the first frame of each utterance of a pack where they lie end to end, int64 (utterances,)."""
+        num_frames = self.packing.num_frames[self.packing.by_pack[pack]]
+        return np.cumsum(num_frames) - num_frames
+
+    def check_finite(self, pack: int, own_FD: NDArray[np.float32], layer: int | str) -> None:
+        """Raise RetortError for a value that is not finite in the own frames, end to end, of a layer or "stem"."""
+        if len(odd := np.flatnonzero(~np.isfinite(own_FD).all(axis=1))):
+            raise self._not_finite(pack, self._member_at(pack, int(odd[0])), layer)
+
+    def _member_at(self, pack: int, frame: int) -> int:
+        """Return the corpus index of the utterance that holds a frame of a pack whose utterances lie end to end."""
+        return int(self.packing.by_pack[pack][np.searchsorted(self._starts(pack), frame, side="right") - 1])
+
+    def _not_finite(self, pack: int, index: int, layer: int | str) -> RetortError:
         """Return the error for hidden states that are not finite; it advises a wider precision or fewer layers."""
-        layer = self.layers[int(np.argmax(~np.isfinite(mean_LD).all(axis=1)))]
         wider = {"fp16": "the largest float16 is 65504; use --dtype bf16 or fp32", "bf16": "use --dtype fp32"}
-        below = "" if layer == self.layers[0] else f"keep --layers below {layer}, or "
+        below = "" if layer in (self.layers[0], "stem") else f"keep --layers below {layer}, or "
         return RetortError(
-            f"{self._utterance(index)} (pack {pack}): the upstream's layer {layer} is not finite in {self.dtype}; "
+            f"{self._utterance(index)} (pack {pack}): the upstream's {row_name(layer)} is not finite in {self.dtype}; "
             + wider.get(self.dtype, f"{below}remove the utterance from the data set and make the corpus again")
         )
 
     def _peak_of(self, pack: int, name: str, values_LFD: NDArray[np.float32]) -> str:
         """Name the utterance and the layer that hold the largest value of a pack."""
         layer, frame, _ = np.unravel_index(int(np.abs(values_LFD).argmax()), values_LFD.shape)
-        members = self.packing.by_pack[pack]
-        index = int(members[np.searchsorted(self.packing.first_frame[members], frame, side="right") - 1])
         where = f"layer {self.layers[layer]}" if name == "hidden" else "the stem"
-        return f"{self._utterance(index)} (pack {pack}), {where}"
+        return f"{self._utterance(self._member_at(pack, int(frame)))} (pack {pack}), {where}"
 
     def write_shard(self, shard: int, packs: list[EncodedPack]) -> None:
         """Write one shard from all of its packs, in order, and upload it if the store is at a URL."""
@@ -369,3 +380,8 @@ class StoreWriter:
 
 def _fingerprint(path: Path) -> list[Any]:
     return [path.stat().st_size, sha256_file(path)]
+
+
+def row_name(row: int | str) -> str:
+    """Return the name of a row of `StoreWriter.error_rows` in a message."""
+    return row if isinstance(row, str) else f"layer {row}"
