@@ -1,15 +1,18 @@
-"""Codecs of hidden states: float16, int8 and int4.
+"""Interface of codecs of hidden states, and the codecs without a fit: float16, int8 and int4.
 
     float16   2 bytes per value
     int8      1 byte per value, and a float32 scale per pack, layer and feature
     int4      0.5 bytes per value, and a float16 step and base per 32 frames, layer and feature: 0.625 bytes
 
+`extract.store.transform` has the codec that is fitted to each store, `extract.store.codecs` the names of all.
+
 A codec encodes one pack and decodes a pack or consecutive frames of one. Both are written once, with the operators that
 numpy arrays and torch tensors share, so that a CPU with numpy and a GPU compute the same bits. Operations whose names
 differ between the two are at the end of the formulas; torch is not imported here.
 
-Shapes: L layers, F frames, D features, W codes of one frame, G groups of T = 32 consecutive frames. `rows_F` are the
-rows of the frames, counted from the first frame that the given scale covers.
+Shapes: L layers, F frames, D features, R rows of codes, each of one frame or of a block of frames, W codes of one row,
+G groups of T = 32 consecutive frames. `rows_F` are the rows of the frames that are decoded, counted from the first
+frame that the given scale covers, or of codec `transform` the given codes.
 """
 
 import math
@@ -23,7 +26,7 @@ from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
 
-Codes = NDArray[np.int8] | NDArray[np.float16]
+Codes = NDArray[np.int8] | NDArray[np.uint8] | NDArray[np.float16]
 Scale = NDArray[np.float32] | NDArray[np.float16]
 Array = Any  # numpy array or torch tensor; all arrays of one call are of the same kind
 
@@ -35,14 +38,16 @@ _FLOAT32_TINY = np.finfo(np.float32).tiny  # the smallest normal number
 class Codec(ABC):
     """Interface of a codec. `scale_dtype` is None for a codec without a scale."""
 
-    name: ClassVar[str]
+    name: str
     dtype: ClassVar[str]  # of the codes
     scale_dtype: ClassVar[str | None] = None
     values_per_code: ClassVar[int] = 1  # features in one code
+    block_frames: ClassVar[int] = 1  # frames in one row of codes; utterances start at a multiple of it
+    needs_fit: ClassVar[bool] = False  # True: only a codec with the parameters of a store encodes and decodes
     largest: ClassVar[float] = math.inf  # absolute value that can be encoded
 
     def width(self, dim: int) -> int:
-        """Return W, the codes of one frame and layer. Raises RetortError for a dim that is not a multiple."""
+        """Return W, the codes of one row and layer. Raises RetortError for a dim that the codec can't store."""
         if dim % self.values_per_code:
             raise RetortError(
                 f"codec {self.name} stores {self.values_per_code} features in a code and needs a dim that divides by "
@@ -50,49 +55,79 @@ class Codec(ABC):
             )
         return dim // self.values_per_code
 
+    def dim(self, width: int) -> int:
+        """Return the features of rows of `width` codes, the inverse of `width`."""
+        return width * self.values_per_code
+
+    def num_rows(self, num_frames: int) -> int:
+        """Return R, the rows of codes of frames: that many, or that many blocks."""
+        return -(-num_frames // self.block_frames)
+
+    def code_rows(self, first_frame: int, num_frames: int) -> slice:
+        """Return the rows of a pack's codes that hold consecutive frames of it."""
+        return slice(first_frame // self.block_frames, self.num_rows(first_frame + num_frames))
+
+    def of_layers(self, places: Sequence[int]) -> "Codec":
+        """Return the codec of a selection of layers, given by their places on the axis of layers."""
+        return self
+
     def scale_shape(self, num_frames: int, dim: int) -> tuple[int, ...] | None:
         """Return the shape of the scale of one layer of a pack, None for a codec without a scale."""
         return None
 
     def nbytes(self, num_layers: int, num_frames: int, dim: int) -> int:
         """Return the bytes of the codes and the scale of one pack."""
-        size = num_frames * self.width(dim) * np.dtype(self.dtype).itemsize
+        size = self.num_rows(num_frames) * self.width(dim) * np.dtype(self.dtype).itemsize
         if (shape := self.scale_shape(num_frames, dim)) is not None:
             size += int(np.prod(shape)) * np.dtype(self.scale_dtype).itemsize
         return num_layers * size
 
     def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, Scale | None]:
-        """Encode one pack, float32 (L, F, D): codes (L, F, W), scale (L, ...). Raises RetortError if out of range."""
+        """Encode one pack, float32 (L, F, D): codes (L, R, W), scale (L, ...). Raises RetortError if out of range.
+
+        F is a multiple of `block_frames`.
+        """
         num_layers, num_frames, dim = hidden_LFD.shape
-        codes_LFW = np.empty((num_layers, num_frames, self.width(dim)), dtype=self.dtype)
+        assert num_frames % self.block_frames == 0
+        codes_LRW = np.empty((num_layers, self.num_rows(num_frames), self.width(dim)), dtype=self.dtype)
         shape = self.scale_shape(num_frames, dim)
         scale = None if shape is None else np.empty((num_layers, *shape), dtype=self.scale_dtype)
         if self.largest < math.inf and (peak := _peak(hidden_LFD)) > self.largest:
             raise RetortError(f"hidden states reach {peak:.3g}, the largest float16 is 65504; use --codec int8")
-        self.encode_into(codes_LFW, scale, hidden_LFD)
-        return codes_LFW, scale
+        self.encode_into(codes_LRW, scale, hidden_LFD)
+        return codes_LRW, scale
 
     @abstractmethod
-    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
-        """Encode one pack, float32 (L, F, D), into codes (L, F, W) and a scale (L, ...).
+    def encode_into(self, codes_LRW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+        """Encode one pack, float32 (L, F, D), into codes (L, R, W) and a scale (L, ...).
 
         Codes of layers with a value beyond `largest` are undefined.
         """
 
     @abstractmethod
-    def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
-        """Decode codes (L, F, W) into `out`, float32 (L, F, D). The scale is that of the whole pack or of `span`."""
+    def decode_into(self, out_LFD: Array, codes_LRW: Array, scale: Array | None, rows_F: Array) -> None:
+        """Decode codes (L, R, W) into `out`, float32 (L, F, D). The scale is that of the whole pack or of `span`."""
 
     def span(self, scale: Array | None, first_frame: int, num_frames: int) -> tuple[Array | None, int]:
-        """Return the part of a pack's scale that consecutive frames need, and the row of the first of them in it."""
+        """Return the part of a pack's scale that consecutive frames need, and the row of the first of them in it.
+
+        The row is that in the codes of `code_rows` if a row of codes holds a block of frames.
+        """
         return scale, first_frame
 
-    def decode(self, codes_LFW: Codes, scale: Scale | None, *, first_frame: int = 0) -> NDArray[np.float32]:
-        """Decode consecutive frames of a pack, from `first_frame` on, with the pack's scale: float32 (L, F, D)."""
-        num_layers, num_frames, width = codes_LFW.shape
-        hidden_LFD = np.empty((num_layers, num_frames, width * self.values_per_code), dtype=np.float32)
+    def decode(
+        self, codes_LRW: Codes, scale: Scale | None, *, first_frame: int = 0, num_frames: int | None = None
+    ) -> NDArray[np.float32]:
+        """Decode consecutive frames of a pack, from `first_frame` on, with the pack's scale: float32 (L, F, D).
+
+        codes: those of `code_rows`. num_frames: None for all frames of the codes.
+        """
+        num_layers, num_rows, width = codes_LRW.shape
+        if num_frames is None:
+            num_frames = num_rows * self.block_frames - first_frame % self.block_frames
+        hidden_LFD = np.empty((num_layers, num_frames, self.dim(width)), dtype=np.float32)
         scale, row = self.span(scale, first_frame, num_frames)
-        self.decode_into(hidden_LFD, codes_LFW, scale, np.arange(row, row + num_frames))
+        self.decode_into(hidden_LFD, codes_LRW, scale, np.arange(row, row + num_frames))
         return hidden_LFD
 
 
@@ -103,11 +138,11 @@ class Float16(Codec):
     dtype = "float16"
     largest = _FLOAT16_MAX
 
-    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
-        codes_LFW[...] = hidden_LFD  # the assignment rounds to the nearest float16
+    def encode_into(self, codes_LRW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+        codes_LRW[...] = hidden_LFD  # the assignment rounds to the nearest float16
 
-    def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
-        out_LFD[...] = codes_LFW  # the assignment widens float16 to float32
+    def decode_into(self, out_LFD: Array, codes_LRW: Array, scale: Array | None, rows_F: Array) -> None:
+        out_LFD[...] = codes_LRW  # the assignment widens float16 to float32
 
 
 class Int8(Codec):
@@ -120,9 +155,9 @@ class Int8(Codec):
     def scale_shape(self, num_frames: int, dim: int) -> tuple[int, ...]:
         return (dim,)
 
-    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+    def encode_into(self, codes_LRW: Array, scale: Array | None, hidden_LFD: Array) -> None:
         assert scale is not None
-        for hidden_FD, codes_FD, scale_D in zip(hidden_LFD, codes_LFW, scale, strict=True):
+        for hidden_FD, codes_FD, scale_D in zip(hidden_LFD, codes_LRW, scale, strict=True):
             low_D, high_D = _range(hidden_FD, 0)
             scale_D[...] = _divided(abs(high_D.clip(-low_D)), 127)  # clip: the larger of the two
             # A subnormal scale is too coarse to hold 127 steps, so that codes would wrap around: such features are 0.
@@ -131,9 +166,9 @@ class Int8(Codec):
             for rows in _blocks(hidden_FD, len(hidden_FD)):
                 codes_FD[rows] = _rounded(hidden_FD[rows] / divisor_D)  # -127 to 127
 
-    def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
+    def decode_into(self, out_LFD: Array, codes_LRW: Array, scale: Array | None, rows_F: Array) -> None:
         assert scale is not None
-        out_LFD[...] = codes_LFW
+        out_LFD[...] = codes_LRW
         out_LFD *= scale[:, None]  # (L, 1, D)
 
 
@@ -158,11 +193,11 @@ class Int4(Codec):
     def scale_shape(self, num_frames: int, dim: int) -> tuple[int, ...]:
         return (-(-num_frames // self.group_frames), 2, dim)  # G is rounded up
 
-    def encode_into(self, codes_LFW: Array, scale: Array | None, hidden_LFD: Array) -> None:
+    def encode_into(self, codes_LRW: Array, scale: Array | None, hidden_LFD: Array) -> None:
         assert scale is not None
         num_frames, dim = hidden_LFD.shape[1:]
         half, whole = self.width(dim), num_frames // self.group_frames * self.group_frames
-        for hidden_FD, codes_FW, scale_G2D in zip(hidden_LFD, codes_LFW, scale, strict=True):
+        for hidden_FD, codes_FW, scale_G2D in zip(hidden_LFD, codes_LRW, scale, strict=True):
             # Blocks of whole groups, then the last group if it is shorter.
             for rows in (*_blocks(hidden_FD, whole), *[slice(whole, num_frames)] * (whole < num_frames)):
                 grouped_GTD = hidden_FD[rows].reshape(-1, min(self.group_frames, rows.stop - rows.start), dim)
@@ -180,11 +215,11 @@ class Int4(Codec):
         first_group, row = divmod(first_frame, self.group_frames)
         return scale[:, first_group : -(-(first_frame + num_frames) // self.group_frames)], row
 
-    def decode_into(self, out_LFD: Array, codes_LFW: Array, scale: Array | None, rows_F: Array) -> None:
+    def decode_into(self, out_LFD: Array, codes_LRW: Array, scale: Array | None, rows_F: Array) -> None:
         assert scale is not None
-        half, groups_F = codes_LFW.shape[-1], rows_F // self.group_frames
+        half, groups_F = codes_LRW.shape[-1], rows_F // self.group_frames
         # Layer by layer: steps and bases expanded to (F, D) then take the memory of one layer.
-        for out_FD, codes_FW, scale_G2D in zip(out_LFD, codes_LFW, scale, strict=True):
+        for out_FD, codes_FW, scale_G2D in zip(out_LFD, codes_LRW, scale, strict=True):
             wide_G2D = _float32(scale_G2D)
             out_FD[:, :half] = (codes_FW << 4) >> 4  # arithmetic shifts of int8 restore the sign of the low half
             out_FD[:, half:] = codes_FW >> 4
@@ -192,7 +227,7 @@ class Int4(Codec):
             out_FD += wide_G2D[:, 1][groups_F]
 
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Float16(), Int8(), Int4())}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Float16(), Int8(), Int4())}  # those without a fit
 
 
 def _step_and_base(low_GD: Array, high_GD: Array) -> tuple[Array, Array]:
@@ -263,17 +298,30 @@ class CodecError:
         return cls(np.zeros(num_layers), np.zeros(num_layers), np.zeros(num_layers))
 
     @classmethod
-    def of(cls, codec: Codec, hidden_LFD: NDArray[np.float32], codes_LFW: Codes, scale: Scale | None) -> "CodecError":
-        """Measure the error of one whole pack, decoded in blocks that stay in the cache."""
+    def of(
+        cls,
+        codec: Codec,
+        hidden_LFD: NDArray[np.float32],
+        codes_LRW: Codes,
+        scale: Scale | None,
+        own_F: NDArray[np.bool_] | None = None,
+    ) -> "CodecError":
+        """Measure the error of one whole pack, decoded in blocks that stay in the cache.
+
+        own_F: frames that are measured; None for all.
+        """
         lost = []
         for layer in range(len(hidden_LFD)):
             one, found = slice(layer, layer + 1), cls.none(1)
+            alone, own_scale = codec.of_layers([layer]), None if scale is None else scale[one]
             for rows in _blocks(hidden_LFD[layer], hidden_LFD.shape[1]):
-                decoded_1FD = codec.decode(
-                    codes_LFW[one, rows], None if scale is None else scale[one], first_frame=rows.start
-                )
-                decoded_1FD -= hidden_LFD[one, rows]
-                found += cls._of_lost(decoded_1FD, hidden_LFD[one, rows])
+                count, hidden_1FD = rows.stop - rows.start, hidden_LFD[one, rows]
+                codes_1RW = codes_LRW[one, codec.code_rows(rows.start, count)]
+                decoded_1FD = alone.decode(codes_1RW, own_scale, first_frame=rows.start, num_frames=count)
+                decoded_1FD -= hidden_1FD
+                if own_F is not None:
+                    decoded_1FD, hidden_1FD = decoded_1FD[:, own_F[rows]], hidden_1FD[:, own_F[rows]]
+                found += cls._of_lost(decoded_1FD, hidden_1FD)
             lost.append(found)
         return cls.joined(lost)
 
