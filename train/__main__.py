@@ -45,6 +45,17 @@ def main() -> None:
     help="Folder for metrics.json and the curves [default: runs/STUDENT]. With torchrun write -- before `train`, or "
     "torchrun takes this option for its own.",
 )
+@click.option(
+    "--dev-manifest",
+    type=_PATH,
+    help="Store that the dev split is scored on: its hidden states and, without waveforms, its stem. One of float16 makes "
+    "dev losses from all codecs comparable [default: that of --manifest].",
+)
+@click.option(
+    "--stem-manifest",
+    type=_PATH,
+    help="Store whose stem `stem: stored` trains from, such as one of --keep pooled,stem [default: that of --manifest].",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 @click.option(
     "--log",
@@ -55,9 +66,20 @@ def main() -> None:
     "variables say.",
 )
 def run(
-    student: str, params: Path, manifest: Path, corpus: Path, out: Path, run: Path | None, device: str, log: str | None
+    student: str,
+    params: Path,
+    manifest: Path,
+    corpus: Path,
+    out: Path,
+    run: Path | None,
+    dev_manifest: Path | None,
+    stem_manifest: Path | None,
+    device: str,
+    log: str | None,
 ) -> None:
     """Train one student.
+
+    All manifests are of one corpus and one teacher.
 
     On several GPUs: `torchrun --nproc-per-node N -m -- train run …`. N processes with `optimiser.accumulate: a` give
     the result of one process with N·a.
@@ -71,7 +93,9 @@ def run(
 
     if log is not None:
         check_tool(log)
-    Manifest.read(manifest)
+    for path in (manifest, dev_manifest, stem_manifest):
+        if path is not None:
+            Manifest.read(path)
     if not corpus.is_file():
         Corpus.open(corpus)  # raises
     from extract.base.malloc import keep_freed_blocks
@@ -87,6 +111,8 @@ def run(
             student=student,
             config=config,
             manifest=manifest,
+            dev_manifest=dev_manifest,
+            stem_manifest=stem_manifest,
             corpus=corpus,
             out=out,
             run_folder=run or Path("runs") / student,

@@ -11,6 +11,7 @@ No random state is stored: teacher forcing draws by step, dropout by pack (train
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,24 @@ class Checkpoint:
 
 
 def run_key(
-    config: StudentConfig, *, store_digest: str, corpus_digest: str, stem: StemShape, initial_weights: str | None
+    config: StudentConfig,
+    *,
+    store_digest: str,
+    corpus_digest: str,
+    stem: StemShape,
+    initial_weights: str | None,
+    other_digests: Mapping[str, str],
 ) -> str:
     """Return the digest of everything that decides a run's result, except how many packs a step has.
 
     It is also without the parts that packs are cut into, so that a run which was out of memory resumes in smaller ones.
 
-    `initial_weights` is the sha256 of their file; None if the weights start random.
+    `initial_weights` is the sha256 of their file; None if the weights start random. `other_digests`: of the stores of
+    dev and of the stem, where they are not that of the targets.
     """
     value = asdict(config)
     del value["optimiser"]["accumulate"], value["optimiser"]["micro_frames"]
-    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, asdict(stem), initial_weights])
+    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, asdict(stem), initial_weights, *sorted(other_digests.items())])
 
 
 def checkpoint_path(student: str, key: str, packs_per_step: int) -> Path:

@@ -150,6 +150,7 @@ class DistillationData:
     Arguments:
         layers: teacher layers, in the order of the batches' first axis.
         train_splits, dev_split: splits of the corpus; utterances of other splits are not used.
+        stem_store: another store of the corpus, in whose packs the stored stem lies; None: that of the targets.
         stored_draws: number of packs, from the first draw on, with the stored stem in place of waveforms.
         micro_frames: largest number of frames of a part of a pack, padding included; 0: packs are not cut.
     Raises RetortError for unknown splits and if no pack has a training utterance.
@@ -164,10 +165,12 @@ class DistillationData:
         train_splits: tuple[str, ...],
         dev_split: str | None,
         seed: int,
+        stem_store: StoreReader | None = None,
         stored_draws: float = 0,
         micro_frames: int = 0,
     ) -> None:
         self.corpus, self.store, self.layers = corpus, store, layers
+        self.stem_store = stem_store or store
         self.stored_draws, self.micro_frames = stored_draws, micro_frames
         self.normalise = bool(store.manifest.upstream["normalise"])
         self._statistics = np.full((len(corpus), 2), np.nan, dtype=np.float32)  # computed when first read

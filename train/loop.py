@@ -148,7 +148,7 @@ class DevScore:
 
 def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
     """Return dev scores of free running and, for a gendistiller, of teacher forcing; None where there is none."""
-    if not len(run.data.dev):
+    if not len(run.dev_data.dev):
         return None, None
     generates = isinstance(run.distiller, GenerationDistiller)
     return score_dev(run), score_dev(run, forced=True) if generates else None
@@ -165,7 +165,7 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> 
     num_frames: list[int] = []  # of each batch
     scores: list[Tensor] = []  # of each batch, on the device: loss, three errors per layer
     device = run.request.device
-    for batch in run.data.dev_batches(device=device, stored=stored, rank=processes.rank, size=processes.size):
+    for batch in run.dev_data.dev_batches(device=device, stored=stored, rank=processes.rank, size=processes.size):
         with autocast(run):
             targets_LFD = batch.targets()
             predicted = distiller(batch, targets_LFD, forced)
@@ -200,7 +200,7 @@ def _compare_stems(run: Run, progress: TrainingProgress, free: DevScore | None) 
     if abs(from_waveforms.loss - stored.loss) > _NOTICEABLE * from_waveforms.loss:
         progress.write_line(
             f"{run.request.student}: dev loss {from_waveforms.loss:.4f} from waveforms, {stored.loss:.4f} from the "
-            f"stored stem; the difference comes from its codec, {run.store.codec.name}"
+            f"stored stem; the difference comes from its codec, {run.dev_data.stem_store.codec.name}"
         )
 
 
@@ -252,9 +252,11 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetr
         "from_teacher": run.parts.copied,
         "key": run.key,
         "packs_per_step": request.packs_per_step,
-    }
+    } | {f"{name}_store_digest": store.digest for name, store in run.other_stores.items()}
+    others = {f"{name}_teacher": store.fingerprint for name, store in run.other_stores.items()}
     metrics = RunMetrics(
         **common,
+        **others,
         family=config.family,
         params=sum(parameter.numel() for parameter in student.parameters()),
         training_params=sum(parameter.numel() for parameter in run.distiller.parameters()),

@@ -44,7 +44,7 @@ class RunMetrics(Record):
 
     student: str
     family: str
-    teacher: str  # fingerprint of the store
+    teacher: str  # fingerprint of the store of the targets
     seed: int
     config: dict[str, Any]  # the whole StudentConfig
     versions: dict[str, str]  # by library
@@ -63,6 +63,8 @@ class RunMetrics(Record):
     growth: tuple[GrowthStep, ...]
     exposure_bias: float | None  # dev loss of free running minus that of teacher forcing; None without a history
     provenance: Provenance | None = None  # None: by a version that did not record it
+    dev_teacher: str | None = None  # fingerprint of the store that dev is scored on; None: that of `teacher`
+    stem_teacher: str | None = None  # fingerprint of the store of the stem; None: that of `teacher`, or waveforms
 
     def to_dict(self) -> dict[str, Any]:
         errors = {str(layer): asdict(error) for layer, error in self.dev_by_layer.items()}  # JSON's keys are text

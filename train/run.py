@@ -4,9 +4,11 @@ train/loop.py holds the loop over its steps.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from extract.base.device import check_dtype, set_float32
@@ -34,6 +36,8 @@ class TrainRequest:
     student: str  # name
     config: StudentConfig
     manifest: Path  # of the teacher's features
+    dev_manifest: Path | None = None  # of the features that dev is scored on; None: `manifest`
+    stem_manifest: Path | None = None  # of the stored stem; None: `manifest`
     corpus: Path
     out: Path  # folder of the student
     run_folder: Path  # folder of metrics.json and the curves
@@ -53,8 +57,10 @@ class Run:
 
     request: TrainRequest
     corpus: Corpus
-    store: StoreReader
+    store: StoreReader  # of the targets
+    other_stores: dict[str, StoreReader]  # `dev` and `stem`, where these are not in `store`
     data: DistillationData
+    dev_data: DistillationData  # `data`, or that of another store of the same corpus
     stages: tuple[Stage, ...]
     distiller: Distiller
     average: Distiller | None  # moving average of the weights, with `optimiser.ema`
@@ -89,21 +95,27 @@ def begin(request: TrainRequest) -> Run:
     torch.manual_seed(config.seed)  # of random initial weights: no other draw may come before the student is built
     corpus = Corpus.open(request.corpus)
     store = StoreReader.open(request.manifest, corpus)
+    other_stores = _open_others(request, store, corpus)
+    dev_store, stem_store = other_stores.get("dev"), other_stores.get("stem")
     corpus = store.rows_of(corpus)
-    check_input(config, store, corpus)
+    check_input(config, store, corpus, stem_store=stem_store)
+    layers = choose_targets(config, store)
+    if dev_store is not None:
+        _check_dev(config, layers, dev_store)
     weights, stem = _read_teacher(config, store)
     check_frames(stem, store, corpus)
     stages = plan_stages(config)
-    data = DistillationData(
+    make_data = partial(
+        DistillationData,
         corpus,
-        store,
-        layers=choose_targets(config, store),
+        layers=layers,
         train_splits=config.train_splits,
         dev_split=config.dev_split,
         seed=config.seed,
-        stored_draws=config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0,
         micro_frames=config.optimiser.micro_frames,
     )
+    stored_draws = config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0
+    data = make_data(store, stem_store=stem_store, stored_draws=stored_draws)
     distiller, parts = _initial_distiller(config, store, data, stem, weights)
     distiller.to(request.device).train()
     key = checkpoint.run_key(
@@ -112,12 +124,15 @@ def begin(request: TrainRequest) -> Run:
         corpus_digest=corpus.digest,
         stem=stem,
         initial_weights=None if weights is None else weights.sha256,
+        other_digests={name: other.digest for name, other in other_stores.items()},
     )
     run = Run(
         request=request,
         corpus=corpus,
         store=store,
         data=data,
+        other_stores=other_stores,
+        dev_data=data if dev_store is None else make_data(dev_store),
         stages=stages,
         distiller=distiller,
         average=copy.deepcopy(distiller) if config.optimiser.ema else None,
@@ -190,24 +205,73 @@ def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]
     return targets
 
 
-def check_input(config: StudentConfig, store: StoreReader, corpus: Corpus) -> None:
-    """Raise RetortError for a teacher without a stem, a stored stem that does not fit, and missing waveforms."""
+def _open_others(request: TrainRequest, store: StoreReader, corpus: Corpus) -> dict[str, StoreReader]:
+    """Open the stores of dev and of the stem that are not that of the targets, `store`. `corpus` is uncut."""
+    paths = {"dev": request.dev_manifest, "stem": request.stem_manifest}
+    return {
+        name: _open_other(path, f"--{name}-manifest", store, corpus)
+        for name, path in paths.items()
+        if path is not None and path != request.manifest
+    }
+
+
+def _open_other(path: Path, option: str, store: StoreReader, corpus: Corpus) -> StoreReader:
+    """Open the store of an option.
+
+    Raises RetortError unless it holds the same utterances as `store`, of one corpus, with equal frames of one teacher.
+    """
+    other = StoreReader.open(path, corpus)
+    expected, found = (
+        {
+            "the teacher's weights": reader.manifest.upstream["weights_sha256"][:12],
+            "normalised waveforms": str(reader.manifest.upstream["normalise"]).lower(),
+            "samples of the longest part of a cut utterance": reader.manifest.cut_samples,
+            "utterances": reader.num_utterances,
+        }
+        for reader in (store, other)
+    )
+    for name, value in expected.items():
+        if found[name] != value:
+            raise RetortError(
+                f"{option} {path}: {name}: got {found[name]}, expected the {value} of {store.source}; give a store of "
+                "the same teacher and settings, which may have another codec and other layers"
+            )
+    unequal = ((other.pack_of < 0) != (store.pack_of < 0)) | (other.num_frames != store.num_frames)
+    if unequal.any():
+        index = int(np.flatnonzero(unequal)[0])
+        raise RetortError(
+            f"{option} {path}: utterance {store.ids[index]} has {other.num_frames[index]} frames, expected the "
+            f"{store.num_frames[index]} of {store.source}; extract both with the same --drop-long and --drop-short"
+        )
+    return other
+
+
+def _check_dev(config: StudentConfig, layers: tuple[int, ...], dev_store: StoreReader) -> None:
+    """Raise RetortError if a store lacks what the dev split is scored on."""
+    choose_targets(replace(config, targets=layers), dev_store)
+    if config.stem == "stored":
+        _check_stem(config, dev_store)
+
+
+def check_input(
+    config: StudentConfig, store: StoreReader, corpus: Corpus, *, stem_store: StoreReader | None = None
+) -> None:
+    """Raise RetortError for a teacher without a stem, a stored stem that does not fit, and missing waveforms.
+
+    stem_store: of the stored stem, None for `store`.
+    """
     if store.manifest.upstream.get("family") == "fbank":
         raise RetortError(
             f"{store.source} holds filter banks, which have no convolution stem for a student to share frames with; "
             "give the manifest of a wav2vec2, hubert, wavlm, data2vec-audio or retort-student upstream"
         )
     if config.stem == "stored":
-        if "stem" not in store.keep:
-            raise RetortError(
-                f"stem: {store.source} keeps {', '.join(sorted(store.keep))} but not the stem; run `python -m extract "
-                "run` again with --keep frames,pooled,stem, or set stem to `waveforms`"
-            )
-        if store.stem_dim != config.shape.stem_channels:
-            raise RetortError(
-                f"shape.stem_channels: got {config.shape.stem_channels}, expected the {store.stem_dim} channels of the "
-                f"stem in {store.source}"
-            )
+        _check_stem(config, store if stem_store is None else stem_store)
+    elif stem_store is not None:
+        raise RetortError(
+            f"--stem-manifest {stem_store.source}: got `stem: waveforms`, which reads no stored stem; set stem to "
+            "`stored` in the student's section, or leave the option out"
+        )
     if config.needs_audio:
         corpus.check_audio(
             "stem: `waveforms` needs"
@@ -215,6 +279,19 @@ def check_input(config: StudentConfig, store: StoreReader, corpus: Corpus) -> No
             else "optimiser.stem_frozen: the last steps train the stem and need",
             ", or train without it: `stem: stored` with optimiser.stem_grad_scale 0, from a store made with --keep "
             "frames,pooled,stem",
+        )
+
+
+def _check_stem(config: StudentConfig, store: StoreReader) -> None:
+    if "stem" not in store.keep:
+        raise RetortError(
+            f"stem: {store.source} keeps {', '.join(sorted(store.keep))} but not the stem; run `python -m extract "
+            "run` again with --keep frames,pooled,stem, or set stem to `waveforms`"
+        )
+    if store.stem_dim != config.shape.stem_channels:
+        raise RetortError(
+            f"shape.stem_channels: got {config.shape.stem_channels}, expected the {store.stem_dim} channels of the "
+            f"stem in {store.source}"
         )
 
 
