@@ -48,13 +48,14 @@ def main() -> None:
 @click.option(
     "--dev-manifest",
     type=_PATH,
-    help="Store that the dev split is scored on: its hidden states and, without waveforms, its stem. One of float16 makes "
-    "dev losses from all codecs comparable [default: that of --manifest].",
+    help="Store that the dev split is scored on: its hidden states and, without waveforms, its stem. With one of "
+    "float16, dev losses after training from any codec are comparable [default: that of --manifest].",
 )
 @click.option(
     "--stem-manifest",
     type=_PATH,
-    help="Store whose stem `stem: stored` trains from, such as one of --keep pooled,stem [default: that of --manifest].",
+    help="Store whose stem `stem: stored` trains from, such as one made with --keep pooled,stem [default: that of "
+    "--manifest].",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 @click.option(

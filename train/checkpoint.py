@@ -74,7 +74,17 @@ def run_key(
     """
     value = asdict(config)
     del value["optimiser"]["accumulate"], value["optimiser"]["micro_frames"]
-    return sha256_json([FORMAT_VERSION, value, store_digest, corpus_digest, asdict(stem), initial_weights, *sorted(other_digests.items())])
+    return sha256_json(
+        [
+            FORMAT_VERSION,
+            value,
+            store_digest,
+            corpus_digest,
+            asdict(stem),
+            initial_weights,
+            *sorted(other_digests.items()),
+        ]
+    )
 
 
 def checkpoint_path(student: str, key: str, packs_per_step: int) -> Path:

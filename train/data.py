@@ -48,7 +48,7 @@ class Batch:
     scale_rows_F: Tensor  # int64: row of each own frame, counted from the first frame of its scale
     rows_F: Tensor  # int64: position of each own frame in the flattened (B, T) grid
     stem_codes_1FW: Tensor | None = None  # the stem's output in place of samples, coded like the targets
-    stem_scales: tuple[Tensor | None, ...] = ()
+    stem_scales: tuple[Tensor | None, ...] = ()  # empty: the codes of the stem are its values, float32
     valid_BT: Tensor | None = None  # bool: True on own frames; given with the stem's output
 
     def to(self, device: torch.device) -> "Batch":
@@ -101,7 +101,7 @@ class Batch:
         return grid_NC.index_copy_(0, self.rows_F, stem_FC).view(*self.valid_BT.shape, -1), self.valid_BT
 
     def _decoded(self, codes_LFW: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
-        if self.codec is None:
+        if self.codec is None or not scales:
             return codes_LFW
         num_layers, num_frames, width = codes_LFW.shape
         values_LFD = torch.empty((num_layers, num_frames, width * self.codec.values_per_code), device=codes_LFW.device)
@@ -233,7 +233,10 @@ class DistillationData:
         gaps = np.flatnonzero(np.diff(rows_F) != 1) + 1  # where utterances of another split lie between
         spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_F, gaps)]
         targets = self._codes(pack, spans, pin=pin)
-        stem = self._codes(pack, spans, is_stem=True, pin=pin) if stored else None
+        stem = None
+        if stored:
+            own = self.stem_store is self.store
+            stem = self._codes(pack, spans, is_stem=True, pin=pin) if own else self._decoded_stem(utterances)
         runs = (len(rows_F),), rows_F
         return self._batch(utterances, targets, stem, runs, share=len(rows_F) / total, pin=pin)
 
@@ -251,10 +254,18 @@ class DistillationData:
         ):
             yield batch
 
+    def _decoded_stem(self, utterances: NDArray[np.int64]) -> Coded:
+        """Return the stem's output from another store, decoded here: its packs hold other utterances."""
+        stems = [self.stem_store.stem_at(index) for index in utterances.tolist()]
+        return torch.from_numpy(np.concatenate(stems)[None]), ()
+
     def _dev_batch(self, utterances: NDArray[np.int64], *, stored: bool, pin: bool) -> Batch:
         """Return dev utterances, which lie in several packs: each brings its own scale."""
         targets, rows_F = self._dev_codes(utterances)
-        stem = self._dev_codes(utterances, is_stem=True)[0] if stored else None
+        stem = None
+        if stored:
+            own = self.stem_store is self.store
+            stem = self._dev_codes(utterances, is_stem=True)[0] if own else self._decoded_stem(utterances)
         runs = tuple(self.store.num_frames[utterances].tolist()), rows_F
         return self._batch(utterances, targets, stem, runs, pin=pin)
 

@@ -245,14 +245,18 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetr
         "config": asdict(config),
         "versions": versions(),
     }
-    made_from = common | {
-        "teacher_id": run.store.manifest.upstream["id"],
-        "store_digest": run.store.digest,
-        "corpus_digest": run.corpus.digest,
-        "from_teacher": run.parts.copied,
-        "key": run.key,
-        "packs_per_step": request.packs_per_step,
-    } | {f"{name}_store_digest": store.digest for name, store in run.other_stores.items()}
+    made_from = (
+        common
+        | {
+            "teacher_id": run.store.manifest.upstream["id"],
+            "store_digest": run.store.digest,
+            "corpus_digest": run.corpus.digest,
+            "from_teacher": run.parts.copied,
+            "key": run.key,
+            "packs_per_step": request.packs_per_step,
+        }
+        | {f"{name}_store_digest": store.digest for name, store in run.other_stores.items()}
+    )
     others = {f"{name}_teacher": store.fingerprint for name, store in run.other_stores.items()}
     metrics = RunMetrics(
         **common,
