@@ -38,7 +38,9 @@ BLOCK_FRAMES = 16
 MOST_BITS = 8  # of a coefficient
 NUM_BANDS, NUM_GAINS = 2, 16
 LEAST_GAIN = 1e-4  # of a block without signal in a band
+MOST_RATE = 4  # bits a value: above it levels are wasted, int4 and int8 lose less
 
+_LARGEST = 1e15  # deviations
 _CACHED_BLOCKS = 16  # of one layer at a time in numpy: 256 x 768 float32 stay in a level-2 cache
 _SHAPES = {"mean": "LD", "basis": "LKD", "bits": "LTK", "deviation": "LTK", "gains": "LEG", "levels": "LQV"}
 _DTYPES = {name: "uint8" if name == "bits" else "float32" for name in _SHAPES}
@@ -119,6 +121,7 @@ class _Layer:
         coefficient_BTK = self.dct_TT @ projected_FK.reshape(num_blocks, BLOCK_FRAMES, -1)
         value_BN = coefficient_BTK.reshape(num_blocks, -1)[:, self.place_N]
         value_BN /= self.deviation_N
+        value_BN = value_BN.clip(-_LARGEST, _LARGEST)  # squares of larger values overflow float32
         # Gains by their logarithms, from the root mean square of each band: log2 of the root is half that of the power.
         power_BE = ((value_BN * value_BN) @ self.average_NE).clip(LEAST_GAIN**2)
         gain_BE = (_log2(power_BE)[..., None] * 0.5 > self.gain_edges_EG).sum(-1)
@@ -171,8 +174,11 @@ class Transform(Codec):
     needs_fit: ClassVar[bool] = True
 
     def __init__(self, rate: float, parameters: Parameters | None = None) -> None:
-        if not 0 < rate <= MOST_BITS:
-            raise RetortError(f"codec transform:{rate:g}: expected a rate above 0 and up to {MOST_BITS} bits a value")
+        if not 0 < rate <= MOST_RATE:
+            raise RetortError(
+                f"codec transform:{rate:g}: expected a rate above 0 and up to {MOST_RATE} bits a value; use int4 or "
+                "int8 for more"
+            )
         self.name = f"transform:{rate:g}"
         self.rate = rate
         self.parameters = parameters

@@ -29,10 +29,11 @@ from extract.store.transform import (
 
 SAMPLE_FRAMES = 65_536  # in all packs of the sample
 _ROUNDS = 2  # of gains and deviations
+_OCTAVES_ABOVE = 0.5  # of the largest gain above the loudest block of the sample
 _LLOYD_ROUNDS = 50
 _LLOYD_VALUES = 1 << 18
 _ROWS = 4096  # frames whose float64 covariance is added at a time
-_TINY = 1e-9
+_LEAST_DEVIATION = 1e-6  # of the largest value: below it a layer is constant but for rounding
 # Squared errors of quantisers of 0 to 8 bits of a normal variable of variance 1; a quarter a bit beyond 5 bits.
 _NORMAL_ERRORS = np.array([1, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000625, 0.000156, 0.000039])
 
@@ -73,7 +74,8 @@ def _fit_layer(codec: Transform, hidden_FD: Values, place: int) -> dict[str, NDA
         coefficient_BTD[blocks] = dct_matrix(BLOCK_FRAMES) @ projected_FD.reshape(-1, BLOCK_FRAMES, len(mean_D))
     num_bits = 8 * codec.width(len(mean_D)) - 8
     deviation_TD = _root_mean_square(coefficient_BTD)
-    if not (deviation_TD > _TINY * np.abs(hidden_FD).max()).any():
+    least = max(_LEAST_DEVIATION * float(np.abs(hidden_FD).max()), float(np.finfo(np.float32).tiny))
+    if not (deviation_TD > least).any():
         raise RetortError(f"codec {codec.name}: layer number {place} has no variance; use --codec int8")
     bits_TD = _allocated(deviation_TD.astype(np.float64) ** 2, num_bits)
     for _ in range(_ROUNDS):
@@ -141,7 +143,10 @@ def _gains(
         counts_E[band] += coded.sum()
     logarithm_BE = 0.5 * np.log2((power_BE / np.maximum(counts_E, 1)).clip(LEAST_GAIN**2))
     if gains_EG is None:
-        gains_EG = np.stack([2 ** lloyd_max(values_B, NUM_GAINS) for values_B in logarithm_BE.T]).astype(np.float32)
+        levels_EG = np.stack([lloyd_max(values_B, NUM_GAINS) for values_B in logarithm_BE.T])
+        # The store has louder blocks than the sample, and too small a gain costs more than too large a one.
+        levels_EG[:, -1] = logarithm_BE.max(0) + _OCTAVES_ABOVE
+        gains_EG = (2**levels_EG).astype(np.float32)
     edges_EG = middles(np.log2(gains_EG))
     by_band = [gains_EG[band][np.searchsorted(edges_EG[band, :-1], logarithm_BE[:, band])] for band in range(NUM_BANDS)]
     return gains_EG, np.stack([by_band[min(row, 1)] for row in range(BLOCK_FRAMES)], axis=1)
