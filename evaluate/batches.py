@@ -128,5 +128,5 @@ class FrameReader:
         while len(self._packs) >= room:
             self._packs.popitem(last=False)
         scale = None if pack.scale is None else on_device(pack.scale, self.device)
-        self._packs[index] = on_device(pack.codes_LFW, self.device), scale
+        self._packs[index] = on_device(pack.codes_LRW, self.device), scale
         return self._packs[index]

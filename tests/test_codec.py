@@ -302,7 +302,7 @@ def test_a_store_gives_back_every_utterance_and_its_measured_error(codec: Codec,
         states = np.zeros((3, 100, 6), np.float32)
         for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
             states[:, first : first + count] = hidden(int(index), int(count))
-        decoded = codec.decode(pack.codes_LFW, pack.scale)
+        decoded = codec.decode(pack.codes_LRW, pack.scale)
         assert (np.abs(decoded - states) <= BOUNDS[codec.name](states) * (1 + 1e-5)).all()
         for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
             own = decoded[:, first : first + count]

@@ -78,7 +78,7 @@ def test_random_features_have_the_shape_asked_for(task):
     features = random_features(task, splits, duration_s=2.0, shape=Shape(5, 12))
     assert features.reader.num_frames.tolist() == [99] * 24
     pack = features.reader.pack(0)
-    assert pack.codes_LFW.shape[0::2] == (5, 12)
+    assert pack.codes_LRW.shape[0::2] == (5, 12)
     assert features.reader.pooled(features.select("dev")).shape == (8, 5, 12)
     assert set(TASKS[task].labels) - {"speaker"} <= set(features.corpus.labels)
 

@@ -66,8 +66,8 @@ def test_packs_hold_the_frames_of_their_utterances(config: ExtractConfig, corpus
     seen: list[int] = []
     for number in range(reader.num_packs):
         pack = reader.pack(number, layers=[0, 3])
-        assert pack.codes_LFW.dtype == reader.codec.dtype
-        decoded = reader.codec.decode(pack.codes_LFW, pack.scale)
+        assert pack.codes_LRW.dtype == reader.codec.dtype
+        decoded = reader.codec.decode(pack.codes_LRW, pack.scale)
         used = np.zeros(reader.pack_frames, dtype=bool)
         for index, first, count in zip(pack.utterances, pack.first_frame, pack.num_frames, strict=True):
             rows = slice(first, first + count)

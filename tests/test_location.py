@@ -83,7 +83,7 @@ def assert_reads_alike(left: StoreReader, right: StoreReader) -> None:
     assert left.ids == right.ids and left.digest == right.digest
     for number in range(left.num_packs):
         one, other = left.pack(number), right.pack(number)
-        np.testing.assert_array_equal(one.codes_LFW, other.codes_LFW)
+        np.testing.assert_array_equal(one.codes_LRW, other.codes_LRW)
         np.testing.assert_array_equal(one.scale, other.scale)
         np.testing.assert_array_equal(one.utterances, other.utterances)
     for name in left.ids:
@@ -133,7 +133,7 @@ READ = """
 import sys
 from extract.store.reader import StoreReader
 reader = StoreReader.open(sys.argv[1])
-print([reader.pack(number).codes_LFW.sum() for number in range(reader.num_packs)], "torch" in sys.modules)
+print([reader.pack(number).codes_LRW.sum() for number in range(reader.num_packs)], "torch" in sys.modules)
 """
 
 
@@ -144,7 +144,7 @@ def test_two_processes_that_want_the_same_fetch_it_once_and_without_torch(s3: S3
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
     printed = {process.communicate()[0] for process in both}
     reader = StoreReader.open(store.manifest)
-    sums = [reader.pack(number).codes_LFW.sum() for number in range(reader.num_packs)]
+    sums = [reader.pack(number).codes_LRW.sum() for number in range(reader.num_packs)]
     assert printed == {f"{sums} False\n".encode()}
     shards = s3.requests("GET", "/hidden/c/")
     assert len(shards) == len(set(shards)) == reader.num_packs

@@ -137,23 +137,23 @@ def test_rows_of_a_pack_into_memory_of_the_caller(manifest: Path) -> None:
     whole = reader.pack(1)
     out = np.full((2, 7, 4), 99, dtype=np.int8)
     part = reader.pack(1, [2, 0], frames=slice(5, 12), out=out)
-    assert part.codes_LFW is out
-    np.testing.assert_array_equal(out, whole.codes_LFW[[2, 0], 5:12])
+    assert part.codes_LRW is out
+    np.testing.assert_array_equal(out, whole.codes_LRW[[2, 0], 5:12])
     assert whole.scale is not None and part.scale is not None
     np.testing.assert_array_equal(part.scale, whole.scale[[2, 0]])
-    assert reader.pack(1, frames=slice(3, 3)).codes_LFW.shape == (3, 0, 4)
+    assert reader.pack(1, frames=slice(3, 3)).codes_LRW.shape == (3, 0, 4)
 
 
 def test_threads_and_forked_processes_read_alike_and_leave_no_file_open(manifest: Path) -> None:
     reader = StoreReader.open(manifest)
-    expected = [StoreReader.open(manifest).pack(pack).codes_LFW for pack in range(reader.num_packs)]
+    expected = [StoreReader.open(manifest).pack(pack).codes_LRW for pack in range(reader.num_packs)]
     before = len(list(Path("/proc/self/fd").iterdir()))
     started = threading.Barrier(4)
 
     def read_all(first: int) -> list[NDArray[Any]]:
         started.wait()
         order = [(first + step) % reader.num_packs for step in range(200)]
-        return [reader.pack(pack).codes_LFW for pack in order]
+        return [reader.pack(pack).codes_LRW for pack in order]
 
     with ThreadPoolExecutor(4) as pool:
         for first, found in enumerate(pool.map(read_all, range(4))):
@@ -161,7 +161,7 @@ def test_threads_and_forked_processes_read_alike_and_leave_no_file_open(manifest
                 np.testing.assert_array_equal(codes_LFW, expected[(first + step) % reader.num_packs])
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     if not (child := os.fork()):
-        equal = all(np.array_equal(reader.pack(pack).codes_LFW, expected[pack]) for pack in range(reader.num_packs))
+        equal = all(np.array_equal(reader.pack(pack).codes_LRW, expected[pack]) for pack in range(reader.num_packs))
         os._exit(0 if equal else 1)
     assert os.waitpid(child, 0)[1] == 0
 

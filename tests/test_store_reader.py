@@ -45,7 +45,7 @@ def test_a_reader_gives_back_exactly_an_utterances_frames(
         pack = data.draw(st.integers(0, reader.num_packs - 1))
         own = [own_values(int(index), lengths[index])[layers] for index in reader.utterances_of(pack)]
         np.testing.assert_array_equal(reader.own_frames(pack, layers), np.concatenate(own, axis=1))
-        rows = reader.pack(pack).codes_LFW
+        rows = reader.pack(pack).codes_LRW
         used = sum(lengths[index] for index in reader.utterances_of(pack))
         assert not rows[:, used:].any(), "rows past the last utterance are 0"
     assert sorted(index for pack in range(reader.num_packs) for index in reader.utterances_of(pack)) == kept

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from extract.base.errors import RetortError, unknown
 from extract.base.files import read_json, sha256_file
 from extract.base.validate import check_below, check_fields, check_name, parse
-from extract.store.codec import CODECS
+from extract.store.codecs import codec_named
 from extract.store.location import LocalLocation, Location, RemoteLocation, check_bytes, check_sizes, location_of
 from extract.store.objects import OBJECTS_NAME, Expected, ObjectList, is_expected, is_sha256
 
@@ -208,8 +208,6 @@ class Manifest:
             )
 
     def _check(self, path: Path | str) -> None:
-        if self.codec not in CODECS:
-            raise unknown(f"codec in {path}:", self.codec, CODECS)
         for name, keys in (("upstream", _UPSTREAM), ("plan", _PLAN), ("corpus", _CORPUS), ("store", _STORE)):
             check_fields(keys, getattr(self, name), where=f"{path}: {name}")
         if "cut_samples" in self.corpus:
@@ -225,6 +223,20 @@ class Manifest:
         if self.format_2 is None and not is_expected(self.object_list):
             raise RetortError(f"{path}: object_list: got {self.object_list!r}, expected [bytes, sha256 in hex]")
         self._check_counts(path)
+        self._check_codec(path)
+
+    def _check_codec(self, path: Path | str) -> None:
+        try:
+            codec = codec_named(self.codec)
+            if "frames" in self.keep:
+                codec.width(self.dim)
+        except RetortError as error:
+            raise RetortError(f"{path}: codec: {error}") from None
+        if (frames := self.plan["pack_frames"]) % codec.block_frames:
+            raise RetortError(
+                f"{path}: plan.pack_frames: got {frames}, expected a multiple of {codec.block_frames} for codec "
+                f"{codec.name}"
+            )
 
     def _check_counts(self, path: Path | str) -> None:
         if odd := set(self.keep) - KEEP:

@@ -4,8 +4,8 @@ Every object is checked against its sha256 in the manifest when it is read. An o
 there and renamed into place. An object written to a URL is checked by size, against a new listing at the end; S3
 refuses an upload whose checksum differs. `extract verify` on the new manifest reads every byte back (a download).
 
-The objects of a shard are copied first, then its record (`shards/NNNNN.json`, with their digests); the list of objects
-and the manifest follow last.
+The objects of a shard are copied first, then its record (`shards/NNNNN.json`, with their digests), and in the same way
+the parameters of a fitted codec and theirs (`codec.json`); the list of objects and the manifest follow last.
 A second run therefore continues a killed one: it skips objects with the right digest in a folder, and objects that a
 shard record names at a URL.
 """
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from extract.base.errors import RetortError
@@ -32,6 +33,7 @@ from extract.store.location import (
 )
 from extract.store.manifest import MANIFEST_NAME, Manifest, initial_weights_path, record_name
 from extract.store.objects import OBJECTS_NAME, Expected
+from extract.store.parameters import FIT_RECORD
 
 _AT_ONCE = 4  # concurrent copies; one connection to an object store is slower than the network
 
@@ -47,7 +49,7 @@ class Mirrored:
 
 @dataclass(frozen=True)
 class _Part:
-    """Objects that are copied one after another, and the shard record that follows them, if they are of a shard."""
+    """Objects that are copied one after another, and the record that follows them, if they are of a shard or a fit."""
 
     names: tuple[str, ...]
     record: str | None = None
@@ -100,10 +102,10 @@ def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
 
 def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressBar) -> list[str]:
     """Copy missing objects, several parts at once; return the names of the copied ones."""
-    # Objects of a shard without a valid record in the source are copied one by one, like metadata and index.
+    # Objects without a valid record in the source are copied one by one, like metadata and index.
     parts = [_Part(tuple(objects), record) for record, objects in _records(manifest, source).items()]
-    of_shards = {name for part in parts for name in part.names}
-    parts += [_Part((name,)) for name in manifest.objects if name not in of_shards]
+    recorded = {name for part in parts for name in part.names}
+    parts += [_Part((name,)) for name in manifest.objects if name not in recorded]
     there = _there(manifest, target)
     bar.advance(_megabytes(manifest, there), detail="already copied")
     copied: list[str] = []
@@ -119,10 +121,9 @@ def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressB
 
 
 def _records(manifest: Manifest, location: Location) -> dict[str, dict[str, list[object]]]:
-    """Return the shard records at a location whose digests agree with the manifest: name -> objects."""
-    names = [
-        name for shard in range(manifest.plan["num_shards"]) if location.size(name := record_name(shard)) is not None
-    ]
+    """Return the records at a location whose digests agree with the manifest: name -> objects."""
+    possible = chain([FIT_RECORD], map(record_name, range(manifest.plan["num_shards"])))
+    names = [name for name in possible if location.size(name) is not None]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         records = zip(names, pool.map(location.read, names), strict=True)
         read = {name: parse_json(data, where=f"{location}/{name}").get("objects") for name, data in records}
@@ -134,7 +135,7 @@ def _records(manifest: Manifest, location: Location) -> dict[str, dict[str, list
 
 
 def _there(manifest: Manifest, target: Location) -> set[str]:
-    """Return the objects that the target already has: by digest in a folder, by size and shard record at a URL."""
+    """Return the objects that the target already has: by digest in a folder, by size and record at a URL."""
     right_size = {name for name, (size, _) in manifest.objects.items() if target.size(name) == size}
     if isinstance(target, LocalLocation):
         return {name for name in right_size if target.sha256(name) == manifest.objects[name][1]}

@@ -24,6 +24,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 # Every object that a writer makes. `verify`, `mirror` and the cache write files by these names.
 _OBJECT = re.compile(
     r"zarr\.json|(hidden|scale|stem|stem_scale|pooled)/(zarr\.json|c(/\d{1,9})+)"
+    r"|codec/(zarr\.json|(hidden|stem)/(zarr\.json|[a-z]{1,16}/(zarr\.json|c(/0)+)))"
     r"|index/(zarr\.json|(pack|first_frame|num_frames|ids)/(zarr\.json|c/0))|rows/\d{5,9}\.npy",
     re.ASCII,
 )
@@ -100,6 +101,10 @@ class ObjectList(Mapping[str, Expected]):
         """Return the objects that a reader needs: all but the pooled rows of shards."""
         return ObjectList(self._rows[~np.char.startswith(self._names, b"rows/")])
 
+    def below(self, folder: str) -> "ObjectList":
+        """Return the objects in a folder of the store, such as `codec`."""
+        return ObjectList(self._rows[np.char.startswith(self._names, f"{folder}/".encode())])
+
     def digest(self) -> str:
         """Return the sha256 of the list as compact JSON, [[name, [bytes, sha256]], …]: the digest of the store."""
         whole = hashlib.sha256(b"[")
@@ -109,7 +114,7 @@ class ObjectList(Mapping[str, Expected]):
         return whole.hexdigest()
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """Return (objects, bytes) of each array, of the index and of the rows; of `metadata`, all zarr.json."""
+        """Return (objects, bytes) of each array, of the index, the rows and `codec`; of `metadata`, all zarr.json."""
         is_metadata = np.char.endswith(self._names, b"zarr.json")
         array_of = np.where(is_metadata, b"metadata", np.char.partition(self._names, b"/")[:, 0])
         found = {}

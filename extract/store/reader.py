@@ -1,17 +1,21 @@
 """Reading a feature store, with numpy and zarr and without torch. Packs are read by `extract.store.shard_file`.
 
     ROOT/<upstream>-<fingerprint>/<corpus>-<digest>/        a Zarr v3 group
-        hidden     (packs, layers, frames, width)  codes, one chunk per pack and layer: float16 or int8 with
-                                                   width = dim; int4 as int8 with width = dim / 2
+        hidden     (packs, layers, rows, width)    codes, one chunk per pack and layer, of float16 and int8 a row per
+                                                   frame, width = dim; int4 as int8, width = dim / 2; transform:RATE
+                                                   as uint8, a row per 16 frames, width = 2 x RATE x dim
         scale      (packs, layers, ...)            scales of the codes: float32 (dim,) of int8, float16
                                                    (groups, 2, dim) of int4
-        stem       (packs, frames, width)          output of the convolution stem, if kept; coded like a layer
+        stem       (packs, rows, width)            output of the convolution stem, if kept; coded like a layer
         stem_scale (packs, ...)                    its scales
+        codec/hidden/NAME (layers, ...)            parameters of codec transform; of the stem: codec/stem/NAME (1, ...)
         pooled     (utterances, layers, dim)       float32, mean over the utterance's own frames; NaN if dropped
-        index/pack, first_frame, num_frames        int32 (utterances,), in corpus order; pack -1 = dropped
+        index/pack, first_frame, num_frames        int32 (utterances,), in corpus order; pack -1 = dropped; of codec
+                                                   transform first_frame is a multiple of 16
         index/ids                                  uint8, the ids in UTF-8 joined by newlines
         rows/NNNNN.npy                             the pooled rows of a shard, from which `pooled` is made
         shards/NNNNN.json                          record of a finished shard: sizes and digests of its objects
+        codec.json                                 the same of the parameters in codec/
         objects.bin                                list of all objects with sizes and digests (`extract.store.objects`)
         manifest.json                              written last
 
@@ -32,10 +36,13 @@ from numpy.typing import NDArray
 from extract.base.columns import TextColumn
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
-from extract.store.codec import CODECS, Codec, Codes, Scale
+from extract.store.codec import Codec, Codes, Scale
+from extract.store.codecs import codec_named
 from extract.store.location import LocalLocation, check_bytes, check_sizes
 from extract.store.manifest import Manifest
-from extract.store.packing import PackMembers
+from extract.store.objects import Expected
+from extract.store.packing import PackMembers, ranges
+from extract.store.parameters import read_parameters
 from extract.store.shard_file import DamagedShard, ShardedArray
 
 
@@ -43,10 +50,11 @@ from extract.store.shard_file import DamagedShard, ShardedArray
 class Pack:
     """One pack as stored. Utterance j has rows [first_frame[j], first_frame[j] + num_frames[j]).
 
-    Codes past the last utterance are those of 0; in int4 such rows decode to about 0 if they share a group with it.
+    Codes of other rows are of no utterance: past the last one they are those of 0 (in int4 such rows decode to about 0
+    if they share a group with it), in codec `transform` anything.
     """
 
-    codes_LFW: Codes  # (layers, pack_frames, the codec's width)
+    codes_LRW: Codes  # (layers, the codec's rows, the codec's width)
     scale: Scale | None  # (layers, ...) in the shape of `Codec.scale_shape`
     utterances: NDArray[np.int64]  # corpus indices, in order of first frame
     first_frame: NDArray[np.int64]
@@ -66,7 +74,7 @@ class StoreReader:
         self.dim = manifest.dim
         self.hop_samples = manifest.hop_samples
         self.receptive_samples = manifest.receptive_samples
-        self.codec = CODECS[manifest.codec]
+        self.codec = codec_named(manifest.codec)  # without parameters
         self.keep = frozenset(manifest.keep)
         self.num_packs: int = manifest.plan["num_packs"]
         self.pack_frames: int = manifest.plan["pack_frames"]
@@ -129,11 +137,14 @@ class StoreReader:
 
     def _check_small_objects(self) -> None:
         """Compare metadata and index byte for byte; arrays were compared by size, and `extract verify` reads them."""
-        if not isinstance(self._location, LocalLocation):
-            return  # the cache checks every object that it fetches
         for name, expected in self._objects.items():
             if name.endswith("zarr.json") or name.startswith("index/"):
-                check_bytes(self._location.folder / name, expected, what=f"the store of {self.source}: {name}")
+                self._check(name, expected)
+
+    def _check(self, name: str, expected: Expected) -> None:
+        """Compare an object byte for byte."""
+        if isinstance(self._location, LocalLocation):  # the cache checks every object that it fetches
+            check_bytes(self._location.folder / name, expected, what=f"the store of {self.source}: {name}")
 
     def _array(self, name: str, dtype: str, *shape: int | None) -> zarr.Array[Any]:
         """Return an array of the group. Raises RetortError unless it has this dtype and shape; None is any size."""
@@ -182,7 +193,8 @@ class StoreReader:
     @cached_property
     def _hidden(self) -> ShardedArray:
         self._check_kept("frames", "frames,pooled")
-        shape = (self.num_packs, len(self.layers), self.pack_frames, self.codec.width(self.dim))
+        rows, width = self.codec.num_rows(self.pack_frames), self.codec.width(self.dim)
+        shape = (self.num_packs, len(self.layers), rows, width)
         return self._sharded("hidden", self.codec.dtype, *shape, has_layers=True)
 
     @cached_property
@@ -197,7 +209,8 @@ class StoreReader:
     @cached_property
     def _stem(self) -> ShardedArray:
         self._check_kept("stem", "frames,pooled,stem")
-        return self._sharded("stem", self.codec.dtype, self.num_packs, self.pack_frames, None, has_layers=False)
+        rows = self.codec.num_rows(self.pack_frames)
+        return self._sharded("stem", self.codec.dtype, self.num_packs, rows, None, has_layers=False)
 
     @cached_property
     def _stem_scale(self) -> ShardedArray | None:
@@ -212,7 +225,7 @@ class StoreReader:
     @property
     def stem_dim(self) -> int:
         """Channels of the stored stem. Raises RetortError for a store without one."""
-        return self._stem.shape[-1] * self.codec.values_per_code
+        return self.codec.dim(self._stem.shape[-1])
 
     @cached_property
     def ids(self) -> TextColumn:
@@ -247,12 +260,31 @@ class StoreReader:
 
     def codec_for(self, layers: Sequence[int] | None = None) -> Codec:
         """Return the codec that decodes the codes of all stored layers, or of `layers` in that order."""
-        return self.codec
+        return self._hidden_codec.of_layers(self._rows(layers))
 
-    @property
+    @cached_property
+    def _hidden_codec(self) -> Codec:
+        return self._fitted("hidden", len(self.layers), self.dim)
+
+    @cached_property
     def stem_codec(self) -> Codec:
         """The codec that decodes the codes of the stem."""
-        return self.codec
+        return self._fitted("stem", 1, self.stem_dim)
+
+    def _fitted(self, array: str, num_layers: int, dim: int) -> Codec:
+        """Return the codec with the stored parameters for an array of codes, if it has any."""
+        if not self.codec.needs_fit:
+            return self.codec
+        group, where = self._group, f"the store of {self.source}"
+        objects = self._objects.below(f"codec/{array}")
+        for name, expected in objects.items():
+            self._check(name, expected)
+        with self._refused(f"codec/{array}"):
+            parameters = read_parameters(group, array, objects, where=where)
+        try:
+            return self.codec.fitted(parameters, (num_layers, dim))
+        except RetortError as error:
+            raise RetortError(f"{where}: codec/{array}: {error}; run `python -m extract run` again") from None
 
     def _rows(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers on the axis of layers. Raises RetortError for a layer that is not stored."""
@@ -273,8 +305,9 @@ class StoreReader:
     ) -> Pack:
         """Read one pack as stored (codes and scales), of all stored layers or of `layers` in that order.
 
-        frames: rows of the pack whose codes are read; `Pack.first_frame` and the scale stay those of the whole pack.
-        out: C-contiguous memory (layers, frames, width) of the codec's dtype, such as pinned memory, for the codes.
+        frames: rows of the pack whose codes are read (`Codec.code_rows`); `Pack.first_frame` and the scale stay those
+        of the whole pack.
+        out: C-contiguous memory (layers, rows, width) of the codec's dtype, such as pinned memory, for the codes.
         """
         utterances = self.utterances_of(index)
         return Pack(
@@ -289,9 +322,14 @@ class StoreReader:
     def _codes(
         self, pack: int, layers: Sequence[int] | None, frames: slice = slice(None), out: Codes | None = None
     ) -> Codes:
-        rows = self._rows(layers)
+        places = self._rows(layers)
         with self._refused("hidden"):
-            return self._hidden.read(pack, rows, frames, out)
+            return self._hidden.read(pack, places, self._code_rows(frames), out)
+
+    def _code_rows(self, frames: slice) -> slice:
+        """Return the rows of codes that hold rows of a pack."""
+        start, stop, _ = frames.indices(self.pack_frames)
+        return self.codec.code_rows(start, stop - start)
 
     def _scale_of(self, pack: int, layers: Sequence[int] | None) -> Scale | None:
         if self._scale is None:
@@ -309,19 +347,19 @@ class StoreReader:
     def stem_pack(
         self, index: int, *, frames: slice = slice(None), out: Codes | None = None
     ) -> tuple[Codes, Scale | None]:
-        """Read the stem's output of one pack as stored: codes (1, frames, width) and scale (1, ...).
+        """Read the stem's output of one pack as stored: codes (1, rows, width) and scale (1, ...).
 
         frames, out: as for `pack`.
         """
         with self._refused("stem"):
-            codes_1FW = self._stem.read(index, rows=frames, out=out)
-            return codes_1FW, None if self._stem_scale is None else self._stem_scale.read(index)
+            codes_1RW = self._stem.read(index, rows=self._code_rows(frames), out=out)
+            return codes_1RW, None if self._stem_scale is None else self._stem_scale.read(index)
 
     def stem_at(self, index: int) -> NDArray[np.float32]:
         """Read the stem's output for the utterance at a corpus index, float32 (frames, channels)."""
         pack, first, count = self._span_of(index)
-        codes_1TW, scale = self.stem_pack(pack, frames=slice(first, first + count))
-        stem_1TC: NDArray[np.float32] = self.codec.decode(codes_1TW, scale, first_frame=first)
+        codes_1RW, scale = self.stem_pack(pack, frames=slice(first, first + count))
+        stem_1TC = self.stem_codec.decode(codes_1RW, scale, first_frame=first, num_frames=count)
         stem_TC: NDArray[np.float32] = stem_1TC[0]
         return stem_TC
 
@@ -338,15 +376,14 @@ class StoreReader:
     def hidden_at(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Read the hidden states of the utterance at a corpus index, float32 (layers, frames, dim)."""
         pack, first, count = self._span_of(index)
-        codes_LTW = self._codes(pack, layers, slice(first, first + count))
-        return self.codec.decode(codes_LTW, self._scale_of(pack, layers), first_frame=first)
+        codes_LRW, scale = self._codes(pack, layers, slice(first, first + count)), self._scale_of(pack, layers)
+        return self.codec_for(layers).decode(codes_LRW, scale, first_frame=first, num_frames=count)
 
     def own_frames(self, index: int, layers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Decode one pack without its padding, its utterances end to end: float32 (layers, frames, dim)."""
         pack = self.pack(index, layers)
-        own = [slice(first, first + count) for first, count in zip(pack.first_frame, pack.num_frames, strict=True)]
-        hidden_LFD = self.codec.decode(pack.codes_LFW, pack.scale)
-        return np.concatenate([hidden_LFD[:, rows] for rows in own], axis=1)
+        hidden_LFD = pack.codec.decode(pack.codes_LRW, pack.scale)
+        return hidden_LFD[:, ranges(pack.first_frame, pack.num_frames)]
 
     def pooled(
         self, indices: NDArray[np.int64] | None = None, layers: Sequence[int] | None = None

@@ -5,6 +5,9 @@ digests. A shard with a record is finished and is skipped by later runs. `finish
 `rows/`, so that `pooled` can be made again), writes the index, the list of all objects and then the manifest. A store
 without a manifest is never read. Metadata, `pooled` and the index are written through zarr.
 
+The parameters of a codec with a fit are objects too (`extract.store.parameters`). They are written before the first
+shard, and their record after them; later runs and other processes read them.
+
 A store at a URL is made in a staging folder of each process. The objects of a shard are uploaded, then its record, and
 the arrays are deleted from the folder, which therefore holds a few shards and the pooled rows. A shard is finished if
 its record is at the URL.
@@ -15,9 +18,10 @@ Shapes: L layers, F frames of a pack, T frames of an utterance, D features, C ch
 import fcntl
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from extract.base.columns import TextColumn
 from extract.base.errors import RetortError
 from extract.base.files import (
     ASIDES,
+    json_text,
     parse_json,
     sha256_file,
     sweep,
@@ -38,16 +43,18 @@ from extract.base.files import (
     writing_in,
 )
 from extract.base.validate import check_fields
-from extract.store.codec import CODECS, Codec, CodecError, Codes, Scale
+from extract.store.codec import Codec, CodecError, Codes, Scale
+from extract.store.codecs import codec_named
 from extract.store.location import LocalLocation, Location, RemoteLocation
 from extract.store.manifest import MANIFEST_NAME, Manifest, record_name
-from extract.store.objects import OBJECTS_NAME, ObjectList, is_object
+from extract.store.objects import OBJECTS_NAME, Expected, ObjectList, is_object
 from extract.store.packing import Packing
+from extract.store.parameters import FIT_RECORD, Parameters, objects_of, read_parameters
 from extract.store.shard_file import write_indexed, write_whole
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
 _GATHERED_BYTES = 256 << 20  # of `pooled` in memory while it is written, at least one chunk
-_RECORD = {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}  # fields of a shard record
+_OBJECTS = {"objects": dict[str, Expected]}  # field of the records of a shard and of a fit
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class CodedArray:
     scale: str
     layers: tuple[int, ...]  # shape of the axis of layers, empty without one
     dim: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers[0] if self.layers else 1
 
 
 @dataclass(frozen=True)
@@ -87,21 +98,40 @@ class StoreWriter:
     stem_dim: int | None = None  # channels of the stem, where it is kept
     ids: Sequence[str] = ()  # of the corpus, for error lines
     dtype: str = "fp32"  # of the forward pass, for error lines
-    # Of a codec with a fit, by name of the array of codes ("hidden", "stem"); empty for the others.
-    parameters: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    # Of a codec with a fit, by name of the array of codes ("hidden", "stem"); empty for the others and before the fit.
+    parameters: Mapping[str, Parameters] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.packing.align % self.codec.block_frames == 0, "a block of the codec would span two utterances"
 
     @property
     def location(self) -> Location:
         """Location of the finished store."""
         return self.remote or LocalLocation(self.folder)
 
-    @property
+    @cached_property
     def codec(self) -> Codec:
-        return CODECS[self.codec_name]
+        """The codec without parameters."""
+        return codec_named(self.codec_name)
+
+    @property
+    def needs_parameters(self) -> bool:
+        """True if packs can be encoded with `parameters` alone, which are fitted once for a store."""
+        return self.codec.needs_fit and bool(self.coded)
 
     def codec_of(self, array: CodedArray) -> Codec:
         """Return the codec that encodes an array, with its parameters."""
-        return self.codec
+        return self._fitted[array.codes]
+
+    @cached_property
+    def _fitted(self) -> dict[str, Codec]:
+        """The codec of each array of codes; kept, with what it moves to a device."""
+        if not self.codec.needs_fit:
+            return {array.codes: self.codec for array in self.coded}
+        return {
+            array.codes: self.codec.fitted(self.parameters[array.codes], (array.num_layers, array.dim))
+            for array in self.coded
+        }
 
     @property
     def coded(self) -> list[CodedArray]:
@@ -128,6 +158,7 @@ class StoreWriter:
 
     def _create(self, widths: list[int]) -> None:
         packs, shard, frames = self.packing.num_packs, self.packing.shard_packs, self.packing.pack_frames
+        rows = self.codec.num_rows(frames)
         try:
             group = zarr.create_group(self.folder, zarr_format=3)
         except ContainsGroupError:
@@ -137,9 +168,9 @@ class StoreWriter:
             self._array(
                 group,
                 array.codes,
-                shape=(packs, *layers, frames, width),
-                chunks=(1, *one, frames, width),
-                shards=(shard, *layers, frames, width),
+                shape=(packs, *layers, rows, width),
+                chunks=(1, *one, rows, width),
+                shards=(shard, *layers, rows, width),
                 dtype=self.codec.dtype,
             )
             if (scale := self.codec.scale_shape(frames, array.dim)) is not None:
@@ -154,6 +185,62 @@ class StoreWriter:
         with suppress(ContainsArrayError):  # made by an earlier run, or by another process right now
             # Uncompressed: zstd would save 8% of float16 and 20% of int8, and cost two thirds of the read speed.
             group.create_array(name, compressors=None, fill_value=0, **kwargs)
+
+    def read_parameters(self) -> dict[str, Parameters] | None:
+        """Return the parameters that an earlier run or another process has stored.
+
+        None if there are none, or they are damaged: they are to be fitted then.
+        """
+        if (recorded := self._fit_record()) is None:
+            return None
+        for name, expected in recorded.items():
+            file = self.folder / name
+            if not file.is_file() or _fingerprint(file) != expected:
+                if self.remote is None or self.remote.size(name) != expected[0]:
+                    return None
+                self.remote.fetch(name, file, expected)
+        group = zarr.open_group(self.folder, mode="r")
+        where = f"the store at {self.location}"
+        return {array.codes: read_parameters(group, array.codes, recorded, where=where) for array in self.coded}
+
+    def write_parameters(self, parameters: Mapping[str, Parameters]) -> Mapping[str, Parameters]:
+        """Store fitted parameters, then their record, and upload both; return the parameters to encode with.
+
+        These are those of another process if it was first. Raises RetortError if shards were encoded with others.
+        """
+        with self._alone(), writing_in(self.folder):
+            if (found := self.read_parameters()) is not None:
+                return found
+            data = objects_of(parameters)
+            objects = {name: [len(one), hashlib.sha256(one).hexdigest()] for name, one in data.items()}
+            if objects != self._fit_record() and any(map(self.finished, range(self.packing.num_shards))):
+                raise RetortError(
+                    f"the store at {self.location}: its shards were encoded with other parameters of codec "
+                    f"{self.codec_name} than those fitted now, and theirs are missing or damaged; put back its codec/ "
+                    "and codec.json from a copy of the store, or delete the store and run again"
+                )
+            for name, one in data.items():
+                self.location.write(name, one)
+            self.location.write(FIT_RECORD, json_text({"objects": objects}).encode())  # last: the fit is finished
+        return parameters
+
+    def _fit_record(self) -> dict[str, Expected] | None:
+        """Return the objects of a finished fit's parameters; None without a record, or for a damaged one."""
+        if self.location.size(FIT_RECORD) is None:
+            return None
+        data, where = self.location.read(FIT_RECORD), f"{self.location}/{FIT_RECORD}"
+        try:
+            record = check_fields(_OBJECTS, parse_json(data, where=where), where=where)
+            return dict(ObjectList.of(record["objects"], where=where))
+        except RetortError:
+            return None  # it is made again with the parameters, unless shards depend on it: `write_parameters`
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Admit one process at a time."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def finished(self, shard: int) -> bool:
         """Return True if the shard has a record and all of its objects have the recorded sizes."""
@@ -258,7 +345,7 @@ class StoreWriter:
         if name == array.scale and blocks[0].ndim == len(array.layers) + 1:  # int8: one chunk, see `_create`
             written = write_whole(path, blocks, num_packs=num_packs)
         else:
-            written = write_indexed(path, blocks, grid=(num_packs, array.layers[0] if array.layers else 1))
+            written = write_indexed(path, blocks, grid=(num_packs, array.num_layers))
         if written is not None:
             objects[target] = written
 
@@ -279,20 +366,23 @@ class StoreWriter:
 
         A lock admits one process at a time; a second one then writes the same bytes.
         """
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._alone():
             return self._finish(manifest, ids)
 
     def _finish(self, manifest: Manifest, ids: TextColumn) -> Manifest:
         shards = [self._read_record(shard) for shard in range(self.packing.num_shards)]
         error = CodecError.none(len(self.error_rows))
         objects: dict[str, list[Any]] = {}
+        if self.needs_parameters:
+            recorded = self._fit_record()
+            assert recorded is not None, "a shard was encoded before the fit was recorded"
+            objects |= recorded
         for shard in shards:
             error += CodecError.from_dict(shard["codec_error"])
             objects |= shard["objects"]
         if self.remote:
             self._fetch_rows(objects, self.remote)
-        of_shards = set(objects)
+        stored = set(objects)  # at the location
         group = zarr.open_group(self.folder, mode="r+")
         if "pooled" in self.keep:
             self._write_pooled(group)
@@ -323,7 +413,7 @@ class StoreWriter:
         LocalLocation(self.folder).write(OBJECTS_NAME, data)
         write_json(self.folder / MANIFEST_NAME, manifest.to_dict())
         if self.remote:
-            self._send([*sorted(objects.keys() - of_shards), OBJECTS_NAME, MANIFEST_NAME], self.remote)
+            self._send([*sorted(objects.keys() - stored), OBJECTS_NAME, MANIFEST_NAME], self.remote)
         return manifest
 
     def _fetch_rows(self, objects: dict[str, list[Any]], remote: RemoteLocation) -> None:
@@ -370,9 +460,7 @@ class StoreWriter:
     def _read_record(self, shard: int) -> dict[str, Any]:
         where = f"{self.location}/{record_name(shard)}"
         record = parse_json(self.location.read(record_name(shard)), where=where)
-        return check_fields(
-            {"objects": dict[str, list[Any]], "codec_error": dict[str, list[float]]}, record, where=where
-        )
+        return check_fields(_OBJECTS | {"codec_error": dict[str, list[float]]}, record, where=where)
 
     def _rows(self, shard: int) -> Path:
         return self.folder / "rows" / f"{shard:05d}.npy"

@@ -120,7 +120,7 @@ def _bytes_of_packs(bench: Loaded, *, stored: bool) -> Iterator[tuple[NDArray[An
     for number in epoch(data):
         pack = data.store.pack(number, _LAYERS)
         own = slice(int(pack.first_frame[-1] + pack.num_frames[-1]))  # rows of the pack's utterances
-        codes, scales = [pack.codes_LFW[:, own]], [pack.scale]
+        codes, scales = [pack.codes_LRW[:, own]], [pack.scale]
         if stored:
             codes_1FW, scale = data.store.stem_pack(number)
             codes, scales = [*codes, codes_1FW[:, own]], [*scales, scale]
