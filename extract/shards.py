@@ -24,6 +24,7 @@ from extract.base.files import sha256_file
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.store.codec import CodecError
+from extract.store.codecs import codec_named
 from extract.store.location import RemoteLocation, location_of, root_text
 from extract.store.manifest import initial_weights_path
 from extract.store.packing import Packing, count_frames, pack_utterances
@@ -115,6 +116,7 @@ def pack_corpus(config: ExtractConfig, corpus: "Corpus | SimulatedCorpus", spec:
         pack_s=config.pack_frames * spec.hop_samples // SAMPLE_RATE_HZ,
         pack_frames=config.pack_frames,
         shard_packs=config.shard_packs,
+        align=codec_named(config.codec).block_frames,
         drop_long=config.drop_long,
         drop_short=config.drop_short,
     )

@@ -19,8 +19,11 @@ from evaluate.tasks import TASKS
 from extract.base.progress import ProgressBar
 from extract.corpus import Corpus
 from extract.corpus_writer import Utterance, write_corpus
+from extract.store.codecs import codec_named
 from extract.store.manifest import FORMAT_VERSION, Manifest
 from extract.store.packing import Packing, pack_utterances
+from extract.store.transform import Transform
+from extract.store.transform_fit import fit
 from extract.store.writer import StoreWriter
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400
@@ -85,23 +88,49 @@ def make_store(
     codec: str = "float16",
     pack_frames: int = 128,
     drop_long: bool = False,
+    stem: Hidden | None = None,
 ) -> Path:
-    """Write a finished store of `corpus_card` with the hidden states of `hidden`. Return its manifest."""
+    """Write a finished store of `corpus_card` with the hidden states of `hidden`. Return its manifest.
+
+    stem: the stem's output, as of one layer. A codec with a fit is fitted to all packs.
+    """
     corpus = Corpus.open(corpus_card)
     num_frames = (corpus.num_samples - RECEPTIVE_SAMPLES) // HOP_SAMPLES + 1
-    packing = pack_utterances(num_frames, ids=corpus.ids, pack_frames=pack_frames, shard_packs=2, drop_long=drop_long)
+    packing = pack_utterances(
+        num_frames,
+        ids=corpus.ids,
+        pack_frames=pack_frames,
+        shard_packs=2,
+        align=codec_named(codec).block_frames,
+        drop_long=drop_long,
+    )
     num_layers, _, dim = hidden(0, int(num_frames[0])).shape
     location = folder / "stores" / "hand" / corpus.name
-    writer = StoreWriter(location, packing, tuple(range(num_layers)), dim, codec, frozenset(keep))
+    stem_dim = None if stem is None else stem(0, int(num_frames[0])).shape[2]
+    writer = StoreWriter(
+        location, packing, tuple(range(num_layers)), dim, codec, frozenset(keep), stem_dim=stem_dim, ids=corpus.ids
+    )
     writer.create()
+
+    def states(values: Hidden, pack: int) -> NDArray[np.float32]:
+        """Return the values of a pack's utterances end to end, as an upstream does."""
+        own_LFD = np.concatenate(
+            [values(int(index), int(num_frames[index])) for index in packing.by_pack[pack]], axis=1
+        )
+        return np.pad(own_LFD, ((0, 0), (0, pack_frames - own_LFD.shape[1]), (0, 0)))
+
+    if isinstance(writer.codec, Transform):
+        parameters = {}
+        for array in writer.coded:
+            values = hidden if array.codes == "hidden" or stem is None else stem
+            sample = [states(values, pack)[:, packing.spread(pack)] for pack in range(packing.num_packs)]
+            parameters[array.codes] = fit(writer.codec, np.concatenate(sample, axis=1))
+        writer = replace(writer, parameters=writer.write_parameters(parameters))
     for shard in range(packing.num_shards):
-        packs = []
-        for pack in packing.packs_of(shard):
-            rows_LFD = np.zeros((num_layers, pack_frames, dim), dtype=np.float32)
-            for index in packing.by_pack[pack]:
-                first, count = int(packing.first_frame[index]), int(num_frames[index])
-                rows_LFD[:, first : first + count] = hidden(int(index), count)
-            packs.append(writer.encode_pack(pack, rows_LFD))
+        packs = [
+            writer.encode_pack(pack, states(hidden, pack), None if stem is None else states(stem, pack)[0])
+            for pack in packing.packs_of(shard)
+        ]
         writer.write_shard(shard, packs)
     manifest = _manifest(folder, corpus, packing, dim=dim, layers=writer.layers, codec=codec, keep=keep)
     writer.finish(manifest, ids=corpus.ids)

@@ -17,7 +17,7 @@ frame that the given scale covers, or of codec `transform` the given codes.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from extract.base.errors import RetortError
 
 Codes = NDArray[np.int8] | NDArray[np.uint8] | NDArray[np.float16]
 Scale = NDArray[np.float32] | NDArray[np.float16]
+Parameters = Mapping[str, NDArray[Any]]  # of a fitted codec: name -> values of all layers, stacked
 Array = Any  # numpy array or torch tensor; all arrays of one call are of the same kind
 
 _BLOCK_FRAMES = 256  # of one layer: 256 x 768 float32 are 0.8 MB, which stays in a level-2 cache
@@ -69,6 +70,13 @@ class Codec(ABC):
 
     def of_layers(self, places: Sequence[int]) -> "Codec":
         """Return the codec of a selection of layers, given by their places on the axis of layers."""
+        return self
+
+    def fitted(self, parameters: Parameters, shape: tuple[int, int] | None = None) -> "Codec":
+        """Return the codec with the parameters of a store; a codec without a fit as it is.
+
+        shape: the numbers of layers and features that they must be of. Raises RetortError for other parameters.
+        """
         return self
 
     def scale_shape(self, num_frames: int, dim: int) -> tuple[int, ...] | None:

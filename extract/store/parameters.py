@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from extract.base.errors import RetortError
+from extract.store.codec import Parameters
 from extract.store.objects import Expected
 
 FIT_RECORD = "codec.json"
-
-Parameters = Mapping[str, NDArray[Any]]  # of one array of codes: name -> values of its layers
 
 
 def objects_of(parameters: Mapping[str, Parameters]) -> dict[str, bytes]:

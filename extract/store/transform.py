@@ -24,7 +24,7 @@ Shapes: L layers, F frames, B blocks, T = 16, D features, K directions, N coeffi
 E = 2 bands, G = 16 gains, Q numbers of bits (0 to 8), V levels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
-from extract.store.codec import Array, Codec
+from extract.store.codec import Array, Codec, Parameters
 
 BLOCK_FRAMES = 16
 MOST_BITS = 8  # of a coefficient
@@ -44,8 +44,6 @@ _LARGEST = 1e15  # deviations
 _CACHED_BLOCKS = 16  # of one layer at a time in numpy: 256 x 768 float32 stay in a level-2 cache
 _SHAPES = {"mean": "LD", "basis": "LKD", "bits": "LTK", "deviation": "LTK", "gains": "LEG", "levels": "LQV"}
 _DTYPES = {name: "uint8" if name == "bits" else "float32" for name in _SHAPES}
-
-Parameters = Mapping[str, NDArray[Any]]
 
 
 def dct_matrix(num_frames: int) -> NDArray[np.float32]:
@@ -239,12 +237,13 @@ class Transform(Codec):
             self._arranged[key] = _Layer.of(one).beside(like)
         return self._arranged[key]
 
-    def fitted(self, parameters: Parameters) -> "Transform":
-        """Return the codec with parameters. Raises RetortError if they are not those of such a codec."""
+    def fitted(self, parameters: Parameters, shape: tuple[int, int] | None = None) -> "Transform":
         if found := sorted(set(_SHAPES) ^ set(parameters)):
             raise RetortError(f"parameters of codec {self.name}: {found[0]}: expected {', '.join(sorted(_SHAPES))}")
         sizes: dict[str, int] = {"T": BLOCK_FRAMES, "E": NUM_BANDS, "G": NUM_GAINS, "Q": MOST_BITS + 1}
         sizes["V"] = 1 << MOST_BITS
+        if shape is not None:
+            sizes["L"], sizes["D"] = shape
         for name, axes in _SHAPES.items():
             values = parameters[name]
             shape = zip(axes, values.shape, strict=False)

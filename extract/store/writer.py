@@ -43,13 +43,13 @@ from extract.base.files import (
     writing_in,
 )
 from extract.base.validate import check_fields
-from extract.store.codec import Codec, CodecError, Codes, Scale
+from extract.store.codec import Codec, CodecError, Codes, Parameters, Scale
 from extract.store.codecs import codec_named
 from extract.store.location import LocalLocation, Location, RemoteLocation
 from extract.store.manifest import MANIFEST_NAME, Manifest, record_name
 from extract.store.objects import OBJECTS_NAME, Expected, ObjectList, is_object
 from extract.store.packing import Packing
-from extract.store.parameters import FIT_RECORD, Parameters, objects_of, read_parameters
+from extract.store.parameters import FIT_RECORD, objects_of, read_parameters
 from extract.store.shard_file import write_indexed, write_whole
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
