@@ -226,10 +226,9 @@ def test_seeds_are_the_demo_itself_but_for_the_seed() -> None:
 
 
 def test_a_codec_is_changed_on_the_command_line() -> None:
-    _, settings = make("codecs", "--set", "teacher.codec=int4", "--set", "store.shard_packs=2", "--out", "studies/int4")
+    _, settings = make("seeds", "--set", "teacher.codec=int4", "--set", "store.shard_packs=2", "--out", "studies/int4")
     assert settings["teacher"]["codec"] == "int4"
-    assert settings["store"] == main_settings()["store"] | {"codec": "float16", "shard_packs": 2}
-    assert settings["students"] == [f"distilhubert-s{seed}" for seed in (1, 2, 3)]
+    assert settings["store"] == main_settings()["store"] | {"shard_packs": 2}
 
 
 def stages_of(folder: str) -> dict[str, Any]:
@@ -309,6 +308,37 @@ def test_errors_are_one_line_and_write_nothing(tree: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- through DVC
 
 
+def test_students_of_every_codec_differ_in_their_store_alone() -> None:
+    path, settings = make("codecs", "--set", "study.codecs=[float16, 'transform:0.5']")
+    names = [f"{family}-{label}-s{seed}" for family in ("distilhubert", "interleaved", "gendistiller")
+             for seed in (1, 2, 3) for label in ("float16", "transform-0_5")]  # fmt: skip
+    assert settings["students"] == names
+    assert settings["trained_from"] == {name: name.split("-", 1)[1].rpartition("-")[0] for name in names}
+    assert settings["codecs"] == {"float16": "float16", "transform-0_5": "transform:0.5"}
+    for family, seed in (("distilhubert", 1), ("gendistiller", 3)):
+        of_codecs = [read_student(path, f"{family}-{label}-s{seed}") for label in settings["codecs"]]
+        assert of_codecs[0] == of_codecs[1] and (of_codecs[0].seed, of_codecs[0].stem) == (seed, "stored")
+    refused = CliRunner().invoke(main, ["study", "codecs", "--set", "study.coded=layers"])
+    assert refused.exit_code == 1 and "study.coded" in refused.stderr and refused.stderr.count("\n") == 1
+    # A study of such a study has the students that its own file names.
+    _, stacking = make("stacking", "--base", "codecs", "--set", "study.like=interleaved-float16-s1")
+    assert "full-s1" in stacking["students"] and "codecs" not in stacking
+
+
+def test_the_store_of_a_codec_gives_targets_or_the_stem() -> None:
+    make("codecs")
+    stages = stages_of("studies/codecs")
+    exact, coded = (f"studies/codecs/manifests/targets{ending}/distill.json" for ending in ("", "-${item}"))
+    options = f"--manifest {coded} --dev-manifest {exact} --stem-manifest {exact} "
+    assert options in stages["train"]["do"]["cmd"] and "matrix" not in stages["train"]
+    teacher, store = stages["extract-teacher"]["cmd"], stages["extract-codec"]["do"]["cmd"]
+    of_codec = teacher.replace("manifests/targets/", "manifests/targets-${key}/").replace("${teacher.codec}", "${item}")
+    assert store == of_codec != teacher
+    make("codecs", "--set", "study.coded=stem", "--out", "studies/stem-codecs")
+    command = stages_of("studies/stem-codecs")["train"]["do"]["cmd"].replace("stem-codecs", "codecs")
+    assert f"--manifest {exact} --dev-manifest {exact} --stem-manifest {coded} " in command
+
+
 def write_librispeech(folder: Path, parts: list[str]) -> None:
     """Write a LibriSpeech with one utterance of noise in every part, in the published layout."""
     generator = np.random.default_rng(0)
@@ -330,6 +360,7 @@ def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None
     make("hubert-base-ls960")
     make("wavlm-large")
     make("stacking")
+    make("codecs", "--set", "study.codecs=[float16, 'transform:0.5']")
 
     def run(*arguments: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(tree)}
@@ -354,6 +385,11 @@ def test_two_studies_and_the_main_pipeline_live_side_by_side(tree: Path) -> None
     assert "--metrics studies/wavlm-large/metrics" in commands[f"{large}:report"]
     assert (f"{large}:corpus@distill", "studies/hubert-base-ls960/dvc.yaml:corpus@distill") in needs
     assert (f"{stacking}:corpus@librispeech", "corpus@librispeech") in needs
+    codecs = "studies/codecs/dvc.yaml"
+    student = f"{codecs}:train@distilhubert-transform-0_5-s3"
+    assert "targets-transform-0_5/distill.json" in commands[student]
+    assert (student, f"{codecs}:extract-codec@transform-0_5") in needs
+    assert (student, f"{codecs}:extract-codec@float16") not in needs
     assert not any(other.endswith("demo-data") for one, other in needs if one.startswith("studies/"))
     run("dvc", "repro", f"{large}:corpus@distill")
     card = json.loads((tree / "studies/wavlm-large/corpora/distill.json").read_text())

@@ -123,9 +123,9 @@ def _read_score(root: Path, upstream: str, task: str) -> ScoreFile:
 def _read_run(root: Path, student: str, teacher: Manifest) -> RunMetrics:
     read_json(root / "students" / student / "config.json")  # raises if the student was deleted
     run = RunMetrics.read(root / "runs" / student / "metrics.json")
-    if run.teacher != teacher.fingerprint:
+    if (scored_on := run.dev_teacher or run.teacher) != teacher.fingerprint:
         raise RetortError(
-            f"student {student} was trained from teacher store {run.teacher[:12]}, {TARGETS} names "
+            f"student {student} has dev scores on teacher store {scored_on[:12]}, {TARGETS} names "
             f"{teacher.fingerprint[:12]}; train it again: stage train@{student} (`dvc repro` runs all)"
         )
     return run

@@ -18,6 +18,8 @@ that made them differs. Two keys of the file are not settings:
       students:
         full: {family: layerwise}  # changes of one, which becomes full-s1, full-s2 and full-s3
         longer: {times_steps: 1.4} # multiplies the steps, as `times_steps` in `all` does
+      codecs: [float16, int8]      # also a student for every codec, full-int8-s1, that trains from a store of its own
+      coded: targets               # or stem: what comes from that store; the rest comes from that of `teacher.codec`
 """
 
 from collections.abc import Mapping, Sequence

@@ -27,11 +27,16 @@ def study_settings(
         if base and not isinstance(base.get(key), dict):
             raise RetortError(f"{where}: section `{key}` is {base.get(key)!r:.60}, expected keys")
     students = base.get("students", [])  # they are in the base's folder, and not upstreams of the study
-    settings = dict(base)
+    settings = {key: value for key, value in base.items() if key not in ("codecs", "coded", "trained_from")}
     settings["upstreams"] = {name: row for name, row in base.get("upstreams", {}).items() if name not in students}
     if design is not None:
-        settings["train"] = _designed(design, base.get("train", {}), where)
+        settings["train"], trained_from = _designed(design, base.get("train", {}), where)
         settings["students"] = [name for name in settings["train"] if name != "defaults"]
+        if codecs := _codecs(design):
+            coded = design.get("coded", "targets")
+            if coded not in ("targets", "stem"):
+                raise RetortError(f"{where}: study.coded: got {coded!r:.60}, expected targets or stem")
+            settings |= {"codecs": codecs, "coded": coded, "trained_from": trained_from}
     settings = merge(settings, change)
     # A student is trained into the study's folder, and is an upstream there.
     paths = {student: (folder / "students" / student).as_posix() for student in settings["students"]}
@@ -43,14 +48,23 @@ def study_settings(
     return merge(settings, {"report": {"speed": {"corpus": (folder / "corpora" / corpus).as_posix()}}})
 
 
-def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return section `train` with the students of a study, one for every seed, in place of the base's."""
+def _codecs(design: Mapping[str, Any]) -> dict[str, str]:
+    """Return the codecs of a study by label, their names in names of stages: DVC splits those at `.` and `:`."""
+    return {codec.replace(":", "-").replace(".", "_"): codec for codec in design.get("codecs", ())}
+
+
+def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return section `train` with the students of a study, one for every seed and codec, in place of the base's.
+
+    The second value is the label of each student's codec; empty without codecs.
+    """
     for name, section in train.items():
         if not isinstance(section, dict):
             raise RetortError(f"{where}: section `train.{name}` is {section!r:.60}, expected keys")
     defaults = train.get("defaults", {})
     sections = {name: section for name, section in train.items() if name != "defaults"}
     made: dict[str, Any] = {"defaults": defaults} if defaults else {}
+    trained_from: dict[str, str] = {}
     for student, own in design["students"].items():
         wanted = design.get("like", student)
         names = [name for name, section in sections.items() if wanted in (name, merge(defaults, section).get("family"))]
@@ -62,8 +76,10 @@ def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -
                 section = merge(section, change)
                 if factor := section.pop("times_steps", None):
                     section["steps"] = round(merge(defaults, section)["steps"] * factor)
-            made[f"{student}-s{seed}"] = section | {"seed": seed}
-    return made
+            of_codecs = {f"{student}-{label}-s{seed}": label for label in _codecs(design)}
+            trained_from |= of_codecs
+            made |= dict.fromkeys(of_codecs or [f"{student}-s{seed}"], section | {"seed": seed})
+    return made, trained_from
 
 
 def _leave_out_unscored(settings: dict[str, Any]) -> None:

@@ -28,14 +28,49 @@ def study_stages(
     folder of the base, None if it has no folder. Students that the base trains with the same settings are copied.
     """
     # Demo data are made by the main pipeline alone.
-    made = {name: _moved_stage(stage, folder) for name, stage in stages.items() if name != "demo-data"}
-    shared = [] if base_folder is None else _shared_students(settings, base)
+    stages = {name: stage for name, stage in stages.items() if name != "demo-data"}
+    if "codecs" in settings:
+        stages = _coded_stages(stages, settings["coded"])
+    made = {name: _moved_stage(stage, folder) for name, stage in stages.items()}
+    shared = [] if base_folder is None or "codecs" in settings else _shared_students(settings, base)
     if base_folder is None or not shared:
         return made
     made["train"]["matrix"] = {"student": [name for name in settings["students"] if name not in shared]}
     if not made["train"]["matrix"]["student"]:  # DVC refuses a matrix without items
         del made["train"]
     return {"copy-student": _copy_stage(shared, base_folder, folder)} | made
+
+
+def _coded_stages(stages: Mapping[str, Any], coded: str) -> dict[str, Any]:
+    """Return the stages of a study over codecs: a store for each, and students of each.
+
+    coded: what students train from in that codec, `targets` or `stem`. The rest, and all of the dev split, comes from
+    the teacher's store of the main stages.
+    """
+    exact, of_codec = "manifests/targets/distill.json", "manifests/targets-${item}/distill.json"
+    store = _replaced(stages["extract-teacher"], {
+        "manifests/targets": "manifests/targets-${key}", "${teacher.codec}": "${item}"})  # fmt: skip
+    manifests = {"targets": exact, "stem": exact, coded: of_codec}
+    options = f"--manifest {manifests['targets']} --dev-manifest {exact} --stem-manifest {manifests['stem']}"
+    train = {key: value for key, value in stages["train"].items() if key != "matrix"}
+    train = _replaced(train, {"${item.student}": "${key}", f"--manifest {exact}": options})
+    train["deps"] = [*train["deps"], "manifests/targets-${item}"]
+    return {
+        **stages,
+        "extract-codec": {"foreach": "${codecs}", "do": store},
+        "train": {"foreach": "${trained_from}", "do": train},
+    }
+
+
+def _replaced(value: Any, changes: Mapping[str, str]) -> Any:
+    """Return a stage with parts of its texts replaced, in keys too."""
+    if isinstance(value, list):
+        return [_replaced(item, changes) for item in value]
+    if isinstance(value, Mapping):
+        return {_replaced(key, changes): _replaced(item, changes) for key, item in value.items()}
+    for old, new in changes.items():
+        value = value.replace(old, new) if isinstance(value, str) else value
+    return value
 
 
 def shared_corpora(settings: Mapping[str, Any], base: Mapping[str, Any], base_folder: Path) -> dict[str, Any]:
