@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from evaluate.checkpoint import TaskSession
 from evaluate.jobs import ScoringJob, measure
@@ -135,6 +136,14 @@ def make_store(
     manifest = _manifest(folder, corpus, packing, dim=dim, layers=writer.layers, codec=codec, keep=keep)
     writer.finish(manifest, ids=corpus.ids)
     return location / "manifest.json"
+
+
+def smooth(index: int, num_frames: int) -> NDArray[np.float32]:
+    """Return hidden states of 3 layers of 8 correlated features that change slowly, float32 (3, T, 8)."""
+    generator = np.random.default_rng(index)
+    slow_LTD = lfilter([1], [1, -0.9], generator.standard_normal((3, num_frames, 8)), axis=1)
+    mixed_LTD = slow_LTD @ np.random.default_rng(99).standard_normal((3, 8, 8)) + np.arange(8)
+    return mixed_LTD.astype(np.float32)
 
 
 def _manifest(

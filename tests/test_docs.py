@@ -36,6 +36,7 @@ from torch.distributed.run import get_args_parser
 
 from extract.store.reader import StoreReader
 from pipelines.studies import read_study
+from tests.evaluate_stores import make_corpus, make_store, smooth
 from tests.processes import run_command
 from tests.train_world import make_world, student, train_request
 from train.loop import train
@@ -301,6 +302,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "manifests/targets").mkdir()
     shutil.copy(made.manifest, folder / "manifests/targets/distill.json")
     (folder / "docs").symlink_to(ROOT / "docs")
+    card = make_corpus(folder, labels={}, splits=["train"] * 12, num_frames=range(40, 52))
+    small = make_store(folder, card, smooth, codec="transform:1")
+    shutil.copy(small, folder / "manifests/targets/small.json")
     return folder
 
 
@@ -320,6 +324,8 @@ def test_code_runs(
         np.testing.assert_array_equal(names["hidden"], reader.hidden_at(0))
         np.testing.assert_array_equal(names["same"], names["hidden"])
         np.testing.assert_array_equal(names["means"], reader.pooled())
+        small = StoreReader.open(world / "manifests/targets/small.json")
+        np.testing.assert_allclose(names["decoded"], small.hidden_at(0)[1], rtol=1e-5, atol=1e-5)
         assert len(names["states"]) == 13 and names["states"][0].shape[0] == 2
         assert {name for name, _, _ in names["points"]} >= {"train/loss", "train/lr", "dev/loss"}
         assert names["points"][-1][2] == 6

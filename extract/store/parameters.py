@@ -48,7 +48,10 @@ def read_parameters(group: zarr.Group, array: str, objects: Mapping[str, Expecte
     Raises RetortError, which begins with `where`, for an array of another layout than `objects_of` writes.
     """
     prefix, last, found = f"codec/{array}/", "/zarr.json", {}
-    for path in [name.removesuffix(last) for name in objects if name.startswith(prefix) and name.endswith(last)]:
+    paths = [name.removesuffix(last) for name in objects if name.startswith(prefix) and name.endswith(last)]
+    for path in paths:
+        if path == f"codec/{array}":  # the group itself
+            continue
         values = group.get(path)
         if not isinstance(values, zarr.Array) or not _is_one_chunk(values, objects):
             raise RetortError(

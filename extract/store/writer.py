@@ -272,11 +272,16 @@ class StoreWriter:
         arrays: dict[str, Codes | Scale] = {}
         errors = [] if "frames" in self.keep else [CodecError.none(len(self.layers))]
         for array in self.coded:
+            codec, spread_LFD, own_F = self.codec_of(array), values[array.codes], None
+            if self.packing.align > 1:
+                spread_LFD = spread_LFD[:, self.packing.spread(pack)]
+                own_F = np.zeros(self.packing.pack_frames, dtype=bool)
+                own_F[self.packing.rows_of(pack)] = True
             try:
-                codes, scale = self.codec.encode(values[array.codes])
+                codes, scale = codec.encode(spread_LFD)
             except RetortError as error:  # beyond the codec's range
                 raise RetortError(f"{self._peak_of(pack, array.codes, values[array.codes])}: {error}") from None
-            errors.append(CodecError.of(self.codec, values[array.codes], codes, scale))
+            errors.append(CodecError.of(codec, spread_LFD, codes, scale, own_F))
             arrays[array.codes] = codes.reshape(*array.layers, *codes.shape[1:])
             if scale is not None:
                 arrays[array.scale] = scale.reshape(*array.layers, *scale.shape[1:])
