@@ -318,8 +318,9 @@ def test_students_of_every_codec_differ_in_their_store_alone() -> None:
     for family, seed in (("distilhubert", 1), ("gendistiller", 3)):
         of_codecs = [read_student(path, f"{family}-{label}-s{seed}") for label in settings["codecs"]]
         assert of_codecs[0] == of_codecs[1] and (of_codecs[0].seed, of_codecs[0].stem) == (seed, "stored")
-    refused = CliRunner().invoke(main, ["study", "codecs", "--set", "study.coded=layers"])
-    assert refused.exit_code == 1 and "study.coded" in refused.stderr and refused.stderr.count("\n") == 1
+    for change, named in (("coded=layers", "study.coded"), ("codecs=[int8, transform:9]", "transform:9")):
+        refused = CliRunner().invoke(main, ["study", "codecs", "--set", f"study.{change}"])
+        assert refused.exit_code == 1 and named in refused.stderr and refused.stderr.count("\n") == 1
     # A study of such a study has the students that its own file names.
     _, stacking = make("stacking", "--base", "codecs", "--set", "study.like=interleaved-float16-s1")
     assert "full-s1" in stacking["students"] and "codecs" not in stacking

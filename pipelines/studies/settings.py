@@ -8,6 +8,7 @@ from typing import Any
 
 from extract.base.errors import RetortError, unknown
 from extract.base.params import TRAINED_ON, merge
+from extract.store.codecs import codec_named
 
 
 def study_settings(
@@ -49,8 +50,12 @@ def study_settings(
 
 
 def _codecs(design: Mapping[str, Any]) -> dict[str, str]:
-    """Return the codecs of a study by label, their names in names of stages: DVC splits those at `.` and `:`."""
-    return {codec.replace(":", "-").replace(".", "_"): codec for codec in design.get("codecs", ())}
+    """Return the codecs of a study by label, their names in names of stages: DVC splits those at `.` and `:`.
+
+    Raises RetortError for an unknown codec.
+    """
+    codecs = [codec_named(str(codec)).name for codec in design.get("codecs", ())]
+    return {codec.replace(":", "-").replace(".", "_"): codec for codec in codecs}
 
 
 def _designed(design: Mapping[str, Any], train: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, str]]:
