@@ -7,8 +7,8 @@ Packs hold utterances of similar length, and so do batches: a batch touches one 
 the codec's stored form up to a limit, so that a small corpus is read once and a large one is streamed. Heads on a GPU
 have their packs there: codes cross the bus, an eighth to a half of the values' bytes, and are decoded on the GPU.
 
-Shapes: L layers, B utterances, T frames of the longest, F frames of all utterances concatenated, D features, S
-speakers.
+Shapes: L layers, B utterances, T frames of the longest, F frames of all utterances concatenated, D features, R rows
+of codes, W codes of a row, S speakers.
 """
 
 from collections import OrderedDict
@@ -93,6 +93,7 @@ class FrameReader:
     def __post_init__(self) -> None:
         self._packs: OrderedDict[int, tuple[Tensor, Tensor | None]] = OrderedDict()  # least recently used first
         self._buffer = torch.empty(0, device=self.device)
+        self._codec = self.reader.codec_for()
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return all kept layers of the utterances at corpus `indices`, concatenated: float32 (L, F, D)."""
@@ -105,12 +106,12 @@ class FrameReader:
         hidden_LFD = self._buffer[:size].view(num_layers, sum(counts), dim)
         start = 0
         for index, count in zip(indices, counts, strict=True):
-            codes_LFW, scale = self._pack(int(self.reader.pack_of[index]))
+            codes_LRW, scale = self._pack(int(self.reader.pack_of[index]))
             first = int(self.reader.first_frame[index])
-            scale, row = self.reader.codec.span(scale, first, count)
-            self.reader.codec.decode_into(
+            scale, row = self._codec.span(scale, first, count)
+            self._codec.decode_into(
                 hidden_LFD[:, start : start + count],
-                codes_LFW[:, first : first + count],
+                codes_LRW[:, self._codec.code_rows(first, count)],
                 scale,
                 torch.arange(row, row + count, device=self.device),
             )
@@ -123,7 +124,7 @@ class FrameReader:
             self._packs.move_to_end(index)
             return self._packs[index]
         pack = self.reader.pack(index)
-        size = self.reader.codec.nbytes(len(self.reader.layers), self.reader.pack_frames, self.reader.dim)
+        size = self._codec.nbytes(len(self.reader.layers), self.reader.pack_frames, self.reader.dim)
         room = max(1, int(self.memory_gb * 1e9 // size))
         while len(self._packs) >= room:
             self._packs.popitem(last=False)

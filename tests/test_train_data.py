@@ -54,8 +54,8 @@ def test_batches_hold_an_utterance_and_its_own_features(world: World) -> None:
 def test_codes_stay_as_stored_until_they_are_decoded(world: World) -> None:
     data = data_of(world)
     [batch], codec = data.training_parts(0), data.store.codec
-    assert batch.codes_LFW.numpy().dtype == codec.dtype
-    assert batch.codes_LFW.shape == (3, len(batch.rows_F), codec.width(16))
+    assert batch.codes_LRW.numpy().dtype == codec.dtype
+    assert batch.codes_LRW.shape == (3, len(batch.rows_F), codec.width(16))
     assert batch.targets().dtype == torch.float32 and batch.targets().shape == (3, len(batch.rows_F), 16)
 
 

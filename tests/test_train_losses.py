@@ -79,8 +79,8 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
                 utterances=batch.utterances[row : row + 1],
                 samples_BS=batch.samples_BS[row : row + 1, :length],
                 num_samples_B=batch.num_samples_B[row : row + 1],
-                codes_LFW=batch.codes_LFW[:, first : first + frames],
-                run_frames=(frames,),
+                codes_LRW=batch.codes_LRW[:, first : first + frames],
+                runs=((frames, frames),),
                 scale_rows_F=batch.scale_rows_F[first : first + frames],
                 rows_F=torch.arange(frames),
             )

@@ -1,13 +1,16 @@
 """Training and dev batches: packs of audio and teacher features in a seeded shuffled order.
 
 One pack is one micro-batch, or several parts of one with `optimiser.micro_frames`. A batch has the samples of a pack's
-training utterances, padded to the longest, and their rows of the teacher's layers, both as stored: they are scaled and
+training utterances, padded to the longest, and their codes of the teacher's layers, both as stored: they are scaled and
 decoded on the training device, which keeps transfers small. With a stored stem (`extract run --keep
-frames,pooled,stem`) its rows replace the samples and no audio is read. A pack may contain dev utterances too: they are
+frames,pooled,stem`) its codes replace the samples and no audio is read. A pack may contain dev utterances too: they are
 excluded from training batches and form batches of their own.
 
+A row of codes holds `Codec.block_frames` frames of one utterance: one frame, or 16 in a transform codec, whose last row
+of an utterance may hold fewer own frames.
+
 Shapes: B batch, S samples, T frames of the padded batch, F own frames of all utterances in a row, L layers, D dim,
-C channels of the stem, W codes per frame, N = B T.
+C channels of the stem, R rows of codes, W codes of a row, N = B T.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -27,7 +30,7 @@ from extract.store.packing import ranges
 from extract.store.reader import StoreReader
 from train.read_ahead import read_ahead_on
 
-Coded = tuple[Tensor, tuple[Tensor | None, ...]]  # codes (L, F, W) and the scales of their runs
+Runs = tuple[tuple[int, int], ...]  # rows of codes and own frames of each run that is decoded with one scale
 _CPU = torch.device("cpu")
 
 
@@ -42,13 +45,14 @@ class Batch:
     samples_BS: Tensor | None = None  # int16, zero past each utterance's end
     statistics_B2: Tensor | None = None  # float32: mean and deviation of each waveform; None: not to be normalised
     codec: Codec | None  # None: the codes are the values, float32
-    codes_LFW: Tensor  # as stored, own frames only, utterance after utterance
-    run_frames: tuple[int, ...]  # lengths of the runs of frames that share a scale: one for a part of a pack
+    codes_LRW: Tensor  # as stored, rows with own frames only, utterance after utterance
+    runs: Runs  # one for a part of a pack, and for codes without a scale
     scales: tuple[Tensor | None, ...]  # of the runs, as stored
-    scale_rows_F: Tensor  # int64: row of each own frame, counted from the first frame of its scale
+    scale_rows_F: Tensor  # int64: row of each own frame, counted from the first frame of its run's scale or codes
     rows_F: Tensor  # int64: position of each own frame in the flattened (B, T) grid
-    stem_codes_1FW: Tensor | None = None  # the stem's output in place of samples, coded like the targets
-    stem_scales: tuple[Tensor | None, ...] = ()  # empty: the codes of the stem are its values, float32
+    stem_codec: Codec | None = None  # None: the codes of the stem are its values, float32
+    stem_codes_1RW: Tensor | None = None  # the stem's output in place of samples, in the runs of the targets
+    stem_scales: tuple[Tensor | None, ...] = ()
     valid_BT: Tensor | None = None  # bool: True on own frames; given with the stem's output
 
     def to(self, device: torch.device) -> "Batch":
@@ -91,25 +95,32 @@ class Batch:
 
     def targets(self) -> Tensor:
         """Return the teacher's layers, float32 (L, F, D), decoded on the batch's device."""
-        return self._decoded(self.codes_LFW, self.scales)
+        return self._decoded(self.codec, self.codes_LRW, self.scales)
 
     def stem(self) -> tuple[Tensor, Tensor]:
         """Return the stored stem's output, float32 (B, T, C), zero on padding, and the own frames, bool (B, T)."""
-        assert self.stem_codes_1FW is not None and self.valid_BT is not None
-        stem_FC = self._decoded(self.stem_codes_1FW, self.stem_scales)[0]
+        assert self.stem_codes_1RW is not None and self.valid_BT is not None
+        stem_FC = self._decoded(self.stem_codec, self.stem_codes_1RW, self.stem_scales)[0]
         grid_NC = stem_FC.new_zeros(self.valid_BT.numel(), stem_FC.shape[1])
         return grid_NC.index_copy_(0, self.rows_F, stem_FC).view(*self.valid_BT.shape, -1), self.valid_BT
 
-    def _decoded(self, codes_LFW: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
-        if self.codec is None or not scales:
-            return codes_LFW
-        num_layers, num_frames, width = codes_LFW.shape
-        values_LFD = torch.empty((num_layers, num_frames, width * self.codec.values_per_code), device=codes_LFW.device)
-        first = 0
-        for scale, num_run in zip(scales, self.run_frames, strict=True):
-            run = slice(first, first + num_run)
-            self.codec.decode_into(values_LFD[:, run], codes_LFW[:, run], scale, self.scale_rows_F[run])
-            first += num_run
+    def _decoded(self, codec: Codec | None, codes_LRW: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
+        if codec is None:
+            return codes_LRW
+        num_layers, _, width = codes_LRW.shape
+        num_frames = [count for _, count in self.runs]
+        values_LFD = torch.empty((num_layers, sum(num_frames), codec.dim(width)), device=codes_LRW.device)
+        parts = zip(
+            values_LFD.split(num_frames, dim=1),
+            codes_LRW.split([rows for rows, _ in self.runs], dim=1),
+            scales,
+            self.scale_rows_F.split(num_frames),
+            strict=True,
+        )
+        # Targets have the same values in every precision of the student.
+        with torch.autocast(codes_LRW.device.type, enabled=False):
+            for values, codes, scale, rows in parts:
+                codec.decode_into(values, codes, scale, rows)
         return values_LFD
 
 
@@ -131,6 +142,16 @@ class PackSampler:
             for pack in order[offset:]:
                 yield int(pack)
             position += len(order) - offset
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Codes of U utterances, end to end, with the scale of all or of each of them."""
+
+    codec: Codec | None  # None: the codes are the values
+    codes_LRW: Tensor
+    scales: tuple[Tensor | None, ...]
+    first_U: NDArray[np.int64]  # first frame of each utterance, counted from that of its scale or else of the codes
 
 
 def _dev(corpus: Corpus, split: str) -> NDArray[np.int64]:
@@ -170,6 +191,7 @@ class DistillationData:
         micro_frames: int = 0,
     ) -> None:
         self.corpus, self.store, self.layers = corpus, store, layers
+        self.codec = store.codec_for(layers)
         self.stem_store = stem_store or store
         self.stored_draws, self.micro_frames = stored_draws, micro_frames
         self.normalise = bool(store.manifest.upstream["normalise"])
@@ -229,16 +251,13 @@ class DistillationData:
 
     def _part(self, pack: int, utterances: NDArray[np.int64], total: int, *, stored: bool, pin: bool) -> Batch:
         """Return one part of a pack; `total`: own frames of all its parts."""
-        rows_F = ranges(self.store.first_frame[utterances], self.store.num_frames[utterances])
-        gaps = np.flatnonzero(np.diff(rows_F) != 1) + 1  # where utterances of another split lie between
-        spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_F, gaps)]
-        targets = self._codes(pack, spans, pin=pin)
+        targets = self._codes(pack, utterances, pin=pin)
         stem = None
         if stored:
             own = self.stem_store is self.store
-            stem = self._codes(pack, spans, is_stem=True, pin=pin) if own else self._decoded_stem(utterances)
-        runs = (len(rows_F),), rows_F
-        return self._batch(utterances, targets, stem, runs, share=len(rows_F) / total, pin=pin)
+            stem = self._codes(pack, utterances, is_stem=True, pin=pin) if own else self._decoded_stem(utterances)
+        share = int(self.store.num_frames[utterances].sum()) / total
+        return self._batch(utterances, targets, stem, share=share, pin=pin)
 
     def dev_batches(
         self, *, device: torch.device = _CPU, stored: bool = False, rank: int = 0, size: int = 1
@@ -254,35 +273,33 @@ class DistillationData:
         ):
             yield batch
 
-    def _decoded_stem(self, utterances: NDArray[np.int64]) -> Coded:
+    def _decoded_stem(self, utterances: NDArray[np.int64]) -> _Coded:
         """Return the stem's output from another store, decoded here: its packs hold other utterances."""
         stems = [self.stem_store.stem_at(index) for index in utterances.tolist()]
-        return torch.from_numpy(np.concatenate(stems)[None]), ()
+        return _Coded(None, torch.from_numpy(np.concatenate(stems)[None]), (), np.zeros(0, dtype=np.int64))
 
     def _dev_batch(self, utterances: NDArray[np.int64], *, stored: bool, pin: bool) -> Batch:
         """Return dev utterances, which lie in several packs: each brings its own scale."""
-        targets, rows_F = self._dev_codes(utterances)
+        targets = self._dev_codes(utterances)
         stem = None
         if stored:
             own = self.stem_store is self.store
-            stem = self._dev_codes(utterances, is_stem=True)[0] if own else self._decoded_stem(utterances)
-        runs = tuple(self.store.num_frames[utterances].tolist()), rows_F
-        return self._batch(utterances, targets, stem, runs, pin=pin)
+            stem = self._dev_codes(utterances, is_stem=True) if own else self._decoded_stem(utterances)
+        return self._batch(utterances, targets, stem, pin=pin)
 
-    def _dev_codes(self, utterances: NDArray[np.int64], *, is_stem: bool = False) -> tuple[Coded, NDArray[np.int64]]:
-        """Read the codes of utterances, a run each, and return the rows of their frames in their scales, too."""
-        codes: list[Tensor] = []
-        scales: list[Tensor | None] = []
-        rows: list[NDArray[np.int64]] = []
+    def _dev_codes(self, utterances: NDArray[np.int64], *, is_stem: bool = False) -> _Coded:
+        """Read the codes of utterances, each with the part of its pack's scale that it needs."""
+        codes, scales, first = [], [], []
         for index in utterances.tolist():
-            pack, first = int(self.store.pack_of[index]), int(self.store.first_frame[index])
-            count = int(self.store.num_frames[index])
-            one, (scale,) = self._codes(pack, [slice(first, first + count)], is_stem=is_stem)
-            scale, row = self.store.codec.span(scale, first, count)
-            codes.append(one)
+            one = self._codes(int(self.store.pack_of[index]), np.array([index]), is_stem=is_stem)
+            scale, row = self.codec.span(one.scales[0], int(one.first_U[0]), int(self.store.num_frames[index]))
+            codes.append(one.codes_LRW)
             scales.append(None if scale is None else scale.clone())  # a view would keep the scale of a whole pack
-            rows.append(np.arange(row, row + count))
-        return (torch.cat(codes, dim=1), tuple(scales)), np.concatenate(rows)
+            first.append(row)
+        codes_LRW = torch.cat(codes, dim=1)
+        if self.codec.scale_dtype is None:
+            return _Coded(one.codec, codes_LRW, (None,), self._first_in_codes(utterances))
+        return _Coded(one.codec, codes_LRW, tuple(scales), np.array(first))
 
     def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
         """Yield the utterances of each dev batch, longest first, which keeps padding small."""
@@ -294,49 +311,66 @@ class DistillationData:
             yield order[start:stop]
             start = stop
 
-    def _codes(self, pack: int, spans: list[slice], *, is_stem: bool = False, pin: bool = False) -> Coded:
-        """Read the codes of a pack's rows in `spans`, ascending, end to end: of the stem or of the target layers."""
-        store, own = self.store, sum(span.stop - span.start for span in spans)
+    def _codes(self, pack: int, utterances: NDArray[np.int64], *, is_stem: bool = False, pin: bool = False) -> _Coded:
+        """Read the codes of a pack's utterances, in order of first frame: of the stem or of the target layers."""
+        store, block = self.store, self.codec.block_frames
+        codec = store.stem_codec if is_stem else self.codec
+        rows_R = ranges(store.first_frame[utterances] // block, self._num_rows(utterances))
+        gaps = np.flatnonzero(np.diff(rows_R) != 1) + 1  # where utterances of another split lie between
+        spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_R, gaps)]
         num_layers, dim = (1, store.stem_dim) if is_stem else (len(self.layers), store.dim)
-        width, dtype = store.codec.width(dim), torch.from_numpy(np.empty(0, dtype=store.codec.dtype)).dtype
-        codes_LFW = torch.empty((num_layers, own, width), dtype=dtype, pin_memory=pin)
+        width, dtype = codec.width(dim), torch.from_numpy(np.empty(0, dtype=codec.dtype)).dtype
+        codes_LRW = torch.empty((num_layers, len(rows_R), width), dtype=dtype, pin_memory=pin)
         # Read in place. Rows of another split between the spans are read too: a read per gap and layer would cost more.
-        whole = slice(spans[0].start, spans[-1].stop)
-        out = codes_LFW.numpy()
+        first, stop = spans[0].start, spans[-1].stop
+        out = codes_LRW.numpy()
         if len(spans) > 1:
-            out = np.empty((num_layers, whole.stop - whole.start, width), dtype=store.codec.dtype)
+            out = np.empty((num_layers, stop - first, width), dtype=codec.dtype)
+        frames = slice(first * block, stop * block)
         if is_stem:
-            _, scale = store.stem_pack(pack, frames=whole, out=out)
+            _, scale = store.stem_pack(pack, frames=frames, out=out)
         else:
-            scale = store.pack(pack, self.layers, frames=whole, out=out).scale
+            scale = store.pack(pack, self.layers, frames=frames, out=out).scale
         if len(spans) > 1:
-            own_rows = [out[:, span.start - whole.start : span.stop - whole.start] for span in spans]
-            np.concatenate(own_rows, axis=1, out=codes_LFW.numpy())
-        return codes_LFW, (None if scale is None else torch.from_numpy(scale),)
+            own_rows = [out[:, span.start - first : span.stop - first] for span in spans]
+            np.concatenate(own_rows, axis=1, out=codes_LRW.numpy())
+        if scale is None:
+            return _Coded(codec, codes_LRW, (None,), self._first_in_codes(utterances))
+        return _Coded(codec, codes_LRW, (torch.from_numpy(scale),), store.first_frame[utterances])
+
+    def _num_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of codes of each utterance; its first frame is the first one of a row."""
+        return -(-self.store.num_frames[utterances] // self.codec.block_frames)
+
+    def _first_in_codes(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the first frame of each utterance, counted from the first one of codes that lie end to end."""
+        num_rows = self._num_rows(utterances)
+        return (np.cumsum(num_rows) - num_rows) * self.codec.block_frames
 
     def _batch(
         self,
         utterances: NDArray[np.int64],
-        targets: Coded,
-        stem: Coded | None,
-        runs: tuple[tuple[int, ...], NDArray[np.int64]],
+        targets: _Coded,
+        stem: _Coded | None,
         *,
         share: float = 1.0,
         pin: bool,
     ) -> Batch:
-        """Return the batch of utterances. runs: the lengths of the runs that share a scale, and the rows in these."""
         num_frames, num_samples = self.store.num_frames[utterances], self.corpus.num_samples[utterances]
         width = int(num_frames.max())  # T
+        runs: Runs = ((targets.codes_LRW.shape[1], int(num_frames.sum())),)
+        if len(targets.scales) > 1:
+            runs = tuple(zip(self._num_rows(utterances).tolist(), num_frames.tolist(), strict=True))
         batch = Batch(
             utterances=tuple(utterances.tolist()),
             duration_s=float(num_samples.sum()) / SAMPLE_RATE_HZ,
             share=share,
             num_samples_B=torch.from_numpy(num_samples),
-            codec=self.store.codec,
-            codes_LFW=targets[0],
-            run_frames=runs[0],
-            scales=targets[1],
-            scale_rows_F=torch.from_numpy(runs[1]),
+            codec=targets.codec,
+            codes_LRW=targets.codes_LRW,
+            runs=runs,
+            scales=targets.scales,
+            scale_rows_F=torch.from_numpy(ranges(targets.first_U, num_frames)),
             rows_F=torch.from_numpy(ranges(np.arange(len(utterances)) * width, num_frames)),  # of the flattened grid
         )
         if stem is None:
@@ -344,8 +378,13 @@ class DistillationData:
             if self.normalise:
                 batch = replace(batch, statistics_B2=torch.from_numpy(self._statistics[utterances]))
         else:
-            valid_BT = torch.from_numpy(np.arange(width) < num_frames[:, None])
-            batch = replace(batch, stem_codes_1FW=stem[0], stem_scales=stem[1], valid_BT=valid_BT)
+            batch = replace(
+                batch,
+                stem_codec=stem.codec,
+                stem_codes_1RW=stem.codes_LRW,
+                stem_scales=stem.scales,
+                valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
+            )
         return batch.pinned() if pin else batch
 
     def _samples(self, utterances: NDArray[np.int64], *, pin: bool) -> Tensor:

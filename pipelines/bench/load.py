@@ -112,14 +112,15 @@ def epoch(data: "DistillationData") -> list[int]:
 
 
 def _bytes_of_packs(bench: Loaded, *, stored: bool) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield the bytes that training reads of every pack: codes and scales of own frames, samples (int16).
+    """Yield the bytes that training reads of every pack: codes and scales of its utterances, samples (int16).
 
     stored: codes and scales of the stem's output follow those of the layers, and there are no samples.
     """
     data = _data(bench)
     for number in epoch(data):
         pack = data.store.pack(number, _LAYERS)
-        own = slice(int(pack.first_frame[-1] + pack.num_frames[-1]))  # rows of the pack's utterances
+        # Rows of the codes of the pack's utterances.
+        own = data.codec.code_rows(0, int(pack.first_frame[-1] + pack.num_frames[-1]))
         codes, scales = [pack.codes_LRW[:, own]], [pack.scale]
         if stored:
             codes_1FW, scale = data.store.stem_pack(number)

@@ -161,14 +161,15 @@ def _from_teacher(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
     states = teacher.forward([run.corpus.waveform(index) for index in batch.utterances])  # each (B, T, D)
     # Frames of all utterances in a row, as the stored codes lie: (F, D) of each layer.
     own = [states[layer].float().flatten(0, 1).index_select(0, batch.rows_F) for layer in run.data.layers]
-    return replace(batch, codes_LFW=torch.stack(own), scales=(), codec=None)
+    return replace(batch, codes_LRW=torch.stack(own), scales=(), codec=None)
 
 
 def _decoded(batch: Batch) -> Batch:
     """Return the batch with values in place of codes, of targets and stem."""
     rows, _ = batch.stem()  # (B, T, C)
     stem_1FC = rows.flatten(0, 1).index_select(0, batch.rows_F)[None]
-    return replace(batch, codes_LFW=batch.targets(), stem_codes_1FW=stem_1FC, scales=(), stem_scales=(), codec=None)
+    plain = replace(batch, stem_codes_1RW=stem_1FC, stem_scales=(), stem_codec=None)
+    return replace(plain, codes_LRW=batch.targets(), scales=(), codec=None)
 
 
 def _remarks(group: Group) -> Iterator[str]:
