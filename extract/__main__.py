@@ -1,4 +1,4 @@
-"""Commands of stage one: `python -m extract run | many | plan | verify | info | stats | mirror | compare | speed`."""
+"""Commands of stage one: `python -m extract plan | run | many | verify | info | stats | codebook | mirror | …`."""
 
 import extract.base.libraries  # noqa: F401  # first: explains a library that does not load
 
@@ -316,6 +316,31 @@ def stats(manifest: Path, out: Path | None, max_packs: int | None) -> None:
     Console().print(table_of(found))
     for path in write_stats(found, reader, out):
         click.echo(path)
+
+
+@main.command()
+@_manifest
+@_path("--corpus", required=True, help="The store's corpus: NAME.json or .h5.")
+@click.option("--name", required=True, help="Name of the codebook, which a student's `codebook` gives.")
+@click.option("--split", "splits", multiple=True, default=["train"], show_default=True, help="Repeatable.")
+@click.option("--words", default=256, show_default=True, help="Words of each layer and stage.")
+@click.option("--stages", default=1, show_default=True, help="Above 1: residual k-means.")
+def codebook(manifest: Path, corpus: Path, name: str, splits: tuple[str, ...], words: int, stages: int) -> None:
+    """Fit codebooks to a store's layers by k-means, for students that are trained on discrete targets.
+
+    The file is M.NAME.codebook.safetensors beside the manifest M.json.
+    """
+    from extract.codebooks import fit_codebook
+    from extract.corpus import Corpus
+    from extract.store.codebook import codebook_path
+    from extract.store.reader import StoreReader
+
+    out = codebook_path(manifest, name)
+    opened = Corpus.open(corpus)
+    reader = StoreReader.open(manifest, opened)
+    rows = reader.rows_of(opened)
+    fit_codebook(reader, rows, splits=splits, words=words, stages=stages, progress=click.echo).write(out)
+    click.echo(out)
 
 
 @main.command()

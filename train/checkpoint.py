@@ -69,8 +69,8 @@ def run_key(
 
     It is also without the parts that packs are cut into, so that a run which was out of memory resumes in smaller ones.
 
-    `initial_weights` is the sha256 of their file; None if the weights start random. `other_digests`: of the stores of
-    dev and of the stem, where they are not that of the targets.
+    `initial_weights` is the sha256 of their file; None if the weights start random. `other_digests`: of the codebook,
+    and of the stores of dev and of the stem where they are not that of the targets.
     """
     value = asdict(config)
     del value["optimiser"]["accumulate"], value["optimiser"]["micro_frames"]

@@ -18,7 +18,7 @@ from typing import Literal
 
 from extract.base.errors import RetortError, unknown
 from extract.base.params import merge, read_section
-from extract.base.validate import parse
+from extract.base.validate import check_name, parse
 
 Family = Literal[
     "distilhubert",
@@ -33,6 +33,7 @@ Family = Literal[
 ]
 GROWN: tuple[Family, ...] = ("interleaved", "gradual", "midas", "progressive", "one-shot")
 GENERATING: tuple[Family, ...] = ("gendistiller", "gendistiller-2d")
+Loss = Literal["l1-cosine", "mse", "codes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,8 @@ class StudentConfig:
     # frames,pooled,stem` wrote, and no waveform. Steps that train the stem read waveforms, and so do all dev scores of
     # a student whose stem trains at some step. One whose stem never trains scores dev from what it trains from.
     stem: Literal["waveforms", "stored"] = "waveforms"
+    loss: Loss | None = None  # of a layer; None: that of the family's paper. `codes`: cross-entropy
+    codebook: str | None = None  # name of `extract codebook`: targets of `codes`, and measured with the other losses
     intermediate_weight: float = 0.5  # of the layer-to-layer loss beside the output loss
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
@@ -165,6 +168,7 @@ class StudentConfig:
         ):
             raise RetortError(f"targets: got {list(self.targets)}, expected ascending layers from 1 up")
         self._check_stem()
+        self._check_codes()
         if not 0 <= self.optimiser.ema < 1:
             raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
         if self.dev_split in self.train_splits:
@@ -190,6 +194,26 @@ class StudentConfig:
                 "stem: `stored` needs a frozen stem, and this one trains from the first step on; set "
                 "optimiser.stem_grad_scale to 0, or optimiser.stem_frozen to the share of steps that read the store"
             )
+
+    def _check_codes(self) -> None:
+        if self.loss == "codes" and self.codebook is None:
+            raise RetortError(
+                "loss: `codes` needs a codebook; set codebook to the name of `python -m extract codebook`"
+            )
+        if self.loss == "codes" and self.family in GENERATING:
+            raise RetortError(
+                f"loss: got `codes`, which gives a {self.family} no layer of the teacher to generate from; set loss to "
+                "mse or l1-cosine, or choose another family"
+            )
+        if self.codebook is not None:
+            check_name(self.codebook, where="codebook")
+            if self.dev_split is None:
+                raise RetortError("codebook: codes are measured on the dev split; set dev_split, or leave codebook out")
+
+    @property
+    def layer_loss(self) -> Loss:
+        """Loss of one target layer: as set, or that of the family's paper."""
+        return self.loss or ("mse" if self.family in ("layerwise", *GROWN) else "l1-cosine")
 
     @property
     def stem_trains_from(self) -> float:

@@ -25,8 +25,9 @@ from train import checkpoint
 from train.curves import Curves, TrainingRecord, open_curves
 from train.data import Batch
 from train.losses import GenerationDistiller, layer_errors
-from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
+from train.metrics import CodeScore, GrowthStep, LayerError, RunLoss, RunMetrics
 from train.optimiser import learning_rate
+from train.probe import score_codes
 from train.progress import TrainingProgress
 from train.run import Run, TrainRequest, begin, grow, snapshot, stage_at, unfreeze_stem
 from train.step import RECENT, audio_so_far, autocast, collect, last_loss, out_of_memory, train_step
@@ -62,12 +63,13 @@ def train(request: TrainRequest) -> RunMetrics:
         try:
             _run_steps(run, progress, batches)
             free, forced = _dev(run)
+            codes = {} if run.words_LSKD is None or free is None else score_codes(run)
         except torch.OutOfMemoryError:
             raise out_of_memory(run) from None
         _log(run, progress, _dev_curve(free, forced))
         if not run.distiller.stem_trains:
             _compare_stems(run, progress, free)
-    return _finish(run, free, forced)
+    return _finish(run, free, forced, codes)
 
 
 def open_record(run: Run) -> Curves | None:
@@ -140,7 +142,10 @@ def _run_steps(run: Run, progress: TrainingProgress, batches: Iterator[tuple[Bat
 
 @dataclass(frozen=True)
 class DevScore:
-    """Loss, and errors by teacher layer, over the dev split: means over its frames."""
+    """Loss, and errors by teacher layer, over the dev split: means over its frames.
+
+    The loss `codes` has no errors by layer: its predictions are not in the teacher's units.
+    """
 
     loss: float
     by_layer: dict[int, LayerError]
@@ -163,14 +168,15 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> 
     stored = not run.request.config.needs_audio if stored is None else stored
     distiller, processes = run.scored.eval(), run.request.processes
     num_frames: list[int] = []  # of each batch
-    scores: list[Tensor] = []  # of each batch, on the device: loss, three errors per layer
+    scores: list[Tensor] = []  # of each batch, on the device: loss, then three errors per layer
     device = run.request.device
     for batch in run.dev_data.dev_batches(device=device, stored=stored, rank=processes.rank, size=processes.size):
         with autocast(run):
             targets_LFD = batch.targets()
             predicted = distiller(batch, targets_LFD, forced)
             loss = distiller.loss(predicted, targets_LFD)
-        scores.append(torch.cat([loss[None], layer_errors(predicted, targets_LFD).flatten()]))
+        errors = [] if distiller.layer_loss == "codes" else [layer_errors(predicted, targets_LFD).flatten()]
+        scores.append(torch.cat([loss[None], *errors]))
         num_frames.append(targets_LFD.shape[1])
     distiller.train()
     # One read for all batches: reading one waits for the device. A process may have no batch.
@@ -180,6 +186,8 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> 
     in_order = [row for rows in zip_longest(*processes.all_gather(rows)) for row in rows if row is not None]
     weights, *columns = zip(*in_order, strict=True)
     loss, *values = np.average(columns, axis=1, weights=weights).tolist()
+    if not values:
+        return DevScore(loss, {})
     by_layer = {layer: LayerError(*values[3 * index : 3 * index + 3]) for index, layer in enumerate(run.data.layers)}
     return DevScore(loss, by_layer)
 
@@ -235,7 +243,7 @@ def _log(run: Run, progress: TrainingProgress, values: dict[str, float]) -> None
         progress.log(run.state.step, values)
 
 
-def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetrics:
+def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dict[int, CodeScore]) -> RunMetrics:
     """Write the student's folder, then its metrics, then remove the checkpoint; in the main process only."""
     request, config, state, student = run.request, run.request.config, run.state, run.scored.student
     common: dict[str, Any] = {
@@ -281,6 +289,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None) -> RunMetr
         growth=tuple(GrowthStep(stage.first_step, stage.depth) for stage in run.stages),
         exposure_bias=None if free is None or forced is None else free.loss - forced.loss,
         provenance=Provenance.of(device_model(request.device)),
+        codes_by_layer=codes,
     )
     if request.processes.is_main:
         save_student(request.out, student, made_from)

@@ -8,6 +8,9 @@ targets (docs/methods.md):
     gendistillers  the same                                                             arXiv 2406.09444
     stacked        MSE at the last layer + w · mean MSE at the target layers below it   arXiv 2606.11766
 
+The setting `loss` replaces the error of a layer (L1 and cosine, MSE, or the cross-entropy of train/codes.py) and keeps
+the family's weights of the layers.
+
 Checkpoints keep the heads, the saved student does not have them.
 
 Shapes: B batch, T frames of the padded batch, F own frames of all utterances in a row, L target layers, C channels of
@@ -15,11 +18,13 @@ the stem, d dim of the student, D dim of the teacher.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.codes import CodeHeads
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
@@ -47,17 +52,27 @@ def regression_loss(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
     return distance - functional.logsigmoid(cosine_LF).mean()
 
 
-def layer_to_layer_loss(predicted: list[Tensor], targets_LFD: Tensor, weight: float) -> Tensor:
-    """Return the MSE of the last layer plus `weight` times the mean MSE of the layers below, a float32 scalar.
+def squared_error(predicted_FD: Tensor, target_FD: Tensor) -> Tensor:
+    """Return the MSE of one layer, a float32 scalar."""
+    return functional.mse_loss(predicted_FD.float(), target_FD)
 
-    `predicted` and `targets_LFD` as in `regression_loss`; the last one is the output layer.
-    """
-    errors_L = [
-        functional.mse_loss(one_FD.float(), target_FD) for one_FD, target_FD in zip(predicted, targets_LFD, strict=True)
-    ]
-    if len(errors_L) == 1:
-        return errors_L[0]
-    return errors_L[-1] + weight * torch.stack(errors_L[:-1]).mean()
+
+def absolute_and_cosine_error(predicted_FD: Tensor, target_FD: Tensor) -> Tensor:
+    """Return DistilHuBERT's loss of one layer, a float32 scalar."""
+    return regression_loss([predicted_FD], target_FD[None])
+
+
+REGRESSION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": squared_error,
+    "l1-cosine": absolute_and_cosine_error,
+}
+
+
+def layer_to_layer_loss(losses: list[Tensor], weight: float) -> Tensor:
+    """Return the loss of the last layer, the output, plus `weight` times the mean loss of the layers below."""
+    if len(losses) == 1:
+        return losses[0]
+    return losses[-1] + weight * torch.stack(losses[:-1]).mean()
 
 
 def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
@@ -97,6 +112,7 @@ class Distiller(nn.Module, ABC):
         super().__init__()
         self.stem_grad_scale = config.optimiser.stem_grad_scale
         self.stem_trains = True
+        self.layer_loss = config.layer_loss
         self.heads = nn.ModuleDict()
 
     def train_stem(self, trains: bool) -> None:
@@ -130,8 +146,17 @@ class Distiller(nn.Module, ABC):
         """
 
     def loss(self, predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
-        """Return the family's loss, a float32 scalar."""
-        return regression_loss(predicted, targets_LFD)
+        """Return the loss, a float32 scalar: the mean over the target layers, or what the family has in its place."""
+        if self.layer_loss == "l1-cosine":
+            return regression_loss(predicted, targets_LFD)
+        return torch.stack(self.layer_losses(predicted, targets_LFD)).mean()
+
+    def layer_losses(self, predicted: list[Tensor], targets_LFD: Tensor) -> list[Tensor]:
+        """Return the loss of each target layer, float32 scalars."""
+        if self.layer_loss == "codes":
+            return self.heads["codes"].losses(predicted, targets_LFD)  # type: ignore[no-any-return,operator]
+        error = REGRESSION[self.layer_loss]
+        return [error(one_FD, target_FD) for one_FD, target_FD in zip(predicted, targets_LFD, strict=True)]
 
 
 class HeadDistiller(Distiller):
@@ -182,7 +207,7 @@ class LayerDistiller(Distiller):
         ]
 
     def loss(self, predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
-        return layer_to_layer_loss(predicted, targets_LFD, self.config.intermediate_weight)
+        return layer_to_layer_loss(self.layer_losses(predicted, targets_LFD), self.config.intermediate_weight)
 
 
 class GenerationDistiller(Distiller):
@@ -229,6 +254,7 @@ def build_distiller(
     stem: StemShape = STANDARD,
     note: str | None = None,
     depth: int | None = None,
+    words_LSKD: Tensor | None = None,
 ) -> Distiller:
     """Return a new distiller with random weights from torch's global generator.
 
@@ -239,6 +265,7 @@ def build_distiller(
         stem: shape of the teacher's stem; with it the student has the teacher's frames.
         note: text of the teacher's author that is shown beside its scores; it is copied to the student's config.
         depth: number of blocks; None: the shape's.
+        words_LSKD: of the codebook; needed by the loss `codes` alone.
     """
     depth = config.shape.layers if depth is None else depth
     student_config = _student_config(config, targets, normalise=normalise, stem=stem, depth=depth)
@@ -253,6 +280,10 @@ def build_distiller(
         distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
     else:
         distiller = LayerDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
+    if config.layer_loss == "codes":
+        assert words_LSKD is not None
+        # Drawn last, so that student and prediction heads start as with the other losses.
+        distiller.heads["codes"] = CodeHeads(words_LSKD)
     distiller.train_stem(config.stem_trains_from == 0)
     return distiller
 

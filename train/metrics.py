@@ -3,7 +3,7 @@
 This module is the only reader and writer of that file. It does not import torch, so that the report can read runs.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from extract.base.provenance import Provenance
@@ -20,8 +20,17 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class CodeScore:
+    """Agreement of a student with one layer of the teacher, comparable between losses, as means over dev frames."""
+
+    probe_mse: float  # behind a linear map that is fitted after training (train/probe.py)
+    probe_accuracy: float  # share of frames whose nearest word, of that map's output, is the target's
+    accuracy: float  # without the map: by the heads of the loss `codes`, with other losses nearest to the prediction
+
+
+@dataclass(frozen=True)
 class RunLoss:
-    """Final losses of a run, in the units of its family's loss."""
+    """Final losses of a run, in the units of its own loss."""
 
     train: float  # mean over the last 50 steps
     dev: float | None  # None: the corpus has no dev split
@@ -57,7 +66,7 @@ class RunMetrics(Record):
     loader_wait_share: float  # share of `seconds` spent waiting for batches
     processes: int
     loss: RunLoss
-    dev_by_layer: dict[int, LayerError]  # by teacher layer; empty without a dev split
+    dev_by_layer: dict[int, LayerError]  # by teacher layer; empty without a dev split and with loss `codes`
     from_teacher: tuple[str, ...]  # parts initialised from the teacher
     not_from_teacher: dict[str, str]  # part -> reason
     growth: tuple[GrowthStep, ...]
@@ -65,7 +74,11 @@ class RunMetrics(Record):
     provenance: Provenance | None = None  # None: by a version that did not record it
     dev_teacher: str | None = None  # fingerprint of the store that dev is scored on; None: that of `teacher`
     stem_teacher: str | None = None  # fingerprint of the store of the stem; None: that of `teacher`, or waveforms
+    codes_by_layer: dict[int, CodeScore] = field(default_factory=dict)  # by teacher layer; empty without a codebook
 
     def to_dict(self) -> dict[str, Any]:
-        errors = {str(layer): asdict(error) for layer, error in self.dev_by_layer.items()}  # JSON's keys are text
-        return super().to_dict() | {"dev_by_layer": errors}
+        by_layer: dict[str, dict[int, Any]] = {"dev_by_layer": self.dev_by_layer, "codes_by_layer": self.codes_by_layer}
+        # JSON's keys are text.
+        return super().to_dict() | {
+            name: {str(layer): asdict(error) for layer, error in errors.items()} for name, errors in by_layer.items()
+        }

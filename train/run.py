@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from extract.base.device import check_dtype, set_float32
 from extract.base.errors import RetortError
 from extract.corpus import Corpus
+from extract.store.codebook import Codebook, codebook_path
 from extract.store.manifest import initial_weights_path
 from extract.store.reader import StoreReader
 from train import checkpoint
 from train.checkpoint import Checkpoint, RunState
+from train.codes import words_of
 from train.config import GENERATING, StudentConfig
 from train.data import DistillationData
 from train.distributed import SINGLE_PROCESS, ProcessGroup
@@ -70,6 +73,7 @@ class Run:
     parts: LoadedParts  # parts that started as the teacher's
     key: str
     checkpoint: Path
+    words_LSKD: Tensor | None  # of the codebook, on the CPU
     records: list[StepRecord] = field(default_factory=list)  # steps since `state` was last brought up to date
     skipped_in_a_row: int = 0  # steps that fp16 left out, up to the last one that was read
 
@@ -116,7 +120,8 @@ def begin(request: TrainRequest) -> Run:
     )
     stored_draws = config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0
     data = make_data(store, stem_store=stem_store, stored_draws=stored_draws)
-    distiller, parts = _initial_distiller(config, store, data, stem, weights)
+    words_LSKD, codebook_digest = _read_words(request, layers, store)
+    distiller, parts = _initial_distiller(config, store, data, stem, weights, words_LSKD)
     distiller.to(request.device).train()
     key = checkpoint.run_key(
         config,
@@ -124,7 +129,7 @@ def begin(request: TrainRequest) -> Run:
         corpus_digest=corpus.digest,
         stem=stem,
         initial_weights=None if weights is None else weights.sha256,
-        other_digests={name: other.digest for name, other in other_stores.items()},
+        other_digests=codebook_digest | {name: other.digest for name, other in other_stores.items()},
     )
     run = Run(
         request=request,
@@ -142,12 +147,23 @@ def begin(request: TrainRequest) -> Run:
         parts=parts,
         key=key,
         checkpoint=checkpoint.checkpoint_path(request.student, key, request.packs_per_step),
+        words_LSKD=words_LSKD,
     )
     # Every process reads the same file; check_equal below refuses a folder that is not shared.
     if (found := checkpoint.load(run.checkpoint)) is not None:
         _resume(run, found)
     request.processes.check_equal(settings=(key, config.optimiser.accumulate), **{"steps done before": run.state.step})
     return run
+
+
+def _read_words(
+    request: TrainRequest, layers: tuple[int, ...], store: StoreReader
+) -> tuple[Tensor | None, dict[str, str]]:
+    """Return the words of the target layers and the digest of their codebook, named; without a codebook neither."""
+    if (name := request.config.codebook) is None:
+        return None, {}
+    codebook = Codebook.read(codebook_path(request.manifest, name))
+    return words_of(codebook, layers, store), {"codebook": codebook.sha256}
 
 
 def _read_teacher(config: StudentConfig, store: StoreReader) -> tuple[InitialWeights | None, StemShape]:
@@ -169,6 +185,7 @@ def _initial_distiller(
     data: DistillationData,
     stem: StemShape,
     weights: InitialWeights | None,
+    words_LSKD: Tensor | None,
 ) -> tuple[Distiller, LoadedParts]:
     """Return the student of the first stage with its heads, and the parts copied from the teacher."""
     distiller = build_distiller(
@@ -179,6 +196,7 @@ def _initial_distiller(
         stem=stem,
         note=store.manifest.upstream.get("note"),
         depth=plan_stages(config)[0].depth,
+        words_LSKD=words_LSKD,
     )
     if weights is None:
         return distiller, LoadedParts()
