@@ -212,6 +212,18 @@ def test_a_setting_of_one_student_changes_its_training_alone(tree: Path, stages:
     assert changed(tree, unlisted) == stages
 
 
+def test_a_codebook_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
+    after = changed(tree, {"codebooks": {"k9": {"words": 9, "stages": 2}}})
+    assert after.keys() - stages.keys() == {"codebook@k9"}
+    stage = after["codebook@k9"]
+    assert "--name k9 --words 9 --stages 2" in stage["cmd"]
+    assert stage["outs"] == ["manifests/targets/distill.k9.codebook.safetensors"]
+    code = code_of(stage["cmd"])
+    assert all(any(covers(dep, file) for dep in stage["deps"]) for file in code)
+    own = [dep for dep in stage["deps"] if dep.startswith("extract")]
+    assert all(any(covers(dep, file) for file in code) for dep in own)
+
+
 def test_an_upstream_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
     row = {"source": "microsoft/wavlm-base-plus", "watch": "extract/upstream"}
     after = changed(tree, {"upstreams": {"wavlm": row}})

@@ -58,6 +58,11 @@ def test_reads_a_section(tmp_path: Path) -> None:
         ({"dev_split": "train"}, ["here.dev_split", "'train'", "train_splits"]),
         ({"generation": {"forcing_last": 1.5}}, ["here.generation.forcing_last", "1.5", "0 to 1"]),
         ({"growth": {"optimiser": "keep"}}, ["here.growth.optimiser", "copy-reset-step"]),
+        ({"loss": "ce"}, ["here.loss", "'ce'", "codes, l1-cosine, mse"]),
+        ({"loss": "codes"}, ["loss: `codes`", "codebook"]),
+        ({"codebook": "../k"}, ["codebook", "plain name"]),
+        ({"codebook": "k", "dev_split": None}, ["codebook", "dev_split"]),
+        ({"family": "gendistiller", "loss": "codes", "codebook": "k"}, ["loss", "`codes`", "gendistiller"]),
         ({"init": "random", "optimiser": {"stem_grad_scale": 0}}, ["stem_grad_scale", "freezes"]),
     ],
 )

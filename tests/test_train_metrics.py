@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from extract.base.errors import RetortError
-from train.metrics import GrowthStep, LayerError, RunLoss, RunMetrics
+from train.metrics import CodeScore, GrowthStep, LayerError, RunLoss, RunMetrics
 
 METRICS = RunMetrics(
     student="one",
@@ -32,6 +32,7 @@ METRICS = RunMetrics(
     not_from_teacher={"projection": "other shape"},
     growth=(GrowthStep(0, 3), GrowthStep(4, 6)),
     exposure_bias=None,
+    codes_by_layer={4: CodeScore(0.5, 0.25, 0.125)},
 )
 
 
@@ -42,6 +43,7 @@ def test_metrics_survive_the_file(tmp_path: Path) -> None:
     value = json.loads(path.read_text())
     assert value["format_version"] == 1
     assert value["dev_by_layer"]["12"] == {"l1": 0.3, "cosine": 0.8, "mse": 0.4}
+    assert value["codes_by_layer"] == {"4": {"probe_mse": 0.5, "probe_accuracy": 0.25, "accuracy": 0.125}}
     assert value["growth"] == [{"step": 0, "layers": 3}, {"step": 4, "layers": 6}]
     assert value["loss"] == {"train": 0.5, "dev": None, "dev_stored_stem": None}
 
@@ -70,7 +72,7 @@ def test_a_field_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, A
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
-    for name in METRICS.to_dict().keys() - {"provenance"}:
+    for name in METRICS.to_dict().keys() - {"provenance", "codes_by_layer"}:
         value = METRICS.to_dict()
         del value[name]
         with pytest.raises(RetortError, match=name):

@@ -95,7 +95,14 @@ def _same(settings: Mapping[str, Any], base: Mapping[str, Any], *keys: str) -> b
 def _shared_students(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     """Return the students that the base trains from the same targets with the same settings."""
     # What decides the targets, and how a student is computed.
-    inputs = (("teacher",), ("store",), ("upstreams", "teacher"), ("corpora", "distill"), ("machine", "train"))
+    inputs = (
+        ("teacher",),
+        ("codebooks",),
+        ("store",),
+        ("upstreams", "teacher"),
+        ("corpora", "distill"),
+        ("machine", "train"),
+    )
     if not all(_same(settings, base, *keys) for keys in inputs):
         return []
 
