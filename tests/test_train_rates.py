@@ -165,7 +165,7 @@ def test_a_grown_slow_student_resumed_equals_uninterrupted(world: World, monkeyp
 
 
 def test_the_key_changes_with_everything_that_decides_the_result(world: World) -> None:
-    base = {"store_digest": "s", "corpus_digest": "c", "stem": STANDARD, "initial_weights": "i", "codebook": None}
+    base = {"store_digest": "s", "corpus_digest": "c", "stem": STANDARD, "initial_weights": "i", "other_digests": {}}
     config = student("distilhubert")
     keys = {
         checkpoint.run_key(student("distilhubert", **settings), **base | changes)
@@ -176,7 +176,7 @@ def test_the_key_changes_with_everything_that_decides_the_result(world: World) -
             ({}, {"corpus_digest": "d"}),
             ({}, {"stem": StemShape(tuple(KERNELS), tuple(STRIDES))}),
             ({}, {"initial_weights": None}),
-            ({}, {"codebook": "k"}),
+            ({}, {"other_digests": {"codebook": "k"}}),
         )
     }
     assert len(keys) == 7
