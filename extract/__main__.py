@@ -84,7 +84,11 @@ _how_to_store = shared_options(
         "students train without waveforms.",
     ),
     click.option(
-        "--codec", default="int8", show_default=True, help="float16, int8 or int4: 2, 1 or 0.625 bytes a value."
+        "--codec",
+        default="int8",
+        show_default=True,
+        help="float16, int8 or int4: 16, 8 or 5 bits a value; transform:BITS, such as transform:0.5, which is fitted "
+        "to the corpus first.",
     ),
     click.option("--pack-frames", default=8192, show_default=True, help="Frames of a pack (one micro-batch)."),
     click.option("--shard-packs", default=4, show_default=True, help="Packs of a shard (one unit of work)."),
@@ -259,7 +263,8 @@ def _rows(it: "Manifest") -> dict[str, str]:
         "batches": _batches(it),
         "packs": f"{packs} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, rows):.1f}% filled",
-        "bytes a value": _bytes_a_value(it),
+        "bits a value": _bits_a_value(it),
+        "parameters of the codec": _parameters(it),
         "dropped": f"{it.num_dropped} utterances, longer than a pack or shorter than a frame" if it.num_dropped else "",
         "size": f"{it.num_bytes / 1e6:.1f} MB in {it.num_objects} objects at {it.location}",
         "fingerprint": it.fingerprint[:12],
@@ -284,17 +289,28 @@ def _batches(manifest: "Manifest") -> str:
     return f"{mode}; a padded batch {off} ({batching.get('dtype')})"
 
 
-def _bytes_a_value(manifest: "Manifest") -> str:
-    """Return the bytes on disk of one feature of one frame, beside those of the codec in a full pack."""
-    from extract.store.codec import CODECS
+def _bits_a_value(manifest: "Manifest") -> str:
+    """Return the bits on disk of one feature of one frame, beside those of the codec in a full pack."""
+    from extract.store.codecs import codec_named
 
     values = manifest.plan["num_frames"] * len(manifest.layers) * manifest.dim
     if "frames" not in manifest.keep or not values:
         return ""
     stored = sum(size for name, (_, size) in manifest.totals.items() if name in ("hidden", "scale"))
     frames = manifest.plan["pack_frames"]
-    full = CODECS[manifest.codec].nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
-    return f"{stored / values:.3f} on the disk, {full:.3f} in a full pack"
+    full = codec_named(manifest.codec).nbytes(1, frames, manifest.dim) / (frames * manifest.dim)
+    return f"{8 * stored / values:.3f} on the disk, {8 * full:.3f} in a full pack"
+
+
+def _parameters(manifest: "Manifest") -> str:
+    """Return the size of a fitted codec's parameters as text, empty for another codec."""
+    from extract.cost import as_bytes, outweighed
+
+    _, parameter_bytes = manifest.totals.get("codec", (0, 0))
+    codes_bytes = sum(size for name, (_, size) in manifest.totals.items() if name in ("hidden", "stem"))
+    if parameter_bytes <= codes_bytes:
+        return as_bytes(parameter_bytes) if parameter_bytes else ""
+    return outweighed(parameter_bytes, codes_bytes)
 
 
 @main.command()

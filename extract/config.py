@@ -12,7 +12,7 @@ from typing import Any
 from extract.base.errors import RetortError, unknown
 from extract.base.files import sha256_json
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.store.codec import CODECS
+from extract.store.codecs import codec_named
 from extract.store.manifest import KEEP_DEFAULT, check_keep
 
 # fp32 is IEEE; tf32: products of 10 bits of mantissa, on CUDA; bf16 and fp16: an autocast. Weights stay fp32.
@@ -46,8 +46,7 @@ class ExtractConfig:
     scheduler: str | None = None  # address of a running Dask cluster
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise unknown("codec", self.codec, CODECS)
+        codec_named(self.codec)  # raises for an unknown name, and for a rate that can't be
         check_keep(self.keep)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)

@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,8 @@ from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.published import SHAPES, SimulatedCorpus
 from extract.shards import LocalRunner, pack_corpus
-from extract.store.codec import CODECS
+from extract.store.codec import Codec
+from extract.store.codecs import LISTED, codec_named
 from extract.store.packing import Packing, spread_packs
 from extract.upstream.card import find_upstream
 from extract.upstream.spec import UpstreamSpec, check_layers, check_stem, read_spec
@@ -76,9 +77,10 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """Amounts of audio, frames and bytes of an extraction: exact, from lengths alone."""
+    """Amounts of audio, frames and bytes of an extraction in one codec: exact, from lengths alone."""
 
-    packing: Packing
+    codec: Codec
+    packing: Packing  # depends on the codec: one that codes blocks of frames aligns utterances
     spec: UpstreamSpec
     layers: tuple[int, ...]  # kept ones
     keep: frozenset[str]
@@ -92,11 +94,15 @@ class Size:
         spec: dimensions of the upstream; None to read its config.json.
         """
         spec = spec or read_spec(config.upstream)
-        check_stem(config.keep, spec.stem_dim, config.upstream)
+        stem_dim = check_stem(config.keep, spec.stem_dim, config.upstream)
+        codec = codec_named(config.codec)
+        for dim in (spec.dim, stem_dim):
+            if dim is not None:
+                codec.width(dim)  # raises for one that the codec can't store
         packing = pack_corpus(config, corpus, spec)
         audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ
         layers = check_layers(config.layers, spec.num_layers, config.upstream)
-        return cls(packing, spec, layers, config.keep, audio_s, audio_s / max(1, packing.num_packs))
+        return cls(codec, packing, spec, layers, config.keep, audio_s, audio_s / max(1, packing.num_packs))
 
     @cached_property
     def num_utterances(self) -> int:
@@ -111,15 +117,22 @@ class Size:
         """Share of the rows of all packs that hold an utterance's frame."""
         return self.num_frames / max(1, self.packing.num_packs * self.packing.pack_frames)
 
-    def layer_bytes(self, codec: str) -> int:
-        """Return the bytes of one layer's hidden states with their scales; every layer takes the same."""
-        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.spec.dim)
+    @property
+    def stem_dim(self) -> int | None:
+        """Channels of the convolution stem's output, None if it is not kept."""
+        return self.spec.stem_dim if "stem" in self.keep else None
 
-    def stem_bytes(self, codec: str) -> int:
-        """Return the bytes of the convolution stem's output with its scales; 0 if it is not kept."""
-        if "stem" not in self.keep or self.spec.stem_dim is None:
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's hidden states with their scales; every layer takes the same."""
+        return self.packing.num_packs * self.codec.nbytes(1, self.packing.pack_frames, self.spec.dim)
+
+    @property
+    def stem_bytes(self) -> int:
+        """Bytes of the convolution stem's output with its scales; 0 if it is not kept."""
+        if self.stem_dim is None:
             return 0
-        return self.packing.num_packs * CODECS[codec].nbytes(1, self.packing.pack_frames, self.spec.stem_dim)
+        return self.packing.num_packs * self.codec.nbytes(1, self.packing.pack_frames, self.stem_dim)
 
     @property
     def pooled_bytes(self) -> int:
@@ -127,10 +140,21 @@ class Size:
         rows = len(self.packing.pack) + self.num_utterances
         return 4 * rows * len(self.layers) * self.spec.dim
 
-    def disk_bytes(self, codec: str) -> int:
-        """Return the bytes of the store: kept layers, stem, scales and means. The index, some MB, is not counted."""
-        frames = len(self.layers) * self.layer_bytes(codec) if "frames" in self.keep else 0
-        return frames + self.stem_bytes(codec) + self.pooled_bytes
+    @property
+    def codes_bytes(self) -> int:
+        """Bytes of the kept layers and the stem with their scales."""
+        return ("frames" in self.keep) * len(self.layers) * self.layer_bytes + self.stem_bytes
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the parameters that the codec is fitted with, at most; they do not grow with the corpus."""
+        hidden = self.codec.parameter_bytes(len(self.layers), self.spec.dim) if "frames" in self.keep else 0
+        return hidden + (0 if self.stem_dim is None else self.codec.parameter_bytes(1, self.stem_dim))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the store: kept layers, stem, scales, parameters and means. The index, some MB, is not counted."""
+        return self.codes_bytes + self.parameter_bytes + self.pooled_bytes
 
 
 @dataclass(frozen=True)
@@ -209,15 +233,29 @@ def free_bytes(root: str) -> int | None:
 def plan_cost(config: CostConfig, console: "Console") -> None:
     """Estimate the cost of an extraction and print it. Raises RetortError where `extract run` would at its start."""
     corpus = config.extract.open_corpus() if config.hours is None else SimulatedCorpus.of(config.hours)
-    size = Size.of(config.extract, corpus, SHAPES[config.like] if config.like else None)
+    spec = SHAPES[config.like] if config.like else read_spec(config.extract.upstream)
+    size = Size.of(config.extract, corpus, spec)
     if missing := [layer for layer in config.student_layers or () if layer not in size.layers]:
         raise RetortError(
             f"--student-layers: layer {missing[0]} is not among the kept ones, {', '.join(map(str, size.layers))}"
         )
+    sizes, refused = _sizes_by_codec(config.extract, corpus, size)
     rate, source = _find_rate(config, corpus, size)
     _print_size(console, config.extract, corpus, size)
-    _print_codecs(console, config, size, rate)
-    console.out(*_model_lines(config, size, rate, source), *_space_lines(config, size), sep="\n", highlight=False)
+    _print_codecs(console, config, sizes, rate)
+    lines = [*refused, *_model_lines(config, size, rate, source), *_space_lines(size, sizes, str(config.extract.store))]
+    console.out(*lines, sep="\n", highlight=False)
+
+
+def _sizes_by_codec(config: ExtractConfig, corpus: AnyCorpus, asked: Size) -> tuple[dict[str, Size], list[str]]:
+    """Return the size in every listed codec and the one asked for; and a line for each that cannot store this one."""
+    sizes, refused = {}, []
+    for name in dict.fromkeys((*LISTED, config.codec)):
+        try:
+            sizes[name] = asked if name == config.codec else Size.of(replace(config, codec=name), corpus, asked.spec)
+        except RetortError as error:
+            refused.append(f"{name} is not in the table: {error}")
+    return sizes, refused
 
 
 def _find_rate(config: CostConfig, corpus: AnyCorpus, size: Size) -> tuple[float | None, str]:
@@ -238,13 +276,13 @@ def _find_rate(config: CostConfig, corpus: AnyCorpus, size: Size) -> tuple[float
     return rate, f"timed on {sampled_s:.0f} s out of {len(batches)} packs, {asked.device}, {asked.dtype}"
 
 
-def _times(config: CostConfig, size: Size, codec: str, rate: float) -> Times:
+def _times(config: CostConfig, size: Size, rate: float) -> Times:
     layers = size.layers if config.student_layers is None else config.student_layers
     return Times.of(
         audio_s=size.audio_s,
         rate=rate,
-        disk_bytes=size.disk_bytes(codec),
-        read_bytes=len(layers) * size.layer_bytes(codec) + size.stem_bytes(codec),
+        disk_bytes=size.disk_bytes,
+        read_bytes=len(layers) * size.layer_bytes + size.stem_bytes,
         read_mb_s=config.read_mb_s,
         write_mb_s=config.write_mb_s,
     )
@@ -280,25 +318,25 @@ def _installed_bytes() -> int:
     return sum(file.lstat().st_size for file in files)
 
 
-def _print_codecs(console: "Console", config: CostConfig, size: Size, rate: float | None) -> None:
+def _print_codecs(console: "Console", config: CostConfig, sizes: dict[str, Size], rate: float | None) -> None:
     from rich.table import Table
 
-    frames, stem = "frames" in size.keep, "stem" in size.keep
-    title = f"keeping {', '.join(sorted(size.keep))}; reading is an epoch's, break-even is in student epochs"
+    keep = config.extract.keep
+    frames, stem = "frames" in keep, "stem" in keep
+    title = f"keeping {', '.join(sorted(keep))}; reading is an epoch's, break-even is in student epochs"
     columns = ("one layer", *["the stem"] * stem, "on disk", "a shard", "extraction", "reading", "break-even")
     table = Table("codec", *columns, title=title, title_justify="left")
-    for codec in CODECS:
-        disk = size.disk_bytes(codec)
-        sizes = [size.layer_bytes(codec) if frames else 0, *[size.stem_bytes(codec)] * stem, disk]
-        cells = [as_bytes(count) for count in (*sizes, disk // max(1, size.packing.num_shards))]
+    for name, size in sizes.items():
+        counts = [size.layer_bytes if frames else 0, *[size.stem_bytes] * stem, size.disk_bytes]
+        cells = [as_bytes(count) for count in (*counts, size.disk_bytes // max(1, size.packing.num_shards))]
         if rate is None:
             cells += ["?", "?", "?"]  # times need a rate
         else:
-            times = _times(config, size, codec, rate)
+            times = _times(config, size, rate)
             epochs = "never" if times.break_even_epochs is None else f"{times.break_even_epochs:.2f}"
             # No student trains from means alone.
             cells += [as_time(times.extraction_s), *((as_time(times.reading_s), epochs) if frames else ("-", "-"))]
-        table.add_row(codec, *cells)
+        table.add_row(name, *cells)
     console.print(table)
 
 
@@ -317,28 +355,39 @@ def _model_lines(config: CostConfig, size: Size, rate: float | None, source: str
         "  break-even = extraction / (online epoch - reading), the student's own work being the same either way",
     ]
     if config.student_epochs and "frames" in size.keep:
-        codec = config.extract.codec
-        online_s, cached_s = _times(config, size, codec, rate).after(config.student_epochs)
+        online_s, cached_s = _times(config, size, rate).after(config.student_epochs)
         lines.append(
             f"{config.student_epochs} student epochs: {as_time(online_s)} of an online teacher, "
-            f"{as_time(cached_s)} of extraction and reading ({codec})"
+            f"{as_time(cached_s)} of extraction and reading ({size.codec.name})"
         )
     return lines
 
 
-def _space_lines(config: CostConfig, size: Size) -> list[str]:
-    """Return the lines on free space, with a warning if the store does not fit."""
-    root, codec = str(config.extract.store), config.extract.codec
-    free, need = free_bytes(root), size.disk_bytes(codec)
-    if free is None:
-        return [f"free at {root}: unknown, it is not a local folder"]
-    lines = [f"free at {root}: {as_bytes(free)}"]
-    if need > free:
+def _space_lines(size: Size, sizes: dict[str, Size], root: str) -> list[str]:
+    """Return the lines on free space; with a warning if the store does not fit, and if parameters outweigh codes."""
+    lines = []
+    if size.parameter_bytes > size.codes_bytes:
+        lines.append(f"{size.codec.name}: parameters take {outweighed(size.parameter_bytes, size.codes_bytes)}")
+    if (free := free_bytes(root)) is None:
+        return [*lines, f"free at {root}: unknown, it is not a local folder"]
+    lines.append(f"free at {root}: {as_bytes(free)}")
+    if (need := size.disk_bytes) > free:
+        # The first that fits: codecs are listed from the most bytes to the fewest, which is the least error first.
+        fits = next((one for one in sizes.values() if one.disk_bytes <= free), None)
+        other = "" if fits is None else f", give --codec {fits.codec.name} ({as_bytes(fits.disk_bytes)})"
         lines.append(
-            f"warning: {as_bytes(need)} in {codec} do not fit in {as_bytes(free)} at {root}; "
-            "keep fewer --layers, another --codec, or give another --store"
+            f"warning: {as_bytes(need)} in {size.codec.name} do not fit in {as_bytes(free)} at {root}; "
+            f"keep fewer --layers{other}, or give another --store"
         )
     return lines
+
+
+def outweighed(parameter_bytes: int, codes_bytes: int) -> str:
+    """Return the remark on a codec whose parameters take more bytes than what it encodes."""
+    return (
+        f"{as_bytes(parameter_bytes)}, more than the codes, {as_bytes(codes_bytes)}: they do not grow with the corpus, "
+        "and this one is small"
+    )
 
 
 def as_bytes(count: float) -> str:

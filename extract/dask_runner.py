@@ -18,7 +18,7 @@ from extract.base.errors import RetortError
 from extract.base.files import in_main_tree
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
-from extract.shards import CONCURRENT_SHARDS, Advance, Extraction, LocalRunner
+from extract.shards import CONCURRENT_SHARDS, Advance, Extraction, Fitted, LocalRunner
 from extract.store.location import is_url, root_text
 from extract.store.manifest import initial_weights_path
 from extract.upstream.card import UpstreamCard
@@ -55,6 +55,9 @@ class DaskRunner:
 
     def open(self, extraction: Extraction) -> UpstreamFacts:
         return self.pool.once(_open, self._for_workers(extraction.config, extraction.corpus), self.card)
+
+    def fit(self, extraction: Extraction) -> Fitted:
+        return self.pool.once(_fit, self._for_workers(extraction.config, extraction.corpus), self.card)
 
     def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
         config = self._for_workers(extraction.config, extraction.corpus)
@@ -111,8 +114,28 @@ def _open(config: ExtractConfig, card: UpstreamCard) -> UpstreamFacts:
     return _open_here(config, card)[2]
 
 
-def _write_shard(config: ExtractConfig, card: UpstreamCard, shard: int) -> None:
+def _fit(config: ExtractConfig, card: UpstreamCard) -> Fitted:
     runner, extraction, _ = _open_here(config, card)
+    return runner.fit(extraction)
+
+
+def _fitted_here(config: ExtractConfig, card: UpstreamCard) -> tuple[LocalRunner, Extraction]:
+    """Open a store whose codec is fitted, once for all threads and shards of this worker."""
+    runner, extraction, facts = _open_here(config, card)
+    with _lock:
+        if extraction.writer.needs_parameters and not extraction.writer.parameters:
+            if (parameters := extraction.writer.read_parameters()) is None:
+                raise RetortError(
+                    f"the parameters of the codec at {extraction.writer.location} are not visible to this worker; give "
+                    "a --store that all workers share"
+                )
+            extraction = extraction.fitted(parameters)
+            _opened[config, card] = runner, extraction, facts
+    return runner, extraction
+
+
+def _write_shard(config: ExtractConfig, card: UpstreamCard, shard: int) -> None:
+    runner, extraction = _fitted_here(config, card)
     if not extraction.writer.finished(shard):  # Dask runs a task again if the worker that ran it dies
         runner.write_shard(extraction, shard)
 

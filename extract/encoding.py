@@ -107,20 +107,29 @@ class DevicePack:
 @torch.inference_mode()
 def encode_on_device(writer: StoreWriter, pack: int, states: PackStates) -> DevicePack:
     """Encode a pack where its hidden states are, without waiting for them. Values are checked by `is_valid`, later."""
-    codec, hidden_LFD = writer.codec, states.hidden_LFD
+    hidden_LFD = states.hidden_LFD
     arrays: dict[str, Tensor] = {}
     errors, peaks = [], [hidden_LFD.new_zeros(())]
     for array in writer.coded:
+        codec = writer.codec_of(array)
         values_LFD = hidden_LFD if array.codes == "hidden" else _stem(states)[None]
         num_layers, num_frames, dim = values_LFD.shape
-        codes_LFW = _empty(values_LFD, (num_layers, num_frames, codec.width(dim)), codec.dtype)
+        codes_LRW = _empty(values_LFD, (num_layers, codec.num_rows(num_frames), codec.width(dim)), codec.dtype)
         scale = None
         if (shape := codec.scale_shape(num_frames, dim)) is not None:
             scale = _empty(values_LFD, (num_layers, *shape), codec.scale_dtype)
             arrays[array.scale] = scale.view(*array.layers, *shape)
-        codec.encode_into(codes_LFW, scale, values_LFD)
-        arrays[array.codes] = codes_LFW.view(*array.layers, *codes_LFW.shape[1:])
-        errors.append(_error_sums(codec, values_LFD, codes_LFW, scale))
+        rows_F = torch.arange(num_frames, device=values_LFD.device)
+        if writer.packing.align > 1:
+            source_F, rows_F = (
+                upload(torch.from_numpy(rows), values_LFD.device)
+                for rows in (writer.packing.spread(pack), writer.packing.rows_of(pack))
+            )
+            codec.encode_into(codes_LRW, scale, values_LFD[:, source_F])
+        else:
+            codec.encode_into(codes_LRW, scale, values_LFD)
+        arrays[array.codes] = codes_LRW.view(*array.layers, *codes_LRW.shape[1:])
+        errors.append(_error_sums(codec, values_LFD[:, : len(rows_F)], codes_LRW, scale, rows_F))
         peaks += [values_LFD.amax(), -values_LFD.amin()]
     error = torch.cat(errors, 1) if errors else hidden_LFD.new_zeros((3, 0), dtype=torch.float64)
     return DevicePack(arrays, _time_means(hidden_LFD, states.num_frames), error, torch.stack(peaks).amax())
@@ -151,14 +160,16 @@ def _time_means(hidden_LFD: Tensor, num_frames: list[int]) -> Tensor:
     return means_ULD
 
 
-def _error_sums(codec: Codec, values_LFD: Tensor, codes_LFW: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the squared errors, the squared values and the largest error of each layer, float64 (3, L)."""
+def _error_sums(codec: Codec, values_LFD: Tensor, codes_LRW: Tensor, scale: Tensor | None, rows_F: Tensor) -> Tensor:
+    """Return the squared errors, the squared values and the largest error of each layer, float64 (3, L).
+
+    rows_F: rows of the pack that the values were encoded at.
+    """
     sums_3L = values_LFD.new_empty((3, len(values_LFD)), dtype=torch.float64)
-    rows_F = torch.arange(values_LFD.shape[1], device=values_LFD.device)
     lost_1FD = torch.empty_like(values_LFD[:1])
     for layer, values_FD in enumerate(values_LFD):
         one = slice(layer, layer + 1)
-        codec.decode_into(lost_1FD, codes_LFW[one], None if scale is None else scale[one], rows_F)
+        codec.of_layers([layer]).decode_into(lost_1FD, codes_LRW[one], None if scale is None else scale[one], rows_F)
         lost_1FD -= values_FD
         sums_3L[0, layer] = lost_1FD.double().square().sum()
         sums_3L[1, layer] = values_FD.double().square().sum()

@@ -19,7 +19,7 @@ from extract.base.files import check_out, in_main_tree, parse_json, write_json
 from extract.base.progress import ProgressBar
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.shards import Extraction, LocalRunner, ShardRunner, store_of
+from extract.shards import Extraction, LocalRunner, ShardRunner, sample_packs, store_of
 from extract.store.location import check_sizes, is_url, location_of, root_text
 from extract.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from extract.upstream.card import UpstreamCard, find_upstream
@@ -137,15 +137,30 @@ def _kept_initial_weights(config: ExtractConfig, fingerprint: str) -> dict[str, 
 
 def make_store(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> Manifest:
     """Write what is missing of a store; return its manifest, which the store holds too. bar: from `progress_of`."""
-    card, corpus, writer = extraction.card, extraction.corpus, extraction.writer
+    card, corpus = extraction.card, extraction.corpus
     facts = runner.open(extraction)  # before any file is written: an upstream that fails leaves no store
-    writer.create()
+    extraction.writer.create()
+    extraction = _fitted(extraction, runner, bar)
+    writer = extraction.writer
     shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
     bar.skip(_duration_s(corpus) - sum(map(extraction.shard_s, shards)))  # shards that are there, dropped utterances
     for line in _remarks(facts):
         bar.say(f"{card.name} on {corpus.name}: {line}")
     runner.write(extraction, shards, partial(bar.advance, detail=corpus.name))
     return writer.finish(_manifest(extraction, facts), ids=corpus.ids)
+
+
+def _fitted(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> Extraction:
+    """Return the extraction with its codec's parameters: those that the store has, or fitted now, and stored."""
+    writer, card, corpus = extraction.writer, extraction.card, extraction.corpus
+    if not writer.needs_parameters:
+        return extraction
+    if (parameters := writer.read_parameters()) is None:
+        packs = sample_packs(writer.packing)
+        seconds = sum(map(extraction.pack_s, packs))
+        bar.say(f"{card.name} on {corpus.name}: fitting codec {writer.codec_name} on {seconds:.0f} s of audio")
+        parameters = writer.write_parameters(runner.fit(extraction))
+    return extraction.fitted(parameters)
 
 
 def corpus_record(corpus: Corpus) -> dict[str, Any]:

@@ -10,10 +10,11 @@ therefore holds the codes of two shards and the hidden states of a few packs, wh
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,12 +24,14 @@ from extract.base.errors import RetortError
 from extract.base.files import sha256_file
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
-from extract.store.codec import CodecError
+from extract.store.codec import CodecError, Parameters
 from extract.store.codecs import codec_named
 from extract.store.location import RemoteLocation, location_of, root_text
 from extract.store.manifest import initial_weights_path
-from extract.store.packing import Packing, count_frames, pack_utterances
-from extract.store.writer import EncodedPack, StoreWriter
+from extract.store.packing import Packing, count_frames, pack_utterances, spread_packs
+from extract.store.transform import Transform
+from extract.store.transform_fit import SAMPLE_FRAMES, fit
+from extract.store.writer import CodedArray, EncodedPack, StoreWriter, row_name
 from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import FBANK, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
@@ -41,7 +44,9 @@ CONCURRENT_SHARDS = 2  # one in the model, one being encoded and written
 _PROBED_S = 30.0  # audio on which the error of a precision is measured
 _PROBED_UTTERANCES = 64  # at most, evenly spaced over the lengths
 _LEAST_SNR_DB = 20.0  # of a precision against fp32: rounding alone leaves 30 dB and more
+_SAMPLE_BYTES = 1 << 30  # of the sample in memory: 5 layers of a Base model; the sample is run again for others
 
+Fitted = Mapping[str, Parameters]  # parameters of the codec by array of codes: "hidden", "stem"
 Advance = Callable[[float], None]  # is called with the seconds of audio that were run since the last call
 
 
@@ -87,7 +92,13 @@ class Extraction:
             ids=corpus.ids,
             dtype=config.dtype,
         )
+        if writer.needs_parameters:
+            check_sample(packing, max(writer.dim, stem_dim or 0), config.codec, str(corpus.path))
         return cls(config, card, spec, corpus, writer)
+
+    def fitted(self, parameters: Fitted) -> "Extraction":
+        """Return the extraction with the parameters of its codec."""
+        return replace(self, writer=replace(self.writer, parameters=parameters))
 
     def pack_s(self, pack: int) -> float:
         """Return the seconds of audio in a pack."""
@@ -127,6 +138,13 @@ class ShardRunner(Protocol):
 
     def open(self, extraction: Extraction) -> UpstreamFacts:
         """Load the upstream for a store. Raises RetortError if it, or its precision on the corpus, is unusable."""
+        ...
+
+    def fit(self, extraction: Extraction) -> Fitted:
+        """Return the parameters of the codec of an opened store, fitted on `sample_packs`.
+
+        Raises RetortError for a layer that can't be coded, or whose values are not finite.
+        """
         ...
 
     def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
@@ -187,6 +205,53 @@ class LocalRunner:
             dtype_error=dtype_error,
         )
 
+    def fit(self, extraction: Extraction) -> Fitted:
+        writer, parameters = extraction.writer, {}
+        codec = writer.codec
+        assert isinstance(codec, Transform)
+        sample, reached = self._sample(extraction), list[str]()
+
+        def values_of(array: CodedArray) -> Iterator[NDArray[np.float32]]:
+            for name, values_FD in islice(sample, len(writer.layers) if array.layers else 1):
+                reached.append(name)
+                yield values_FD
+
+        for array in writer.coded:
+            try:
+                parameters[array.codes] = fit(codec, values_of(array))
+            except RetortError as error:
+                raise RetortError(f"upstream {self.card.id}, {reached[-1]}: {error}") from None
+        return parameters
+
+    def _sample(self, extraction: Extraction) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Yield the name and the sample, aligned float32 (F, D), of each kept layer and of the stem if it is kept."""
+        writer, packs = extraction.writer, sample_packs(extraction.writer.packing)
+        rows = [row for row in writer.error_rows if row == "stem" or "frames" in writer.keep]
+        row_bytes = 4 * len(packs) * writer.packing.pack_frames * max(writer.dim, writer.stem_dim or 0)
+        count = max(1, _SAMPLE_BYTES // row_bytes)
+        for first in range(0, len(rows), count):
+            group = rows[first : first + count]
+            yield from zip(map(row_name, group), self._run_sample(extraction, packs, group), strict=True)
+
+    def _run_sample(
+        self, extraction: Extraction, packs: list[int], rows: list[int | str]
+    ) -> Iterator[NDArray[np.float32]]:
+        """Run packs; yield the frames of all packs of each of these layers, and of the stem if it is among them."""
+        packing = extraction.writer.packing
+        parts: list[list[NDArray[np.float32]]] = [[] for _ in rows]
+        with ThreadPoolExecutor(1, "read") as reader, self._in_model:
+            for pack, prepared in zip(packs, self._read_ahead(reader, extraction, packs), strict=True):
+                states = self.run_pack(extraction, pack, prepared, rows)
+                frames = packing.spread(pack)[: packing.used_rows(pack)]
+                stem = [] if states.stem_FC is None else [states.stem_FC]
+                for row, part, values_FD in zip(rows, parts, [*states.hidden_LFD, *stem], strict=True):
+                    own_FD = values_FD[: sum(states.num_frames)].cpu().numpy()
+                    extraction.writer.check_finite(pack, own_FD, row)
+                    part.append(own_FD[frames])
+        for part in parts:
+            yield np.concatenate(part)
+            part.clear()
+
     def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
         pool = ThreadPoolExecutor(CONCURRENT_SHARDS, "shard")
         stopped = threading.Event()
@@ -215,10 +280,11 @@ class LocalRunner:
         """Run, encode and write one shard; leave it unwritten if `stopped` is set on the way."""
         writer = extraction.writer
         with ThreadPoolExecutor(1, "read") as reader, self._encoder(writer) as encoder:
-            prepared = self._read_ahead(reader, extraction, shard)
+            packs = writer.packing.packs_of(shard)
+            prepared = self._read_ahead(reader, extraction, packs)
             encoding: list[Future[EncodedPack]] = []
             with self._in_model:
-                for pack, batches in zip(writer.packing.packs_of(shard), prepared, strict=True):
+                for pack, batches in zip(packs, prepared, strict=True):
                     if stopped is not None and stopped.is_set():
                         return
                     encoding.append(encoder.submit(pack, self.run_pack(extraction, pack, batches)))
@@ -234,9 +300,9 @@ class LocalRunner:
 
         return PackEncoder(writer, torch.device("cpu" if self.card.family == FBANK else self.config.device))
 
-    def _read_ahead(self, reader: ThreadPoolExecutor, extraction: Extraction, shard: int) -> Iterator[Any]:
-        """Yield what the upstream makes of the waveforms of a shard's packs, each while the pack before it is run."""
-        upstream, packs = self.upstream, extraction.writer.packing.packs_of(shard)
+    def _read_ahead(self, reader: ThreadPoolExecutor, extraction: Extraction, packs: Sequence[int]) -> Iterator[Any]:
+        """Yield what the upstream makes of the waveforms of packs, each while the pack before it is run."""
+        upstream = self.upstream
 
         def prepare(pack: int) -> Any:
             return upstream.prepare(self.read_pack(extraction, pack))
@@ -252,15 +318,17 @@ class LocalRunner:
         """Return the waveforms of a pack's utterances in order of first frame, each float32 (samples,)."""
         return [extraction.corpus.waveform(int(index)) for index in extraction.writer.packing.by_pack[pack]]
 
-    def run_pack(self, extraction: Extraction, pack: int, prepared: Any) -> "PackStates":
-        """Run a pack that the upstream has prepared; its states have the rows of the packing."""
-        packing, writer = extraction.writer.packing, extraction.writer
-        states = self.upstream.states(
-            prepared, writer.layers, stem=writer.stem_dim is not None, num_rows=packing.pack_frames
-        )
-        members = packing.by_pack[pack]
-        assert states.num_frames == packing.num_frames[members].tolist()
-        assert (np.cumsum(states.num_frames)[:-1] == packing.first_frame[members[1:]]).all()  # end to end
+    def run_pack(
+        self, extraction: Extraction, pack: int, prepared: Any, names: Sequence[int | str] | None = None
+    ) -> "PackStates":
+        """Run a pack that the upstream has prepared; its utterances lie end to end in the rows of a pack.
+
+        names: layers, and "stem" for the stem's output; None for all that the store is made from.
+        """
+        packing, names = extraction.writer.packing, extraction.writer.error_rows if names is None else names
+        layers = [name for name in names if isinstance(name, int)]
+        states = self.upstream.states(prepared, layers, stem="stem" in names, num_rows=packing.pack_frames)
+        assert states.num_frames == packing.num_frames[packing.by_pack[pack]].tolist()
         return states
 
     def write_initial_weights(self, config: ExtractConfig) -> dict[str, Any]:
@@ -271,6 +339,24 @@ class LocalRunner:
         path = initial_weights_path(config.manifest)
         write_initial_weights(self.upstream.model, path, num_blocks=config.initial_blocks, source=self.card.id)
         return {"file": path.name, "sha256": sha256_file(path), "num_blocks": config.initial_blocks}
+
+
+def check_sample(packing: Packing, dim: int, codec: str, corpus: str) -> None:
+    """Raise RetortError for fewer than two frames for each feature.
+
+    The float32 basis of the features then takes more bytes than the frames in float16 do.
+    """
+    num_frames = packing.summary()["num_frames"]
+    if num_frames < 2 * dim:
+        raise RetortError(
+            f"--codec {codec}: the {num_frames} frames of {corpus} are too few to fit it, expected two for each of "
+            f"{dim} features, {2 * dim}; use --codec int8, or a larger corpus"
+        )
+
+
+def sample_packs(packing: Packing) -> list[int]:
+    """Return the packs that a codec is fitted on, of all lengths of utterances, with `SAMPLE_FRAMES` rows in sum."""
+    return spread_packs(packing.num_packs, -(-SAMPLE_FRAMES // packing.pack_frames)).tolist()
 
 
 def check_precision(dtype_error: dict[str, dict[str, Any]], dtype: str, upstream: str) -> None:

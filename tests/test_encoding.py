@@ -18,8 +18,11 @@ from extract.corpus import Corpus
 from extract.encoding import PackEncoder, encode_on_device
 from extract.run import extract
 from extract.store.codec import CODECS
+from extract.store.codecs import codec_named
 from extract.store.packing import pack_utterances
 from extract.store.reader import StoreReader
+from extract.store.transform import Transform
+from extract.store.transform_fit import fit
 from extract.store.writer import EncodedPack, StoreWriter
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import Batch, Transformer, _is_out_of_memory
@@ -33,11 +36,23 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 
 def writer_of(codec: str, keep: set[str], *, dim: int = 12) -> StoreWriter:
-    packing = pack_utterances(np.array(NUM_FRAMES), ids=list("abcd"), pack_frames=400, shard_packs=1)
+    align = codec_named(codec).block_frames
+    packing = pack_utterances(np.array(NUM_FRAMES), ids=list("abcd"), pack_frames=400, shard_packs=1, align=align)
     stem_dim = 8 if "stem" in keep else None
     return StoreWriter(
         Path("unused"), packing, (0, 2), dim, codec, frozenset(keep), stem_dim=stem_dim, ids=list("abcd")
     )
+
+
+def fitted_writer(keep: set[str]) -> StoreWriter:
+    """Return a writer of codec transform, fitted on the one pack that it encodes."""
+    writer = writer_of("transform:2", keep)
+    states = states_of(writer)
+    values = {"hidden": states.hidden_LFD, "stem": None if states.stem_FC is None else states.stem_FC[None]}
+    frames, codec = writer.packing.spread(0), writer.codec
+    assert isinstance(codec, Transform)
+    parameters = {array.codes: fit(codec, values[array.codes][:, frames].numpy()) for array in writer.coded}
+    return replace(writer, parameters=parameters)
 
 
 def states_of(writer: StoreWriter, device: torch.device | str = "cpu") -> PackStates:
@@ -79,6 +94,56 @@ def test_torch_encodes_what_numpy_does(codec: str, keep: set[str]) -> None:
     check_equal(encoded.on_host(writer), expected, writer)
 
 
+def check_near(got: EncodedPack, expected: EncodedPack, writer: StoreWriter) -> None:
+    """Check a pack of codec transform: the products of matrices are rounded otherwise, so a value may change its level.
+
+    Differences that are not by rounding change half of the codes' bytes, and the error.
+    """
+    assert got.arrays.keys() == expected.arrays.keys()
+    for name, codes in expected.arrays.items():
+        assert got.arrays[name].dtype == codes.dtype and got.arrays[name].shape == codes.shape
+        assert (got.arrays[name] != codes).mean() < 0.01, name
+    np.testing.assert_array_equal(got.means, expected.means)
+    figures = got.error.by_layer(writer.error_rows)
+    for row, of_numpy in expected.error.by_layer(writer.error_rows).items():
+        assert figures[row]["max_abs_error"] == pytest.approx(of_numpy["max_abs_error"], rel=1e-2)
+        assert figures[row]["snr_db"] == of_numpy["snr_db"] or abs(figures[row]["snr_db"] - of_numpy["snr_db"]) < 0.03
+
+
+@pytest.mark.parametrize("keep", KEPT[:2] + KEPT[3:], ids=lambda keep: "+".join(sorted(keep)))
+def test_torch_encodes_with_fitted_parameters_what_numpy_does(keep: set[str]) -> None:
+    writer = fitted_writer(keep)
+    states = states_of(writer)
+    stem_FC = None if states.stem_FC is None else states.stem_FC.numpy()
+    expected = writer.encode_pack(0, states.hidden_LFD.numpy(), stem_FC)
+    encoded = encode_on_device(writer, 0, states)
+    assert encoded.is_valid(writer.codec)
+    check_near(encoded.on_host(writer), expected, writer)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
+def test_a_gpu_encodes_with_fitted_parameters_what_numpy_does(device: str) -> None:
+    writer = fitted_writer(KEPT[1])
+    on_cpu = states_of(writer)
+    assert on_cpu.stem_FC is not None
+    expected = writer.encode_pack(0, on_cpu.hidden_LFD.numpy(), on_cpu.stem_FC.numpy())
+    with PackEncoder(writer, torch.device(device)) as encoder:
+        for future in [encoder.submit(0, states_of(writer, device)) for _ in range(2)]:
+            check_near(future.result(), expected, writer)
+
+
+def test_the_error_is_that_of_own_frames_at_their_rows() -> None:
+    writer = fitted_writer(KEPT[0])
+    hidden_LFD = states_of(writer).hidden_LFD.numpy()
+    encoded = writer.encode_pack(0, hidden_LFD)
+    decoded_LFD = writer.codec_of(writer.coded[0]).decode(encoded.arrays["hidden"], None)
+    own_LFD = hidden_LFD[:, : sum(NUM_FRAMES)]
+    lost_LFD = decoded_LFD[:, writer.packing.rows_of(0)] - own_LFD
+    np.testing.assert_allclose(encoded.error.error, np.square(lost_LFD).sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(encoded.error.signal, np.square(own_LFD).sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(encoded.error.max_abs, np.abs(lost_LFD).max((1, 2)), rtol=1e-4)
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_gpu_encodes_what_numpy_does(codec: str, device: str) -> None:
@@ -116,6 +181,9 @@ def test_on_cuda_nothing_waits_for_the_device(teacher: Path, monkeypatch: pytest
     assert isinstance(upstream, Transformer)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # needs a driver
     upstream.device, upstream._target, upstream._autocast = "cuda:0", CUDA, torch.bfloat16
+    noise = np.random.default_rng(0).normal(size=(4, 512, 32)).astype(np.float32)
+    fitted = Transform(0.5)
+    parameters = {"hidden": fit(fitted, noise[:3]), "stem": fit(fitted, noise[3:, :, :16])}
     with fake_cuda() as waits:
         upstream.model.to(CUDA)
         del waits[:]
@@ -123,16 +191,22 @@ def test_on_cuda_nothing_waits_for_the_device(teacher: Path, monkeypatch: pytest
         forward, waits[:] = list(waits), []
         assert [states.hidden_LFD.device, states.hidden_LFD.dtype] == [CUDA, torch.float32]
         assert states.hidden_LFD.shape == (3, 128, 32) and states.stem_FC.shape == (128, 16)  # type: ignore[union-attr]
-        packing = pack_utterances(np.array(states.num_frames), ids=range(5), pack_frames=128, shard_packs=1)
-        for codec in CODECS.values():
+        for codec in (*CODECS.values(), fitted):
+            packing = pack_utterances(
+                np.array(states.num_frames), ids=range(5), pack_frames=128, shard_packs=1, align=codec.block_frames
+            )
             writer = StoreWriter(
                 Path("unused"), packing, (0, 2, 4), 32, codec.name, frozenset({"frames", "pooled"}), stem_dim=16
             )
+            writer = replace(writer, parameters=parameters if codec.needs_fit else {})
+            if codec.needs_fit:
+                encode_on_device(writer, 0, states)  # copies the parameters to the device, once
+                waits[:] = []
             encoded = encode_on_device(writer, 0, states)
             for name, values in {**encoded.arrays, "means": encoded.means_ULD, "error": encoded.error}.items():
                 assert values.device == CUDA, name
             assert encoded.arrays["hidden"].dtype == getattr(torch, codec.dtype)
-            assert encoded.arrays["hidden"].shape == (3, 128, codec.width(32))
+            assert encoded.arrays["hidden"].shape == (3, codec.num_rows(128), codec.width(32))
             assert encoded.means_ULD.dtype == torch.float32 and encoded.means_ULD.shape == (5, 3, 32)
             assert encoded.error.dtype == torch.float64 and encoded.error.shape == (3, 4)
         assert waits == []

@@ -90,6 +90,10 @@ class Codec(ABC):
             size += int(np.prod(shape)) * np.dtype(self.scale_dtype).itemsize
         return num_layers * size
 
+    def parameter_bytes(self, num_layers: int, dim: int) -> int:
+        """Return the bytes of the parameters of layers, at most: 0 of a codec without a fit."""
+        return 0
+
     def encode(self, hidden_LFD: NDArray[np.float32]) -> tuple[Codes, Scale | None]:
         """Encode one pack, float32 (L, F, D): codes (L, R, W), scale (L, ...). Raises RetortError if out of range.
 

@@ -56,6 +56,12 @@ class Packing:
         members = self.by_pack[pack]
         return ranges(self.first_frame[members], self.num_frames[members])
 
+    def used_rows(self, pack: int) -> int:
+        """Return the rows of a pack up to the end of the last block that holds a frame of an utterance."""
+        last = self.by_pack[pack][-1]
+        end = int(self.first_frame[last] + self.num_frames[last])
+        return end + -end % self.align
+
     def spread(self, pack: int) -> NDArray[np.int64]:
         """Return for every row of a pack a row of its utterances laid end to end, int64 (pack_frames,).
 

@@ -24,6 +24,7 @@ Shapes: L layers, F frames, B blocks, T = 16, D features, K directions, N coeffi
 E = 2 bands, G = 16 gains, Q numbers of bits (0 to 8), V levels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -198,6 +199,18 @@ class Transform(Codec):
     def dim(self, width: int) -> int:
         return round(width / (2 * self.rate))
 
+    def num_bits(self, dim: int) -> int:
+        """Return the bits of all coefficients of a block: those of its bytes but the first, which holds the gains."""
+        return 8 * self.width(dim) - 8
+
+    def parameter_bytes(self, num_layers: int, dim: int) -> int:
+        kept = min(dim, self.num_bits(dim))  # directions: each has a bit at least
+        sizes = {"L": num_layers, "K": kept, "D": dim, "T": BLOCK_FRAMES, "E": NUM_BANDS, "G": NUM_GAINS}
+        sizes |= {"Q": MOST_BITS + 1, "V": 1 << MOST_BITS}
+        return sum(
+            math.prod(sizes[axis] for axis in axes) * np.dtype(_DTYPES[name]).itemsize for name, axes in _SHAPES.items()
+        )
+
     def span(self, scale: Array | None, first_frame: int, num_frames: int) -> tuple[Array | None, int]:
         return None, first_frame % BLOCK_FRAMES
 
@@ -259,7 +272,7 @@ class Transform(Codec):
         return Transform(self.rate, parameters)
 
     def _check_values(self, parameters: Parameters) -> None:
-        bits, most = parameters["bits"], 8 * self.width(parameters["mean"].shape[1]) - 8
+        bits, most = parameters["bits"], self.num_bits(parameters["mean"].shape[1])
         if (bits > MOST_BITS).any() or (spent := bits.sum((1, 2), dtype=np.int64)).max() > most or not spent.min():
             raise self._refused("bits", f"expected 1 to {most} bits in each layer, {MOST_BITS} at most a coefficient")
         if (parameters["deviation"][bits > 0] <= 0).any():

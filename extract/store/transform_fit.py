@@ -72,7 +72,7 @@ def _fit_layer(codec: Transform, hidden_FD: Values, place: int) -> dict[str, NDA
         own_FD = hidden_FD[first * BLOCK_FRAMES : blocks.stop * BLOCK_FRAMES]
         projected_FD = (own_FD - mean_D) @ basis_DD.T
         coefficient_BTD[blocks] = dct_matrix(BLOCK_FRAMES) @ projected_FD.reshape(-1, BLOCK_FRAMES, len(mean_D))
-    num_bits = 8 * codec.width(len(mean_D)) - 8
+    num_bits = codec.num_bits(len(mean_D))
     deviation_TD = _root_mean_square(coefficient_BTD)
     least = max(_LEAST_DEVIATION * float(np.abs(hidden_FD).max()), float(np.finfo(np.float32).tiny))
     if not (deviation_TD > least).any():
