@@ -236,6 +236,20 @@ def stages_of(folder: str) -> dict[str, Any]:
     return stages
 
 
+def test_discrete_students_differ_in_loss_and_targets_alone() -> None:
+    path, settings = make("discrete")
+    students = {name.removesuffix("-s1"): read_student(path, name) for name in settings["students"] if "-s1" in name}
+    assert {name: one.loss for name, one in students.items()} == {
+        "codes": "codes", "mse": "mse", "l1-cosine": "l1-cosine", "codes-residual": "codes", "codes-last": "codes",
+        "mse-last": "mse",
+    }  # fmt: skip
+    assert {one.codebook for one in students.values()} == set(settings["codebooks"])
+    plain = {replace(one, loss=None, codebook=None, targets=None) for one in students.values()}
+    assert len(plain) == 1
+    stage = stages_of("studies/discrete")["codebook"]["do"]
+    assert stage["outs"] == ["studies/discrete/manifests/targets/distill.${key}.codebook.safetensors"]
+
+
 def test_real_speech_changes_corpora_and_copies_the_students() -> None:
     path, after = make("real-speech")
     before = main_settings()
