@@ -27,6 +27,7 @@ E = 2 bands, G = 16 gains, Q numbers of bits (0 to 8), V levels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -42,7 +43,7 @@ LEAST_GAIN = 1e-4  # of a block without signal in a band
 MOST_RATE = 4  # bits a value: above it levels are wasted, int4 and int8 lose less
 
 _LARGEST = 1e15  # deviations
-_CACHED_BLOCKS = 16  # of one layer at a time in numpy: 256 x 768 float32 stay in a level-2 cache
+_CACHED_BLOCKS = 128  # of one layer at a time in numpy: the fewest at which matrix products are fast
 _SHAPES = {"mean": "LD", "basis": "LKD", "bits": "LTK", "deviation": "LTK", "gains": "LEG", "levels": "LQV"}
 _DTYPES = {name: "uint8" if name == "bits" else "float32" for name in _SHAPES}
 
@@ -58,47 +59,60 @@ def dct_matrix(num_frames: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of one layer in the order of its codes, as arrays of numpy or of one device of torch."""
+    """Parameters of one layer in the order of its codes, as arrays of numpy or of one device of torch.
+
+    S coefficients are computed: of each row of the DCT the directions up to the last one that has bits in that row.
+    Bits fall with the row and the direction, so that S is little more than N: 0.26 T D at 0.5 bits a value. Hence the
+    DCT comes before the KLT, and the reverse in decoding. Arrays of coefficients have blocks along their last axis:
+    equal bits, edges and deviations then lie in contiguous memory.
+    """
 
     mean_D: Array
     basis_KD: Array
     dct_TT: Array
-    place_N: Array  # int64: place of each coefficient with bits in the flattened (T, K)
+    rows: tuple[tuple[int, int, int], ...]  # DCT row, and the first of its coefficients of S and the end of them
+    place_N: Array  # int64: place of each coefficient with bits among the S
     band_N: Array  # int64: band of each
-    average_NE: Array  # float32: the product with it is the mean over each band's coefficients
-    deviation_N: Array
-    level_row_N: Array  # int64: first of each coefficient's levels in `levels`
-    levels: Array  # of all numbers of bits, end to end
-    edges: Array  # the bound above each level
-    gain_row_E: Array  # int64: first of each band's gains in `gains`
+    average_EN: Array  # float32: the product with it is the mean over each band's coefficients
+    deviation_N1: Array
+    groups: tuple[tuple[int, int, int], ...]  # number of bits, and the first of its coefficients of N and their end
+    levels_QV: Array
+    edges_QV: Array  # the bound above each level
+    gain_row_E1: Array  # int64: first of each band's gains in `gains`
     gains: Array  # of all bands, end to end
-    gain_edges_EG: Array  # the bound above the logarithm of each gain but the last
-    nibble_E: Array  # int64: shift of each band's code in the first byte
+    gain_edges_E1G: Array  # the bound above the logarithm of each gain but the last
+    nibble_E1: Array  # int64: shift of each band's code in the first byte
     prefixes: tuple[int, ...]  # coefficients with more than 0, 1, ... bits
 
     @classmethod
     def of(cls, one: Parameters) -> Self:
         """Arrange the parameters of one layer, without their axis of layers."""
-        bits = one["bits"].reshape(-1).astype(np.int64)
+        bits_TK = one["bits"].astype(np.int64)
+        widths = [int(coded.max(initial=-1)) + 1 for coded in map(np.flatnonzero, bits_TK)]
+        ends = np.cumsum(widths).tolist()
+        computed_TK = np.arange(bits_TK.shape[1]) < np.array(widths)[:, None]
+        bits = bits_TK[computed_TK]
         place_N = np.argsort(-bits, kind="stable")[: np.count_nonzero(bits)]
-        band_N = (place_N >= one["bits"].shape[1]).astype(np.int64)
-        member_NE = (band_N[:, None] == np.arange(NUM_BANDS)).astype(np.float32)
+        band_N = (place_N >= widths[0]).astype(np.int64)
+        member_EN = (band_N == np.arange(NUM_BANDS)[:, None]).astype(np.float32)
+        prefixes = [int((bits > bit).sum()) for bit in range(MOST_BITS)]
         return cls(
             mean_D=one["mean"],
             basis_KD=one["basis"],
             dct_TT=dct_matrix(BLOCK_FRAMES),
+            rows=tuple((row, ends[row] - width, ends[row]) for row, width in enumerate(widths) if width),
             place_N=place_N,
             band_N=band_N,
-            average_NE=member_NE / np.maximum(member_NE.sum(0), 1),
-            deviation_N=one["deviation"].reshape(-1)[place_N],
-            level_row_N=bits[place_N] << MOST_BITS,
-            levels=one["levels"].reshape(-1),
-            edges=middles(one["levels"]).reshape(-1),
-            gain_row_E=np.arange(NUM_BANDS) * NUM_GAINS,
+            average_EN=member_EN / np.maximum(member_EN.sum(1, keepdims=True), 1),
+            deviation_N1=one["deviation"][computed_TK][place_N, None],
+            groups=tuple((bit + 1, first, end) for bit, (end, first) in enumerate(pairwise([*prefixes, 0]))),
+            levels_QV=one["levels"],
+            edges_QV=middles(one["levels"]),
+            gain_row_E1=np.arange(NUM_BANDS)[:, None] * NUM_GAINS,
             gains=one["gains"].reshape(-1),
-            gain_edges_EG=middles(np.log2(one["gains"]))[:, :-1],
-            nibble_E=np.arange(NUM_BANDS) * 4,
-            prefixes=tuple(int((bits > bit).sum()) for bit in range(MOST_BITS)),
+            gain_edges_E1G=middles(np.log2(one["gains"]))[:, None, :-1],
+            nibble_E1=np.arange(NUM_BANDS)[:, None] * 4,
+            prefixes=tuple(prefixes),
         )
 
     def beside(self, like: Array) -> "_Layer":
@@ -116,53 +130,60 @@ class _Layer:
     def encode(self, codes_BW: Array, hidden_FD: Array) -> None:
         """Encode blocks of frames, float32 (B T, D), into bytes (B, W)."""
         num_blocks, num_bytes = codes_BW.shape
-        projected_FK = (hidden_FD - self.mean_D) @ self.basis_KD.T
-        coefficient_BTK = self.dct_TT @ projected_FK.reshape(num_blocks, BLOCK_FRAMES, -1)
-        value_BN = coefficient_BTK.reshape(num_blocks, -1)[:, self.place_N]
-        value_BN /= self.deviation_N
-        value_BN = value_BN.clip(-_LARGEST, _LARGEST)  # squares of larger values overflow float32
+        spectrum_BTD = self.dct_TT @ (hidden_FD - self.mean_D).reshape(num_blocks, BLOCK_FRAMES, -1)
+        coefficient_SB = _zeros(spectrum_BTD, (self.rows[-1][2], num_blocks))
+        for row, first, end in self.rows:
+            coefficient_SB[first:end] = self.basis_KD[: end - first] @ spectrum_BTD[:, row].T
+        value_NB = coefficient_SB[self.place_N]
+        value_NB /= self.deviation_N1
+        value_NB = value_NB.clip(-_LARGEST, _LARGEST)  # squares of larger values overflow float32
         # Gains by their logarithms, from the root mean square of each band: log2 of the root is half that of the power.
-        power_BE = ((value_BN * value_BN) @ self.average_NE).clip(LEAST_GAIN**2)
-        gain_BE = (_log2(power_BE)[..., None] * 0.5 > self.gain_edges_EG).sum(-1)
-        value_BN /= self._gains(gain_BE)
-        bits = _zeros(codes_BW, (num_blocks, 8 * num_bytes))
+        power_EB = (self.average_EN @ (value_NB * value_NB)).clip(LEAST_GAIN**2)
+        gain_EB = (_log2(power_EB)[..., None] * 0.5 > self.gain_edges_E1G).sum(-1)
+        value_NB /= self._gains(gain_EB)
+        code_NB = _zeros(codes_BW, tuple(value_NB.shape))
+        for number, first, end in self.groups:
+            code_NB[first:end] = _counted(value_NB[first:end], self.edges_QV[number, : (1 << number) - 1])
+        bits = _zeros(codes_BW, (8 * num_bytes, num_blocks))
         for bit in range(4):
-            bits[:, bit:8:4] = (gain_BE >> bit) & 1
-        # A binary search of all coefficients at once, the highest bit first, each bit for those that have it.
-        code_BN = _zeros(gain_BE, tuple(value_BN.shape))
-        start = 8 + sum(self.prefixes)
-        for bit, num in reversed([*enumerate(self.prefixes)]):
-            start -= num
-            middle_BN = code_BN[:, :num] + (self.level_row_N[:num] + ((1 << bit) - 1))
-            above_BN = value_BN[:, :num] > self.edges[middle_BN]
-            code_BN[:, :num] += above_BN * (1 << bit)
-            bits[:, start : start + num] = above_BN
-        codes_BW[...] = 0
-        for bit in range(8):
-            codes_BW |= bits[:, bit::8] << bit
-
-    def project(self, codes_BW: Array) -> Array:
-        """Decode blocks, bytes (B, W), to the K projections of their frames, float32 (B T, K)."""
-        num_blocks, num_bytes = codes_BW.shape
-        bits = _zeros(codes_BW, (num_blocks, 8 * num_bytes))
-        for bit in range(8):
-            bits[:, bit::8] = (codes_BW >> bit) & 1
-        code_BN = _zeros(self.place_N, (num_blocks, len(self.place_N)))
+            bits[bit:8:4] = (gain_EB >> bit) & 1
         start = 8
         for bit, num in enumerate(self.prefixes):
-            code_BN[:, :num] += bits[:, start : start + num] * (1 << bit)
+            bits[start : start + num] = (code_NB[:num] >> bit) & 1
             start += num
-        value_BN = self.levels[code_BN + self.level_row_N]
-        value_BN *= self.deviation_N
-        value_BN *= self._gains((codes_BW[:, :1] >> self.nibble_E) & (NUM_GAINS - 1))
-        coefficient_BN = _zeros(value_BN, (num_blocks, BLOCK_FRAMES * len(self.basis_KD)))
-        coefficient_BN[:, self.place_N] = value_BN
-        projected_BTK = self.dct_TT.T @ coefficient_BN.reshape(num_blocks, BLOCK_FRAMES, -1)
-        return projected_BTK.reshape(num_blocks * BLOCK_FRAMES, -1)
+        bytes_WB = bits[7::8]
+        for bit in range(6, -1, -1):
+            bytes_WB = (bytes_WB << 1) | bits[bit::8]
+        codes_BW[...] = bytes_WB.T
 
-    def _gains(self, code_BE: Array) -> Array:
-        """Return the gain of every coefficient of every block, float32 (B, N)."""
-        return self.gains[code_BE + self.gain_row_E][:, self.band_N]
+    def decode(self, codes_BW: Array) -> Array:
+        """Decode blocks, bytes (B, W), to their frames, float32 (B T, D)."""
+        num_blocks, num_bytes = codes_BW.shape
+        bits = _zeros(codes_BW, (8 * num_bytes, num_blocks))
+        for bit in range(8):
+            bits[bit::8] = (codes_BW.T >> bit) & 1
+        code_NB = _zeros(self.place_N, (len(self.place_N), num_blocks))
+        start = 8
+        for bit, num in enumerate(self.prefixes):
+            code_NB[:num] |= bits[start : start + num] << bit
+            start += num
+        value_NB = _zeros(self.basis_KD, tuple(code_NB.shape))
+        for number, first, end in self.groups:
+            value_NB[first:end] = self.levels_QV[number][code_NB[first:end]]
+        value_NB *= self.deviation_N1
+        value_NB *= self._gains((codes_BW[:, 0] >> self.nibble_E1) & (NUM_GAINS - 1))
+        coefficient_SB = _zeros(value_NB, (self.rows[-1][2], num_blocks))
+        coefficient_SB[self.place_N] = value_NB
+        spectrum_BTD = _zeros(value_NB, (num_blocks, BLOCK_FRAMES, len(self.mean_D)))
+        for row, first, end in self.rows:
+            spectrum_BTD[:, row] = coefficient_SB[first:end].T @ self.basis_KD[: end - first]
+        out_FD = (self.dct_TT.T @ spectrum_BTD).reshape(num_blocks * BLOCK_FRAMES, -1)
+        out_FD += self.mean_D
+        return out_FD
+
+    def _gains(self, code_EB: Array) -> Array:
+        """Return the gain of every coefficient of every block, float32 (N, B)."""
+        return self.gains[code_EB + self.gain_row_E1][self.band_N]
 
 
 class Transform(Codec):
@@ -234,12 +255,11 @@ class Transform(Codec):
     def decode_into(self, out_LFD: Array, codes_LRW: Array, scale: Array | None, rows_F: Array) -> None:
         for layer, (out_FD, codes_BW) in enumerate(zip(out_LFD, codes_LRW, strict=True)):
             parameters = self._layer(layer, out_FD)
-            projected_FK = _zeros(out_FD, (len(codes_BW) * BLOCK_FRAMES, len(parameters.basis_KD)))
+            decoded_FD = _zeros(out_FD, (len(codes_BW) * BLOCK_FRAMES, out_FD.shape[1]))
             for blocks in _parts(codes_BW):
                 frames = slice(blocks.start * BLOCK_FRAMES, blocks.stop * BLOCK_FRAMES)
-                projected_FK[frames] = parameters.project(codes_BW[blocks])
-            out_FD[...] = projected_FK[rows_F] @ parameters.basis_KD
-            out_FD += parameters.mean_D
+                decoded_FD[frames] = parameters.decode(codes_BW[blocks])
+            out_FD[...] = decoded_FD[rows_F]
 
     def _layer(self, layer: int, like: Array) -> _Layer:
         """Return a layer's parameters beside an array; they are moved to a device once."""
@@ -302,6 +322,19 @@ def _parts(codes_BW: Array) -> list[slice]:
 
 def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
     return np.zeros(shape, dtype=like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def _counted(values: Array, edges: Array) -> Array:
+    """Return how many of ascending edges, 2^b - 1 in all, lie below each value."""
+    if isinstance(values, np.ndarray):  # a comparison with one number is faster than a step of a search
+        count = np.zeros(values.shape, dtype=np.uint8)
+        for edge in edges:
+            count += (values > edge).view(np.uint8)
+        return count
+    count = values.new_zeros(values.shape).long()
+    for bit in range(len(edges).bit_length() - 1, -1, -1):
+        count += (values > edges[count + ((1 << bit) - 1)]) * (1 << bit)
+    return count
 
 
 def _log2(values: Array) -> Array:
