@@ -288,3 +288,16 @@ def test_a_mirror_holds_the_record_and_can_be_repaired(
     )
     assert there == here and "codec.json" in there
     assert equal(writer_of(folder).read_parameters(), parameters)
+
+
+def test_a_mirror_copies_parameters_before_shards(
+    store: Path, tmp_path: Path, parameters: dict[str, Parameters]
+) -> None:
+    folder = tmp_path / "far" / "hand" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "hidden").write_text("a file where a folder is to be")
+    with pytest.raises(OSError, match="hidden"):
+        mirror(store, str(tmp_path / "far"))
+    (folder / "hidden").unlink()
+    writer_of(folder).create()
+    assert equal(writer_of(folder).read_parameters(), parameters)

@@ -102,15 +102,21 @@ def _refuse(source: Location, target: Location, manifest: Manifest) -> None:
 
 def _copy(manifest: Manifest, source: Location, target: Location, bar: ProgressBar) -> list[str]:
     """Copy missing objects, several parts at once; return the names of the copied ones."""
+
+    def copy(part: _Part) -> list[str]:
+        return _copy_part(manifest, source, target, part, there)
+
     # Objects without a valid record in the source are copied one by one, like metadata and index.
     parts = [_Part(tuple(objects), record) for record, objects in _records(manifest, source).items()]
     recorded = {name for part in parts for name in part.names}
     parts += [_Part((name,)) for name in manifest.objects if name not in recorded]
     there = _there(manifest, target)
     bar.advance(_megabytes(manifest, there), detail="already copied")
-    copied: list[str] = []
+    # Parameters first: a run that finds shards and no parameters can't go on.
+    copied = [name for part in parts if part.record == FIT_RECORD for name in copy(part)]
+    bar.advance(_megabytes(manifest, copied))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        futures = [pool.submit(_copy_part, manifest, source, target, part, there) for part in parts]
+        futures = [pool.submit(copy, part) for part in parts if part.record != FIT_RECORD]
         try:
             for future in as_completed(futures):
                 copied += (names := future.result())

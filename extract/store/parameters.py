@@ -7,7 +7,9 @@
 The record is written last and before any shard: shards are encoded with the parameters that it names.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,54 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from extract.base.errors import RetortError
+from extract.base.files import json_text, parse_json, sha256_file
+from extract.base.validate import check_fields
 from extract.store.codec import Parameters
-from extract.store.objects import Expected
+from extract.store.location import Location, RemoteLocation
+from extract.store.objects import Expected, ObjectList
 
 FIT_RECORD = "codec.json"
+
+
+def expected_of(objects: Mapping[str, bytes]) -> dict[str, Expected]:
+    """Return the record of objects: name -> [bytes, sha256]."""
+    return {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in objects.items()}
+
+
+def read_record(location: Location) -> dict[str, Expected] | None:
+    """Return the objects of the fit that a store records; None without a record, or for a damaged one."""
+    if location.size(FIT_RECORD) is None:
+        return None
+    data, where = location.read(FIT_RECORD), f"{location}/{FIT_RECORD}"
+    try:
+        record = check_fields({"objects": dict[str, Expected]}, parse_json(data, where=where), where=where)
+        return dict(ObjectList.of(record["objects"], where=where))
+    except RetortError:
+        return None  # it is made again with the parameters, unless shards depend on it: `StoreWriter.write_parameters`
+
+
+def write_objects(location: Location, objects: Mapping[str, bytes]) -> None:
+    """Write the objects of parameters, each atomically, then their record, which ends the fit."""
+    for name, data in objects.items():
+        location.write(name, data)
+    location.write(FIT_RECORD, json_text({"objects": expected_of(objects)}).encode())
+
+
+def read_recorded(location: Location, folder: Path, arrays: Sequence[str]) -> dict[str, Parameters] | None:
+    """Return the parameters of arrays of codes that a store records; None if they are not there, or damaged.
+
+    folder: of the store, or the one to which its objects are fetched.
+    """
+    if (recorded := read_record(location)) is None:
+        return None
+    for name, expected in recorded.items():
+        file = folder / name
+        if not file.is_file() or [file.stat().st_size, sha256_file(file)] != expected:
+            if not isinstance(location, RemoteLocation) or location.size(name) != expected[0]:
+                return None
+            location.fetch(name, file, expected)
+    group = zarr.open_group(folder, mode="r")
+    return {array: read_parameters(group, array, recorded, where=f"the store at {location}") for array in arrays}
 
 
 def objects_of(parameters: Mapping[str, Parameters]) -> dict[str, bytes]:
@@ -47,17 +93,15 @@ def read_parameters(group: zarr.Group, array: str, objects: Mapping[str, Expecte
 
     Raises RetortError, which begins with `where`, for an array of another layout than `objects_of` writes.
     """
-    prefix, last, found = f"codec/{array}/", "/zarr.json", {}
-    paths = [name.removesuffix(last) for name in objects if name.startswith(prefix) and name.endswith(last)]
-    for path in paths:
-        if path == f"codec/{array}":  # the group itself
-            continue
+    found = {}
+    for name in sorted({name.split("/")[2] for name in objects if name.startswith(f"codec/{array}/")} - {"zarr.json"}):
+        path = f"codec/{array}/{name}"
         values = group.get(path)
         if not isinstance(values, zarr.Array) or not _is_one_chunk(values, objects):
             raise RetortError(
                 f"{where}: {path} is not an array of one uncompressed chunk; run `python -m extract run` again"
             )
-        found[path.removeprefix(prefix)] = np.asarray(values[...])
+        found[name] = np.asarray(values[...])
     return found
 
 

@@ -137,6 +137,8 @@ class StoreReader:
 
     def _check_small_objects(self) -> None:
         """Compare metadata and index byte for byte; arrays were compared by size, and `extract verify` reads them."""
+        if not isinstance(self._location, LocalLocation):
+            return  # the cache checks every object that it fetches
         for name, expected in self._objects.items():
             if name.endswith("zarr.json") or name.startswith("index/"):
                 self._check(name, expected)

@@ -34,7 +34,6 @@ from extract.base.columns import TextColumn
 from extract.base.errors import RetortError
 from extract.base.files import (
     ASIDES,
-    json_text,
     parse_json,
     sha256_file,
     sweep,
@@ -49,12 +48,12 @@ from extract.store.location import LocalLocation, Location, RemoteLocation
 from extract.store.manifest import MANIFEST_NAME, Manifest, record_name
 from extract.store.objects import OBJECTS_NAME, Expected, ObjectList, is_object
 from extract.store.packing import Packing
-from extract.store.parameters import FIT_RECORD, objects_of, read_parameters
+from extract.store.parameters import expected_of, objects_of, read_record, read_recorded, write_objects
 from extract.store.shard_file import write_indexed, write_whole
 
 _POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
 _GATHERED_BYTES = 256 << 20  # of `pooled` in memory while it is written, at least one chunk
-_OBJECTS = {"objects": dict[str, Expected]}  # field of the records of a shard and of a fit
+_RECORD = {"objects": dict[str, Expected], "codec_error": dict[str, list[float]]}  # fields of a shard record
 
 
 @dataclass(frozen=True)
@@ -191,17 +190,7 @@ class StoreWriter:
 
         None if there are none, or they are damaged: they are to be fitted then.
         """
-        if (recorded := self._fit_record()) is None:
-            return None
-        for name, expected in recorded.items():
-            file = self.folder / name
-            if not file.is_file() or _fingerprint(file) != expected:
-                if self.remote is None or self.remote.size(name) != expected[0]:
-                    return None
-                self.remote.fetch(name, file, expected)
-        group = zarr.open_group(self.folder, mode="r")
-        where = f"the store at {self.location}"
-        return {array.codes: read_parameters(group, array.codes, recorded, where=where) for array in self.coded}
+        return read_recorded(self.location, self.folder, [array.codes for array in self.coded])
 
     def write_parameters(self, parameters: Mapping[str, Parameters]) -> Mapping[str, Parameters]:
         """Store fitted parameters, then their record, and upload both; return the parameters to encode with.
@@ -211,29 +200,16 @@ class StoreWriter:
         with self._alone(), writing_in(self.folder):
             if (found := self.read_parameters()) is not None:
                 return found
-            data = objects_of(parameters)
-            objects = {name: [len(one), hashlib.sha256(one).hexdigest()] for name, one in data.items()}
-            if objects != self._fit_record() and any(map(self.finished, range(self.packing.num_shards))):
+            objects = objects_of(parameters)
+            changed = expected_of(objects) != read_record(self.location)
+            if changed and any(map(self.finished, range(self.packing.num_shards))):
                 raise RetortError(
                     f"the store at {self.location}: its shards were encoded with other parameters of codec "
                     f"{self.codec_name} than those fitted now, and theirs are missing or damaged; put back its codec/ "
                     "and codec.json from a copy of the store, or delete the store and run again"
                 )
-            for name, one in data.items():
-                self.location.write(name, one)
-            self.location.write(FIT_RECORD, json_text({"objects": objects}).encode())  # last: the fit is finished
+            write_objects(self.location, objects)
         return parameters
-
-    def _fit_record(self) -> dict[str, Expected] | None:
-        """Return the objects of a finished fit's parameters; None without a record, or for a damaged one."""
-        if self.location.size(FIT_RECORD) is None:
-            return None
-        data, where = self.location.read(FIT_RECORD), f"{self.location}/{FIT_RECORD}"
-        try:
-            record = check_fields(_OBJECTS, parse_json(data, where=where), where=where)
-            return dict(ObjectList.of(record["objects"], where=where))
-        except RetortError:
-            return None  # it is made again with the parameters, unless shards depend on it: `write_parameters`
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -379,7 +355,7 @@ class StoreWriter:
         error = CodecError.none(len(self.error_rows))
         objects: dict[str, list[Any]] = {}
         if self.needs_parameters:
-            recorded = self._fit_record()
+            recorded = read_record(self.location)
             assert recorded is not None, "a shard was encoded before the fit was recorded"
             objects |= recorded
         for shard in shards:
@@ -465,7 +441,7 @@ class StoreWriter:
     def _read_record(self, shard: int) -> dict[str, Any]:
         where = f"{self.location}/{record_name(shard)}"
         record = parse_json(self.location.read(record_name(shard)), where=where)
-        return check_fields(_OBJECTS | {"codec_error": dict[str, list[float]]}, record, where=where)
+        return check_fields(_RECORD, record, where=where)
 
     def _rows(self, shard: int) -> Path:
         return self.folder / "rows" / f"{shard:05d}.npy"
