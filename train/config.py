@@ -211,11 +211,6 @@ class StudentConfig:
                 raise RetortError("codebook: codes are measured on the dev split; set dev_split, or leave codebook out")
 
     @property
-    def layer_loss(self) -> Loss:
-        """Loss of one target layer: as set, or that of the family's paper."""
-        return self.loss or ("mse" if self.family in ("layerwise", *GROWN) else "l1-cosine")
-
-    @property
     def stem_trains_from(self) -> float:
         """First step that trains the stem; infinity if none does."""
         settings = self.optimiser

@@ -19,13 +19,14 @@ the stem, d dim of the student, D dim of the teacher.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from train.codes import CodeHeads
-from train.config import GENERATING, StudentConfig
+from train.config import GENERATING, Loss, StudentConfig
 from train.data import Batch
 from train.growth import Stage, matched_position, plan_stages
 from train.modeling_retort import (
@@ -105,6 +106,7 @@ class _ScaleGradient(torch.autograd.Function):
 class Distiller(nn.Module, ABC):
     """Student with its training-only heads: `forward` returns predictions, `loss` compares them with the targets."""
 
+    published_loss: ClassVar[Loss] = "l1-cosine"  # of a layer, without the setting `loss`
     student: RetortStudent
     heads: nn.ModuleDict
 
@@ -112,7 +114,7 @@ class Distiller(nn.Module, ABC):
         super().__init__()
         self.stem_grad_scale = config.optimiser.stem_grad_scale
         self.stem_trains = True
-        self.layer_loss = config.layer_loss
+        self.layer_loss = config.loss or self.published_loss
         self.heads = nn.ModuleDict()
 
     def train_stem(self, trains: bool) -> None:
@@ -183,6 +185,8 @@ class LayerDistiller(Distiller):
 
     The map belongs to the target, not to the block: after growth the same map reads another block.
     """
+
+    published_loss = "mse"
 
     def __init__(self, config: StudentConfig, student: RetortStudent, *, teacher_dim: int) -> None:
         super().__init__(config)
@@ -280,7 +284,7 @@ def build_distiller(
         distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
     else:
         distiller = LayerDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
-    if config.layer_loss == "codes":
+    if config.loss == "codes":
         assert words_LSKD is not None
         # Drawn last, so that student and prediction heads start as with the other losses.
         distiller.heads["codes"] = CodeHeads(words_LSKD)
