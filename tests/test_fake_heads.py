@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
-from evaluate_stores import make_corpus, make_store
+from evaluate_stores import make_corpus, make_store, smooth
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -51,12 +50,17 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module", params=["int4"])
-def features(request: pytest.FixtureRequest, card: Path) -> Features:
-    """Features of the corpus in one codec, whose heads train on the fake device."""
+@pytest.fixture(scope="module", params=["int4", "transform:2"])
+def manifest(request: pytest.FixtureRequest, card: Path) -> Path:
+    """A store of the corpus in one codec."""
     folder = card.parent / request.param
     folder.mkdir()
-    manifest = make_store(folder, card, lambda _, n: np.ones((2, n, 4), dtype=np.float32), codec=request.param)
+    return make_store(folder, card, smooth, codec=request.param)
+
+
+@pytest.fixture
+def features(manifest: Path, card: Path) -> Features:
+    """Features whose heads train on the fake device; opened for each test, as they keep tensors of its fake mode."""
     opened = open_features(TASKS["pr"], manifest=manifest, corpus=card)
     return Features(opened.reader, opened.corpus, "cuda:0")
 
@@ -107,7 +111,8 @@ def test_a_step_stays_on_the_gpu_and_makes_nothing_wait(task: str, features: Fea
         with CUDA, patch("torch.nn.Module.to", lambda module, device: module):  # fake parameters can't be moved
             training = begin(problem, 1e-3, recipe)
         assert {weight.device for weight in training.head.parameters()} == {CUDA}
-        del waits[:]  # of the beginning: heads are initialised on the CPU
+        next(problem.batches(0, 0))
+        del waits[:]  # of the beginning: heads are initialised on the CPU, a codec's parameters are moved once
         for step, batch in enumerate(itertools.islice(problem.batches(0, 0), 2), 1):
             training.step(problem, batch, step, 1.0)
         assert waits == []
