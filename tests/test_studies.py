@@ -241,11 +241,13 @@ def test_discrete_students_differ_in_loss_and_targets_alone() -> None:
     students = {name.removesuffix("-s1"): read_student(path, name) for name in settings["students"] if "-s1" in name}
     assert {name: one.loss for name, one in students.items()} == {
         "codes": "codes", "mse": "mse", "l1-cosine": "l1-cosine", "codes-residual": "codes", "codes-last": "codes",
-        "mse-last": "mse",
+        "mse-last": "mse", "interleaved-codes": "codes", "interleaved-mse": "mse", "interleaved-l1-cosine": "l1-cosine",
     }  # fmt: skip
     assert {one.codebook for one in students.values()} == set(settings["codebooks"])
     plain = {replace(one, loss=None, codebook=None, targets=None) for one in students.values()}
-    assert len(plain) == 1
+    assert sorted(one.family for one in plain) == ["distilhubert", "interleaved"]
+    demo = read_student(Path("params.yaml"), "interleaved")
+    assert demo.shape == students["interleaved-mse"].shape and demo.growth == students["interleaved-mse"].growth
     stage = stages_of("studies/discrete")["codebook"]["do"]
     assert stage["outs"] == ["studies/discrete/manifests/targets/distill.${key}.codebook.safetensors"]
 
