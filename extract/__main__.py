@@ -264,7 +264,7 @@ def _rows(it: "Manifest") -> dict[str, str]:
         "packs": f"{packs} of {it.plan['pack_frames']} frames in {it.plan['num_shards']} shards, "
         f"{100 * frames / max(1, rows):.1f}% filled",
         "bits a value": _bits_a_value(it),
-        "parameters of the codec": _parameters(it),
+        "codec": _parameters(it),
         "dropped": f"{it.num_dropped} utterances, longer than a pack or shorter than a frame" if it.num_dropped else "",
         "size": f"{it.num_bytes / 1e6:.1f} MB in {it.num_objects} objects at {it.location}",
         "fingerprint": it.fingerprint[:12],
@@ -308,8 +308,10 @@ def _parameters(manifest: "Manifest") -> str:
 
     _, parameter_bytes = manifest.totals.get("codec", (0, 0))
     codes_bytes = sum(size for name, (_, size) in manifest.totals.items() if name in ("hidden", "stem"))
+    if not parameter_bytes:
+        return ""
     if parameter_bytes <= codes_bytes:
-        return as_bytes(parameter_bytes) if parameter_bytes else ""
+        return f"{as_bytes(parameter_bytes)} of parameters"
     return outweighed(parameter_bytes, codes_bytes)
 
 

@@ -249,13 +249,14 @@ def plan_cost(config: CostConfig, console: "Console") -> None:
 
 def _sizes_by_codec(config: ExtractConfig, corpus: AnyCorpus, asked: Size) -> tuple[dict[str, Size], list[str]]:
     """Return the size in every listed codec and the one asked for; and a line for each that cannot store this one."""
-    sizes, refused = {}, []
+    sizes: dict[str, Size] = {}
+    refused: dict[str, list[str]] = {}  # names of codecs by the error
     for name in dict.fromkeys((*LISTED, config.codec)):
         try:
             sizes[name] = asked if name == config.codec else Size.of(replace(config, codec=name), corpus, asked.spec)
         except RetortError as error:
-            refused.append(f"{name} is not in the table: {error}")
-    return sizes, refused
+            refused.setdefault(str(error), []).append(name)
+    return sizes, [f"not in the table: {', '.join(names)}: {error}" for error, names in refused.items()]
 
 
 def _find_rate(config: CostConfig, corpus: AnyCorpus, size: Size) -> tuple[float | None, str]:
@@ -319,13 +320,13 @@ def _installed_bytes() -> int:
 
 
 def _print_codecs(console: "Console", config: CostConfig, sizes: dict[str, Size], rate: float | None) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     keep = config.extract.keep
     frames, stem = "frames" in keep, "stem" in keep
     title = f"keeping {', '.join(sorted(keep))}; reading is an epoch's, break-even is in student epochs"
     columns = ("one layer", *["the stem"] * stem, "on disk", "a shard", "extraction", "reading", "break-even")
-    table = Table("codec", *columns, title=title, title_justify="left")
+    table = Table(Column("codec", no_wrap=True), *columns, title=title, title_justify="left")
     for name, size in sizes.items():
         counts = [size.layer_bytes if frames else 0, *[size.stem_bytes] * stem, size.disk_bytes]
         cells = [as_bytes(count) for count in (*counts, size.disk_bytes // max(1, size.packing.num_shards))]
@@ -367,7 +368,7 @@ def _space_lines(size: Size, sizes: dict[str, Size], root: str) -> list[str]:
     """Return the lines on free space; with a warning if the store does not fit, and if parameters outweigh codes."""
     lines = []
     if size.parameter_bytes > size.codes_bytes:
-        lines.append(f"{size.codec.name}: parameters take {outweighed(size.parameter_bytes, size.codes_bytes)}")
+        lines.append(f"{size.codec.name}: {outweighed(size.parameter_bytes, size.codes_bytes)}")
     if (free := free_bytes(root)) is None:
         return [*lines, f"free at {root}: unknown, it is not a local folder"]
     lines.append(f"free at {root}: {as_bytes(free)}")
@@ -385,8 +386,8 @@ def _space_lines(size: Size, sizes: dict[str, Size], root: str) -> list[str]:
 def outweighed(parameter_bytes: int, codes_bytes: int) -> str:
     """Return the remark on a codec whose parameters take more bytes than what it encodes."""
     return (
-        f"{as_bytes(parameter_bytes)}, more than the codes, {as_bytes(codes_bytes)}: they do not grow with the corpus, "
-        "and this one is small"
+        f"{as_bytes(parameter_bytes)} of parameters, more than the codes, {as_bytes(codes_bytes)}: they do not grow "
+        "with the corpus, and this one is small"
     )
 
 

@@ -108,6 +108,17 @@ CORPORA = [
 
 OPTIONS = [
     asked("codec", "--codec zip", "unknown codec 'zip': expected one of float16, int4, int8"),
+    asked(
+        "a codec without a rate", "--codec transform", "codec 'transform': expected a number of bits a value, such as"
+    ),
+    asked("rate in words", "--codec transform:x", "codec 'transform:x': expected a number of bits a value, such as"),
+    asked("rate 0", "--codec transform:0", "codec transform:0: expected a rate above 0 and up to"),
+    asked("rate 9", "--codec transform:9", "codec transform:9: expected a rate above 0 and up to"),
+    asked("rate of two names", "--codec transform:0.50", "codec 'transform:0.50': write transform:0.5"),
+    asked(
+        "rate too fine", "--codec transform:0.3", "of 32 features in 19.2 bytes, .* a rate that is a multiple of 1/64"
+    ),
+    asked("part of a block", "--codec transform:1 --pack-frames 100", "--pack-frames 100: expected a multiple of 16"),
     asked("dtype", "--dtype fp8", "unknown dtype 'fp8': expected one of bf16, fp16, fp32"),
     asked("keep", "--keep frames,x", "unknown --keep 'x': expected one of frames, pooled, stem"),
     asked("keep without means", "--keep frames", "`pooled` costs little and is always kept; add it"),

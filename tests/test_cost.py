@@ -323,6 +323,22 @@ def test_a_wrong_request_is_one_line(base_folder: Path, corpus: Corpus, argument
     assert printed.stderr.count("\n") == 1
 
 
+def test_the_codec_that_fits_is_named_and_what_cannot_store_is_left_out(base_folder: Path, corpus: Corpus) -> None:
+    arguments = ["--upstream", base_folder, "--corpus", corpus.path, "--sample-s", 0, "--layers", 4]
+    size = Size.of(ExtractConfig(upstream=str(base_folder), corpus=corpus.path, layers=(4,)), corpus)
+    sizes = {name: replace(size, codec=codec_named(name)) for name in CODECS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("extract.cost.free_bytes", lambda root: sizes["int4"].disk_bytes)
+        assert "keep fewer --layers, give --codec int4 (" in plan(*arguments, "--codec", "float16").output
+    small = plan(*arguments, "--codec", "transform:0.5").output
+    assert "transform:0.5: 2." in small and "more than the codes" in small
+    odd = plan(*arguments, "--pack-frames", 1000)
+    assert odd.exit_code == 0 and "│ transform" not in odd.output
+    assert (
+        "not in the table: transform:2, transform:1, transform:0.5, transform:0.25: --pack-frames 1000:" in odd.output
+    )
+
+
 def test_a_config_that_lacks_a_field_is_named(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "hubert", "hidden_size": 768}')
     with pytest.raises(RetortError, match=r"config.json: .*num_hidden_layers"):

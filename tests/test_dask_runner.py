@@ -58,7 +58,7 @@ def command(config: ExtractConfig) -> list[str]:
         *("extract", "run", "--upstream", config.upstream, "--corpus", str(config.corpus)),
         *("--store", str(config.store), "--manifest", str(config.manifest), "--threads", str(config.threads)),
         *("--pack-frames", str(config.pack_frames), "--shard-packs", str(config.shard_packs)),
-        *("--cut-long", str(config.cut_long)),
+        *("--cut-long", str(config.cut_long), "--codec", config.codec),
         *(["--scheduler", config.scheduler] if config.scheduler else ["--workers", str(config.workers)]),
         *("--device", config.device),
     ]
@@ -117,8 +117,9 @@ def start(config: ExtractConfig) -> Command:
     return Command(*command(config))
 
 
-def test_two_workers_write_what_one_process_writes(config: ExtractConfig) -> None:
-    config = replace(config, cut_long=1.0)  # most utterances are in parts
+@pytest.mark.parametrize("codec", ["int8", "transform:0.5"])  # one worker fits, all encode
+def test_two_workers_write_what_one_process_writes(config: ExtractConfig, codec: str) -> None:
+    config = replace(config, codec=codec, cut_long=1.0)  # most utterances are in parts
     alone, _ = extract(config)
     shared = elsewhere(config, "shared", workers=2)
     run = run_command(*command(shared), check=True)
