@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import HubertConfig, HubertModel
 
 from extract import shards
+from extract.__main__ import main
 from extract.base.errors import RetortError
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
@@ -118,3 +120,17 @@ def test_a_corpus_that_is_too_small_is_refused_before_the_upstream_is_loaded(
     small = replace(config, corpus=tmp_path / "one.h5")
     with pytest.raises(RetortError, match=r"--codec transform:1: the \d+ frames of .*one.h5 are too few .*, 64; use"):
         Extraction.open(small, find_upstream(small.upstream), small.open_corpus())
+
+
+def test_damaged_parameters_are_named_and_fitted_again(config: ExtractConfig) -> None:
+    manifest, _ = extract(config)
+    file = manifest.folder / "codec/hidden/basis/c/0/0/0"
+    data = file.read_bytes()
+    file.write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
+    shards_before = {path: path.stat().st_mtime_ns for path in manifest.folder.glob("hidden/c/**/*")}
+    done = CliRunner().invoke(main, ["verify", str(config.manifest)])
+    assert done.exit_code == 1 and "codec/hidden/basis/c/0/0/0" in done.stderr
+    again, worked = extract(config)
+    assert worked and again.digest == manifest.digest and file.read_bytes() == data
+    assert {path: path.stat().st_mtime_ns for path in shards_before} == shards_before, "no shard is made again"
+    assert StoreReader.open(config.manifest).damaged() == []

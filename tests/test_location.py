@@ -324,9 +324,18 @@ def test_extraction_straight_to_s3_resumed_is_the_local_store(
 
 
 def test_a_worker_without_a_shared_disk_writes_to_s3(s3: S3, store: Store, tmp_path: Path) -> None:
-    far = replace(store.config, store=s3.root, manifest=tmp_path / "far.json", initial_blocks=0, workers=1, threads=1)
+    """With a codec that one worker fits and whose parameters all of them read from the store."""
+    near = replace(
+        store.config,
+        store=tmp_path / "near",
+        manifest=tmp_path / "near.json",
+        initial_blocks=0,
+        codec="transform:1",
+        layers=(2, 4),
+    )
+    far = replace(near, store=s3.root, manifest=tmp_path / "far.json", workers=1, threads=1)
     manifest, _ = extract(far)
-    assert manifest.objects == StoreReader.open(store.manifest).manifest.objects
+    assert manifest.objects == extract(near)[0].objects
     assert StoreReader.open(far.manifest).damaged() == []
     staging_folders = list((tmp_path / "cache").glob("staging-*"))
     assert len(staging_folders) == 1, "the worker's own is gone with it"
