@@ -37,6 +37,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make(tmp_path_factory.mktemp("world"), codec="float16")
 
 
+@pytest.fixture(scope="module")
+def transformed(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The same in codec `transform`."""
+    return make(tmp_path_factory.mktemp("transformed"), codec="transform:2")
+
+
 @pytest.fixture
 def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """Return the world with a new folder for the outputs of one test."""
@@ -62,7 +68,7 @@ def losses(world: World, name: str) -> list[float]:
     return [float(line.split()[1]) for line in lines]
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "transform:2"])
 @pytest.mark.parametrize("do_normalize", [True, False])
 def test_a_batch_has_the_output_of_the_frozen_stem(tmp_path: Path, codec: str, do_normalize: bool) -> None:
     world = make(tmp_path, codec=codec, do_normalize=do_normalize)
@@ -163,10 +169,21 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 # Eight steps, unfrozen at 6, interleaved grown at 2, 4 and 6. A run that stops at step n resumes from step n - 1:
 # before the stem trains, right then, and after it.
-@pytest.mark.parametrize(("family", "stop"), [("distilhubert", 6), ("distilhubert", 7), ("interleaved", 8)])
+@pytest.mark.parametrize(
+    ("codec", "family", "stop"),
+    [
+        ("float16", "distilhubert", 6),
+        ("float16", "distilhubert", 7),
+        ("float16", "interleaved", 8),
+        ("transform", "interleaved", 6),
+        ("transform", "gendistiller", 7),
+    ],
+)
 def test_unfrozen_and_resumed_equals_uninterrupted(
-    world: World, monkeypatch: pytest.MonkeyPatch, family: str, stop: int
+    world: World, transformed: World, monkeypatch: pytest.MonkeyPatch, codec: str, family: str, stop: int
 ) -> None:
+    if codec == "transform":
+        world = replace(transformed, folder=world.folder)
     settings = {"lr": 1e-3, "accumulate": 2, "stem_grad_scale": 0.5, "stem_frozen": 0.75}
     config = student(family, 8, optimiser=settings, stem="stored", checkpoint_every_steps=1)
     whole = train(train_request(world, config, "whole"))
