@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tests.fake_cuda import CUDA, backward, fake_cuda
 from tests.train_world import SHAPE, TARGETS, World, make_world, student, train_request
 from train.checkpoint import Checkpoint, RunState
-from train.config import GENERATING, Loss, StudentConfig
+from train.config import GENERATING, StudentConfig
 from train.growth import plan_stages
 from train.losses import Distiller, build_distiller
 from train.optimiser import make_optimiser, make_scaler, read_state
@@ -22,8 +22,13 @@ from train.step import train_step
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+    return {codec: make_world(tmp_path_factory.mktemp("world"), codec=codec) for codec in ("int8", "transform:2")}
+
+
+@pytest.fixture
+def world(worlds: dict[str, World]) -> World:
+    return worlds["int8"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +50,7 @@ def settings(family: str, **changes: Any) -> StudentConfig:
 
 
 def distiller(config: StudentConfig, depth: int) -> Distiller:
-    words_LSKD = torch.zeros(len(TARGETS), 2, 5, 16) if config.loss == "codes" else None
-    return build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=depth, words_LSKD=words_LSKD)
+    return build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=depth)
 
 
 def on_cuda(run: Run) -> Run:
@@ -130,21 +134,19 @@ def test_a_run_resumes_at_a_later_depth_on_one_device(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "precision", "loss"),
+    ("family", "precision", "codec"),
     [
-        ("distilhubert", "fp32", None),
-        ("distilhubert", "bf16", "codes"),
-        ("interleaved", "bf16", None),
-        ("gendistiller-2d", "fp16", None),
+        ("distilhubert", "fp32", "int8"),
+        ("interleaved", "bf16", "int8"),
+        ("gendistiller-2d", "fp16", "int8"),
+        ("distilhubert", "bf16", "transform:2"),
     ],
 )
 def test_a_step_waits_for_the_losses_of_the_step_before_alone(
-    world: World, monkeypatch: pytest.MonkeyPatch, family: str, precision: str, loss: Loss | None
+    worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch, family: str, precision: str, codec: str
 ) -> None:
-    here = begin(train_request(world, settings(family, accumulate=2)))
-    here.request = replace(
-        here.request, config=replace(here.request.config, precision=precision, loss=loss, codebook=loss)
-    )
+    here = begin(train_request(worlds[codec], settings(family, accumulate=2)))
+    here.request = replace(here.request, config=replace(here.request.config, precision=precision))
     here.data.micro_frames = 1  # every utterance is a part
     packs = [here.data.training_parts(pack) for pack in here.data.sampler.packs[:2]]
     assert any(len(parts) > 1 for parts in packs)
@@ -157,6 +159,9 @@ def test_a_step_waits_for_the_losses_of_the_step_before_alone(
         waits.clear()  # of building the student
         moved = [tuple(part.to(CUDA) for part in parts) for parts in packs]
         assert waits == []
+        if here.data.codec.needs_fit:
+            moved[0][0].targets()  # its parameters are on the device now
+            waits.clear()
         batches = (parts for again in repeat(moved) for parts in again)
         for step in range(3):
             before = len(waits)
