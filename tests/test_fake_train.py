@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tests.fake_cuda import CUDA, backward, fake_cuda
 from tests.train_world import SHAPE, TARGETS, World, make_world, student, train_request
 from train.checkpoint import Checkpoint, RunState
-from train.config import GENERATING, StudentConfig
+from train.config import GENERATING, Loss, StudentConfig
 from train.growth import plan_stages
 from train.losses import Distiller, build_distiller
 from train.optimiser import make_optimiser, make_scaler, read_state
@@ -50,7 +50,8 @@ def settings(family: str, **changes: Any) -> StudentConfig:
 
 
 def distiller(config: StudentConfig, depth: int) -> Distiller:
-    return build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=depth)
+    words_LSKD = torch.zeros(len(TARGETS), 2, 5, 16) if config.loss == "codes" else None
+    return build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=depth, words_LSKD=words_LSKD)
 
 
 def on_cuda(run: Run) -> Run:
@@ -134,19 +135,27 @@ def test_a_run_resumes_at_a_later_depth_on_one_device(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "precision", "codec"),
+    ("family", "precision", "loss", "codec"),
     [
-        ("distilhubert", "fp32", "int8"),
-        ("interleaved", "bf16", "int8"),
-        ("gendistiller-2d", "fp16", "int8"),
-        ("distilhubert", "bf16", "transform:2"),
+        ("distilhubert", "fp32", None, "int8"),
+        ("distilhubert", "bf16", "codes", "int8"),
+        ("interleaved", "bf16", None, "int8"),
+        ("gendistiller-2d", "fp16", None, "int8"),
+        ("distilhubert", "bf16", None, "transform:2"),
     ],
 )
 def test_a_step_waits_for_the_losses_of_the_step_before_alone(
-    worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch, family: str, precision: str, codec: str
+    worlds: dict[str, World],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    precision: str,
+    loss: Loss | None,
+    codec: str,
 ) -> None:
     here = begin(train_request(worlds[codec], settings(family, accumulate=2)))
-    here.request = replace(here.request, config=replace(here.request.config, precision=precision))
+    here.request = replace(
+        here.request, config=replace(here.request.config, precision=precision, loss=loss, codebook=loss)
+    )
     here.data.micro_frames = 1  # every utterance is a part
     packs = [here.data.training_parts(pack) for pack in here.data.sampler.packs[:2]]
     assert any(len(parts) > 1 for parts in packs)
