@@ -55,7 +55,8 @@ def fit_codebook(
     packs = np.unique(reader.pack_of[is_used])
     wanted = -(-words * FRAMES_PER_WORD * len(packs) // num_frames)  # packs: they are filled about equally
     packs = packs[spread_packs(len(packs), wanted)]
-    found, unexplained = {}, {}
+    found: dict[int, NDArray[np.float32]] = {}
+    unexplained: dict[int, tuple[float, ...]] = {}
     for layer in (layer for layer in reader.layers if layer > 0):
         frames_ND = np.concatenate([_read(reader, int(pack), layer, is_used) for pack in packs])
         try:

@@ -52,6 +52,17 @@ def test_seeds_of_one_setting_are_one_row_with_their_deviation(tree: Path) -> No
     assert [cells[f"layer {layer}"] for layer in (4, 8, 12)] == ["0.200 ± 0.000"] * 3
 
 
+def test_students_of_a_codebook_have_columns_for_it(tree: Path) -> None:
+    for seed in SEEDS:
+        score = {"probe_mse": 0.4, "probe_accuracy": 0.5, "accuracy": 0.25 * seed}
+        change(tree / "runs" / f"deep-s{seed}" / "metrics.json", codes_by_layer={"8": score}, dev_by_layer={})
+    table = seed_table(read_results(tree, ["demo-distilhubert", *(f"deep-s{seed}" for seed in SEEDS)], TASKS))
+    assert table is not None
+    cells = {title: cell.text for (title, _), cell in zip(table.heads, table.rows[0], strict=True)}
+    assert cells["layer 8, probed"] == "0.400 ± 0.000" and cells["layer 8, codes"] == "0.583 ± 0.382"
+    assert not {"layer 8", "layer 4, probed"} & cells.keys()
+
+
 def test_a_student_of_several_seeds_is_ranked_by_their_mean(tree: Path) -> None:
     students = ["demo-distilhubert", *(f"deep-s{seed}" for seed in SEEDS)]
     results = read_results(tree, students, TASKS)

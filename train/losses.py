@@ -117,6 +117,13 @@ class Distiller(nn.Module, ABC):
         self.layer_loss = config.loss or self.published_loss
         self.heads = nn.ModuleDict()
 
+    @property
+    def code_heads(self) -> CodeHeads:
+        """Heads of the loss `codes`."""
+        heads = self.heads["codes"]
+        assert isinstance(heads, CodeHeads)
+        return heads
+
     def train_stem(self, trains: bool) -> None:
         """Train or freeze the stem. A frozen stem has no trainable parameter and builds no autograd graph."""
         self.stem_trains = trains
@@ -156,7 +163,7 @@ class Distiller(nn.Module, ABC):
     def layer_losses(self, predicted: list[Tensor], targets_LFD: Tensor) -> list[Tensor]:
         """Return the loss of each target layer, float32 scalars."""
         if self.layer_loss == "codes":
-            return self.heads["codes"].losses(predicted, targets_LFD)  # type: ignore[no-any-return,operator]
+            return self.code_heads.losses(predicted, targets_LFD)
         error = REGRESSION[self.layer_loss]
         return [error(one_FD, target_FD) for one_FD, target_FD in zip(predicted, targets_LFD, strict=True)]
 

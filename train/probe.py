@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from extract.store.packing import spread_packs
-from train.codes import CodeHeads, nearest_words
+from train.codes import nearest_words
 from train.data import Batch
 from train.metrics import CodeScore
 from train.run import Run
@@ -88,9 +88,7 @@ def _predict(run: Run, batch: Batch) -> tuple[list[Tensor], Tensor]:
 def _own_codes(run: Run, predicted: list[Tensor], words_LSKD: Tensor) -> list[Tensor]:
     """Return the first stage's word of every frame without a probe: by the heads, or nearest to the prediction."""
     if run.scored.layer_loss == "codes":
-        heads = run.scored.heads["codes"]
-        assert isinstance(heads, CodeHeads)
-        return [logits_FSK[:, 0].argmax(1) for logits_FSK in heads.logits(predicted)]
+        return [logits_FSK[:, 0].argmax(1) for logits_FSK in run.scored.code_heads.logits(predicted)]
     return [nearest_words(words_SKD[:1], one)[:, 0] for words_SKD, one in zip(words_LSKD, predicted, strict=True)]
 
 

@@ -204,7 +204,8 @@ def _similarity(results: Results) -> dict[str, Any]:
         elif found.problem:
             notes.append(f"{upstream.name} can’t be compared with its teacher: {found.problem}")
         else:
-            maps.append({"upstream": upstream, "layers": found.teacher_layers, "learned": set(run.dev_by_layer),
+            learned = run.dev_by_layer.keys() | run.codes_by_layer.keys()
+            maps.append({"upstream": upstream, "layers": found.teacher_layers, "learned": learned,
                          "rows": _similarity_rows(found)})  # fmt: skip
             basis = (
                 f"{found.num_frames:,} frames of {found.num_utterances} utterances of {found.corpus}, "

@@ -252,7 +252,8 @@ def seed_table(results: Results) -> TextTable | None:
 def _seed_columns(results: Results, groups: Sequence[SeedGroup]) -> list[Column]:
     """Return the columns that depend on the seed: scores, and figures of the training runs.
 
-    Dev losses are comparable within a family only, the squared error of a layer between all students.
+    Dev losses are comparable within a family and loss only, the squared error of a layer between all students; that
+    behind a probe and the accuracy of codes are there for students with a codebook.
     """
     runs = {upstream.name: training for upstream, training in results.students}
     members = [one.name for group in groups for one in group.upstreams]
@@ -262,6 +263,16 @@ def _seed_columns(results: Results, groups: Sequence[SeedGroup]) -> list[Column]
         error = runs[upstream.name].dev_by_layer.get(layer)
         return None if error is None else error.mse
 
+    def probe_error(upstream: Upstream, *, layer: int) -> float | None:
+        score = runs[upstream.name].codes_by_layer.get(layer)
+        return None if score is None else score.probe_mse
+
+    def accuracy(upstream: Upstream, *, layer: int) -> float | None:
+        score = runs[upstream.name].codes_by_layer.get(layer)
+        return None if score is None else score.accuracy
+
+    coded = sorted({layer for name in members for layer in runs[name].codes_by_layer})
+
     def write(value: float) -> str:
         return f"{value:.3f}"
 
@@ -269,6 +280,14 @@ def _seed_columns(results: Results, groups: Sequence[SeedGroup]) -> list[Column]
         *make_columns(results)[: 1 + len(results.tasks)],  # size and speed do not depend on the seed
         Column("dev loss", "own", "low", lambda upstream: runs[upstream.name].loss.dev, write),
         *(Column(f"layer {layer}", "dev MSE", "low", partial(squared_error, layer=layer), write) for layer in layers),
+        *(
+            Column(f"layer {layer}, probed", "dev MSE", "low", partial(probe_error, layer=layer), write)
+            for layer in coded
+        ),
+        *(
+            Column(f"layer {layer}, codes", "accuracy", "high", partial(accuracy, layer=layer), write)
+            for layer in coded
+        ),
         Column("training", "s", "low", lambda upstream: runs[upstream.name].seconds, lambda value: f"{value:.0f}"),
     ]
 
