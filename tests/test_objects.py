@@ -8,7 +8,7 @@ import pytest
 
 from extract.base.files import sha256_json
 from extract.store.manifest import Manifest
-from extract.store.objects import ObjectList
+from extract.store.objects import ObjectList, is_object
 from extract.store.reader import StoreReader
 from tests.bad_input_world import EXTRACT, SCORE, TRAIN, as_format_2, enter_world, run, tree
 from tests.evaluate_stores import make_corpus, make_store
@@ -34,6 +34,15 @@ def test_a_list_is_a_mapping_that_bytes_give_back() -> None:
         assert one.digest() == sha256_json(sorted(OBJECTS.items()))  # as in format 2
         assert one.totals() == {"hidden": (2, 1 << 40), "metadata": (2, 16), "rows": (2, 330)}
     assert sorted(found.without_rows()) == sorted(name for name in OBJECTS if not name.startswith("rows/"))
+
+
+def test_parameters_of_a_codec_are_objects_below_their_folder() -> None:
+    names = ["codec/hidden/deviation/c/0/0/0", "codec/hidden/zarr.json", "codec/stem/mean/zarr.json", "codec/zarr.json"]
+    listed = ObjectList.of({name: [7, "01" * 32] for name in (*names, *OBJECTS)}, where="here")
+    assert list(listed.below("codec")) == names and list(listed.below("codec/hidden")) == names[:2]
+    assert listed.totals()["codec"] == (1, 7)
+    outside = ("codec.json", "codec/hidden/../c/0", "codec/pooled/mean/zarr.json", f"codec/stem/{'a' * 17}/zarr.json")
+    assert not any(is_object(name) for name in outside)
 
 
 def test_the_manifest_does_not_grow_with_the_store(tmp_path: Path) -> None:
