@@ -41,10 +41,11 @@ def make_store(world: World, name: str, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A world with stores in int4 (of the world itself), float16 in other packs, and float16 with the stem alone."""
+    """A world in int4, with stores in float16 in other packs, with the stem alone, with fewer layers, and in blocks."""
     world = make_world(tmp_path_factory.mktemp("world"), codec="int4", keep=frozenset({"frames", "pooled", "stem"}))
     make_store(world, "exact", pack_frames=128)
     make_store(world, "stem", keep=frozenset({"pooled", "stem"}), pack_frames=160)
+    make_store(world, "blocks", codec="transform:4")
     make_store(world, "layers", layers=(2, 4), keep=frozenset({"frames", "pooled"}))
     return world
 
@@ -66,8 +67,9 @@ def weights() -> dict[str, torch.Tensor]:
     return load_file("student/model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["distilhubert", "interleaved", "gendistiller"])
-@pytest.mark.parametrize("changes", [{}, STORED], ids=["waveforms", "stored"])
+@pytest.mark.parametrize(
+    ("family", "changes"), [("distilhubert", {}), ("interleaved", STORED), ("gendistiller", STORED)]
+)
 def test_dev_is_scored_on_the_other_store_and_training_is_left_alone(
     world: World, family: str, changes: dict[str, Any]
 ) -> None:
@@ -119,6 +121,23 @@ def test_targets_and_stem_of_two_stores_train_as_those_of_one(world: World) -> N
     assert apart.loss == together.loss and apart.dev_by_layer == together.dev_by_layer
     assert apart.stem_teacher == Manifest.read(world.manifest.with_name("stem.json")).fingerprint
     assert together.stem_teacher is None
+
+
+def test_targets_in_blocks_and_an_exact_stem_are_those_of_the_same_utterances(world: World) -> None:
+    """A transform store has other packs than one of float16, and utterances at other rows."""
+    blocks = replace(world, manifest=world.manifest.with_name("blocks.json"))
+    run = begin(request(blocks, student("distilhubert", **STORED), dev="exact", stem="exact"))
+    exact = run.other_stores["dev"]
+    errors, powers = [], []
+    for batch in (part for pack in run.data.sampler.packs for part in run.data.training_parts(int(pack), stored=True)):
+        exact_LFD = np.concatenate([exact.hidden_at(index) for index in batch.utterances], axis=1)
+        errors.append(((batch.targets().numpy() - exact_LFD) ** 2).sum())
+        powers.append((exact_LFD**2).sum())
+        for stem_TC, index in zip(batch.stem()[0], batch.utterances, strict=True):
+            expected_TC = exact.stem_at(index)
+            np.testing.assert_array_equal(stem_TC[: len(expected_TC)].numpy(), expected_TC)
+    assert 1e-6 < sum(errors) / sum(powers) < 0.02  # 4 bits a value, between 17 and 60 dB
+    assert all(batch.codec == exact.codec_for(TARGETS) for batch in run.dev_data.dev_batches(stored=True))
 
 
 def test_a_changed_store_starts_a_new_run(world: World) -> None:
