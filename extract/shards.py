@@ -356,7 +356,7 @@ def check_sample(packing: Packing, dim: int, codec: str, corpus: str) -> None:
 
 def sample_packs(packing: Packing) -> list[int]:
     """Return the packs that a codec is fitted on, of all lengths of utterances, with `SAMPLE_FRAMES` rows in sum."""
-    return spread_packs(packing.num_packs, -(-SAMPLE_FRAMES // packing.pack_frames)).tolist()
+    return [int(pack) for pack in spread_packs(packing.num_packs, -(-SAMPLE_FRAMES // packing.pack_frames))]
 
 
 def check_precision(dtype_error: dict[str, dict[str, Any]], dtype: str, upstream: str) -> None:

@@ -111,10 +111,10 @@ class Batch:
         num_frames = [count for _, count in self.runs]
         values_LFD = torch.empty((num_layers, sum(num_frames), codec.dim(width)), device=codes_LRW.device)
         parts = zip(
-            values_LFD.split(num_frames, dim=1),
-            codes_LRW.split([rows for rows, _ in self.runs], dim=1),
+            torch.split(values_LFD, num_frames, dim=1),
+            torch.split(codes_LRW, [rows for rows, _ in self.runs], dim=1),
             scales,
-            self.scale_rows_F.split(num_frames),
+            torch.split(self.scale_rows_F, num_frames),
             strict=True,
         )
         # Targets have the same values in every precision of the student.

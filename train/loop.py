@@ -265,7 +265,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dic
         }
         | {f"{name}_store_digest": store.digest for name, store in run.other_stores.items()}
     )
-    others = {f"{name}_teacher": store.fingerprint for name, store in run.other_stores.items()}
+    others: dict[str, Any] = {f"{name}_teacher": store.fingerprint for name, store in run.other_stores.items()}
     metrics = RunMetrics(
         **common,
         **others,

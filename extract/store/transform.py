@@ -279,9 +279,9 @@ class Transform(Codec):
             sizes["L"], sizes["D"] = shape
         for name, axes in _SHAPES.items():
             values = parameters[name]
-            shape = zip(axes, values.shape, strict=False)
+            found_sizes = zip(axes, values.shape, strict=False)
             # The first array with an axis decides its size.
-            if values.ndim != len(axes) or any(sizes.setdefault(axis, size) != size for axis, size in shape):
+            if values.ndim != len(axes) or any(sizes.setdefault(axis, size) != size for axis, size in found_sizes):
                 expected = ", ".join(str(sizes.get(axis, "any")) for axis in axes)
                 raise self._refused(name, f"shape {values.shape}, expected ({expected})")
             if values.dtype != _DTYPES[name]:

@@ -185,7 +185,7 @@ class StoreWriter:
             # Uncompressed: zstd would save 8% of float16 and 20% of int8, and cost two thirds of the read speed.
             group.create_array(name, compressors=None, fill_value=0, **kwargs)
 
-    def read_parameters(self) -> dict[str, Parameters] | None:
+    def read_parameters(self) -> Mapping[str, Parameters] | None:
         """Return the parameters that an earlier run or another process has stored.
 
         None if there are none, or they are damaged: they are to be fitted then.
