@@ -44,6 +44,7 @@ class Codec(ABC):
     scale_dtype: ClassVar[str | None] = None
     values_per_code: ClassVar[int] = 1  # features in one code
     block_frames: ClassVar[int] = 1  # frames in one row of codes; utterances start at a multiple of it
+    cached_frames: ClassVar[int] = _BLOCK_FRAMES  # frames of one layer that numpy decodes at a time
     needs_fit: ClassVar[bool] = False  # True: only a codec with the parameters of a store encodes and decodes
     largest: ClassVar[float] = math.inf  # absolute value that can be encoded
 
@@ -256,9 +257,9 @@ def _step_and_base(low_GD: Array, high_GD: Array) -> tuple[Array, Array]:
     return _through_float16(step_GD + above_GD * (step_GD < exact_GD)), base_GD
 
 
-def _blocks(hidden_FD: Array, num_frames: int) -> list[slice]:
+def _blocks(hidden_FD: Array, num_frames: int, cached: int = _BLOCK_FRAMES) -> list[slice]:
     """Return the rows of blocks of the first frames: in numpy blocks that fit in the cache, in torch one block."""
-    size = _BLOCK_FRAMES if isinstance(hidden_FD, np.ndarray) else max(1, num_frames)
+    size = cached if isinstance(hidden_FD, np.ndarray) else max(1, num_frames)
     return [slice(first, min(first + size, num_frames)) for first in range(0, num_frames, size)]
 
 
@@ -326,7 +327,7 @@ class CodecError:
         for layer in range(len(hidden_LFD)):
             one, found = slice(layer, layer + 1), cls.none(1)
             alone, own_scale = codec.of_layers([layer]), None if scale is None else scale[one]
-            for rows in _blocks(hidden_LFD[layer], hidden_LFD.shape[1]):
+            for rows in _blocks(hidden_LFD[layer], hidden_LFD.shape[1], codec.cached_frames):
                 count, hidden_1FD = rows.stop - rows.start, hidden_LFD[one, rows]
                 codes_1RW = codes_LRW[one, codec.code_rows(rows.start, count)]
                 decoded_1FD = alone.decode(codes_1RW, own_scale, first_frame=rows.start, num_frames=count)

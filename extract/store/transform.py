@@ -162,14 +162,14 @@ class _Layer:
         bits = _zeros(codes_BW, (8 * num_bytes, num_blocks))
         for bit in range(8):
             bits[bit::8] = (codes_BW.T >> bit) & 1
-        code_NB = _zeros(self.place_N, (len(self.place_N), num_blocks))
+        code_NB = _zeros(codes_BW, (len(self.place_N), num_blocks))
         start = 8
         for bit, num in enumerate(self.prefixes):
             code_NB[:num] |= bits[start : start + num] << bit
             start += num
         value_NB = _zeros(self.basis_KD, tuple(code_NB.shape))
         for number, first, end in self.groups:
-            value_NB[first:end] = self.levels_QV[number][code_NB[first:end]]
+            value_NB[first:end] = self.levels_QV[number][_indices(code_NB[first:end])]
         value_NB *= self.deviation_N1
         value_NB *= self._gains((codes_BW[:, 0] >> self.nibble_E1) & (NUM_GAINS - 1))
         coefficient_SB = _zeros(value_NB, (self.rows[-1][2], num_blocks))
@@ -191,6 +191,7 @@ class Transform(Codec):
 
     dtype: ClassVar[str] = "uint8"
     block_frames: ClassVar[int] = BLOCK_FRAMES
+    cached_frames: ClassVar[int] = _CACHED_BLOCKS * BLOCK_FRAMES
     needs_fit: ClassVar[bool] = True
 
     def __init__(self, rate: float, parameters: Parameters | None = None) -> None:
@@ -322,6 +323,11 @@ def _parts(codes_BW: Array) -> list[slice]:
 
 def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
     return np.zeros(shape, dtype=like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def _indices(codes: Array) -> Array:
+    """Return codes as indices; torch takes a tensor of bytes for a mask."""
+    return codes if isinstance(codes, np.ndarray) else codes.long()
 
 
 def _counted(values: Array, edges: Array) -> Array:
