@@ -21,6 +21,7 @@ from pipelines.bench.command import bench_command, benchmarks
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, Named, measure, summarise
 from pipelines.bench.options import (
     OPTIONS,
+    CodecsOptions,
     EvaluateOptions,
     ExtractOptions,
     LoadOptions,
@@ -193,6 +194,8 @@ def test_options_become_a_command() -> None:
         (TrainOptions, {"threads": 0}, "--threads 0: expected more than 0"),
         (EvaluateOptions, {"batch_size": 0}, "--batch-size 0: expected more than 0"),
         (ScalingOptions, {"codec": "mp3"}, "unknown codec 'mp3'"),
+        (CodecsOptions, {"codec": "transform:9"}, "up to 4 bits a value"),
+        (CodecsOptions, {"pack_frames": 100}, "--pack-frames 100: expected a multiple of 16"),
         (LoadOptions, {"packs": 0}, "--packs 0: expected more than 0"),
         (LoadOptions, {"dim": 7, "codec": "int4"}, "7"),
         (LoadOptions, {"student": "none"}, "unknown student .*'none'"),

@@ -11,11 +11,12 @@ import pytest
 from extract.base.errors import RetortError
 from extract.base.timing import TimedSteps
 from extract.corpus import Corpus
-from pipelines.bench import ceiling, growth, load, scaling
+from extract.store.codecs import LISTED
+from pipelines.bench import ceiling, codecs, growth, load, scaling, synthetic
 from pipelines.bench.command import benchmarks
 from pipelines.bench.growth import METHODS, ONLINE, depths, method_config
 from pipelines.bench.measure import Bench, Group, summarise
-from pipelines.bench.options import CeilingOptions, GrowthOptions, LoadOptions, ScalingOptions
+from pipelines.bench.options import CeilingOptions, CodecsOptions, GrowthOptions, LoadOptions, ScalingOptions
 from pipelines.bench.page import sentences
 from pipelines.bench.scaling import HOURS, LAYERS, UTTERANCES, fit, points
 from tests.bench_world import invented_run, run_bench_command
@@ -154,7 +155,7 @@ def params(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("codec", ["int8", "float16", "int4"])
+@pytest.mark.parametrize("codec", ["int8", "float16", "int4", "transform:1"])
 def test_loader_and_memory_map_read_the_same_bytes(tmp_path: Path, params: Path, codec: str) -> None:
     options = LoadOptions(config=params, student="one", packs=3, dim=32, codec=codec, pack_frames=1024, rounds=1)
     bench = Bench(options, tmp_path)
@@ -167,7 +168,9 @@ def test_loader_and_memory_map_read_the_same_bytes(tmp_path: Path, params: Path,
     num_bytes = flat["bytes"] // epochs
     assert num_bytes == file.stat().st_size == pytest.approx(packs["bytes"] * packs["number"])
     audio = round(packs["samples"] * packs["number"])
-    values = (num_bytes - audio) * {"int8": 1, "float16": 0.5, "int4": 1.6}[codec]  # except for scales
+    values = (num_bytes - audio) * {"int8": 1, "float16": 0.5, "int4": 1.6, "transform:1": 8}[
+        codec
+    ]  # except for scales
     assert outcome_of(load.files(bench))["bytes"] == pytest.approx(2 * values + audio, rel=0.05)
     assert packs["samples"] == pytest.approx(packs["audio_s"] * 32_000)
     assert np.memmap(file, dtype=np.uint8, mode="r").std() > 1
@@ -193,6 +196,45 @@ def test_ceilings_count_the_bytes_of_whole_packs(tmp_path: Path) -> None:
     # The stem's 512 channels lie beside three layers of 768 features.
     codes = [facts[name]["codes"] for name in ceiling.LOADERS]
     assert codes[1] / codes[0] == pytest.approx((3 * 768 + 512) / (3 * 768))
+
+
+def test_a_ceiling_leaves_the_fit_of_a_codec_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceiling.STORES, "small", (3, 32))
+    bench = Bench(CeilingOptions(packs=2, pack_frames=1024, codec="transform:0.5"), tmp_path, "small")
+    synthetic.make_noise(bench.of("").corpus, load.LENGTHS, seconds=40)
+    steps = ceiling.extract(bench)
+    next(steps)
+    assert list(tmp_path.rglob("codec.json"))  # before the clock starts
+    next(steps)
+    with pytest.raises(StopIteration) as stop:
+        next(steps)
+    assert stop.value.value["float32_bytes"] == 64 * stop.value.value["code_bytes"] > 0
+
+
+def test_codecs_are_measured_on_one_pack(tmp_path: Path) -> None:
+    bench = Bench(CodecsOptions(layers=2, dim=16, pack_frames=512), tmp_path)
+    facts = codecs.prepare(bench)
+    assert tuple(facts) == LISTED
+    for name, one in facts.items():
+        rate = 32 * one["code_bytes"] / one["float32_bytes"]
+        # int8: a float32 scale for 512 frames
+        assert rate == {"float16": 16, "int8": 8 + 32 / 512, "int4": 5}.get(name) or name == f"transform:{rate:g}"
+        assert (one["fit_s"] is None) != name.startswith("transform:")
+        for variant in codecs.BENCHMARK.variants.values():
+            assert outcome_of(variant(bench.of(name)))["difference"] < 1e-3
+    errors = [one["snr_db"][0] for one in facts.values()]
+    assert errors == sorted(errors, reverse=True) and errors[-1] > 3
+
+
+def test_codecs_are_measured_on_frames_of_a_store(tmp_path: Path, params: Path) -> None:
+    written = Bench(LoadOptions(config=params, student="one", packs=2, dim=32, codec="float16"), tmp_path)
+    load.prepare_store(written, dim=32)
+    options = CodecsOptions(manifest=written.manifest, codec="transform:1", pack_frames=1024)
+    facts = codecs.prepare(Bench(options, tmp_path))["transform:1"]
+    assert facts["float32_bytes"] == 3 * 1024 * 32 * 4
+    assert facts["sample_frames"] > 1024 and min(facts["snr_db"]) > 5
+    with pytest.raises(RetortError, match="expected 65536"):
+        codecs.prepare(Bench(replace(options, pack_frames=65536), tmp_path))
 
 
 def test_a_group_runs_its_own_variants() -> None:

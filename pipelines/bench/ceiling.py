@@ -23,8 +23,9 @@ from extract.base.timing import Range, TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import make_store, progress_of
 from extract.shards import Extraction
-from extract.store.codec import CODECS
+from extract.store.codecs import codec_named
 from pipelines.bench import load, synthetic
+from pipelines.bench.codecs import fit_codec
 from pipelines.bench.free import CARD, HOP_SAMPLES, FreeRunner, FreeUpstream
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, over_rounds
 from pipelines.bench.options import CeilingOptions
@@ -59,12 +60,14 @@ def _opened(bench: Ceiling, folder: Path) -> tuple[FreeRunner, Extraction]:
     upstream = FreeUpstream(num_layers=num_layers, dim=dim, longest=load.LENGTHS.longest_frames)
     config = bench.of("").extract_config(upstream=CARD.id, store=folder, manifest=folder / "manifest.json")
     extraction = Extraction.open(config, CARD, Corpus.open(config.corpus), upstream.spec)
-    return FreeRunner(config, upstream), extraction
+    runner = FreeRunner(config, upstream)
+    return runner, fit_codec(runner, extraction)
 
 
 def _sizes(bench: Ceiling) -> dict[str, int]:
     """Return the bytes of a pack as float32 and as codes with scales, and the number of packs."""
-    (num_layers, dim), frames, codec = STORES[bench.group], bench.options.pack_frames, CODECS[bench.options.codec]
+    (num_layers, dim), frames = STORES[bench.group], bench.options.pack_frames
+    codec = codec_named(bench.options.codec)
     return {
         "packs": bench.options.packs,
         "float32_bytes": 4 * num_layers * frames * dim,
@@ -117,7 +120,6 @@ def part(bench: Ceiling, *, write: bool) -> TimedSteps:
     with TemporaryDirectory(dir=bench.folder) as folder:
         runner, extraction = _opened(bench, Path(folder))
         writer = extraction.writer
-        writer.create()
         packs = range(writer.packing.num_packs)
         # The first pack stands for all: they are of one shape.
         hidden_LFD = runner.run_pack(extraction, 0, runner.read_pack(extraction, 0)).hidden_LFD.numpy()

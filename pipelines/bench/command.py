@@ -27,11 +27,22 @@ def bench_command() -> None:
 
 def benchmarks() -> "dict[str, Benchmark[Any]]":
     """Return every benchmark by name, in the order of `bench all`."""
-    from pipelines.bench import ceiling, evaluate, extract, growth, load, scaling, train, utterances  # late: torch
+    from pipelines.bench import (
+        ceiling,
+        codecs,
+        evaluate,
+        extract,
+        growth,
+        load,
+        scaling,
+        train,
+        utterances,
+    )  # late: torch
 
     # The order of the sections on the page too.
     every: tuple[Benchmark[Any], ...] = (
         extract.BENCHMARK,
+        codecs.BENCHMARK,
         load.BENCHMARK,
         ceiling.BENCHMARK,
         train.BENCHMARK,

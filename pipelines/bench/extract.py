@@ -23,6 +23,7 @@ from extract.shards import Extraction, LocalRunner
 from extract.store.reader import StoreReader
 from extract.upstream.card import find_upstream
 from pipelines.bench import synthetic
+from pipelines.bench.codecs import fit_codec
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, Named, over_rounds
 from pipelines.bench.options import ExtractOptions
 
@@ -104,6 +105,7 @@ def extract_run(config: ExtractConfig) -> TimedSteps:
     with TemporaryDirectory(dir=config.corpus.parent) as folder:
         config = replace(config, store=Path(folder), manifest=Path(folder) / "manifest.json")
         runner, extraction = _opened(config)
+        extraction = fit_codec(runner, extraction)
         for pack in range(extraction.writer.packing.num_packs):  # warm-up with every shape of batch
             runner.run_pack(extraction, pack, runner.upstream.prepare(runner.read_pack(extraction, pack)))
         yield

@@ -6,13 +6,11 @@ Shapes: L layers, T frames of an utterance, D features, C channels of the convol
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from extract.config import ExtractConfig
 from extract.shards import LocalRunner
 from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, UpstreamSpec
-from pipelines.bench.synthetic import SEED
+from pipelines.bench.synthetic import hidden_states
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400  # of wav2vec 2.0's stem
 CARD = UpstreamCard("noise", "noise", None, "noise", "", "", False, None, None)
@@ -24,9 +22,8 @@ class FreeUpstream(Upstream):
     def __init__(self, *, num_layers: int, dim: int, longest: int, stem_dim: int | None = None) -> None:
         self.spec = UpstreamSpec(num_layers, dim, HOP_SAMPLES, RECEPTIVE_SAMPLES, stem_dim)
         self.facts = UpstreamFacts(convention="noise", attention="none", num_parameters=0)
-        generator = np.random.default_rng(SEED)
-        self._noise_LTD = generator.standard_normal((num_layers, longest, dim), dtype=np.float32)
-        self._stem_TC = generator.standard_normal((longest, stem_dim or 0), dtype=np.float32)
+        self._noise_LTD = hidden_states(num_layers, longest, dim)
+        self._stem_TC = hidden_states(1, longest, stem_dim or 1)[0]
 
     def states(
         self, prepared: Any, layers: Sequence[int], *, stem: bool = False, num_rows: int | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from extract.base.errors import RetortError, unknown
-from extract.store.codec import CODECS
+from extract.store.codecs import LISTED, codec_named
 
 # Shapes of teachers with random weights, each with the study that holds its students; None: the repository's
 # params.yaml. synthetic.py has their configurations.
@@ -34,7 +34,7 @@ class Options:
 
     rounds: int = option(3, "Runs of each variant.")
     threads: int | None = option(None, "Threads of torch and numpy [default: their own choice].")
-    codec: str = option("int8", "Codec of the store, as in `extract run`.", CODECS)
+    codec: str = option("int8", "Codec of the store, as in `extract run`: int8, transform:0.5, …")
     # 32 s at 50 frames a second: small enough for a step on a CPU
     pack_frames: int = option(1600, "Frames of a pack, as in `extract run`.")
 
@@ -46,6 +46,13 @@ class Options:
             # nan compares false with everything, so the test is for what is valid
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise RetortError(f"--{one.name.replace('_', '-')} {value}: expected more than 0")
+        for name in self.codecs:
+            codec_named(name)  # raises for an unknown name, and for a rate that can't be
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Names of the codecs that are measured."""
+        return (self.codec,)
 
 
 def _shape(default: str | None) -> Any:
@@ -62,7 +69,8 @@ class ExtractOptions(Options):
     """Compare `extract run` with the bare forward pass and with a script that saves one utterance at a time.
 
     Variants: bare (the upper bound: the forward pass over the same batches), extract, dump (the usual approach) and
-    matmul (the arithmetic rate of the device). Stores go to a temporary folder below TMPDIR and are removed.
+    matmul (the arithmetic rate of the device). A codec is fitted before the clock starts. Stores go to a temporary
+    folder below TMPDIR and are removed.
     """
 
     upstream: str | None = option(None, "Folder or hub id of the model [default: the demo teacher].")
@@ -78,6 +86,30 @@ class ExtractOptions(Options):
         super().__post_init__()
         if self.upstream and self.shape:
             raise RetortError(f"--upstream {self.upstream} and --shape {self.shape} exclude each other; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecsOptions(Options):
+    """Encode and decode one pack by each codec, in numpy and in torch, on the CPU.
+
+    The hidden states are those of a store, or synthetic ones that are correlated in time and over features. Codecs with
+    a fit are fitted to other frames.
+    """
+
+    codec: str = option("all", "Codec to measure, as in `extract run`; all of them otherwise.")
+    manifest: Path | None = option(None, "Manifest of a store to take a pack from [default: synthetic].")  # noqa: RUF009
+    layers: int = option(3, "Layers of a synthetic pack.")
+    dim: int = option(768, "Features of a synthetic pack.")
+    pack_frames: int = option(8192, "Frames of the pack, a multiple of 16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pack_frames % 16:
+            raise RetortError(f"--pack-frames {self.pack_frames}: expected a multiple of 16, the frames of a block")
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        return LISTED if self.codec == "all" else (self.codec,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +131,7 @@ class LoadOptions(Options):
         from train.config import read_student  # late: not needed by other commands
 
         super().__post_init__()
-        CODECS[self.codec].width(self.dim)  # raises for a width that the codec cannot store
+        codec_named(self.codec).width(self.dim)  # raises for a width that the codec cannot store
         read_student(self.config, self.student)
 
 
@@ -180,6 +212,7 @@ class UtterancesOptions(Options):
 
 OPTIONS: dict[str, type[Options]] = {
     "extract": ExtractOptions,
+    "codecs": CodecsOptions,
     "load": LoadOptions,
     "ceiling": CeilingOptions,
     "train": TrainOptions,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.corpus_writer import Utterance, write_corpus
@@ -49,6 +50,22 @@ class Lengths:
 
 
 LENGTHS = {"short": Lengths(1, 3), "long": Lengths(10, 16)}
+
+
+def hidden_states(num_layers: int, num_frames: int, dim: int, *, seed: int = SEED) -> NDArray[np.float32]:
+    """Return noise with the correlations that codecs find in hidden states: float32 (L, F, D).
+
+    Each layer mixes `dim` directions, of variances that fall as k^-1.2. Each direction is an autoregression with a
+    coefficient of 0.85 a frame. The mixing does not depend on the seed: codecs are fitted to another seed's states.
+    """
+    mixing_DD = np.linalg.qr(np.random.default_rng(SEED).standard_normal((dim, dim)))[0].astype(np.float32)
+    states_LFD = np.random.default_rng(seed).standard_normal((num_layers, num_frames, dim), dtype=np.float32)
+    for frame in range(1, num_frames):
+        states_LFD[:, frame] *= np.float32(np.sqrt(1 - 0.85**2))  # of variance 1, as the first frame
+        states_LFD[:, frame] += np.float32(0.85) * states_LFD[:, frame - 1]
+    states_LFD *= np.arange(1, dim + 1, dtype=np.float32) ** np.float32(-0.6)
+    mixed_LFD: NDArray[np.float32] = states_LFD @ mixing_DD
+    return mixed_LFD
 
 
 def make_noise(path: Path, lengths: Lengths, *, seconds: float) -> None:

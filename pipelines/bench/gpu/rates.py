@@ -92,7 +92,7 @@ def _extraction(asked: Asked, shape: str, *, seconds: float) -> Steps:
         for name in ("short",) if asked.tiny else ("long", "short"):
             audio_s, of_group = facts[name]["audio_s"], bench.of(name)
             bare_s, bare_gib, _ = _clocked(extract.bare, of_group)
-            for codec in ("int8",) if asked.tiny else ("int8", "float16", "int4"):
+            for codec in ("int8",) if asked.tiny else ("int8", "float16", "int4", "transform:0.5"):
                 of_codec = replace(of_group, options=replace(options, codec=codec))
                 took_s, gib, _ = _clocked(extract.extract, of_codec)
                 yield Row(
