@@ -303,7 +303,8 @@ def _print_size(console: "Console", config: ExtractConfig, corpus: AnyCorpus, si
         "frames": f"{size.num_frames:,} of {size.spec.dim} features every {size.spec.hop_samples} samples",
         "layers": f"{len(size.layers)} of {size.spec.num_layers}: {', '.join(map(str, size.layers))}",
         "packs": f"{packing.num_packs:,} of {packing.pack_frames:,} frames, {100 * size.fill:.1f}% filled",
-        "shards": f"{packing.num_shards:,} of {packing.shard_packs} packs",
+        "shards": f"{packing.num_shards:,} of {packing.shard_packs} packs, "
+        f"{as_bytes(size.disk_bytes // max(1, packing.num_shards))} each in {config.codec}",
         "pooled": f"{as_bytes(size.pooled_bytes)}, whatever the codec",
         "corpus file": f"{as_bytes(2 * float(corpus.num_samples.sum()))}, 16 kHz, 16 bits",
         "environment": f"{as_bytes(_installed_bytes())} at {sys.prefix}",
@@ -324,12 +325,12 @@ def _print_codecs(console: "Console", config: CostConfig, sizes: dict[str, Size]
 
     keep = config.extract.keep
     frames, stem = "frames" in keep, "stem" in keep
-    title = f"keeping {', '.join(sorted(keep))}; reading is an epoch's, break-even is in student epochs"
-    columns = ("one layer", *["the stem"] * stem, "on disk", "a shard", "extraction", "reading", "break-even")
-    table = Table(Column("codec", no_wrap=True), *columns, title=title, title_justify="left")
+    title = f"keeping {', '.join(sorted(keep))}; reading per epoch, break-even in student epochs"
+    columns = ("codec", "one layer", *["stem"] * stem, "on disk", "extraction", "reading", "break-even")
+    rows = []
     for name, size in sizes.items():
         counts = [size.layer_bytes if frames else 0, *[size.stem_bytes] * stem, size.disk_bytes]
-        cells = [as_bytes(count) for count in (*counts, size.disk_bytes // max(1, size.packing.num_shards))]
+        cells = [as_bytes(count) for count in counts]
         if rate is None:
             cells += ["?", "?", "?"]  # times need a rate
         else:
@@ -337,7 +338,13 @@ def _print_codecs(console: "Console", config: CostConfig, sizes: dict[str, Size]
             epochs = "never" if times.break_even_epochs is None else f"{times.break_even_epochs:.2f}"
             # No student trains from means alone.
             cells += [as_time(times.extraction_s), *((as_time(times.reading_s), epochs) if frames else ("-", "-"))]
-        table.add_row(name, *cells)
+        rows.append((name, *cells))
+    # A line of 80 characters is enough if headers alone are broken, not numbers before their units.
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    headers = (Column(column, min_width=width) for column, width in zip(columns, widths, strict=True))
+    table = Table(*headers, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

@@ -208,7 +208,7 @@ OTHERS = [
     Row("demo NaN", "pipelines demo --out d", "scale: got nan, expected float", change_params("0.02", ".nan")),
     Row("demo key", "pipelines demo --out d", "unknown key .*'scales'", change_params("scale: 0.02", "scales: 1")),
     Row("demo section", "pipelines demo --out d", "no section `demo`", change_params("demo: {scale: 0.02}", "demo: 3")),
-    command("pipelines study none", "unknown study 'none': expected one of codecs, generation"),
+    command("pipelines study none", "unknown study 'none': expected one of codecs, discrete, generation"),
     command("pipelines study stacking --out corpora", "--out corpora .*would be replaced"),
     command("pipelines study stacking --out params.yaml/x", "params.yaml "),
     command("pipelines study stacking --base none", "unknown study 'none'"),

@@ -267,7 +267,7 @@ def test_outdated_figures_are_measured_again(suite: Any) -> None:
     ("arguments", "message"),
     [
         (["--size", "huge"], "unknown size 'huge': expected one of base, small, tiny"),
-        (["--only", "load,codec"], "unknown benchmark (--only) 'codec': expected one of ceiling, evaluate, extract"),
+        (["--only", "load,codec"], "unknown benchmark (--only) 'codec': expected one of ceiling, codecs, evaluate"),
         (["--again", "--render"], "--again"),
         (["--out", "page.json"], "--out page.json"),
         (["--render", "--out", "nowhere.md"], "--render: nowhere.json does not exist"),

@@ -71,7 +71,7 @@ def test_padding_would_change_every_number(tmp_path: Path) -> None:
     """Padding changes the statistics of the same store, so the test above fails if padding is included."""
     reader = store(tmp_path, "float16")
     found = measure(reader)
-    padded_LND = np.concatenate([reader.pack(pack).codes_LFW for pack in range(reader.num_packs)], axis=1)
+    padded_LND = np.concatenate([reader.pack(pack).codes_LRW for pack in range(reader.num_packs)], axis=1)
     padded_LND = padded_LND.astype(np.float64)
     assert padded_LND.shape[1] > 1.05 * found.num_frames
     assert abs(gram_cka(padded_LND[0], padded_LND[1]) - found.cka_LL[0, 1]) > 0.05
