@@ -50,12 +50,12 @@ def prepare(bench: Codecs) -> dict[str, dict[str, Any]]:
     for name in options.codecs:
         codec, start = codec_named(name), time.process_time()
         if isinstance(codec, Transform):
-            parameters = fit(codec, sample_LFD)
+            parameters: dict[str, Any] = fit(codec, sample_LFD)
             np.savez(_file(bench.of(name), "parameters"), **parameters)
             codec = codec.fitted(parameters)
         fit_s = time.process_time() - start if codec.needs_fit else None
         codes_LRW, scale = codec.encode(hidden_LFD)
-        arrays = {"codes": codes_LRW} | ({} if scale is None else {"scale": scale})
+        arrays: dict[str, Any] = {"codes": codes_LRW} | ({} if scale is None else {"scale": scale})
         np.savez(_file(bench.of(name), "codes"), **arrays)
         errors = CodecError.of(codec, hidden_LFD, codes_LRW, scale).by_layer(range(len(hidden_LFD)))
         facts[name] = {
@@ -133,7 +133,7 @@ def decode(bench: Codecs, *, torch: bool) -> TimedSteps:
     for _ in range(_PASSES):
         codec.decode_into(hidden_LFD, codes_LRW, scale, rows_F)
     yield
-    expected_LFD = codec.decode(*(None if one is None else np.asarray(one) for one in (codes_LRW, scale)))
+    expected_LFD = codec.decode(np.asarray(codes_LRW), None if scale is None else np.asarray(scale))
     return {"difference": float(abs(np.asarray(hidden_LFD) - expected_LFD).max() / abs(expected_LFD).max())}
 
 
