@@ -109,17 +109,7 @@ def begin(request: TrainRequest) -> Run:
     weights, stem = _read_teacher(config, store)
     check_frames(stem, store, corpus)
     stages = plan_stages(config)
-    make_data = partial(
-        DistillationData,
-        corpus,
-        layers=layers,
-        train_splits=config.train_splits,
-        dev_split=config.dev_split,
-        seed=config.seed,
-        micro_frames=config.optimiser.micro_frames,
-    )
-    stored_draws = config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0
-    data = make_data(store, stem_store=stem_store, stored_draws=stored_draws)
+    data, dev_data = _read_data(request, corpus, layers, store, dev_store, stem_store)
     words_LSKD, codebook_digest = _read_words(request, layers, store)
     distiller, parts = _initial_distiller(config, store, data, stem, weights, words_LSKD)
     distiller.to(request.device).train()
@@ -137,7 +127,7 @@ def begin(request: TrainRequest) -> Run:
         store=store,
         data=data,
         other_stores=other_stores,
-        dev_data=data if dev_store is None else make_data(dev_store),
+        dev_data=dev_data,
         stages=stages,
         distiller=distiller,
         average=copy.deepcopy(distiller) if config.optimiser.ema else None,
@@ -154,6 +144,30 @@ def begin(request: TrainRequest) -> Run:
         _resume(run, found)
     request.processes.check_equal(settings=(key, config.optimiser.accumulate), **{"steps done before": run.state.step})
     return run
+
+
+def _read_data(
+    request: TrainRequest,
+    corpus: Corpus,
+    layers: tuple[int, ...],
+    store: StoreReader,
+    dev_store: StoreReader | None,
+    stem_store: StoreReader | None,
+) -> tuple[DistillationData, DistillationData]:
+    """Return the data of training and of dev, which are one unless dev is scored on a store of its own."""
+    config = request.config
+    read = partial(
+        DistillationData,
+        corpus,
+        layers=layers,
+        train_splits=config.train_splits,
+        dev_split=config.dev_split,
+        seed=config.seed,
+        micro_frames=config.optimiser.micro_frames,
+    )
+    stored_draws = config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0
+    data = read(store, stem_store=stem_store, stored_draws=stored_draws)
+    return data, data if dev_store is None else read(dev_store)
 
 
 def _read_words(

@@ -21,7 +21,7 @@ from extract.shards import Extraction, LocalRunner
 from extract.store.codec import Codec, CodecError
 from extract.store.codecs import codec_named
 from extract.store.reader import StoreReader
-from extract.store.transform import Transform
+from extract.store.transform import BLOCK_FRAMES, Transform
 from extract.store.transform_fit import SAMPLE_FRAMES, fit
 from pipelines.bench import synthetic
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, over_rounds
@@ -78,13 +78,12 @@ def _synthetic(options: CodecsOptions) -> tuple[NDArray[np.float32], NDArray[np.
 
 def _of_store(options: CodecsOptions, manifest: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return a pack of every second utterance of a store, and a sample of the others, both of whole blocks."""
-    store, block = StoreReader.open(manifest), 16
-    found = []
+    store, found = StoreReader.open(manifest), []
     for first, wanted in ((0, options.pack_frames), (1, SAMPLE_FRAMES)):
         parts: list[NDArray[np.float32]] = []
         for index in range(first, store.num_utterances, 2):
             hidden_LTD = store.hidden_at(index)
-            parts.append(hidden_LTD[:, : hidden_LTD.shape[1] // block * block])
+            parts.append(hidden_LTD[:, : hidden_LTD.shape[1] // BLOCK_FRAMES * BLOCK_FRAMES])
             if (wanted := wanted - parts[-1].shape[1]) <= 0:
                 break
         found.append(np.concatenate(parts, axis=1))
