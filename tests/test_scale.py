@@ -20,7 +20,7 @@ from extract.base import dask_pool
 from extract.base.dask_pool import DaskPool
 from extract.base.errors import RetortError
 from extract.stats import measure
-from extract.store import writer
+from extract.store import pooled
 from extract.store.mirror import mirror
 from extract.store.packing import pack_utterances
 from extract.store.reader import StoreReader
@@ -82,7 +82,7 @@ def test_folders_of_shards_are_listed_as_often_for_many_shards(tmp_path: Path) -
 
 
 def test_time_means_are_read_by_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_POOLED_ROWS", 4)  # utterances of a chunk
+    monkeypatch.setattr(pooled, "_CHUNK_ROWS", 4)  # utterances of a chunk
     manifest = make(tmp_path, 12)
     reader = StoreReader.open(manifest)
     expected = np.outer(np.arange(12), [1, -1])
@@ -102,8 +102,8 @@ def test_time_means_are_read_by_chunks(tmp_path: Path, monkeypatch: pytest.Monke
 def test_time_means_are_the_same_in_one_block_and_in_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: int
 ) -> None:
-    monkeypatch.setattr(writer, "_POOLED_ROWS", 3)
-    monkeypatch.setattr(writer, "_GATHERED_BYTES", gathered)
+    monkeypatch.setattr(pooled, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(pooled, "_GATHERED_BYTES", gathered)
     num, frames = 20, [4, 9, 3, 5, 2] * 4
     card = make_corpus(tmp_path, labels={}, splits=["train"] * num, num_frames=frames)
     manifest = make_store(tmp_path, card, numbered, pack_frames=8, drop_long=True)

@@ -49,10 +49,9 @@ from extract.store.manifest import MANIFEST_NAME, Manifest, record_name
 from extract.store.objects import OBJECTS_NAME, Expected, ObjectList, is_object
 from extract.store.packing import Packing
 from extract.store.parameters import expected_of, objects_of, read_record, read_recorded, write_objects
+from extract.store.pooled import rows_path, write_index, write_pooled
 from extract.store.shard_file import write_indexed, write_whole
 
-_POOLED_ROWS = 4096  # utterances in a chunk of `pooled`
-_GATHERED_BYTES = 256 << 20  # of `pooled` in memory while it is written, at least one chunk
 _RECORD = {"objects": dict[str, Expected], "codec_error": dict[str, list[float]]}  # fields of a shard record
 
 
@@ -336,7 +335,7 @@ class StoreWriter:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
         means = [np.ascontiguousarray(pack.means, dtype="<f4").reshape(-1).view(np.uint8) for pack in packs]
-        return write_parts(self._rows(shard), [header.getvalue(), *means], swept=True)
+        return write_parts(rows_path(self.folder, shard), [header.getvalue(), *means], swept=True)
 
     def _send(self, names: list[str], remote: RemoteLocation) -> None:
         for name in names:
@@ -366,8 +365,8 @@ class StoreWriter:
         stored = set(objects)  # at the location
         group = zarr.open_group(self.folder, mode="r+")
         if "pooled" in self.keep:
-            self._write_pooled(group)
-        self._write_index(group, ids)
+            write_pooled(group, self.packing, self.folder, shape=(len(self.layers), self.dim))
+        write_index(group, self.packing, ids)
         for folder in ("pooled", "index"):
             for file in sorted((self.folder / folder).rglob("*")):
                 name = file.relative_to(self.folder).as_posix()
@@ -404,47 +403,10 @@ class StoreWriter:
             if name.startswith("rows/") and not (file.is_file() and _fingerprint(file) == expected):
                 remote.fetch(name, file, expected)
 
-    def _write_pooled(self, group: zarr.Group) -> None:
-        """Write `pooled` in corpus order from the rows of the shards, which are in the order of the packs."""
-        num_utterances = len(self.packing.pack)
-        shape = (num_utterances, len(self.layers), self.dim)
-        members = self.packing.by_pack
-        rows_of = np.full(num_utterances, -1, dtype=np.int64)  # row of an utterance in all shards' rows, end to end
-        rows_of[members.order] = np.arange(len(members.order))
-        bounds = np.append(members.bounds[: -1 : self.packing.shard_packs], len(members.order))  # of the shards' rows
-        chunks = (min(_POOLED_ROWS, num_utterances), *shape[1:])
-        layout: dict[str, Any] = {"shape": shape, "chunks": chunks, "dtype": "float32"}
-        pooled = group.create_array("pooled", **layout, compressors=None, fill_value=0, overwrite=True)
-        step = chunks[0] * max(1, _GATHERED_BYTES // (4 * int(np.prod(chunks))))  # utterances gathered at a time
-        for start in range(0, num_utterances, step):
-            rows = rows_of[start : start + step]
-            block = np.full((len(rows), *shape[1:]), np.nan, dtype=np.float32)  # a dropped utterance has no mean
-            by_row = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # by shard, without dropped ones
-            ends = np.searchsorted(rows[by_row], bounds)
-            for shard in np.flatnonzero(np.diff(ends)).tolist():
-                mine = by_row[ends[shard] : ends[shard + 1]]
-                # Opened and closed again: a map for each shard would exceed the system's limit of open files.
-                block[mine] = np.load(self._rows(shard), mmap_mode="r")[rows[mine] - bounds[shard]]
-            pooled[start : start + len(rows)] = block
-
-    def _write_index(self, group: zarr.Group, ids: TextColumn) -> None:
-        columns: dict[str, NDArray[Any]] = {
-            "pack": self.packing.pack.astype(np.int32),
-            "first_frame": self.packing.first_frame.astype(np.int32),
-            "num_frames": self.packing.num_frames.astype(np.int32),
-            "ids": ids.lines(),
-        }
-        index = group.require_group("index")
-        for name, values in columns.items():
-            index.create_array(name, data=values, chunks=values.shape, compressors=None, overwrite=True)
-
     def _read_record(self, shard: int) -> dict[str, Any]:
         where = f"{self.location}/{record_name(shard)}"
         record = parse_json(self.location.read(record_name(shard)), where=where)
         return check_fields(_RECORD, record, where=where)
-
-    def _rows(self, shard: int) -> Path:
-        return self.folder / "rows" / f"{shard:05d}.npy"
 
 
 def _fingerprint(path: Path) -> list[Any]:
