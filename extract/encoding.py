@@ -114,11 +114,11 @@ def encode_on_device(writer: StoreWriter, pack: int, states: PackStates) -> Devi
         codec = writer.codec_of(array)
         values_LFD = hidden_LFD if array.codes == "hidden" else _stem(states)[None]
         num_layers, num_frames, dim = values_LFD.shape
-        codes_LRW = _empty(values_LFD, (num_layers, codec.num_rows(num_frames), codec.width(dim)), codec.dtype)
+        codes_LRW = _empty(values_LFD, codec.codes_shape(num_layers, num_frames, dim), codec.dtype)
         scale = None
         if (shape := codec.scale_shape(num_frames, dim)) is not None:
             scale = _empty(values_LFD, (num_layers, *shape), codec.scale_dtype)
-            arrays[array.scale] = scale.view(*array.layers, *shape)
+            arrays[array.scale] = scale.view(*array.axis, *shape)
         rows_F = torch.arange(num_frames, device=values_LFD.device)
         if writer.packing.align > 1:
             source_F, rows_F = (
@@ -128,7 +128,7 @@ def encode_on_device(writer: StoreWriter, pack: int, states: PackStates) -> Devi
             codec.encode_into(codes_LRW, scale, values_LFD[:, source_F])
         else:
             codec.encode_into(codes_LRW, scale, values_LFD)
-        arrays[array.codes] = codes_LRW.view(*array.layers, *codes_LRW.shape[1:])
+        arrays[array.codes] = codes_LRW.view(*array.axis, *codes_LRW.shape[1:])
         errors.append(_error_sums(codec, values_LFD[:, : len(rows_F)], codes_LRW, scale, rows_F))
         peaks += [values_LFD.amax(), -values_LFD.amin()]
     error = torch.cat(errors, 1) if errors else hidden_LFD.new_zeros((3, 0), dtype=torch.float64)
@@ -166,12 +166,12 @@ def _error_sums(codec: Codec, values_LFD: Tensor, codes_LRW: Tensor, scale: Tens
     rows_F: rows of the pack that the values were encoded at.
     """
     sums_3L = values_LFD.new_empty((3, len(values_LFD)), dtype=torch.float64)
-    lost_1FD = torch.empty_like(values_LFD[:1])
-    for layer, values_FD in enumerate(values_LFD):
-        one = slice(layer, layer + 1)
-        codec.of_layers([layer]).decode_into(lost_1FD, codes_LRW[one], None if scale is None else scale[one], rows_F)
-        lost_1FD -= values_FD
-        sums_3L[0, layer] = lost_1FD.double().square().sum()
-        sums_3L[1, layer] = values_FD.double().square().sum()
-        sums_3L[2, layer] = lost_1FD.abs().amax()
+    for places in codec.apart(len(values_LFD)):
+        lost_LFD = torch.empty_like(values_LFD[places])
+        codec.decode_into(lost_LFD, codes_LRW[places], None if scale is None else scale[places], rows_F)
+        lost_LFD -= values_LFD[places]
+        for sums_3, lost_FD, values_FD in zip(sums_3L.T[places], lost_LFD, values_LFD[places], strict=True):
+            sums_3[0] = lost_FD.double().square().sum()
+            sums_3[1] = values_FD.double().square().sum()
+            sums_3[2] = lost_FD.abs().amax()
     return sums_3L

@@ -13,8 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,7 +30,7 @@ from extract.store.manifest import initial_weights_path
 from extract.store.packing import Packing, count_frames, pack_utterances, spread_packs
 from extract.store.transform import Transform
 from extract.store.transform_fit import SAMPLE_FRAMES, fit
-from extract.store.writer import CodedArray, EncodedPack, StoreWriter, row_name
+from extract.store.writer import EncodedPack, StoreWriter, row_name
 from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import FBANK, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
@@ -206,32 +205,31 @@ class LocalRunner:
         )
 
     def fit(self, extraction: Extraction) -> Fitted:
-        writer, parameters = extraction.writer, {}
+        writer, packs = extraction.writer, sample_packs(extraction.writer.packing)
         codec = writer.codec
         assert isinstance(codec, Transform)
-        sample, reached = self._sample(extraction), list[str]()
-
-        def values_of(array: CodedArray) -> Iterator[NDArray[np.float32]]:
-            for name, values_FD in islice(sample, len(writer.layers) if array.layers else 1):
-                reached.append(name)
-                yield values_FD
-
-        for array in writer.coded:
-            try:
-                parameters[array.codes] = fit(codec, values_of(array))
-            except RetortError as error:
-                raise RetortError(f"upstream {self.card.id}, {reached[-1]}: {error}") from None
-        return parameters
-
-    def _sample(self, extraction: Extraction) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Yield the name and the sample, aligned float32 (F, D), of each kept layer and of the stem if it is kept."""
-        writer, packs = extraction.writer, sample_packs(extraction.writer.packing)
         rows = [row for row in writer.error_rows if row == "stem" or "frames" in writer.keep]
         row_bytes = 4 * len(packs) * writer.packing.pack_frames * max(writer.dim, writer.stem_dim or 0)
         count = max(1, _SAMPLE_BYTES // row_bytes)
-        for first in range(0, len(rows), count):
-            group = rows[first : first + count]
-            yield from zip(map(row_name, group), self._run_sample(extraction, packs, group), strict=True)
+        held: dict[int | str, NDArray[np.float32]] = {}
+        if len(rows) <= count:
+            held = dict(zip(rows, self._run_sample(extraction, packs, rows), strict=True))
+
+        def sample(rows: list[int | str]) -> Iterator[NDArray[np.float32]]:
+            if held:
+                yield from (held[row] for row in rows)
+                return
+            for first in range(0, len(rows), count):
+                yield from self._run_sample(extraction, packs, rows[first : first + count])
+
+        parameters = {}
+        for array in writer.coded:
+            own = rows[: array.num_layers] if array.codes == "hidden" else rows[-1:]
+            try:
+                parameters[array.codes] = fit(codec, partial(sample, own), list(map(row_name, own)))
+            except RetortError as error:
+                raise RetortError(f"upstream {self.card.id}: {error}") from None
+        return parameters
 
     def _run_sample(
         self, extraction: Extraction, packs: list[int], rows: list[int | str]
@@ -344,7 +342,7 @@ class LocalRunner:
 def check_sample(packing: Packing, dim: int, codec: str, corpus: str) -> None:
     """Raise RetortError for fewer than two frames for each feature.
 
-    The float32 basis of the features then takes more bytes than the frames in float16 do.
+    The directions of the features would be those of a few utterances.
     """
     num_frames = packing.summary()["num_frames"]
     if num_frames < 2 * dim:

@@ -24,7 +24,7 @@ from extract.store.codecs import codec_named
 from extract.store.manifest import FORMAT_VERSION, Manifest
 from extract.store.packing import Packing, pack_utterances
 from extract.store.transform import Transform
-from extract.store.transform_fit import fit
+from extract.store.transform_fit import fitted_to
 from extract.store.writer import StoreWriter
 
 HOP_SAMPLES, RECEPTIVE_SAMPLES = 320, 400
@@ -125,7 +125,7 @@ def make_store(
         for array in writer.coded:
             values = hidden if array.codes == "hidden" or stem is None else stem
             sample = [states(values, pack)[:, packing.spread(pack)] for pack in range(packing.num_packs)]
-            parameters[array.codes] = fit(writer.codec, np.concatenate(sample, axis=1))
+            parameters[array.codes] = fitted_to(writer.codec, np.concatenate(sample, axis=1)).parameters
         writer = replace(writer, parameters=writer.write_parameters(parameters))
     for shard in range(packing.num_shards):
         packs = [

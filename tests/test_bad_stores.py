@@ -156,7 +156,7 @@ STORES = [
     Row("index of ids", SCORE + " --out n.json", "index/ids/c/0 is damaged", flip("stores/*/*/index/ids/c/0", 3)),
     changed(STATS, r"hidden .* is int8 \(4, 3, 96, 32\), expected int8 \(4, 3, 96, 7\)", "dim", to=7),
     changed(STATS, r"hidden .* is int8 .*, expected float16", "codec", to="float16"),
-    changed(STATS, r"hidden .* is int8 .*, expected uint8 \(4, 3, 6, 64\)", "codec", to="transform:1"),
+    changed(STATS, r"hidden .* is int8 .*, expected uint8 \(4, 6, 192\)", "codec", to="transform:1"),
     Row("other shape", STATS, r"hidden .* is int8 \(4, 3, 96, 16\)", change_array("hidden", shape=(4, 3, 96, 16))),
     Row("other type", STATS, "hidden .* is float64", change_array("hidden", dtype="float64")),
     Row("scale's type", STATS, "scale .* is int8 .*expected float32", change_array("scale", dtype="int8")),

@@ -22,7 +22,7 @@ from extract.store.codecs import codec_named
 from extract.store.packing import pack_utterances
 from extract.store.reader import StoreReader
 from extract.store.transform import Transform
-from extract.store.transform_fit import fit
+from extract.store.transform_fit import fitted_to
 from extract.store.writer import EncodedPack, StoreWriter
 from extract.upstream.card import find_upstream
 from extract.upstream.forward import Batch, Transformer, _is_out_of_memory
@@ -51,7 +51,9 @@ def fitted_writer(keep: set[str]) -> StoreWriter:
     values = {"hidden": states.hidden_LFD, "stem": None if states.stem_FC is None else states.stem_FC[None]}
     frames, codec = writer.packing.spread(0), writer.codec
     assert isinstance(codec, Transform)
-    parameters = {array.codes: fit(codec, values[array.codes][:, frames].numpy()) for array in writer.coded}
+    parameters = {
+        array.codes: fitted_to(codec, values[array.codes][:, frames].numpy()).parameters for array in writer.coded
+    }
     return replace(writer, parameters=parameters)
 
 
@@ -137,7 +139,7 @@ def test_the_error_is_that_of_own_frames_at_their_rows() -> None:
     writer = fitted_writer(KEPT[0])
     hidden_LFD = states_of(writer).hidden_LFD.numpy()
     encoded = writer.encode_pack(0, hidden_LFD)
-    decoded_LFD = writer.codec_of(writer.coded[0]).decode(encoded.arrays["hidden"], None)
+    decoded_LFD = writer.codec_of(writer.coded[0]).decode(encoded.arrays["hidden"][None], None)
     own_LFD = hidden_LFD[:, : sum(NUM_FRAMES)]
     lost_LFD = decoded_LFD[:, writer.packing.rows_of(0)] - own_LFD
     np.testing.assert_allclose(encoded.error.error, np.square(lost_LFD).sum((1, 2)), rtol=1e-4)
@@ -184,7 +186,10 @@ def test_on_cuda_nothing_waits_for_the_device(teacher: Path, monkeypatch: pytest
     upstream.device, upstream._target, upstream._autocast = "cuda:0", CUDA, torch.bfloat16
     noise = np.random.default_rng(0).normal(size=(4, 512, 32)).astype(np.float32)
     fitted = Transform(0.5)
-    parameters = {"hidden": fit(fitted, noise[:3]), "stem": fit(fitted, noise[3:, :, :16])}
+    parameters = {
+        "hidden": fitted_to(fitted, noise[:3]).parameters,
+        "stem": fitted_to(fitted, noise[3:, :, :16]).parameters,
+    }
     with fake_cuda() as waits:
         upstream.model.to(CUDA)
         del waits[:]
@@ -207,7 +212,7 @@ def test_on_cuda_nothing_waits_for_the_device(teacher: Path, monkeypatch: pytest
             for name, values in {**encoded.arrays, "means": encoded.means_ULD, "error": encoded.error}.items():
                 assert values.device == CUDA, name
             assert encoded.arrays["hidden"].dtype == getattr(torch, codec.dtype)
-            assert encoded.arrays["hidden"].shape == (3, codec.num_rows(128), codec.width(32))
+            assert encoded.arrays["hidden"].shape == codec.codes_shape(3, 128, 32)[-encoded.arrays["hidden"].ndim :]
             assert encoded.means_ULD.dtype == torch.float32 and encoded.means_ULD.shape == (5, 3, 32)
             assert encoded.error.dtype == torch.float64 and encoded.error.shape == (3, 4)
         assert waits == []

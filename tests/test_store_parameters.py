@@ -98,7 +98,7 @@ def test_utterances_begin_with_blocks_and_are_read_alone(made: Path, parameters:
     codec = codec_named(CODEC).fitted(parameters["hidden"])
     for index, length in enumerate(LENGTHS):
         pack, first = int(reader.pack_of[index]), int(reader.first_frame[index])
-        whole_LFD = codec.decode(np.asarray(group["hidden"][pack]), None)  # type: ignore[index]
+        whole_LFD = codec.decode(np.asarray(group["hidden"][pack])[None], None)  # type: ignore[index]
         own_LTD = whole_LFD[:, first : first + length]
         np.testing.assert_allclose(reader.hidden_at(index), own_LTD, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(reader.hidden_at(index, [2, 0]), own_LTD[[2, 0]], rtol=1e-5, atol=1e-5)
@@ -114,11 +114,11 @@ def test_utterances_begin_with_blocks_and_are_read_alone(made: Path, parameters:
 def test_frames_of_a_pack_are_read_as_whole_blocks(made: Path) -> None:
     reader = StoreReader.open(made)
     whole = reader.pack(0)
-    assert whole.codes_LRW.shape == (3, 4, 2 * 2 * 8) and whole.codes_LRW.dtype == np.uint8 and whole.scale is None
-    out = np.empty((2, 2, 32), dtype=np.uint8)
+    assert whole.codes_LRW.shape == (1, 4, 3 * 2 * 2 * 8) and whole.codes_LRW.dtype == np.uint8 and whole.scale is None
+    out = np.empty((1, 2, 96), dtype=np.uint8)
     part = reader.pack(0, [2, 0], frames=slice(17, 40), out=out)
     assert part.codes_LRW is out
-    np.testing.assert_array_equal(out, whole.codes_LRW[[2, 0], 1:3])
+    np.testing.assert_array_equal(out, whole.codes_LRW[:, 1:3])
     decoded = part.codec.decode(part.codes_LRW, None, first_frame=17, num_frames=23)
     expected = whole.codec.decode(whole.codes_LRW, None)[[2, 0], 17:40]
     np.testing.assert_allclose(decoded, expected, rtol=1e-5, atol=1e-5)
@@ -131,7 +131,7 @@ def test_parameters_are_objects_of_the_store(store: Path) -> None:
     reader = StoreReader.open(store)
     manifest = reader.manifest
     chunks = {name: size for name, (size, _) in manifest.objects.items() if name.startswith("codec/") and "/c/" in name}
-    assert len(chunks) == 12 and manifest.totals["codec"] == (12, sum(chunks.values()))
+    assert len(chunks) == 14 and manifest.totals["codec"] == (14, sum(chunks.values()))
     assert {"0", "1", "2", "stem"} == set(manifest.codec_error)
     name = "codec/hidden/basis/c/0/0/0"
     file = store.parent / name
@@ -261,7 +261,7 @@ def test_parameters_reach_other_workers_and_readers_through_a_url(
     writer.create()
     writer.write_parameters(parameters)
     puts = s3.requests("PUT", "/codec")
-    assert puts[-1].endswith("/hand/tiny/codec.json") and len(puts) == 28  # 12 arrays of 2, 3 groups, the record
+    assert puts[-1].endswith("/hand/tiny/codec.json") and len(puts) == 32  # 14 arrays of 2, 3 groups, the record
     worker = writer_of(tmp_path / "two", RemoteLocation(far.url))
     worker.create()
     assert equal(worker.read_parameters(), parameters)
@@ -273,7 +273,7 @@ def test_parameters_reach_other_workers_and_readers_through_a_url(
     reader.pooled()
     s3.seen.clear()
     np.testing.assert_array_equal(reader.hidden_at(3), StoreReader.open(store).hidden_at(3))
-    assert len(s3.requests("GET", "/codec/hidden/")) == 6 and not s3.requests("GET", "/codec/stem/")
+    assert len(s3.requests("GET", "/codec/hidden/")) == 7 and not s3.requests("GET", "/codec/stem/")
     assert reader.damaged() == []
 
 

@@ -1,8 +1,10 @@
 """Codec `transform`: its formulas against independent ones, its fit, and what it refuses.
 
-Shapes: L layers, F frames, B blocks, T = 16 frames of a block, D features, K directions, W bytes of a block.
+Shapes: L layers, F frames, B blocks, T = 16 frames of a block, D features, K directions, W bytes of a block of all
+layers, V of one layer.
 """
 
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,7 @@ from extract.base.errors import RetortError
 from extract.store.codec import CodecError
 from extract.store.codecs import LISTED, codec_named
 from extract.store.transform import Transform
-from extract.store.transform_fit import fit, lloyd_max
+from extract.store.transform_fit import fitted_to, lloyd_max
 
 Hidden = NDArray[np.float32]
 DIM, T = 24, 16
@@ -25,12 +27,17 @@ RATES = (0.25, 0.5, 1.0, 2.0, 3.3125)
 
 
 def smooth(num_blocks: int = 200, *, layers: int = 2, seed: int = 0) -> Hidden:
-    """Return hidden states like real ones: correlated features, slow in time, off zero, with some loud blocks."""
+    """Return hidden states like real ones: correlated features, slow in time, off zero, with some loud blocks.
+
+    Half the variance of a layer is that of the layer below, through another mixing.
+    """
     generator = np.random.default_rng(seed)
     steps = generator.normal(size=(layers, num_blocks * T, DIM)) * np.exp(-0.3 * np.arange(DIM))
     slow = np.cumsum(steps, axis=1)
     slow -= np.repeat(slow.reshape(layers, -1, 4 * T, DIM).mean(2), 4 * T, 1)
     mixing = np.linalg.qr(np.random.default_rng(7).normal(size=(DIM, DIM)))[0]
+    for layer in range(1, layers):
+        slow[layer] = (slow[layer] + slow[layer - 1] @ mixing) / np.sqrt(2)
     loud = np.repeat(np.where(generator.random(num_blocks) < 0.02, 30.0, 1.0), T)[:, None]
     return (slow * loud @ mixing + np.arange(DIM)).astype(np.float32)
 
@@ -41,8 +48,19 @@ def codec(request: pytest.FixtureRequest) -> Transform:
 
 
 def fitted(rate: float) -> Transform:
-    codec = Transform(rate)
-    return codec.fitted(fit(codec, smooth(800)))
+    return fitted_to(Transform(rate), smooth(800))
+
+
+def layers_of(codec: Transform, codes_W: NDArray[np.uint8]) -> list[tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]]:
+    """Return the parameters of each layer and its bytes of a block."""
+    assert codec.parameters is not None
+    found, start = [], 0
+    for layer, bits in enumerate(codec.parameters["bits"]):
+        end = start + 1 + math.ceil(int(bits.sum()) / 8)
+        found.append(({name: values[layer] for name, values in codec.parameters.items()}, codes_W[start:end]))
+        start = end
+    assert not codes_W[start:].any()
+    return found
 
 
 def lost_db(codec: Transform, hidden_LFD: Hidden) -> NDArray[np.float64]:
@@ -50,9 +68,14 @@ def lost_db(codec: Transform, hidden_LFD: Hidden) -> NDArray[np.float64]:
     return 10 * np.log10(lost.signal / lost.error)
 
 
-def reference(one: dict[str, NDArray[Any]], block_W: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Decode one block of one layer, float64 (T, D), from the documented layout alone."""
-    bits = [int(byte) >> bit & 1 for byte in block_W for bit in range(8)]
+def reference(
+    one: dict[str, NDArray[Any]], block_V: NDArray[np.uint8], below_TD: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Decode one block of one layer, float64 (T, D) less the mean, from the documented layout alone.
+
+    below_TD: the same of the layer below.
+    """
+    bits = [int(byte) >> bit & 1 for byte in block_V for bit in range(8)]
     gains = [one["gains"][band][sum(bits[4 * band + bit] << bit for bit in range(4))] for band in (0, 1)]
     num_kept = one["bits"].shape[1]
     places = sorted(
@@ -70,43 +93,47 @@ def reference(one: dict[str, NDArray[Any]], block_W: NDArray[np.uint8]) -> NDArr
         level = float(one["levels"][one["bits"][place], code])
         coefficient_TK[place] = level * float(one["deviation"][place]) * float(gains[place[0] > 0])
     projected_TK = scipy.fft.idct(coefficient_TK, axis=0, norm="ortho")
-    decoded_TD: NDArray[np.float64] = projected_TK @ one["basis"].astype(np.float64) + one["mean"]
-    return decoded_TD
+    decoded_TD: NDArray[np.float64] = projected_TK @ one["basis"].astype(np.float64)
+    return decoded_TD + below_TD @ one["prediction"].T.astype(np.float64)
 
 
 def test_sizes_are_those_of_the_rate(codec: Transform) -> None:
     hidden_LFD = smooth(4, seed=1)
-    codes_LBW, scale = codec.encode(hidden_LFD)
-    assert scale is None and codes_LBW.dtype == codec.dtype == "uint8"
-    assert codes_LBW.shape == (2, 4, codec.width(DIM)) and codec.dim(codec.width(DIM)) == DIM
-    assert codec.nbytes(2, 64, DIM) == codec.nbytes(2, 49, DIM) == codes_LBW.nbytes  # whole blocks
-    assert 8 * codes_LBW.nbytes == codec.rate * hidden_LFD.size
+    codes_1BW, scale = codec.encode(hidden_LFD)
+    assert scale is None and codes_1BW.dtype == codec.dtype == "uint8"
+    assert codes_1BW.shape == (1, 4, 2 * codec.width(DIM)) and codec.dim(codec.width(DIM)) == DIM
+    assert codec.nbytes(2, 64, DIM) == codec.nbytes(2, 49, DIM) == codes_1BW.nbytes  # whole blocks
+    assert 8 * codes_1BW.nbytes == codec.rate * hidden_LFD.size
+    assert Transform(codec.rate).codes_shape(2, 64, DIM) == codes_1BW.shape
+    assert codec.values_shape(codes_1BW.shape, 64) == hidden_LFD.shape
 
 
 def test_decoding_follows_the_documented_layout(codec: Transform) -> None:
     hidden_LFD = smooth(4, seed=2)
-    codes_LBW, _ = codec.encode(hidden_LFD)
-    decoded_LFD = codec.decode(codes_LBW, None)
-    assert codec.parameters is not None
-    for layer, block in np.ndindex(2, 4):
-        one = {name: values[layer] for name, values in codec.parameters.items()}
-        expected_TD = reference(one, codes_LBW[layer, block])
-        found_TD = decoded_LFD[layer, block * T : (block + 1) * T]
-        np.testing.assert_allclose(found_TD, expected_TD, atol=1e-5 * np.abs(expected_TD).max())
+    codes_1BW, _ = codec.encode(hidden_LFD)
+    decoded_LFD = codec.decode(codes_1BW, None)
+    for block in range(4):
+        decoded_TD = np.zeros((T, DIM))
+        for layer, (one, block_V) in enumerate(layers_of(codec, codes_1BW[0, block])):
+            decoded_TD = reference(one, block_V, decoded_TD)
+            found_TD = decoded_LFD[layer, block * T : (block + 1) * T]
+            np.testing.assert_allclose(found_TD, decoded_TD + one["mean"], atol=1e-5 * np.abs(found_TD).max())
 
 
 def test_every_coefficient_has_the_nearest_of_its_levels(codec: Transform) -> None:
     """No level of a coefficient, at the block's gains, is nearer to it than the one that was chosen."""
     hidden_LFD = smooth(4, seed=3)
-    codes_LBW, _ = codec.encode(hidden_LFD)
-    assert codec.parameters is not None
-    one = {name: values[0] for name, values in codec.parameters.items()}
+    codes_1BW, _ = codec.encode(hidden_LFD)
     for block in range(4):
-        own_TD = hidden_LFD[0, block * T : (block + 1) * T].astype(np.float64)
-        wanted_TK = scipy.fft.dct((own_TD - one["mean"]) @ one["basis"].T.astype(np.float64), axis=0, norm="ortho")
-        decoded_TD = reference(one, codes_LBW[0, block]) - one["mean"]
-        found_TK = scipy.fft.dct(decoded_TD @ one["basis"].T.astype(np.float64), axis=0, norm="ortho")
-        byte = int(codes_LBW[0, block, 0])
+        own_LTD = hidden_LFD[:, block * T : (block + 1) * T].astype(np.float64)
+        (below, below_V), (one, block_V) = layers_of(codec, codes_1BW[0, block])
+        below_TD = reference(below, below_V, np.zeros((T, DIM)))
+        predicted_TD = below_TD @ one["prediction"].T.astype(np.float64)
+        basis_DK = one["basis"].T.astype(np.float64)
+        wanted_TK = scipy.fft.dct((own_LTD[1] - one["mean"] - predicted_TD) @ basis_DK, axis=0, norm="ortho")
+        decoded_TD = reference(one, block_V, below_TD) - predicted_TD
+        found_TK = scipy.fft.dct(decoded_TD @ basis_DK, axis=0, norm="ortho")
+        byte = int(block_V[0])
         for row, k in zip(*np.nonzero(one["bits"]), strict=True):
             number = int(one["bits"][row, k])
             unit = float(one["deviation"][row, k] * one["gains"][min(row, 1), byte >> (4 if row else 0) & 15])
@@ -117,18 +144,18 @@ def test_every_coefficient_has_the_nearest_of_its_levels(codec: Transform) -> No
 
 def test_torch_and_slices_agree_with_the_whole(codec: Transform) -> None:
     hidden_LFD = smooth(20, seed=4)
-    codes_LBW, _ = codec.encode(hidden_LFD)
-    whole_LFD = codec.decode(codes_LBW, None)
+    codes_1BW, _ = codec.encode(hidden_LFD)
+    whole_LFD = codec.decode(codes_1BW, None)
     near = {"rtol": 0, "atol": 1e-5 * float(np.abs(whole_LFD).max())}
-    by_torch_LBW = torch.empty(codes_LBW.shape, dtype=torch.uint8)
+    by_torch_LBW = torch.empty(codes_1BW.shape, dtype=torch.uint8)
     codec.encode_into(by_torch_LBW, None, torch.from_numpy(hidden_LFD))
-    assert (by_torch_LBW.numpy() != codes_LBW).mean() < 1e-3  # values at a bound between two levels
+    assert (by_torch_LBW.numpy() != codes_1BW).mean() < 1e-3  # values at a bound between two levels
     rows_F = np.random.default_rng(0).permutation(20 * T)[:37]
     out_LFD = torch.full((2, 37, DIM), torch.nan)
-    codec.decode_into(out_LFD, torch.from_numpy(codes_LBW), None, torch.from_numpy(rows_F))
+    codec.decode_into(out_LFD, torch.from_numpy(codes_1BW), None, torch.from_numpy(rows_F))
     np.testing.assert_allclose(out_LFD.numpy(), whole_LFD[:, rows_F], **near)
     for first, count in ((0, 1), (15, 2), (16, 16), (33, 100), (319, 1)):
-        codes_LRW = codes_LBW[:, codec.code_rows(first, count)]
+        codes_LRW = codes_1BW[:, codec.code_rows(first, count)]
         part_LFD = codec.decode(codes_LRW, None, first_frame=first, num_frames=count)
         np.testing.assert_allclose(part_LFD, whole_LFD[:, first : first + count], **near)
 
@@ -137,25 +164,28 @@ def test_torch_and_slices_agree_with_the_whole(codec: Transform) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_agrees_with_the_cpu(codec: Transform) -> None:
     hidden_LFD = smooth(20, seed=4)
-    codes_LBW, _ = codec.encode(hidden_LFD)
-    whole_LFD = codec.decode(codes_LBW, None)
+    codes_1BW, _ = codec.encode(hidden_LFD)
+    whole_LFD = codec.decode(codes_1BW, None)
     out_LFD = torch.empty(hidden_LFD.shape, device="cuda")
-    by_gpu_LBW = torch.empty(codes_LBW.shape, dtype=torch.uint8, device="cuda")
+    by_gpu_LBW = torch.empty(codes_1BW.shape, dtype=torch.uint8, device="cuda")
     codec.encode_into(by_gpu_LBW, None, torch.from_numpy(hidden_LFD).cuda())
-    codec.decode_into(out_LFD, torch.from_numpy(codes_LBW).cuda(), None, torch.arange(20 * T, device="cuda"))
+    codec.decode_into(out_LFD, torch.from_numpy(codes_1BW).cuda(), None, torch.arange(20 * T, device="cuda"))
     np.testing.assert_allclose(out_LFD.cpu().numpy(), whole_LFD, atol=1e-5 * np.abs(whole_LFD).max())
-    assert (by_gpu_LBW.cpu().numpy() != codes_LBW).mean() < 1e-3
+    assert (by_gpu_LBW.cpu().numpy() != codes_1BW).mean() < 1e-3
 
 
 def test_layers_decode_alone_in_any_order_and_after_pickling(codec: Transform) -> None:
-    codes_LBW, _ = codec.encode(smooth(4, seed=5))
-    whole_LFD = codec.decode(codes_LBW, None)
+    hidden_LFD = smooth(300, seed=5)  # more blocks than are decoded at a time
+    codes_1BW, _ = codec.encode(hidden_LFD)
+    whole_LFD = codec.decode(codes_1BW, None)
     copied = pickle.loads(pickle.dumps(codec))  # noqa: S301
     for places in ([0], [1], [1, 0]):
         chosen = copied.of_layers(places)
         assert chosen is copied.of_layers(places)  # kept, with what it moved to a device
-        np.testing.assert_array_equal(chosen.decode(codes_LBW[places], None), whole_LFD[places])
-    assert codec.of_layers([0, 1]) is codec
+        np.testing.assert_array_equal(chosen.decode(codes_1BW, None), whole_LFD[places])
+        assert chosen.values_shape(codes_1BW.shape, 7) == (len(places), 7, DIM)
+    assert codec.of_layers([0, 1]) is codec and copied.of_layers([1, 0]).of_layers([1]) is not codec
+    np.testing.assert_array_equal(copied.of_layers([1, 0]).of_layers([1]).decode(codes_1BW, None), whole_LFD[:1])
 
 
 def test_a_higher_rate_loses_less_on_other_utterances() -> None:
@@ -173,9 +203,39 @@ def test_gains_keep_the_error_of_quiet_blocks_small() -> None:
     assert (lost_db(codec, held_out) > lost_db(codec.fitted(fixed), held_out) + 1).all()
 
 
-def test_the_basis_is_that_of_scipy_and_bits_follow_variance() -> None:
-    codec = fitted(1.0)
+def test_what_the_layer_below_predicts_is_not_stored_again() -> None:
+    codec, held_out = fitted(1.0), smooth(seed=11)
+    assert codec.parameters is not None and not codec.parameters["prediction"][0].any()
+    alone = [fitted_to(Transform(1.0), smooth(800)[layer : layer + 1]) for layer in (0, 1)]
+    expected = np.concatenate([lost_db(one, held_out[layer : layer + 1]) for layer, one in enumerate(alone)])
+    assert lost_db(codec, held_out).mean() > expected.mean() + 1
+
+
+def test_a_layer_that_is_easy_to_predict_leaves_its_bytes_to_the_others() -> None:
+    """The second layer is the first one in another basis: the first one's error is that of both."""
+    sample_LFD, held_out = smooth(800), smooth(seed=12)
+    mixing = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0].astype(np.float32)
+    sample_LFD[1], held_out[1] = sample_LFD[0] @ mixing, held_out[0] @ mixing
+    codec, alone = fitted_to(Transform(0.5), sample_LFD), fitted_to(Transform(1.0), sample_LFD[:1])
     assert codec.parameters is not None
+    first, second = codec.parameters["bits"].sum((1, 2), dtype=int)
+    assert first > 6 * second
+    lost = lost_db(codec, held_out)
+    assert lost[0] > lost_db(alone, held_out[:1])[0] - 1.5 and abs(lost[0] - lost[1]) < 1
+
+
+def test_errors_are_shared_by_the_variance_of_layers() -> None:
+    """A layer in other units has the same codes, and so has any layer beside one in other units."""
+    sample_LFD, held_out = smooth(800), smooth(seed=13)
+    expected = lost_db(fitted_to(Transform(1.0), sample_LFD), held_out)
+    sample_LFD[1] *= 1000
+    held_out[1] *= 1000
+    np.testing.assert_allclose(lost_db(fitted_to(Transform(1.0), sample_LFD), held_out), expected, atol=0.05)
+
+
+def test_the_basis_is_that_of_scipy_and_bits_follow_variance() -> None:
+    codec = fitted_to(Transform(1.0), smooth(800)[:1])
+    assert codec.parameters is not None and not codec.parameters["prediction"].any()
     hidden_FD = smooth(800)[0].astype(np.float64)
     variance, vectors = np.linalg.eigh(np.cov(hidden_FD.T))
     expected_KD = vectors.T[::-1][: codec.parameters["basis"].shape[1]]
@@ -205,7 +265,8 @@ def test_lloyd_max_levels_of_a_normal_variable(num_bits: int) -> None:
 
 
 def test_a_fit_repeats_to_the_bit() -> None:
-    first, second = (fit(Transform(0.5), smooth()) for _ in range(2))
+    first, second = (fitted_to(Transform(0.5), smooth()).parameters for _ in range(2))
+    assert first is not None and second is not None
     assert {name: values.tobytes() for name, values in first.items()} == {
         name: values.tobytes() for name, values in second.items()
     }
@@ -219,9 +280,9 @@ def test_values_far_beyond_the_sample_stay_finite() -> None:
 def test_the_error_counts_own_frames_alone() -> None:
     codec, hidden_LFD = fitted(0.5), smooth(16, seed=10)
     own_F = np.random.default_rng(0).random(16 * T) < 0.5
-    codes_LBW, _ = codec.encode(hidden_LFD)
-    off_LFD = (codec.decode(codes_LBW, None) - hidden_LFD)[:, own_F].astype(np.float64)
-    lost = CodecError.of(codec, hidden_LFD, codes_LBW, None, own_F)
+    codes_1BW, _ = codec.encode(hidden_LFD)
+    off_LFD = (codec.decode(codes_1BW, None) - hidden_LFD)[:, own_F].astype(np.float64)
+    lost = CodecError.of(codec, hidden_LFD, codes_1BW, None, own_F)
     np.testing.assert_allclose(lost.error, (off_LFD**2).sum((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(lost.signal, (hidden_LFD[:, own_F].astype(np.float64) ** 2).sum((1, 2)), rtol=1e-5)
 
@@ -253,11 +314,11 @@ def test_names_that_are_known() -> None:
 def test_layers_that_cannot_be_fitted() -> None:
     constant = [smooth()[0], np.full((64, DIM), 3, np.float32)]
     with pytest.raises(RetortError, match="layer number 1 has no variance"):
-        fit(Transform(1), constant)
+        fitted_to(Transform(1), constant)
     odd = smooth()
     odd[1, 5, 3] = np.nan
     with pytest.raises(RetortError, match="layer number 1 are not finite"):
-        fit(Transform(1), odd)
+        fitted_to(Transform(1), odd)
 
 
 def changed(name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -276,12 +337,14 @@ def with_value(place: tuple[int, ...], value: float) -> Callable[[NDArray[Any]],
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("mean", lambda values: values[:, :-1], "basis: shape"),
+        ("mean", lambda values: values[:, :-1], "prediction: shape"),
         ("basis", lambda values: values[:1], "basis: shape"),
         ("bits", lambda values: values.astype(np.int64), "bits: int64, expected uint8"),
-        ("bits", with_value((0, 0, 0), 9), "bits: expected 1 to"),
-        ("bits", lambda values: values * 2, "bits: expected 1 to"),
-        ("bits", lambda values: values * 0, "bits: expected 1 to"),
+        ("bits", with_value((0, 0, 0), 9), "bits: expected some"),
+        ("bits", lambda values: values * 2, "bits: expected some"),
+        ("bits", with_value((1,), 0), "bits: expected some"),
+        ("prediction", lambda values: values[:, :, :-1], "prediction: shape"),
+        ("prediction", with_value((1, 0, 0), np.inf), "prediction: values that are not finite"),
         ("deviation", with_value((0, 0, 0), 0), "deviation: expected more than 0"),
         ("gains", with_value((0, 0, 0), -1), "gains: expected ascending"),
         ("levels", with_value((0, 1, 0), 1e9), "levels: expected ascending levels of 1 bits"),

@@ -107,9 +107,8 @@ class Batch:
     def _decoded(self, codec: Codec | None, codes_LRW: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
         if codec is None:
             return codes_LRW
-        num_layers, _, width = codes_LRW.shape
         num_frames = [count for _, count in self.runs]
-        values_LFD = torch.empty((num_layers, sum(num_frames), codec.dim(width)), device=codes_LRW.device)
+        values_LFD = torch.empty(codec.values_shape(codes_LRW.shape, sum(num_frames)), device=codes_LRW.device)
         parts = zip(
             torch.split(values_LFD, num_frames, dim=1),
             torch.split(codes_LRW, [rows for rows, _ in self.runs], dim=1),
@@ -319,13 +318,13 @@ class DistillationData:
         gaps = np.flatnonzero(np.diff(rows_R) != 1) + 1  # where utterances of another split lie between
         spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_R, gaps)]
         num_layers, dim = (1, store.stem_dim) if is_stem else (len(self.layers), store.dim)
-        width, dtype = codec.width(dim), torch.from_numpy(np.empty(0, dtype=codec.dtype)).dtype
-        codes_LRW = torch.empty((num_layers, len(rows_R), width), dtype=dtype, pin_memory=pin)
+        dtype = torch.from_numpy(np.empty(0, dtype=codec.dtype)).dtype
+        codes_LRW = torch.empty(codec.codes_shape(num_layers, len(rows_R) * block, dim), dtype=dtype, pin_memory=pin)
         # Read in place. Rows of another split between the spans are read too: a read per gap and layer would cost more.
         first, stop = spans[0].start, spans[-1].stop
         out = codes_LRW.numpy()
         if len(spans) > 1:
-            out = np.empty((num_layers, stop - first, width), dtype=codec.dtype)
+            out = np.empty(codec.codes_shape(num_layers, (stop - first) * block, dim), dtype=codec.dtype)
         frames = slice(first * block, stop * block)
         if is_stem:
             _, scale = store.stem_pack(pack, frames=frames, out=out)

@@ -10,9 +10,9 @@ A codec encodes one pack and decodes a pack or consecutive frames of one. Both a
 numpy arrays and torch tensors share, so that a CPU with numpy and a GPU compute the same bits. Operations whose names
 differ between the two are at the end of the formulas; torch is not imported here.
 
-Shapes: L layers, F frames, D features, R rows of codes, each of one frame or of a block of frames, W codes of one row,
-G groups of T = 32 consecutive frames. `rows_F` are the rows of the frames that are decoded, counted from the first
-frame that the given scale covers, or of codec `transform` the given codes.
+Shapes: L layers (of codes: 1 if a row holds all layers), F frames, D features, R rows of codes, each of one frame or of
+a block of frames, W codes of one row, G groups of T = 32 consecutive frames. `rows_F` are the rows of the frames that
+are decoded, counted from the first frame that the given scale covers, or of codec `transform` the given codes.
 """
 
 import math
@@ -44,6 +44,7 @@ class Codec(ABC):
     scale_dtype: ClassVar[str | None] = None
     values_per_code: ClassVar[int] = 1  # features in one code
     block_frames: ClassVar[int] = 1  # frames in one row of codes; utterances start at a multiple of it
+    joins_layers: ClassVar[bool] = False  # True: a row holds the codes of all layers, whose axis then has one place
     cached_frames: ClassVar[int] = _BLOCK_FRAMES  # frames of one layer that numpy decodes at a time
     needs_fit: ClassVar[bool] = False  # True: only a codec with the parameters of a store encodes and decodes
     largest: ClassVar[float] = math.inf  # absolute value that can be encoded
@@ -64,6 +65,18 @@ class Codec(ABC):
     def num_rows(self, num_frames: int) -> int:
         """Return R, the rows of codes of frames: that many, or that many blocks."""
         return -(-num_frames // self.block_frames)
+
+    def codes_shape(self, num_layers: int, num_frames: int, dim: int) -> tuple[int, int, int]:
+        """Return the shape of the codes of layers; a codec with the parameters of a store counts the layers of that."""
+        return num_layers, self.num_rows(num_frames), self.width(dim)
+
+    def values_shape(self, codes_shape: Sequence[int], num_frames: int) -> tuple[int, int, int]:
+        """Return the shape of the values, (L, F, D), of which codes of this shape hold `num_frames` frames."""
+        return codes_shape[0], num_frames, self.dim(codes_shape[2])
+
+    def apart(self, num_layers: int) -> list[slice]:
+        """Return the places on the axis of layers that are best decoded at a time: one each, if codes allow it."""
+        return [slice(None)] if self.joins_layers else [slice(place, place + 1) for place in range(num_layers)]
 
     def code_rows(self, first_frame: int, num_frames: int) -> slice:
         """Return the rows of a pack's codes that hold consecutive frames of it."""
@@ -86,10 +99,10 @@ class Codec(ABC):
 
     def nbytes(self, num_layers: int, num_frames: int, dim: int) -> int:
         """Return the bytes of the codes and the scale of one pack."""
-        size = self.num_rows(num_frames) * self.width(dim) * np.dtype(self.dtype).itemsize
+        size = math.prod(self.codes_shape(num_layers, num_frames, dim)) * np.dtype(self.dtype).itemsize
         if (shape := self.scale_shape(num_frames, dim)) is not None:
-            size += int(np.prod(shape)) * np.dtype(self.scale_dtype).itemsize
-        return num_layers * size
+            size += num_layers * math.prod(shape) * np.dtype(self.scale_dtype).itemsize
+        return size
 
     def parameter_bytes(self, num_layers: int, dim: int) -> int:
         """Return the bytes of the parameters of layers, at most: 0 of a codec without a fit."""
@@ -102,7 +115,7 @@ class Codec(ABC):
         """
         num_layers, num_frames, dim = hidden_LFD.shape
         assert num_frames % self.block_frames == 0
-        codes_LRW = np.empty((num_layers, self.num_rows(num_frames), self.width(dim)), dtype=self.dtype)
+        codes_LRW = np.empty(self.codes_shape(num_layers, num_frames, dim), dtype=self.dtype)
         shape = self.scale_shape(num_frames, dim)
         scale = None if shape is None else np.empty((num_layers, *shape), dtype=self.scale_dtype)
         if self.largest < math.inf and (peak := _peak(hidden_LFD)) > self.largest:
@@ -135,10 +148,9 @@ class Codec(ABC):
 
         codes: those of `code_rows`. num_frames: None for all frames of the codes.
         """
-        num_layers, num_rows, width = codes_LRW.shape
         if num_frames is None:
-            num_frames = num_rows * self.block_frames - first_frame % self.block_frames
-        hidden_LFD = np.empty((num_layers, num_frames, self.dim(width)), dtype=np.float32)
+            num_frames = codes_LRW.shape[1] * self.block_frames - first_frame % self.block_frames
+        hidden_LFD = np.empty(self.values_shape(codes_LRW.shape, num_frames), dtype=np.float32)
         scale, row = self.span(scale, first_frame, num_frames)
         self.decode_into(hidden_LFD, codes_LRW, scale, np.arange(row, row + num_frames))
         return hidden_LFD
@@ -324,17 +336,16 @@ class CodecError:
         own_F: frames that are measured; None for all.
         """
         lost = []
-        for layer in range(len(hidden_LFD)):
-            one, found = slice(layer, layer + 1), cls.none(1)
-            alone, own_scale = codec.of_layers([layer]), None if scale is None else scale[one]
-            for rows in _blocks(hidden_LFD[layer], hidden_LFD.shape[1], codec.cached_frames):
-                count, hidden_1FD = rows.stop - rows.start, hidden_LFD[one, rows]
-                codes_1RW = codes_LRW[one, codec.code_rows(rows.start, count)]
-                decoded_1FD = alone.decode(codes_1RW, own_scale, first_frame=rows.start, num_frames=count)
-                decoded_1FD -= hidden_1FD
+        for places in codec.apart(len(hidden_LFD)):
+            found, own_scale = cls.none(len(hidden_LFD[places])), None if scale is None else scale[places]
+            for rows in _blocks(hidden_LFD[0], hidden_LFD.shape[1], codec.cached_frames):
+                count, some_LFD = rows.stop - rows.start, hidden_LFD[places, rows]
+                some_LRW = codes_LRW[places, codec.code_rows(rows.start, count)]
+                decoded_LFD = codec.decode(some_LRW, own_scale, first_frame=rows.start, num_frames=count)
+                decoded_LFD -= some_LFD
                 if own_F is not None:
-                    decoded_1FD, hidden_1FD = decoded_1FD[:, own_F[rows]], hidden_1FD[:, own_F[rows]]
-                found += cls._of_lost(decoded_1FD, hidden_1FD)
+                    decoded_LFD, some_LFD = decoded_LFD[:, own_F[rows]], some_LFD[:, own_F[rows]]
+                found += cls._of_lost(decoded_LFD, some_LFD)
             lost.append(found)
         return cls.joined(lost)
 

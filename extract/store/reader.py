@@ -54,7 +54,7 @@ class Pack:
     if they share a group with it), in codec `transform` anything.
     """
 
-    codes_LRW: Codes  # (layers, the codec's rows, the codec's width)
+    codes_LRW: Codes  # in the shape of `Codec.codes_shape`
     scale: Scale | None  # (layers, ...) in the shape of `Codec.scale_shape`
     utterances: NDArray[np.int64]  # corpus indices, in order of first frame
     first_frame: NDArray[np.int64]
@@ -195,9 +195,9 @@ class StoreReader:
     @cached_property
     def _hidden(self) -> ShardedArray:
         self._check_kept("frames", "frames,pooled")
-        rows, width = self.codec.num_rows(self.pack_frames), self.codec.width(self.dim)
-        shape = (self.num_packs, len(self.layers), rows, width)
-        return self._sharded("hidden", self.codec.dtype, *shape, has_layers=True)
+        num_layers, *row = self.codec.codes_shape(len(self.layers), self.pack_frames, self.dim)
+        axis = () if self.codec.joins_layers else (num_layers,)
+        return self._sharded("hidden", self.codec.dtype, self.num_packs, *axis, *row, has_layers=bool(axis))
 
     @cached_property
     def _scale(self) -> ShardedArray | None:
@@ -261,7 +261,7 @@ class StoreReader:
         return self._by_pack[pack]
 
     def codec_for(self, layers: Sequence[int] | None = None) -> Codec:
-        """Return the codec that decodes the codes of all stored layers, or of `layers` in that order."""
+        """Return the codec that decodes all stored layers, or `layers` in that order."""
         return self._hidden_codec.of_layers(self._rows(layers))
 
     @cached_property
@@ -309,7 +309,7 @@ class StoreReader:
 
         frames: rows of the pack whose codes are read (`Codec.code_rows`); `Pack.first_frame` and the scale stay those
         of the whole pack.
-        out: C-contiguous memory (layers, rows, width) of the codec's dtype, such as pinned memory, for the codes.
+        out: C-contiguous memory in the shape of the codes and of the codec's dtype, such as pinned memory, for them.
         """
         utterances = self.utterances_of(index)
         return Pack(
@@ -326,7 +326,7 @@ class StoreReader:
     ) -> Codes:
         places = self._rows(layers)
         with self._refused("hidden"):
-            return self._hidden.read(pack, places, self._code_rows(frames), out)
+            return self._hidden.read(pack, [0] if self.codec.joins_layers else places, self._code_rows(frames), out)
 
     def _code_rows(self, frames: slice) -> slice:
         """Return the rows of codes that hold rows of a pack."""

@@ -18,6 +18,7 @@ Shapes: L layers, F frames of a pack, T frames of an utterance, D features, C ch
 import fcntl
 import hashlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -61,12 +62,9 @@ class CodedArray:
 
     codes: str  # name of the array of codes
     scale: str
-    layers: tuple[int, ...]  # shape of the axis of layers, empty without one
+    num_layers: int
+    axis: tuple[int, ...]  # shape of the axis of layers, empty without one: of the stem, and of rows of all layers
     dim: int
-
-    @property
-    def num_layers(self) -> int:
-        return self.layers[0] if self.layers else 1
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,10 @@ class StoreWriter:
         """Kept arrays that the codec encodes."""
         found = []
         if "frames" in self.keep:
-            found.append(CodedArray("hidden", "scale", (len(self.layers),), self.dim))
+            count = len(self.layers)
+            found.append(CodedArray("hidden", "scale", count, () if self.codec.joins_layers else (count,), self.dim))
         if self.stem_dim is not None:
-            found.append(CodedArray("stem", "stem_scale", (), self.stem_dim))
+            found.append(CodedArray("stem", "stem_scale", 1, (), self.stem_dim))
         return found
 
     @property
@@ -148,27 +147,27 @@ class StoreWriter:
 
     def create(self) -> None:
         """Make the empty arrays unless they exist; their shapes follow from the fingerprint."""
-        widths = [self.codec.width(array.dim) for array in self.coded]  # raises before anything is made
+        frames = self.packing.pack_frames  # raises for a dim before anything is made
+        shapes = [self.codec.codes_shape(array.num_layers, frames, array.dim)[1:] for array in self.coded]
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, f"rows/{ASIDES}", f"shards/{ASIDES}")  # of killed writers; not again at every shard
         with writing_in(self.folder):
-            self._create(widths)
+            self._create(shapes)
 
-    def _create(self, widths: list[int]) -> None:
+    def _create(self, shapes: list[tuple[int, int]]) -> None:
         packs, shard, frames = self.packing.num_packs, self.packing.shard_packs, self.packing.pack_frames
-        rows = self.codec.num_rows(frames)
         try:
             group = zarr.create_group(self.folder, zarr_format=3)
         except ContainsGroupError:
             group = zarr.open_group(self.folder, mode="r+")
-        for array, width in zip(self.coded, widths, strict=True):
-            layers, one = array.layers, (1,) * len(array.layers)
+        for array, codes in zip(self.coded, shapes, strict=True):
+            layers, one = array.axis, (1,) * len(array.axis)
             self._array(
                 group,
                 array.codes,
-                shape=(packs, *layers, rows, width),
-                chunks=(1, *one, rows, width),
-                shards=(shard, *layers, rows, width),
+                shape=(packs, *layers, *codes),
+                chunks=(1, *one, *codes),
+                shards=(shard, *layers, *codes),
                 dtype=self.codec.dtype,
             )
             if (scale := self.codec.scale_shape(frames, array.dim)) is not None:
@@ -257,9 +256,9 @@ class StoreWriter:
             except RetortError as error:  # beyond the codec's range
                 raise RetortError(f"{self._peak_of(pack, array.codes, values[array.codes])}: {error}") from None
             errors.append(CodecError.of(codec, spread_LFD, codes, scale, own_F))
-            arrays[array.codes] = codes.reshape(*array.layers, *codes.shape[1:])
+            arrays[array.codes] = codes.reshape(*array.axis, *codes.shape[1:])
             if scale is not None:
-                arrays[array.scale] = scale.reshape(*array.layers, *scale.shape[1:])
+                arrays[array.scale] = scale.reshape(*array.axis, *scale.shape[1:])
         return EncodedPack(arrays, np.stack(means), CodecError.joined(errors))
 
     def _utterance(self, index: int) -> str:
@@ -322,10 +321,10 @@ class StoreWriter:
         """Write one shard of `name`, and add it to `objects`; a shard of zeros has no object and reads as zeros."""
         target = f"{name}/c/{shard}" + "/0" * blocks[0].ndim
         path, num_packs = self.folder / target, self.packing.shard_packs
-        if name == array.scale and blocks[0].ndim == len(array.layers) + 1:  # int8: one chunk, see `_create`
+        if name == array.scale and blocks[0].ndim == len(array.axis) + 1:  # int8: one chunk, see `_create`
             written = write_whole(path, blocks, num_packs=num_packs)
         else:
-            written = write_indexed(path, blocks, grid=(num_packs, array.num_layers))
+            written = write_indexed(path, blocks, grid=(num_packs, math.prod(array.axis)))
         if written is not None:
             objects[target] = written
 

@@ -21,8 +21,9 @@ from extract.shards import Extraction, LocalRunner
 from extract.store.codec import Codec, CodecError
 from extract.store.codecs import codec_named
 from extract.store.reader import StoreReader
-from extract.store.transform import BLOCK_FRAMES, Transform
-from extract.store.transform_fit import SAMPLE_FRAMES, fit
+from extract.store.transform import Transform
+from extract.store.transform_fit import SAMPLE_FRAMES, fitted_to
+from extract.store.transform_layer import BLOCK_FRAMES
 from pipelines.bench import synthetic
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, over_rounds
 from pipelines.bench.options import CodecsOptions
@@ -50,9 +51,9 @@ def prepare(bench: Codecs) -> dict[str, dict[str, Any]]:
     for name in options.codecs:
         codec, start = codec_named(name), time.process_time()
         if isinstance(codec, Transform):
-            parameters: dict[str, Any] = fit(codec, sample_LFD)
+            codec = fitted_to(codec, sample_LFD)
+            parameters: dict[str, Any] = dict(codec.parameters or {})
             np.savez(_file(bench.of(name), "parameters"), **parameters)
-            codec = codec.fitted(parameters)
         fit_s = time.process_time() - start if codec.needs_fit else None
         codes_LRW, scale = codec.encode(hidden_LFD)
         arrays: dict[str, Any] = {"codes": codes_LRW} | ({} if scale is None else {"scale": scale})

@@ -89,10 +89,9 @@ def _fitted_codes(asked: Asked, hidden_LFD: Any, sample_LFD: Any) -> Steps:
     import torch
 
     from extract.store.transform import Transform
-    from extract.store.transform_fit import fit
+    from extract.store.transform_fit import fitted_to
 
-    unfitted = Transform(0.5)
-    codec = unfitted.fitted(fit(unfitted, sample_LFD))
+    codec = fitted_to(Transform(0.5), sample_LFD)
     expected_LRW, _ = codec.encode(hidden_LFD)
     found_LRW = torch.empty(expected_LRW.shape, dtype=torch.uint8, device=asked.device)
     codec.encode_into(found_LRW, None, torch.from_numpy(hidden_LFD).to(asked.device))
