@@ -116,12 +116,13 @@ class Transform(Codec):
         return self._selected[chosen]
 
     def encode_into(self, codes_LRW: Array, scale: Array | None, hidden_LFD: Array) -> None:
-        codes_LRW[..., sum(layer.num_bytes for layer in self._layers(hidden_LFD)) :] = 0
+        layers = self._layers(hidden_LFD)
+        codes_LRW[..., sum(layer.num_bytes for layer in layers) :] = 0
         for blocks in _parts(codes_LRW[0]):
             frames, start, below_BTD = _frames_of(blocks), 0, None
-            for layer, hidden_FD in zip(self._layers(hidden_LFD), hidden_LFD, strict=True):
+            for layer, hidden_FD in zip(layers, hidden_LFD, strict=True):
                 codes_BW = codes_LRW[0, blocks, start : start + layer.num_bytes]
-                below_BTD = layer.encode(codes_BW, hidden_FD[frames], below_BTD)
+                below_BTD = layer.encode(codes_BW, hidden_FD[frames], below_BTD, is_last=layer is layers[-1])
                 start += layer.num_bytes
 
     def decode_into(self, out_LFD: Array, codes_LRW: Array, scale: Array | None, rows_F: Array) -> None:
@@ -142,11 +143,11 @@ class Transform(Codec):
     def _layers(self, like: Array) -> list[Layer]:
         """Return the parameters of all layers beside an array; they are moved to a device once."""
         assert self.parameters is not None, f"{self.name} has no parameters"
-        device, found = None if isinstance(like, np.ndarray) else like.device, []
+        device, found = None if isinstance(like, np.ndarray) else like.device, list[Layer]()
         for place in range(len(self.parameters["mean"])):
             if (place, device) not in self._arranged:
                 one = {name: values[place] for name, values in self.parameters.items()}
-                self._arranged[place, device] = Layer.of(one).beside(like)
+                self._arranged[place, device] = Layer.of(one, found[-1] if found else None).beside(like)
             found.append(self._arranged[place, device])
         return found
 

@@ -108,6 +108,7 @@ def _fit_layers(
 ) -> Iterator[tuple[dict[str, NDArray[np.generic]], NDArray[np.float64]]]:
     """Yield the parameters of each layer, and the variance of its coefficients in units of the layer's, (T, D)."""
     below_BTD: Values | None = None
+    layer: Layer | None = None
     for hidden_FD, num_bytes, name in zip(layers_FD, shares, names, strict=True):
         if not np.isfinite(hidden_FD).all():
             raise RetortError(f"codec {codec.name}: the sample's values of {name} are not finite")
@@ -123,11 +124,13 @@ def _fit_layers(
         if below_BTD is not None:
             prediction_DD = _prediction(below_BTD, rest_BTD)
             for blocks in _parts(rest_BTD):
-                rest_BTD[blocks] -= below_BTD[blocks] @ prediction_DD.T
+                below_RD = below_BTD[blocks].reshape(-1, len(mean_D))
+                rest_BTD[blocks] -= (below_RD @ prediction_DD.T).reshape(-1, BLOCK_FRAMES, len(mean_D))
         one, variance_TD = _fit_layer(rest_BTD, 8 * (num_bytes - 1), least)
         one |= {"mean": mean_D, "prediction": prediction_DD}
         yield one, variance_TD / power
-        below_BTD = _decoded(Layer.of(one), rest_BTD, below_BTD)
+        layer = Layer.of(one, layer)
+        below_BTD = _decoded(layer, rest_BTD, below_BTD)
 
 
 def _fit_layer(
@@ -140,7 +143,8 @@ def _fit_layer(
     basis_DD = _klt(rest_BTD)
     coefficient_BTD = np.empty_like(rest_BTD)
     for blocks in _parts(rest_BTD):
-        coefficient_BTD[blocks] = rest_BTD[blocks] @ basis_DD.T
+        rest_RD = rest_BTD[blocks].reshape(-1, len(basis_DD))
+        coefficient_BTD[blocks] = (rest_RD @ basis_DD.T).reshape(-1, BLOCK_FRAMES, len(basis_DD))
     deviation_TD = _root_mean_square(coefficient_BTD).clip(least)
     variance_TD = deviation_TD.astype(np.float64) ** 2
     bits_TD = _allocated(variance_TD, num_bits)

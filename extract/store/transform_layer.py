@@ -46,7 +46,8 @@ class Layer:
     """Parameters of one layer in the order of its codes, as arrays of numpy or of one device of torch."""
 
     mean_D: Array
-    prediction_DD: Array | None  # None: nothing is predicted
+    prediction_DD: Array
+    rows_below: int  # DCT rows of the layer below that are not 0
     basis_KD: Array
     dct_TT: Array
     rows: tuple[tuple[int, int, int], ...]  # DCT row, and the first of its coefficients of S and the end of them
@@ -65,8 +66,11 @@ class Layer:
     num_bytes: int  # of a block
 
     @classmethod
-    def of(cls, one: Parameters) -> Self:
-        """Arrange the parameters of one layer, without their axis of layers."""
+    def of(cls, one: Parameters, below: "Layer | None") -> Self:
+        """Arrange the parameters of one layer, without their axis of layers.
+
+        below: the layer below, which the prediction is made from.
+        """
         bits_TK = one["bits"].astype(np.int64)
         widths = [int(coded.max(initial=-1)) + 1 for coded in map(np.flatnonzero, bits_TK)]
         ends = np.cumsum(widths).tolist()
@@ -78,7 +82,8 @@ class Layer:
         prefixes = [int((bits > bit).sum()) for bit in range(MOST_BITS)]
         return cls(
             mean_D=one["mean"],
-            prediction_DD=one["prediction"] if one["prediction"].any() else None,
+            prediction_DD=one["prediction"],
+            rows_below=below.num_rows if below else 0,
             basis_KD=one["basis"],
             dct_TT=dct_matrix(BLOCK_FRAMES),
             rows=tuple((row, ends[row] - width, ends[row]) for row, width in enumerate(widths) if width),
@@ -96,6 +101,11 @@ class Layer:
             prefixes=tuple(prefixes),
             num_bytes=section_bytes(one["bits"]),
         )
+
+    @property
+    def num_rows(self) -> int:
+        """DCT rows of the decoded spectrum that are not 0: the first ones."""
+        return max(self.rows_below, self.rows[-1][0] + 1)
 
     def beside(self, like: Array) -> "Layer":
         """Return the parameters as tensors on the device of a tensor; unchanged for a numpy array."""
@@ -120,19 +130,27 @@ class Layer:
         return hidden_FD
 
     def predicted(self, below_BTD: Array | None) -> Array | None:
-        """Return the spectrum that the decoded one of the layer below predicts; None without a prediction."""
-        if below_BTD is None or self.prediction_DD is None:
+        """Return the spectrum that the decoded one of the layer below predicts; None without one below."""
+        if below_BTD is None:
             return None
-        return below_BTD @ self.prediction_DD.T
+        num_blocks, _, dim = below_BTD.shape
+        # One product of two matrices: a batch of small ones takes three times as long on a CPU.
+        below_RD = below_BTD[:, : self.rows_below].reshape(-1, dim)
+        expected_BRD = (below_RD @ self.prediction_DD.T).reshape(num_blocks, self.rows_below, dim)
+        if self.rows_below == BLOCK_FRAMES:
+            return expected_BRD
+        expected_BTD = _zeros(below_BTD, tuple(below_BTD.shape))
+        expected_BTD[:, : self.rows_below] = expected_BRD
+        return expected_BTD
 
-    def encode(self, codes_BW: Array, hidden_FD: Array, below_BTD: Array | None) -> Array:
-        """Encode the frames of blocks into bytes (B, W); return their decoded spectrum."""
+    def encode(self, codes_BW: Array, hidden_FD: Array, below_BTD: Array | None, *, is_last: bool) -> Array | None:
+        """Encode the frames of blocks into bytes (B, W); return their decoded spectrum, of the last layer None."""
         spectrum_BTD, expected_BTD = self.spectrum(hidden_FD), self.predicted(below_BTD)
         if expected_BTD is not None:
             spectrum_BTD -= expected_BTD
         gain_EB, code_NB = self.quantised(spectrum_BTD)
         self._pack(codes_BW, gain_EB, code_NB)
-        return self.restored(gain_EB, code_NB, expected_BTD)
+        return None if is_last else self.restored(gain_EB, code_NB, expected_BTD)
 
     def decode(self, codes_BW: Array, below_BTD: Array | None) -> Array:
         """Decode blocks, bytes (B, W), to their spectrum, float32 (B, T, D)."""
