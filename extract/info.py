@@ -1,4 +1,4 @@
-"""Tables of `extract info`: what a manifest says of its store."""
+"""Tables of `extract info`: the content of a manifest."""
 
 from collections.abc import Iterator
 

@@ -54,10 +54,11 @@ def fit(
 ) -> dict[str, NDArray[np.generic]]:
     """Return the parameters of a codec for layers that are given one after another, from below.
 
-    sample: called twice, yields float32 (F, D) of each layer, whose blocks of 16 rows lie inside utterances. names: of
-    the layers, for errors. Raises RetortError for values that are not finite and for a layer without variance.
+    sample: called for each pass, two of several layers; yields float32 (F, D) of each layer, whose blocks of 16 rows
+    lie inside utterances. names: of the layers, for errors. Raises RetortError for values that are not finite and for a
+    layer without variance.
     """
-    shares = _shares(codec, [_thinned(hidden_FD) for hidden_FD in sample()], names)
+    shares = _shares(codec, [_thinned(hidden_FD) for hidden_FD in sample()], names) if len(names) > 1 else None
     fitted = [one for one, _ in _fit_layers(codec, sample(), shares, names)]
     num_kept = max(one["basis"].shape[0] for one in fitted)
     whole = {name: np.stack([_widened(one[name], name, num_kept) for one in fitted]) for name in fitted[0]}
@@ -90,8 +91,8 @@ def _thinned(hidden_FD: Values) -> Values:
 def _shares(codec: Transform, layers_FD: Sequence[Values], names: Sequence[str]) -> list[int]:
     """Return the bytes of a block that each layer has."""
     width, num_layers = codec.width(layers_FD[0].shape[1]), len(layers_FD)
-    shares = [width] * num_layers
-    for _ in range(_SHARE_ROUNDS if num_layers > 1 else 0):
+    shares: list[int] | None = None
+    for _ in range(_SHARE_ROUNDS):
         lost_LTD = np.stack([lost_TD for _, lost_TD in _fit_layers(codec, layers_FD, shares, names)])
         # Of each layer one byte has the gains, and one is its own: the least that a layer can have.
         free = num_layers * (width - 2)
@@ -100,16 +101,20 @@ def _shares(codec: Transform, layers_FD: Sequence[Values], names: Sequence[str])
         left = num_layers * width - int(shares_L.sum())
         shares_L[np.argsort(-(bits_L % 8), kind="stable")[: left % num_layers]] += 1
         shares = (shares_L + left // num_layers).tolist()
+    assert shares is not None
     return shares
 
 
 def _fit_layers(
-    codec: Transform, layers_FD: Iterable[Values], shares: Sequence[int], names: Sequence[str]
+    codec: Transform, layers_FD: Iterable[Values], shares: Sequence[int] | None, names: Sequence[str]
 ) -> Iterator[tuple[dict[str, NDArray[np.generic]], NDArray[np.float64]]]:
-    """Yield the parameters of each layer, and the variance of its coefficients in units of the layer's, (T, D)."""
+    """Yield the parameters of each layer, and the variance of its coefficients in units of the layer's, (T, D).
+
+    shares: bytes of a block that each layer has; None: equal ones.
+    """
     below_BTD: Values | None = None
     layer: Layer | None = None
-    for hidden_FD, num_bytes, name in zip(layers_FD, shares, names, strict=True):
+    for place, (hidden_FD, name) in enumerate(zip(layers_FD, names, strict=True)):
         if not np.isfinite(hidden_FD).all():
             raise RetortError(f"codec {codec.name}: the sample's values of {name} are not finite")
         mean_D = hidden_FD.mean(0, dtype=np.float64).astype(np.float32)
@@ -126,6 +131,7 @@ def _fit_layers(
             for blocks in _parts(rest_BTD):
                 below_RD = below_BTD[blocks].reshape(-1, len(mean_D))
                 rest_BTD[blocks] -= (below_RD @ prediction_DD.T).reshape(-1, BLOCK_FRAMES, len(mean_D))
+        num_bytes = shares[place] if shares else codec.width(len(mean_D))
         one, variance_TD = _fit_layer(rest_BTD, 8 * (num_bytes - 1), least)
         one |= {"mean": mean_D, "prediction": prediction_DD}
         yield one, variance_TD / power
