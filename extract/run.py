@@ -159,7 +159,8 @@ def _fitted(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> Ex
         packs = sample_packs(writer.packing)
         seconds = sum(map(extraction.pack_s, packs))
         bar.say(f"{card.name} on {corpus.name}: fitting codec {writer.codec_name} on {seconds:.0f} s of audio")
-        parameters = writer.write_parameters(runner.fit(extraction))
+        with bar.apart():
+            parameters = writer.write_parameters(runner.fit(extraction))
     return extraction.fitted(parameters)
 
 

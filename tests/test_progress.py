@@ -13,6 +13,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from extract.base.progress import ProgressBar
 from extract.base.stage import log_stage
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,17 @@ def test_a_terminal_has_a_bar_without_stamps_and_results_stay_on_stdout() -> Non
     os.close(main)
     assert shown.stdout == piped.stdout == "result\n"
     assert "odd" in drawn and "100%" in drawn and "result" not in drawn and not re.search(r"\d{4}-\d\d-\d\dT", drawn)
+
+
+def test_time_apart_is_not_in_the_estimate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("extract.base.progress.time.monotonic", lambda: clock[0])
+    bar = ProgressBar("work", total=4, unit="files")
+    with bar.apart():
+        clock[0] = 30.0
+    clock[0] = 40.0
+    bar.advance(1)
+    assert capsys.readouterr().err.endswith("work: 1/4 files, 40 s, about 30 s left\n")
 
 
 def test_a_stage_says_its_position_in_the_order_of_dvc(

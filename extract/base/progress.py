@@ -10,6 +10,8 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -48,6 +50,7 @@ class ProgressBar:
         self.title, self.total, self.unit = title, total, unit
         self.before = self.done = done
         self.started = self._last_line = time.monotonic()
+        self._apart_s = 0.0
         self._bar: Progress | None = _live_bar() if sys.stderr.isatty() else None
         if self._bar:
             self._task = self._bar.add_task(title, total=total, completed=int(done), detail="", left="")
@@ -75,6 +78,13 @@ class ProgressBar:
         else:
             log(text)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave the time of a block, in which no unit is done, out of the estimate of the time left."""
+        start = time.monotonic()
+        yield
+        self._apart_s += time.monotonic() - start
+
     def skip(self, amount: float) -> None:
         """Count `amount` more units as done before this run: they do not enter the estimate of the time left."""
         self.before += amount
@@ -91,7 +101,8 @@ class ProgressBar:
         now = time.monotonic()
         at_end = self.done >= self.total * (1 - 1e-9)  # sums of floats in another order may end just below it
         if left_s is None:
-            left_s = self.elapsed_s / max(self.done - self.before, 1e-9) * max(self.total - self.done, 0)
+            spent_s = self.elapsed_s - self._apart_s
+            left_s = spent_s / max(self.done - self.before, 1e-9) * max(self.total - self.done, 0)
         if self._bar:
             self._bar.update(self._task, completed=self.done, detail=detail, left=f"{left_s:.0f} s left")
         elif now - self._last_line >= _SECONDS_BETWEEN_LINES or at_end:
