@@ -55,7 +55,9 @@ _how_to_run = shared_options(
 def _inputs(*, required: bool) -> Callable[[F], F]:
     return shared_options(
         click.option(
-            "--upstream", required=required, help="`fbank`, a local folder, or a hub id, org/name or org/name@REVISION."
+            "--upstream",
+            required=required,
+            help="`fbank`, a local folder, an .onnx file, or a hub id, org/name or org/name@REVISION.",
         ),
         _path("--corpus", required=required, help="corpora/NAME.json or .h5."),
     )

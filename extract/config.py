@@ -23,7 +23,7 @@ DTYPES = ("fp32", "tf32", "bf16", "fp16")
 class ExtractConfig:
     """One upstream on one corpus. Raises RetortError for a value that no command accepts."""
 
-    upstream: str  # `fbank`, a local folder, or a hub id: org/name or org/name@REVISION
+    upstream: str  # `fbank`, a local folder, an .onnx file, or a hub id: org/name or org/name@REVISION
     corpus: Path  # corpora/NAME.json, or the .h5 itself
     manifest: Path = Path("manifest.json")  # the JSON to write; `extract plan` writes none
     store: Path | str = Path("stores")  # root of all stores: a folder or a URL

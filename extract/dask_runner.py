@@ -22,7 +22,7 @@ from extract.shards import CONCURRENT_SHARDS, Advance, Extraction, Fitted, Local
 from extract.store.location import is_url, root_text
 from extract.store.manifest import initial_weights_path
 from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import FBANK, UpstreamFacts
+from extract.upstream.spec import ON_CPU, UpstreamFacts
 
 # State of a worker process, one entry at most each: the loaded upstream, and the store that it works on.
 _lock = threading.Lock()
@@ -46,7 +46,7 @@ class DaskRunner:
                 address=self.config.scheduler,
                 threads=CONCURRENT_SHARDS,
                 piece="shard",
-                device="cpu" if self.card.family == FBANK else self.config.device,
+                device="cpu" if self.card.family in ON_CPU else self.config.device,
             )
         )
 

@@ -13,7 +13,7 @@ from extract.base.params import configured, read_params, read_section
 from extract.base.validate import convert, parse
 from extract.config import ExtractConfig
 from extract.upstream.configured import brings_own_code, read_upstreams
-from extract.upstream.files import local_folder
+from extract.upstream.files import local_folder, onnx_file
 from extract.upstream.spec import FBANK
 
 
@@ -49,7 +49,7 @@ def read_configs(params: Path, name: str, *, corpora: Path, out: Path, **options
     store = parse(StoreParams, read_section(params, "store"), where=f"{params}: store")
     source = upstreams[name].source
     fbank_frames = store.pack_frames_fbank if source == FBANK else None
-    options["trust_remote_code"] |= brings_own_code(local_folder(source))
+    options["trust_remote_code"] |= onnx_file(source) is None and brings_own_code(local_folder(source))
     return [
         ExtractConfig(
             upstream=source,

@@ -23,7 +23,7 @@ from extract.shards import Extraction, LocalRunner, ShardRunner, sample_packs, s
 from extract.store.location import check_sizes, is_url, location_of, root_text
 from extract.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from extract.upstream.card import UpstreamCard, find_upstream
-from extract.upstream.spec import FBANK, UpstreamFacts, read_spec
+from extract.upstream.spec import ON_CPU, UpstreamFacts, read_spec
 
 _LIBRARIES = ("torch", "torchaudio", "transformers", "zarr", "numpy")  # their versions are recorded
 
@@ -100,8 +100,8 @@ def _check_initial_blocks(config: ExtractConfig, card: UpstreamCard) -> None:
     """Raise RetortError if the upstream has fewer blocks than `initial_blocks`."""
     if not config.initial_blocks:
         return
-    if card.family == FBANK:
-        raise RetortError(f"--initial-blocks {config.initial_blocks}: upstream {card.id} has no blocks; give 0")
+    if card.family in ON_CPU:
+        raise RetortError(f"--initial-blocks {config.initial_blocks}: upstream {card.id} has no blocks to copy; give 0")
     num_blocks = read_spec(str(card.folder)).num_layers - 1  # layer 0 is the input of the first block
     if config.initial_blocks > num_blocks:
         raise RetortError(f"--initial-blocks {config.initial_blocks}: the upstream has {num_blocks} blocks")

@@ -32,7 +32,7 @@ from extract.store.transform import Transform
 from extract.store.transform_fit import SAMPLE_FRAMES, fit
 from extract.store.writer import EncodedPack, StoreWriter, row_name
 from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import FBANK, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
+from extract.upstream.spec import ON_CPU, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
 
 if TYPE_CHECKING:
     from extract.encoding import PackEncoder
@@ -171,7 +171,7 @@ class LocalRunner:
         from extract.base.device import check_dtype, check_there, named_device
 
         config = self.config
-        if self.card.family != FBANK:  # which runs on the CPU
+        if self.card.family not in ON_CPU:
             check_there(device := named_device(config.device, expected="cpu, cuda or cuda:N"))
             check_dtype(config.dtype, device, option="--dtype")
 
@@ -296,7 +296,7 @@ class LocalRunner:
 
         from extract.encoding import PackEncoder
 
-        return PackEncoder(writer, torch.device("cpu" if self.card.family == FBANK else self.config.device))
+        return PackEncoder(writer, torch.device("cpu" if self.card.family in ON_CPU else self.config.device))
 
     def _read_ahead(self, reader: ThreadPoolExecutor, extraction: Extraction, packs: Sequence[int]) -> Iterator[Any]:
         """Yield what the upstream makes of the waveforms of packs, each while the pack before it is run."""
@@ -333,7 +333,7 @@ class LocalRunner:
         from extract.upstream.forward import Transformer
         from extract.upstream.initial_weights import write_initial_weights
 
-        assert isinstance(self.upstream, Transformer)  # fbank has no blocks, which the caller has checked
+        assert isinstance(self.upstream, Transformer)  # the others have no blocks, which the caller has checked
         path = initial_weights_path(config.manifest)
         write_initial_weights(self.upstream.model, path, num_blocks=config.initial_blocks, source=self.card.id)
         return {"file": path.name, "sha256": sha256_file(path), "num_blocks": config.initial_blocks}

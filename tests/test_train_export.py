@@ -83,7 +83,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: exporting to ONNX needs onnxruntime, which is not installed: pip install -r requirements/dev.lock\n"
+        "error: ONNX needs onnxruntime, which is not installed: pip install -r requirements/dev.lock\n"
     )
 
 

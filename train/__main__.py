@@ -3,7 +3,7 @@
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
     torchrun --nproc-per-node 8 -m -- train run …           the same on eight GPUs
-    python -m train export DIR                              DIR.onnx
+    python -m train export DIR [--int8]                     DIR.onnx, DIR.int8.onnx
 
 The first writes DIR (a folder for AutoModel.from_pretrained), RUNDIR/metrics.json and RUNDIR/plots. If it is
 interrupted, the same command resumes from the last checkpoint.
@@ -135,19 +135,22 @@ def run(
 @main.command()
 @click.argument("folder", type=_PATH)
 @click.option("--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("--out", type=_PATH, help="File to write [default: FOLDER.onnx beside the folder].")
-def export(folder: Path, form: str, out: Path | None) -> None:
+@click.option("--int8", is_flag=True, help="Weights of matrix products in 8 bits.")
+@click.option("--out", type=_PATH, help="File to write [default: FOLDER.onnx or FOLDER.int8.onnx beside the folder].")
+def export(folder: Path, form: str, int8: bool, out: Path | None) -> None:
     """Write a student's FOLDER as one file for another runtime, and compare the two.
 
     Inputs are input_values and attention_mask of any batch size and length; outputs are last_hidden_state and all
-    hidden states.
+    hidden states. In int8 run utterances one by one: padding changes the features of a batch.
     """
     from train.export import export_onnx
 
-    out = out or folder.with_name(f"{folder.name}.{form}")
-    worst = export_onnx(folder, out)
+    out = out or folder.with_name(f"{folder.name}.int8.{form}" if int8 else f"{folder.name}.{form}")
+    error = export_onnx(folder, out, int8=int8)
+    rounded = "" if error.snr_db is None else f"; in int8 {error.snr_db:.1f} dB or more in every layer"
     click.echo(
-        f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to torch in onnxruntime {worst:.1e}"
+        f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to torch in onnxruntime "
+        f"{error.max_abs_error:.1e}{rounded}"
     )
 
 

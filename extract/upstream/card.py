@@ -1,7 +1,7 @@
 """Identity of an upstream: found, named and fingerprinted without loading it.
 
 An upstream is `fbank`, a local folder or a hub id (`org/name` or `org/name@REVISION`) of the wav2vec 2.0 family, or a
-Retort student's folder. The manifest records its card. `extract.upstream.load` loads it.
+Retort student's folder or .onnx file. The manifest records its card. `extract.upstream.load` loads it.
 """
 
 import hashlib
@@ -12,15 +12,17 @@ from typing import Any
 
 from extract.base.files import sha256_file
 from extract.base.validate import check_name, convert
+from extract.onnx_file import read_record
 from extract.upstream.files import (
     commit_of,
     folder_of,
     local_folder,
+    onnx_file,
     own_normalisation,
     split_revision,
     weights_files,
 )
-from extract.upstream.spec import FBANK, read_config
+from extract.upstream.spec import FBANK, ONNX, read_config
 
 # Hashed in place of a config.json: a change of fbank's definition must change this text.
 _FBANK_RECIPE = "kaldi 80 mel 25/10 ms, deltas 2 x window 5; layer 0 raw, layer 1 CMVN per utterance"
@@ -38,7 +40,7 @@ class UpstreamCard:
     config_sha256: str
     normalise: bool  # waveforms to zero mean and unit variance
     note: str | None  # of its maker, shown wherever its scores are shown
-    folder: Path | None
+    folder: Path | None  # or the .onnx file
 
     def to_dict(self) -> dict[str, Any]:
         """Return the card as the manifest records it."""
@@ -62,6 +64,8 @@ def find_upstream(upstream: str, *, normalise: bool | None = None, name: str | N
         return UpstreamCard(
             FBANK if name is None else name, FBANK, None, FBANK, "", _sha256_text(_FBANK_RECIPE), False, None, None
         )
+    if (path := onnx_file(upstream)) is not None:
+        return _onnx_card(upstream, path, normalise=normalise, name=name)
     folder = folder_of(upstream, weights=True)
     config = read_config(upstream, folder)
     found_id, revision = upstream, None
@@ -80,6 +84,22 @@ def find_upstream(upstream: str, *, normalise: bool | None = None, name: str | N
         normalise=own_normalisation(folder) if normalise is None else normalise,
         note=convert(str | None, config.get("retort_note"), where=f"{folder / 'config.json'}: retort_note"),
         folder=folder,
+    )
+
+
+def _onnx_card(upstream: str, path: Path, *, normalise: bool | None, name: str | None) -> UpstreamCard:
+    record, name = read_record(path), path.name if name is None else name
+    check_name(name, where=f"--name of upstream {upstream!r}")
+    return UpstreamCard(
+        name=name,
+        id=upstream,
+        revision=None,
+        family=ONNX,
+        weights_sha256=sha256_file(path),
+        config_sha256="",  # the file holds everything
+        normalise=record.do_normalize if normalise is None else normalise,
+        note=record.note,
+        folder=path,
     )
 
 

@@ -15,7 +15,7 @@ STUDENT_CODE = Path(__file__).parents[2] / "train/modeling_retort.py"
 class ConfiguredUpstream:
     """One row of the section."""
 
-    source: str  # `fbank`, a local folder, or a hub id: org/name or org/name@REVISION
+    source: str  # `fbank`, a local folder, an .onnx file, or a hub id: org/name or org/name@REVISION
     watch: str | None = None  # file or folder whose change makes the upstream a new one, for DVC
 
 

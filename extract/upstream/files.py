@@ -41,6 +41,16 @@ def local_folder(upstream: str) -> Path | None:
     return path if path.is_dir() else None
 
 
+def onnx_file(upstream: str) -> Path | None:
+    """Return the .onnx file that an upstream names, None for any other source. Raises RetortError if it is missing."""
+    path = find_input(upstream)
+    if path.suffix != ".onnx" or path.is_dir():
+        return None
+    if not path.is_file():
+        raise RetortError(f"upstream {upstream!r} does not exist; `python -m train export FOLDER` writes such a file")
+    return path
+
+
 def split_revision(upstream: str) -> tuple[str, str | None]:
     """Return a hub id and its revision, None for a source without one.
 

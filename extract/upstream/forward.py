@@ -33,7 +33,6 @@ from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.pretrained import open_pretrained
 from extract.corpus import SAMPLE_RATE_HZ, normalise_waveform
-from extract.store.packing import count_frames
 from extract.upstream.card import UpstreamCard
 from extract.upstream.exact import GatedAttention, RowLengths, replace_modules
 from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec
@@ -171,13 +170,6 @@ class Transformer(Upstream):
                 found.append(range(first, row))
                 first = row
         return found
-
-    def num_frames(self, waveforms: Sequence[NDArray[np.float32]]) -> list[int]:
-        """Return the frames of each waveform."""
-        hop, receptive = self.spec.hop_samples, self.spec.receptive_samples
-        num_samples = np.array([len(waveform) for waveform in waveforms])
-        counts: list[int] = count_frames(num_samples, hop_samples=hop, receptive_samples=receptive).tolist()
-        return counts
 
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> list[Tensor]:

@@ -32,7 +32,8 @@ from extract.corpus import SAMPLE_RATE_HZ
 from extract.store.packing import count_frames
 from extract.upstream.card import UpstreamCard
 from extract.upstream.forward import Transformer
-from extract.upstream.spec import FBANK, Upstream
+from extract.upstream.onnx_student import OnnxStudent
+from extract.upstream.spec import FBANK, ONNX, Upstream
 
 BOUND = {"fp32": 1e-4, "tf32": 0.05, "fp16": 0.05, "bf16": 0.3}  # of a padded batch against each utterance alone
 _PROBED_S = (0.5, 0.2, 0.0)  # durations of the three utterances
@@ -65,6 +66,11 @@ def load_upstream(
         from extract.upstream.fbank import Fbank  # imported late: torchaudio is needed for nothing else
 
         return Fbank()
+    if card.family == ONNX:
+        student = OnnxStudent(card, dtype=dtype)
+        if check:
+            _check_alone(student, card.id, _probes(student), _kept(student, layers), dtype=dtype)
+        return student
     upstream = Transformer(card, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if check:
         upstream.facts = replace(upstream.facts, batching=check_upstream(upstream, card.id, layers))
@@ -79,7 +85,7 @@ def check_upstream(upstream: Transformer, name: str, layers: Sequence[int] | Non
     Raises RetortError for an upstream whose hidden states differ from its config.json.
     """
     _check_formula(upstream, name)
-    kept = [layer for layer in range(upstream.spec.num_layers) if layers is None or layer in layers]
+    kept = _kept(upstream, layers)
     probes = _probes(upstream)
     with upstream.in_fp32():
         alone = _check_alone(upstream, name, probes, kept, dtype="fp32")
@@ -91,7 +97,11 @@ def check_upstream(upstream: Transformer, name: str, layers: Sequence[int] | Non
     return batching
 
 
-def _probes(upstream: Transformer) -> list[NDArray[np.float32]]:
+def _kept(upstream: Upstream, layers: Sequence[int] | None) -> list[int]:
+    return [layer for layer in range(upstream.spec.num_layers) if layers is None or layer in layers]
+
+
+def _probes(upstream: Upstream) -> list[NDArray[np.float32]]:
     """Return noise with a tone, of three lengths; all but the shortest end between two hops, as real utterances do."""
     generator, spec = np.random.default_rng(0), upstream.spec
     probes = []
@@ -125,7 +135,7 @@ _States = list[dict[int, NDArray[np.float32]]]  # by probe and kept layer (T, D)
 
 
 def _check_alone(
-    upstream: Transformer, name: str, probes: list[NDArray[np.float32]], kept: list[int], *, dtype: str
+    upstream: Transformer | OnnxStudent, name: str, probes: list[NDArray[np.float32]], kept: list[int], *, dtype: str
 ) -> _States:
     """Return the states of each probe alone. Raises RetortError if they are not as in step 1 above."""
     found: _States = []
@@ -157,7 +167,7 @@ def _check_alone(
     return found
 
 
-def _check_shapes(upstream: Transformer, name: str, num_samples: int, states_1TD: list[Tensor]) -> None:
+def _check_shapes(upstream: Transformer | OnnxStudent, name: str, num_samples: int, states_1TD: list[Tensor]) -> None:
     spec = upstream.spec
     if len(states_1TD) != spec.num_layers:
         raise RetortError(

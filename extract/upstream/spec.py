@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.validate import check_fields
-from extract.store.packing import receptive_field
-from extract.upstream.files import check_config_file, check_plain_weights, check_preprocessor, folder_of
+from extract.onnx_file import OnnxRecord, read_record
+from extract.store.packing import count_frames, receptive_field
+from extract.upstream.files import check_config_file, check_plain_weights, check_preprocessor, folder_of, onnx_file
 
 if TYPE_CHECKING:
     import torch
 
 FBANK = "fbank"
+ONNX = "onnx"
+ON_CPU = (FBANK, ONNX)  # families that run on the CPU, whatever the device of the others
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "retort-student")  # model_type of config.json
 
 # Fields of config.json that decide the dimensions. The lists are by convolution of the stem.
@@ -58,7 +61,7 @@ class UpstreamFacts:
     """Properties of an upstream that are known once it is loaded. The manifest records them."""
 
     convention: str  # meaning of the layers
-    attention: str  # implementation, such as sdpa
+    attention: str  # implementation, such as sdpa, or the version of onnxruntime
     num_parameters: int
     stem: dict[str, Any] | None = None  # shape of the convolution stem; None without one
     batching: dict[str, Any] | None = None  # mode and measured error (extract.upstream.load); None: one by one
@@ -67,6 +70,7 @@ class UpstreamFacts:
     device: str | None = None  # model of the processor or GPU that runs it
     float32: str = "ieee"  # arithmetic of float32 values in convolutions and products of matrices, or "tf32"
     dtype_error: dict[str, dict[str, Any]] = field(default_factory=dict)  # by layer, against fp32; empty for fp32
+    macs_per_audio_s: int | None = None  # of an utterance of one second; None: torch counts them
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,13 @@ class Upstream(Protocol):
     spec: UpstreamSpec
     facts: UpstreamFacts
 
+    def num_frames(self, waveforms: Sequence[NDArray[np.float32]]) -> list[int]:
+        """Return the frames of each waveform."""
+        hop, receptive = self.spec.hop_samples, self.spec.receptive_samples
+        num_samples = np.array([len(waveform) for waveform in waveforms])
+        counts: list[int] = count_frames(num_samples, hop_samples=hop, receptive_samples=receptive).tolist()
+        return counts
+
     def prepare(self, waveforms: Sequence[NDArray[np.float32]]) -> Any:
         """Return what `states` takes for waveforms, float32 (samples,). May run in another thread than `states`."""
         return waveforms
@@ -149,12 +160,14 @@ class Upstream(Protocol):
 
 
 def read_spec(upstream: str) -> UpstreamSpec:
-    """Return the dimensions of an upstream from its config.json; of a hub id no weights are fetched.
+    """Return the dimensions of an upstream from its config.json or .onnx file; of a hub id no weights are fetched.
 
     Raises RetortError if it can't be found, is not of a supported family, or its config lacks a field.
     """
     if upstream == FBANK:
         return FBANK_SPEC
+    if (path := onnx_file(upstream)) is not None:
+        return onnx_spec(read_record(path))
     config = read_config(upstream, folder_of(upstream, weights=False))
     return UpstreamSpec(
         num_layers=config["num_hidden_layers"] + 1,
@@ -163,6 +176,11 @@ def read_spec(upstream: str) -> UpstreamSpec:
         receptive_samples=receptive_field(config["conv_kernel"], config["conv_stride"]),
         stem_dim=config["conv_dim"][-1],
     )
+
+
+def onnx_spec(record: OnnxRecord) -> UpstreamSpec:
+    """Return the dimensions of an exported student. Its file has no output for the stem."""
+    return UpstreamSpec(record.num_layers, record.dim, record.hop_samples, record.receptive_samples, stem_dim=None)
 
 
 def read_config(upstream: str, folder: Path) -> dict[str, Any]:

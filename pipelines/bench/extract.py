@@ -40,7 +40,7 @@ def prepare(bench: Extract) -> dict[str, dict[str, Any]]:
     options, upstream = bench.options, _config(bench).upstream
     if options.shape is not None:
         synthetic.make_teacher(bench.teacher, options.shape)
-    elif (family := find_upstream(upstream).family) in ("fbank", "retort-student"):
+    elif (family := find_upstream(upstream).family) in ("fbank", "onnx", "retort-student"):
         raise RetortError(f"--upstream {upstream} is of family {family}; give a model of transformers' own")
     flop_by_length = synthetic.count_flop(upstream)
     if options.corpus is not None:
