@@ -1,9 +1,10 @@
-"""Commands of stage two: train a student from a feature store and a corpus, export a student.
+"""Commands of stage two: train a student from a feature store and a corpus, export a student, propose its shape.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
     torchrun --nproc-per-node 8 -m -- train run …           the same on eight GPUs
     python -m train export DIR [--int8]                     DIR.onnx, DIR.int8.onnx
+    python -m train shape --family F --params 20M           a section for params.yaml
 
 The first writes DIR (a folder for AutoModel.from_pretrained), RUNDIR/metrics.json and RUNDIR/plots. If it is
 interrupted, the same command resumes from the last checkpoint.
@@ -14,10 +15,12 @@ import extract.base.libraries  # noqa: F401  # first, as it explains an error of
 # isort: split
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
-from extract.base.errors import CommandGroup
+from extract.base.errors import CommandGroup, RetortError
+from train.config import Family
 from train.curves import TOOLS, check_tool
 
 _PATH = click.Path(path_type=Path)
@@ -152,6 +155,37 @@ def export(folder: Path, form: str, int8: bool, out: Path | None) -> None:
         f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to torch in onnxruntime "
         f"{error.max_abs_error:.1e}{rounded}"
     )
+
+
+@main.command()
+@click.option("--family", type=click.Choice(get_args(Family)), required=True)
+@click.option("--params", help="Parameters, such as 20M [default: 5M, 10M, 20M and 30M].")
+@click.option("--macs", help="In place of --params: multiply-accumulates per second of audio, such as 2G.")
+@click.option(
+    "--teacher-dim", default=768, show_default=True, help="Dim of the teacher's layers, and of gendistillers."
+)
+def shape(family: Family, params: str | None, macs: str | None, teacher_dim: int) -> None:
+    """Propose the shape of a student of a size, to 5%, with its parameters, MACs and memory.
+
+    The lines belong into the sections of these names in params.yaml.
+    """
+    from train.shape import PRESETS, Quantity, parse_quantity, propose
+
+    if params is not None and macs is not None:
+        raise RetortError("--params and --macs: give one of them")
+    quantity: Quantity = "params" if macs is None else "macs"
+    text = params if macs is None else macs
+    targets = PRESETS if text is None else (parse_quantity(text, f"--{quantity}"),)
+    for target in targets:
+        size = text or f"{target // 1_000_000}M"
+        try:
+            proposal = propose(family, quantity, target, teacher_dim=teacher_dim)
+        except RetortError as error:
+            if text is not None:
+                raise
+            click.echo(f"# {error}\n")  # the other presets may be possible
+            continue
+        click.echo(proposal.section(f"{family}-{size.lower().replace('.', '-')}"))
 
 
 if __name__ == "__main__":
