@@ -10,7 +10,13 @@ from transformers import (
     HubertConfig,
     HubertModel,
     PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechModel,
+    UniSpeechSatConfig,
+    UniSpeechSatModel,
     Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerModel,
     Wav2Vec2Model,
     WavLMConfig,
     WavLMModel,
@@ -30,6 +36,15 @@ def _hubert_25hz() -> PreTrainedModel:
     return model
 
 
+def conformer(positions: str) -> PreTrainedModel:
+    """Return a model whose blocks have a batch norm with statistics, as after training."""
+    model = Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**TINY, position_embeddings_type=positions))
+    for layer in model.encoder.layers:
+        torch.nn.init.normal_(layer.conv_module.batch_norm.running_mean)
+        torch.nn.init.normal_(layer.conv_module.batch_norm.bias)
+    return model
+
+
 LARGE: dict[str, Any] = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "wav2vec2-base": lambda: Wav2Vec2Model(Wav2Vec2Config(**TINY)),
@@ -39,5 +54,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "hubert-large": lambda: HubertModel(HubertConfig(**TINY, **LARGE)),
     "wavlm-base": lambda: WavLMModel(WavLMConfig(**TINY)),
     "wavlm-large": lambda: WavLMModel(WavLMConfig(**TINY, **LARGE)),
+    "unispeech": lambda: UniSpeechModel(UniSpeechConfig(**TINY)),
+    "unispeech-sat-large": lambda: UniSpeechSatModel(UniSpeechSatConfig(**TINY, **LARGE)),
+    "conformer": lambda: conformer("relative"),
     "data2vec": lambda: Data2VecAudioModel(Data2VecAudioConfig(**TINY, conv_pos_kernel_size=5)),
 }

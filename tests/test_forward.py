@@ -28,7 +28,7 @@ from extract.upstream.exact import OwnFramesGroupNorm, RowLengths
 from extract.upstream.forward import Transformer
 from extract.upstream.load import load_upstream
 from tests.conftest import TINY, save_teacher
-from tests.families import FAMILIES
+from tests.families import FAMILIES, conformer
 from tests.train_world import student
 from train.losses import build_distiller
 from train.student_folder import save_student
@@ -37,11 +37,14 @@ from train.student_folder import save_student
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+MODELS = FAMILIES | {"conformer-rotary": lambda: conformer("rotary")}
+
+
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_batched_equals_alone(family: str, normalise: bool, corpus: Corpus, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = FAMILIES[family]().eval()
+    model = MODELS[family]().eval()
     upstream = load_upstream(find_upstream(str(save_teacher(model, tmp_path, normalise=normalise))))
     assert upstream.facts.batching is not None and upstream.facts.batching["mode"] == "padded"
     assert upstream.facts.batching["max_abs_error"] <= 1e-4 and upstream.facts.batching["relative_error"] <= 1e-5

@@ -54,6 +54,12 @@ _UNLIKE_PARTS: dict[str, dict[str, str]] = {
     "wav2vec2": {},
     "wavlm": {"layer": "WavLM's attention has a gated relative position bias"},
     "data2vec-audio": {"position": "data2vec-audio's position is a stack of convolutions"},
+    "unispeech": {},
+    "unispeech-sat": {},
+    "wav2vec2-conformer": {
+        "position": "a Conformer has no positional convolution",
+        "layer": "a Conformer's block is another",
+    },
     "retort-student": {},
 }
 _FIRST_CONV = "feature_extractor.conv_layers.0.conv"

@@ -295,7 +295,7 @@ def check_input(
     if store.manifest.upstream.get("family") == "fbank":
         raise RetortError(
             f"{store.source} holds filter banks, which have no convolution stem for a student to share frames with; "
-            "give the manifest of a wav2vec2, hubert, wavlm, data2vec-audio or retort-student upstream"
+            "give the manifest of an upstream of the wav2vec 2.0 family"
         )
     if config.stem == "stored":
         _check_stem(config, store if stem_store is None else stem_store)

@@ -1,11 +1,12 @@
 """Modules that replace a teacher's own: exact under padding, and as fast as the device allows.
 
-In a padded batch of the models of transformers, features depend on the padding in three places: the group norm of a
+In a padded batch of the models of transformers, features depend on the padding in four places: the group norm of a
 Base model's first convolution (its statistics are taken over time), data2vec-audio's stack of positional convolutions,
-and HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero).
+HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero), and
+the convolution in every block of a Conformer.
 
 Two more replacements change the last bits alone. WavLM's attention writes out the weights of every head, which nothing
-reads: `GatedAttention` runs one fused kernel. Large models add two branches a block to hidden states that autocast
+reads: `GatedAttention` runs one fused kernel. Large models and Conformers add branches to hidden states that autocast
 leaves in 16 bits: `_keep_residual_float32` makes them float32.
 
 Shapes: B batch, T frames, C channels, D features, H heads, E features of a head.
@@ -52,10 +53,14 @@ def replace_modules(model: Any, lengths: RowLengths) -> None:
     """Replace the modules of a model of transformers that the docstring of this file lists."""
     _replace_group_norm(model, lengths)
     _replace_positional_convolutions(model, lengths)
+    is_conformer = model.config.model_type == "wav2vec2-conformer"
+    if is_conformer:
+        for layer in model.encoder.layers:
+            layer.conv_module.depthwise_conv = _OwnFrames(layer.conv_module.depthwise_conv, lengths)
     if model.config.model_type == "wavlm":
         for layer in model.encoder.layers:
             layer.attention = GatedAttention(layer.attention)
-    if getattr(model.config, "do_stable_layer_norm", False):
+    if is_conformer or getattr(model.config, "do_stable_layer_norm", False):
         _keep_residual_float32(model)
 
 
@@ -98,7 +103,7 @@ class OwnFramesGroupNorm(nn.Module):
 
 
 class _OwnFrames(nn.Module):
-    """Positional convolution whose input is 0 after each utterance's own frames, like the convolution's own padding."""
+    """Convolution over time whose input is 0 after each utterance's own frames, like the convolution's own padding."""
 
     def __init__(self, layer: nn.Module, lengths: RowLengths) -> None:
         super().__init__()
@@ -161,7 +166,7 @@ class GatedAttention(nn.Module):
 
 
 def _keep_residual_float32(model: Any) -> None:
-    """Give the encoder of a Large model (`do_stable_layer_norm`) a float32 input, to which 16-bit branches are added.
+    """Give an encoder a float32 input, to which 16-bit branches are added: of a Large model, or of a Conformer.
 
     Base models normalise the sum after each branch, and layer norms return float32 under autocast.
     """

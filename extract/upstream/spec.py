@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 FBANK = "fbank"
 ONNX = "onnx"
 ON_CPU = (FBANK, ONNX)  # families that run on the CPU, whatever the device of the others
-FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "retort-student")  # model_type of config.json
+FAMILIES = (  # model_type of config.json
+    "wav2vec2",
+    "hubert",
+    "wavlm",
+    "data2vec-audio",
+    "unispeech",
+    "unispeech-sat",
+    "wav2vec2-conformer",
+    "retort-student",
+)
 
 # Fields of config.json that decide the dimensions. The lists are by convolution of the stem.
 _CONFIG = {
