@@ -126,7 +126,9 @@ def size_of(config: StudentConfig, *, teacher_dim: int = TEACHER_DIM) -> Size:
 def _student(config: StudentConfig, teacher_dim: int) -> RetortStudent:
     with torch.device("meta"):
         distiller = build_distiller(config, targets=TARGETS, teacher_dim=teacher_dim, normalise=False)
-    return distiller.student.eval()
+    student: RetortStudent = distiller.student
+    student.train(mode=False)
+    return student
 
 
 def _num_parameters(module: torch.nn.Module) -> int:
