@@ -96,9 +96,9 @@ class Size:
         spec = spec or read_spec(config.upstream)
         stem_dim = check_stem(config.keep, spec.stem_dim, config.upstream)
         codec = codec_named(config.codec)
-        for dim in (spec.dim, stem_dim):
-            if dim is not None:
-                codec.width(dim)  # raises for one that the codec can't store
+        codec.width(spec.dim)  # raises for one that the codec can't store
+        if stem_dim is not None:
+            codec.of_stem.width(stem_dim)
         packing = pack_corpus(config, corpus, spec)
         audio_s = float(corpus.num_samples[packing.pack >= 0].sum()) / SAMPLE_RATE_HZ
         layers = check_layers(config.layers, spec.num_layers, config.upstream)
@@ -132,7 +132,7 @@ class Size:
         """Bytes of the convolution stem's output with its scales; 0 if it is not kept."""
         if self.stem_dim is None:
             return 0
-        return self.packing.num_packs * self.codec.nbytes(1, self.packing.pack_frames, self.stem_dim)
+        return self.packing.num_packs * self.codec.of_stem.nbytes(1, self.packing.pack_frames, self.stem_dim)
 
     @property
     def pooled_bytes(self) -> int:
@@ -149,7 +149,7 @@ class Size:
     def parameter_bytes(self) -> int:
         """Bytes of the parameters that the codec is fitted with, at most; they do not grow with the corpus."""
         hidden = self.codec.parameter_bytes(len(self.layers), self.spec.dim) if "frames" in self.keep else 0
-        return hidden + (0 if self.stem_dim is None else self.codec.parameter_bytes(1, self.stem_dim))
+        return hidden + (0 if self.stem_dim is None else self.codec.of_stem.parameter_bytes(1, self.stem_dim))
 
     @property
     def disk_bytes(self) -> int:

@@ -206,8 +206,6 @@ class LocalRunner:
 
     def fit(self, extraction: Extraction) -> Fitted:
         writer, packs = extraction.writer, sample_packs(extraction.writer.packing)
-        codec = writer.codec
-        assert isinstance(codec, Transform)
         rows = [row for row in writer.error_rows if row == "stem" or "frames" in writer.keep]
         row_bytes = 4 * len(packs) * writer.packing.pack_frames * max(writer.dim, writer.stem_dim or 0)
         count = max(1, _SAMPLE_BYTES // row_bytes)
@@ -225,8 +223,9 @@ class LocalRunner:
         parameters = {}
         for array in writer.coded:
             own = rows[: array.num_layers] if array.codes == "hidden" else rows[-1:]
+            assert isinstance(array.codec, Transform)
             try:
-                parameters[array.codes] = fit(codec, partial(sample, own), list(map(row_name, own)))
+                parameters[array.codes] = fit(array.codec, partial(sample, own), list(map(row_name, own)))
             except RetortError as error:
                 raise RetortError(f"upstream {self.card.id}: {error}") from None
         return parameters

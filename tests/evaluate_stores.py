@@ -120,12 +120,13 @@ def make_store(
         )
         return np.pad(own_LFD, ((0, 0), (0, pack_frames - own_LFD.shape[1]), (0, 0)))
 
-    if isinstance(writer.codec, Transform):
+    if writer.needs_parameters:
         parameters = {}
         for array in writer.coded:
+            assert isinstance(array.codec, Transform)
             values = hidden if array.codes == "hidden" or stem is None else stem
             sample = [states(values, pack)[:, packing.spread(pack)] for pack in range(packing.num_packs)]
-            parameters[array.codes] = fitted_to(writer.codec, np.concatenate(sample, axis=1)).parameters
+            parameters[array.codes] = fitted_to(array.codec, np.concatenate(sample, axis=1)).parameters
         writer = replace(writer, parameters=writer.write_parameters(parameters))
     for shard in range(packing.num_shards):
         packs = [

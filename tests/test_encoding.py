@@ -49,11 +49,11 @@ def fitted_writer(keep: set[str]) -> StoreWriter:
     writer = writer_of("transform:2", keep)
     states = states_of(writer)
     values = {"hidden": states.hidden_LFD, "stem": None if states.stem_FC is None else states.stem_FC[None]}
-    frames, codec = writer.packing.spread(0), writer.codec
-    assert isinstance(codec, Transform)
-    parameters = {
-        array.codes: fitted_to(codec, values[array.codes][:, frames].numpy()).parameters for array in writer.coded
-    }
+    parameters = {}
+    for array in writer.coded:
+        assert isinstance(array.codec, Transform)
+        values_LFD = values[array.codes][:, writer.packing.spread(0)].numpy()
+        parameters[array.codes] = fitted_to(array.codec, values_LFD).parameters
     return replace(writer, parameters=parameters)
 
 
@@ -188,7 +188,7 @@ def test_on_cuda_nothing_waits_for_the_device(teacher: Path, monkeypatch: pytest
     fitted = Transform(0.5)
     parameters = {
         "hidden": fitted_to(fitted, noise[:3]).parameters,
-        "stem": fitted_to(fitted, noise[3:, :, :16]).parameters,
+        "stem": fitted_to(fitted.of_stem, noise[3:, :, :16]).parameters,
     }
     with fake_cuda() as waits:
         upstream.model.to(CUDA)

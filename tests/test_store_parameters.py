@@ -123,7 +123,7 @@ def test_frames_of_a_pack_are_read_as_whole_blocks(made: Path) -> None:
     expected = whole.codec.decode(whole.codes_LRW, None)[[2, 0], 17:40]
     np.testing.assert_allclose(decoded, expected, rtol=1e-5, atol=1e-5)
     codes_1RW, scale = reader.stem_pack(0, frames=slice(17, 40))
-    assert codes_1RW.shape == (1, 2, 2 * 2 * 6) and scale is None and reader.stem_dim == 6
+    assert codes_1RW.shape == (1, 2, 2 * 4 * 6) and scale is None and reader.stem_dim == 6
     assert reader.codec_for([2, 0]) is part.codec, "what it moves to a device is kept"
 
 

@@ -66,6 +66,11 @@ class Codec(ABC):
         """Return R, the rows of codes of frames: that many, or that many blocks."""
         return -(-num_frames // self.block_frames)
 
+    @property
+    def of_stem(self) -> "Codec":
+        """The codec of the stem's output in a store of this codec, without parameters."""
+        return self
+
     def codes_shape(self, num_layers: int, num_frames: int, dim: int) -> tuple[int, int, int]:
         """Return the shape of the codes of layers; a codec with the parameters of a store counts the layers of that."""
         return num_layers, self.num_rows(num_frames), self.width(dim)

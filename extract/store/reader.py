@@ -227,7 +227,7 @@ class StoreReader:
     @property
     def stem_dim(self) -> int:
         """Channels of the stored stem. Raises RetortError for a store without one."""
-        return self.codec.dim(self._stem.shape[-1])
+        return self.codec.of_stem.dim(self._stem.shape[-1])
 
     @cached_property
     def ids(self) -> TextColumn:
@@ -266,17 +266,17 @@ class StoreReader:
 
     @cached_property
     def _hidden_codec(self) -> Codec:
-        return self._fitted("hidden", len(self.layers), self.dim)
+        return self._fitted(self.codec, "hidden", len(self.layers), self.dim)
 
     @cached_property
     def stem_codec(self) -> Codec:
         """The codec that decodes the codes of the stem."""
-        return self._fitted("stem", 1, self.stem_dim)
+        return self._fitted(self.codec.of_stem, "stem", 1, self.stem_dim)
 
-    def _fitted(self, array: str, num_layers: int, dim: int) -> Codec:
+    def _fitted(self, codec: Codec, array: str, num_layers: int, dim: int) -> Codec:
         """Return the codec with the stored parameters for an array of codes, if it has any."""
-        if not self.codec.needs_fit:
-            return self.codec
+        if not codec.needs_fit:
+            return codec
         group, where = self._group, f"the store of {self.source}"
         objects = self._objects.below(f"codec/{array}")
         for name, expected in objects.items():
@@ -284,7 +284,7 @@ class StoreReader:
         with self._refused(f"codec/{array}"):
             parameters = read_parameters(group, array, objects, where=where)
         try:
-            return self.codec.fitted(parameters, (num_layers, dim))
+            return codec.fitted(parameters, (num_layers, dim))
         except RetortError as error:
             raise RetortError(f"{where}: codec/{array}: {error}; run `python -m extract run` again") from None
 

@@ -36,6 +36,7 @@ from extract.store.codec import Array, Codec, Parameters
 from extract.store.transform_layer import BLOCK_FRAMES, MOST_BITS, NUM_BANDS, NUM_GAINS, Layer, section_bytes
 
 MOST_RATE = 4  # bits a value: above it levels are wasted, int4 and int8 lose less
+_STEM_RATE = 4  # bits of the stem's values for one bit of the others: a student's input costs more than its targets
 
 _CACHED_BLOCKS = 128  # of one layer at a time in numpy: the fewest at which matrix products are fast
 _SHAPES = {
@@ -74,6 +75,10 @@ class Transform(Codec):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Transform, (self.rate, self.parameters, self.places)  # without tensors of a device
+
+    @property
+    def of_stem(self) -> "Transform":
+        return Transform(min(_STEM_RATE * self.rate, MOST_RATE))
 
     def width(self, dim: int) -> int:
         width = 2 * self.rate * dim  # BLOCK_FRAMES / 8 bytes for each bit a value

@@ -62,6 +62,7 @@ class CodedArray:
 
     codes: str  # name of the array of codes
     scale: str
+    codec: Codec  # without parameters
     num_layers: int
     axis: tuple[int, ...]  # shape of the axis of layers, empty without one: of the stem, and of rows of all layers
     dim: int
@@ -125,7 +126,7 @@ class StoreWriter:
         if not self.codec.needs_fit:
             return {array.codes: self.codec for array in self.coded}
         return {
-            array.codes: self.codec.fitted(self.parameters[array.codes], (array.num_layers, array.dim))
+            array.codes: array.codec.fitted(self.parameters[array.codes], (array.num_layers, array.dim))
             for array in self.coded
         }
 
@@ -135,9 +136,10 @@ class StoreWriter:
         found = []
         if "frames" in self.keep:
             count = len(self.layers)
-            found.append(CodedArray("hidden", "scale", count, () if self.codec.joins_layers else (count,), self.dim))
+            axis = () if self.codec.joins_layers else (count,)
+            found.append(CodedArray("hidden", "scale", self.codec, count, axis, self.dim))
         if self.stem_dim is not None:
-            found.append(CodedArray("stem", "stem_scale", 1, (), self.stem_dim))
+            found.append(CodedArray("stem", "stem_scale", self.codec.of_stem, 1, (), self.stem_dim))
         return found
 
     @property
@@ -148,7 +150,7 @@ class StoreWriter:
     def create(self) -> None:
         """Make the empty arrays unless they exist; their shapes follow from the fingerprint."""
         frames = self.packing.pack_frames  # raises for a dim before anything is made
-        shapes = [self.codec.codes_shape(array.num_layers, frames, array.dim)[1:] for array in self.coded]
+        shapes = [array.codec.codes_shape(array.num_layers, frames, array.dim)[1:] for array in self.coded]
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, f"rows/{ASIDES}", f"shards/{ASIDES}")  # of killed writers; not again at every shard
         with writing_in(self.folder):
