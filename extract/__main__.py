@@ -296,6 +296,20 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
 
 
 @main.command()
+@_manifest
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+def push(manifest: Path, repo: str, private: bool) -> None:
+    """Publish a finished store in REPO, USER/NAME, a data set repository of the Hugging Face Hub.
+
+    The token is that of `hf auth login`, or HF_TOKEN. After a kill the same command continues.
+    """
+    from extract.store.hub import push_store
+
+    click.echo(f"{manifest} -> {repo}: {push_store(manifest, repo, private=private)} is its manifest")
+
+
+@main.command()
 @click.argument("teacher", type=click.Path(path_type=Path))
 @click.argument("student", type=click.Path(path_type=Path))
 @_path("--corpus", required=True, help="The stores' corpus: NAME.json or .h5.")

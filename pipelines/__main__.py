@@ -1,4 +1,4 @@
-"""Commands of the pipeline around the stages: `python -m pipelines corpus | demo | study | report | bench`.
+"""Commands of the pipeline around the stages: `python -m pipelines corpus | demo | study | report | card | bench`.
 
 Every command is defined beside its code, so that a change of one does not re-run the stages of the others. Its module
 is imported when the command is asked for: a machine that has the libraries of one command needs no others.
@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("pipelines.demo.corpora", "demo_command"),
     "study": ("pipelines.studies", "study_command"),
     "report": ("pipelines.report", "report_command"),
+    "card": ("pipelines.card", "card_command"),
     "bench": ("pipelines.bench", "bench_command"),
 }
 
@@ -38,7 +39,7 @@ class LateGroup(CommandGroup):
         return command
 
 
-@click.group(cls=LateGroup, help="Data set readers, the embedded demo, studies, the report, and benchmarks.")
+@click.group(cls=LateGroup, help="Data set readers, the demo, studies, the report, model cards, and benchmarks.")
 def main() -> None:
     pass
 

@@ -39,6 +39,7 @@ from pipelines.studies import read_study
 from tests.evaluate_stores import make_corpus, make_store, smooth
 from tests.processes import run_command
 from tests.train_world import make_world, student, train_request
+from train.hubert import export_hubert
 from train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -315,6 +316,8 @@ def test_code_runs(
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "expert", raising=False)
+    if page == INTEROP:
+        export_hubert(Path("students/interleaved"), Path("students/interleaved-hubert"))
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block.text, str(block), "exec"), names)

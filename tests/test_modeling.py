@@ -195,7 +195,8 @@ def test_initial_weights() -> None:
 
 _ELSEWHERE = """
 import sys, torch
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
+sys.modules["torch.nn.attention"] = sys.modules["torch.nn.attention.flex_attention"] = None  # as in torch 2.0
 found = {}
 for folder in sys.argv[1:]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -235,7 +236,9 @@ def test_automodel_opens_the_folder_where_this_repository_is_not(tmp_path: Path)
         torch.testing.assert_close(states, list(expected))
         folder = tmp_path / "students" / family
         assert json.loads((folder / "config.json").read_text())["retort_note"] == "made of toys"
+        assert all(file.stat().st_mode & 0o777 == 0o644 for file in folder.iterdir())
         assert {file.name for file in folder.iterdir()} == {
+            "README.md",
             "config.json",
             "model.safetensors",
             "modeling_retort.py",

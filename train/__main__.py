@@ -1,9 +1,11 @@
-"""Commands of stage two: train a student from a feature store and a corpus, export a student, propose its shape.
+"""Commands of stage two: train, export and publish students, propose a shape.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
     torchrun --nproc-per-node 8 -m -- train run …           the same on eight GPUs
     python -m train export DIR [--int8]                     DIR.onnx, DIR.int8.onnx
+    python -m train export DIR --format hubert              DIR-hubert, a folder of transformers' HubertModel
+    python -m train push DIR USER/NAME                      the folder and its model card, on the Hugging Face Hub
     python -m train shape --family F --params 20M           a section for params.yaml
 
 The first writes DIR (a folder for AutoModel.from_pretrained), RUNDIR/metrics.json and RUNDIR/plots. If it is
@@ -137,15 +139,31 @@ def run(
 
 @main.command()
 @click.argument("folder", type=_PATH)
-@click.option("--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("--int8", is_flag=True, help="Weights of matrix products in 8 bits.")
-@click.option("--out", type=_PATH, help="File to write [default: FOLDER.onnx or FOLDER.int8.onnx beside the folder].")
+@click.option("--format", "form", type=click.Choice(["onnx", "hubert"]), default="onnx", show_default=True)
+@click.option("--int8", is_flag=True, help="Of onnx: weights of matrix products in 8 bits.")
+@click.option(
+    "--out",
+    type=_PATH,
+    help="Where to write [default: beside the folder, the file FOLDER.onnx or FOLDER.int8.onnx, or FOLDER-hubert/].",
+)
 def export(folder: Path, form: str, int8: bool, out: Path | None) -> None:
-    """Write a student's FOLDER as one file for another runtime, and compare the two.
+    """Write a student's FOLDER in another format, and compare the two.
 
-    Inputs are input_values and attention_mask of any batch size and length; outputs are last_hidden_state and all
-    hidden states. In int8 run utterances one by one: padding changes the features of a batch.
+    onnx: one file for another runtime. Inputs are input_values and attention_mask of any batch size and length; outputs
+    are last_hidden_state and all hidden states. In int8 run utterances one by one: padding changes the features of a
+    batch.
+
+    hubert: a folder that transformers opens as a HubertModel, without trust_remote_code. Not for gendistillers.
     """
+    if form == "hubert":
+        if int8:
+            raise RetortError("--int8 is of --format onnx, not of hubert; leave it out")
+        from train.hubert import export_hubert
+
+        out = out or folder.with_name(f"{folder.name}-hubert")
+        worst = export_hubert(folder, out)
+        click.echo(f"{folder} -> {out}, largest difference of a hidden state in HubertModel {worst:.1e}")
+        return
     from train.export import export_onnx
 
     out = out or folder.with_name(f"{folder.name}.int8.{form}" if int8 else f"{folder.name}.{form}")
@@ -155,6 +173,25 @@ def export(folder: Path, form: str, int8: bool, out: Path | None) -> None:
         f"{folder} -> {out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to torch in onnxruntime "
         f"{error.max_abs_error:.1e}{rounded}"
     )
+
+
+@main.command()
+@click.argument("folder", type=_PATH)
+@click.argument("repo")
+@click.option(
+    "--card", type=_PATH, help="Model card, of `python -m pipelines card` [default: README.md of the folder]."
+)
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+def push(folder: Path, repo: str, card: Path | None, private: bool) -> None:
+    """Commit a student's FOLDER to REPO, USER/NAME, a model repository of the Hugging Face Hub.
+
+    The FOLDER is that of `train run` or of `train export --format hubert`. The token is that of `hf auth login`, or
+    HF_TOKEN.
+    """
+    from train.push import push_student
+
+    push_student(folder, repo, card=card, private=private)
+    click.echo(f"{folder} -> {repo}")
 
 
 @main.command()

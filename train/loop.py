@@ -22,6 +22,7 @@ from extract.base.files import check_out
 from extract.base.progress import run_id
 from extract.base.provenance import Provenance
 from train import checkpoint
+from train.card import MADE_FROM
 from train.curves import Curves, TrainingRecord, open_curves
 from train.data import Batch
 from train.losses import GenerationDistiller, layer_errors
@@ -31,7 +32,7 @@ from train.probe import score_codes
 from train.progress import TrainingProgress
 from train.run import Run, TrainRequest, begin, grow, snapshot, stage_at, unfreeze_stem
 from train.step import RECENT, audio_so_far, autocast, collect, last_loss, out_of_memory, train_step
-from train.student_folder import MADE_FROM, save_student, versions
+from train.student_folder import save_student, versions
 
 _STORED = "dev/loss_stored_stem"  # curve of one point: the dev loss from the stored stem
 _NOTICEABLE = 0.01  # relative difference of dev losses, from waveforms and from the stored stem, that is reported
@@ -257,6 +258,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dic
         common
         | {
             "teacher_id": run.store.manifest.upstream["id"],
+            "teacher_revision": run.store.manifest.upstream.get("revision"),  # of a hub id
             "store_digest": run.store.digest,
             "corpus_digest": run.corpus.digest,
             "from_teacher": run.parts.copied,

@@ -31,14 +31,16 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:  # FlexAttention is imported where it is used: torch before 2.5 lacks it, and only training needs it
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class RetortStudentConfig(PretrainedConfig):
@@ -268,7 +270,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BTD: Tensor, mask: Tensor | BlockMask | None, past: Past | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, mask: "Tensor | BlockMask | None", past: Past | None = None) -> Tensor:
         """Return the context (B, T, D) of attention within `hidden_BTD` and to the layers in `past`.
 
         Arguments:
@@ -285,9 +287,7 @@ class Attention(nn.Module):
             # From here on keys and values span all layers so far: (B, H, layers x T, K).
             key_BHTK, value_BHTK = (torch.cat(layers, dim=2) for layers in zip(*past, strict=True))
             mask = mask.repeat(1, 1, 1, len(past)) if isinstance(mask, Tensor) else None
-        if isinstance(mask, BlockMask):
-            context_BHTK = _compiled(flex_attention)(query_BHTK, key_BHTK, value_BHTK, block_mask=mask)
-        else:
+        if mask is None or isinstance(mask, Tensor):
             context_BHTK = functional.scaled_dot_product_attention(
                 query_BHTK,
                 key_BHTK,
@@ -295,6 +295,10 @@ class Attention(nn.Module):
                 attn_mask=mask,
                 dropout_p=self.dropout if self.training else 0.0,
             )
+        else:
+            from torch.nn.attention.flex_attention import flex_attention
+
+            context_BHTK = _compiled(flex_attention)(query_BHTK, key_BHTK, value_BHTK, block_mask=mask)
         return self.out_proj(context_BHTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return, unused-ignore]
 
 
@@ -323,7 +327,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_BTD: Tensor, mask: Tensor | BlockMask | None, past: Past | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, mask: "Tensor | BlockMask | None", past: Past | None = None) -> Tensor:
         hidden_BTD = self.layer_norm(hidden_BTD + self.dropout(self.attention(hidden_BTD, mask, past)))
         return self.final_layer_norm(hidden_BTD + self.feed_forward(hidden_BTD))  # type: ignore[no-any-return, unused-ignore]
 
@@ -563,7 +567,7 @@ class RetortGen2dStudent(RetortGenStudent):
                 rows.append(generated[-1])
         return generated
 
-    def all_at_once(self, start_BTD: Tensor, history: list[Tensor], mask: Tensor | BlockMask) -> list[Tensor]:
+    def all_at_once(self, start_BTD: Tensor, history: list[Tensor], mask: "Tensor | BlockMask") -> list[Tensor]:
         """Return all layers from one pass over their N cells.
 
         `mask` is FlexAttention's or bool (B, 1, N, N), True where a query cell attends to a key cell.
@@ -581,13 +585,15 @@ _BLOCK = 128  # queries, or keys, of a block in FlexAttention's kernels
 
 def causal_over_layers(
     num_layers: int, size: int, num_frames: int, mask_B11T: Tensor | None, device: torch.device
-) -> BlockMask:
+) -> "BlockMask":
     """Return FlexAttention's mask over the N cells of `size` utterances.
 
     A cell attends to the own frames of its layer and of the layers before it: block lower triangular over layers.
     The M = N / 128 blocks follow from the layers at their ends. No tensor has N² values: torch's `create_block_mask`
     takes 9.7 GB for twelve layers of one utterance of 8192 frames, this function 4 bytes for each of B M² pairs.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     if mask_B11T is None:
         mask_B11T = torch.ones(size, 1, 1, num_frames, dtype=torch.bool, device=device)
     num_cells = num_layers * num_frames

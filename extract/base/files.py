@@ -100,6 +100,11 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def share(path: Path) -> None:
+    """Give a file mode 0644. safetensors makes files that only their owner can read, which fails on a shared disk."""
+    path.chmod(0o644)
+
+
 def check_out(path: Path, option: str, *, folder_with: str | None = None) -> None:
     """Check before the work that the result can be written to `path`. Raises RetortError that names the `option`.
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from extract.base.errors import RetortError
-from extract.base.files import sha256_file, written_aside
+from extract.base.files import sha256_file, share, written_aside
 from extract.base.validate import check_fields, check_name
 
 _PREFIX = "layer."
@@ -40,6 +40,7 @@ class Codebook:
         with written_aside(path) as aside:
             # One key: safetensors writes several in no fixed order.
             save_file(tensors, aside, metadata={"codebook": json.dumps(facts, sort_keys=True)})
+            share(aside)
 
     @classmethod
     def read(cls, path: Path) -> "Codebook":

@@ -1,4 +1,4 @@
-"""Location of a store's objects: a local folder, or an object store at a URL such as s3://bucket/prefix.
+"""Location of a store's objects: a local folder, or a URL such as s3://bucket/prefix or hf://datasets/USER/NAME.
 
 A store is a set of objects, listed with [bytes, sha256] in one of them (`extract.store.objects`). A location lists and
 moves whole objects.
@@ -7,7 +7,8 @@ A store at a URL is read through a local cache. An object is fetched whole on fi
 and renamed into place, so that zarr and numpy read local files and a second reading needs no network. The cache is
 `stores/.cache` or RETORT_CACHE, with one folder per store digest; it may be deleted at any time.
 
-`extract.store.object_store` lists the known URLs; `extract.store.aws` reads S3's credentials and server.
+`extract.store.object_store` lists the known URLs of object stores; `extract.store.aws` reads S3's credentials and
+server; `extract.store.hub` reads from the Hugging Face Hub.
 """
 
 import asyncio
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _DAMAGED = ".damaged"  # suffix of an object that was found damaged
 _FILE = "file://"  # URLs of local folders, which need no cache
+HUB = "hf://"
 
 
 def is_url(root: Path | str) -> bool:
@@ -45,10 +47,18 @@ def is_url(root: Path | str) -> bool:
 
 
 def root_text(root: Path | str) -> str:
-    """Return a root of stores as manifests record it. Raises RetortError for an empty root and an incomplete URL."""
+    """Return a root of stores as manifests record it.
+
+    Raises RetortError for an empty root, an incomplete URL, and a URL of the Hub, where stores are only published.
+    """
     text = str(root).removeprefix(_FILE)
     if not text:
         raise RetortError("the ROOT of all stores is empty; give a folder such as stores, or a URL")
+    if text.startswith(HUB):
+        raise RetortError(
+            f"the ROOT of all stores {text} is on the Hub, where finished stores are published and read; give a folder "
+            "or an object store, then run `python -m extract push MANIFEST USER/NAME`"
+        )
     if not is_url(text):
         if text.startswith(("s3:", "gs:", "az:")):  # most likely a URL with one slash
             raise RetortError(f"the ROOT of all stores {text} lacks a slash; expected a URL such as s3://bucket/prefix")
@@ -140,6 +150,10 @@ class RemoteLocation:
 
     @cached_property
     def _objects(self) -> "Objects":
+        if self.url.startswith(HUB):
+            from extract.store.hub import HubObjects
+
+            return HubObjects(self.url)
         from extract.store.object_store import Objects  # imported late: a local store needs no client
 
         return Objects(self.url)
@@ -150,9 +164,7 @@ class RemoteLocation:
 
     def check(self) -> None:
         """Raise RetortError for a URL of an unknown kind, or without a bucket; no request is sent."""
-        from extract.store.object_store import Address
-
-        Address.of(self.url)
+        self._objects.check()
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, None where it is missing."""

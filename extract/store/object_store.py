@@ -85,6 +85,10 @@ class Objects:
 
     url: str
 
+    def check(self) -> None:
+        """Raise RetortError for a URL of an unknown kind, or without a bucket; no request is sent."""
+        Address.of(self.url)
+
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every object by name, from one listing."""
         if _forked():

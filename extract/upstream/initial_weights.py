@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from extract.base.files import written_aside
+from extract.base.files import share, written_aside
 
 _KEPT = ("feature_extractor.", "feature_projection.", "encoder.layer_norm.")
 _POSITIONAL = "encoder.pos_conv_embed.conv"
@@ -43,3 +43,4 @@ def write_initial_weights(model: Any, path: Path, *, num_blocks: int, source: st
     config = json.dumps(model.config.to_dict() | {"_name_or_path": source}, sort_keys=True)
     with written_aside(path) as aside:
         save_file(plain, aside, metadata={"config": config})
+        share(aside)
