@@ -115,11 +115,10 @@ def card_text(folder: Path, extras: CardExtras | None = None) -> str:
         parts.append(f"> {note}\n")
     parts += ["## Load\n", load]
     if extras.scores:
-        lines = map(_score_line, extras.scores)
-        parts += ["## Scores\n", "On test splits, in percent:\n", "".join(lines)]
+        parts += ["## Scores\n", "On test splits, in percent:\n", "".join(map(_score_line, extras.scores))]
     facts = {label: _shown(key, made_from[key]) for key, label in _FACTS.items() if made_from.get(key) is not None}
-    lines = (f"- {label}: {value}\n" for label, value in (facts | extras.facts).items())
-    parts += ["## Made from\n", "".join(lines)]
+    facts |= extras.facts
+    parts += ["## Made from\n", "".join(f"- {label}: {value}\n" for label, value in facts.items())]
     if settings := made_from.get("config"):
         parts += ["## Settings\n", f"```yaml\n{yaml.safe_dump(settings, sort_keys=True)}```\n"]
     return "\n".join(parts)

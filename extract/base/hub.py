@@ -34,7 +34,7 @@ def commit_files(repo: str, files: Mapping[str, Path | bytes], *, kind: Kind, me
 @contextmanager
 def in_one_line(repo: str) -> Iterator[None]:
     """Convert what huggingface_hub raises for a refusal or failure of the Hub into a RetortError of one line."""
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
         HfHubHTTPError,
         HFValidationError,
         HTTPError,  # of the HTTP client, which differs between versions of huggingface_hub

@@ -9,7 +9,7 @@ it is finished; `extract run` and `mirror` do not write there.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -124,5 +124,5 @@ def push_store(manifest: Path, repo: str, *, private: bool) -> str:
     return beside.as_posix()
 
 
-def _commit(repo: str, files: dict[str, Path | bytes] | dict[str, Path], path: str, *, private: bool) -> None:
+def _commit(repo: str, files: Mapping[str, Path | bytes], path: str, *, private: bool) -> None:
     commit_files(repo, files, kind="dataset", message=f"Store {path}", private=private)
