@@ -10,6 +10,8 @@ from transformers import (
     HubertConfig,
     HubertModel,
     PreTrainedModel,
+    SEWConfig,
+    SEWModel,
     UniSpeechConfig,
     UniSpeechModel,
     UniSpeechSatConfig,
@@ -57,5 +59,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "unispeech": lambda: UniSpeechModel(UniSpeechConfig(**TINY)),
     "unispeech-sat-large": lambda: UniSpeechSatModel(UniSpeechSatConfig(**TINY, **LARGE)),
     "conformer": lambda: conformer("relative"),
+    "sew": lambda: SEWModel(SEWConfig(**TINY | {"conv_dim": [16] * 13})),
     "data2vec": lambda: Data2VecAudioModel(Data2VecAudioConfig(**TINY, conv_pos_kernel_size=5)),
 }

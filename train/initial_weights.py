@@ -60,6 +60,7 @@ _UNLIKE_PARTS: dict[str, dict[str, str]] = {
         "position": "a Conformer has no positional convolution",
         "layer": "a Conformer's block is another",
     },
+    "sew": {"position": "SEW's positional convolution makes the frames of its blocks"},
     "retort-student": {},
 }
 _FIRST_CONV = "feature_extractor.conv_layers.0.conv"

@@ -1,9 +1,9 @@
 """Modules that replace a teacher's own: exact under padding, and as fast as the device allows.
 
-In a padded batch of the models of transformers, features depend on the padding in four places: the group norm of a
+In a padded batch of the models of transformers, features depend on the padding in five places: the group norm of a
 Base model's first convolution (its statistics are taken over time), data2vec-audio's stack of positional convolutions,
 HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero), and
-the convolution in every block of a Conformer.
+the convolution in every block of a Conformer, and SEW's mask, which lets a frame see one that is half padding.
 
 Two more replacements change the last bits alone. WavLM's attention writes out the weights of every head, which nothing
 reads: `GatedAttention` runs one fused kernel. Large models and Conformers add branches to hidden states that autocast
@@ -57,6 +57,8 @@ def replace_modules(model: Any, lengths: RowLengths) -> None:
     if is_conformer:
         for layer in model.encoder.layers:
             layer.conv_module.depthwise_conv = _OwnFrames(layer.conv_module.depthwise_conv, lengths)
+    if model.config.model_type == "sew":
+        model.encoder = SqueezedEncoder(model.encoder)
     if model.config.model_type == "wavlm":
         for layer in model.encoder.layers:
             layer.attention = GatedAttention(layer.attention)
@@ -112,6 +114,38 @@ class _OwnFrames(nn.Module):
     def forward(self, hidden_BCT: Tensor) -> Tensor:
         result: Tensor = self.layer(hidden_BCT.masked_fill(self.lengths.padding(hidden_BCT), 0))
         return result
+
+
+class SqueezedEncoder(nn.Module):
+    """SEW's encoder without its upsampling: the frames are those of the blocks, several of the stem's each.
+
+    The last frames of an utterance that do not fill one are no frame, as alone: there they are not averaged at all.
+    """
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.config, self.pos_conv_embed, self.pool = own.config, own.pos_conv_embed, own.pool
+        self.layer_norm, self.layers = own.layer_norm, own.layers
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Return the last block's output, (B, T, D). hidden_states, attention_mask: of the stem's frames."""
+        from transformers.masking_utils import create_bidirectional_mask
+        from transformers.modeling_outputs import BaseModelOutput
+
+        if attention_mask is not None:
+            hidden_states = hidden_states.masked_fill(~attention_mask.bool()[..., None], 0)
+        hidden_BDF = hidden_states.transpose(1, 2)
+        pooled_BDT = self.pool(hidden_BDF)
+        num_frames = pooled_BDT.shape[2]
+        hidden_BTD = (pooled_BDT + self.pos_conv_embed(hidden_BDF)[..., :num_frames]).transpose(1, 2)
+        if attention_mask is not None:
+            own_B1 = (attention_mask.sum(1) // self.config.squeeze_factor)[:, None]
+            attention_mask = torch.arange(num_frames, device=own_B1.device) < own_B1
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_BTD, attention_mask=attention_mask)
+        hidden_BTD = self.layer_norm(hidden_BTD)
+        for layer in self.layers:
+            hidden_BTD = layer(hidden_BTD, attention_mask=mask, **options)
+        return BaseModelOutput(last_hidden_state=hidden_BTD)
 
 
 class GatedAttention(nn.Module):

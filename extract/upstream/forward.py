@@ -35,12 +35,13 @@ from extract.base.pretrained import open_pretrained
 from extract.corpus import SAMPLE_RATE_HZ, normalise_waveform
 from extract.upstream.card import UpstreamCard
 from extract.upstream.exact import GatedAttention, RowLengths, replace_modules
-from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec
+from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec, squeeze_factor
 
 CONVENTION = (
     "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
 )
 _NO_ADAPTER = "the adapter that config.json adds behind the encoder is not run: the last layer is the encoder's output"
+_NOT_UPSAMPLED = "the upsampling behind the last block is not run: the last layer has the frames of the others"
 # Names of the encoder's weights. A checkpoint may hold others, of heads, quantisers and adapters, which are not used.
 _OF_THE_ENCODER = re.compile(r"(^|\.)(feature_extractor|feature_projection|encoder)\.")
 _CPU_BATCH_FRAMES = 1536  # 31 s: a seventh faster than batches of 160 s, with a fraction of the memory
@@ -70,14 +71,16 @@ class Transformer(Upstream):
         if not remote:
             replace_modules(self.model, self._lengths)
         self.spec = read_spec(str(card.folder))
-        adapted = config.get("add_adapter") and not remote
+        remark = _NO_ADAPTER if config.get("add_adapter") and not remote else None
+        if config["model_type"] == "sew":
+            remark = _NOT_UPSAMPLED
         self.facts = UpstreamFacts(
-            convention=f"{CONVENTION}; {_NO_ADAPTER}" if adapted else CONVENTION,
+            convention=f"{CONVENTION}; {remark}" if remark else CONVENTION,
             attention=_attention(self.model),
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             stem=_stem_shape(self.model),
             float32=self._float32,
-            remark=_NO_ADAPTER if adapted else None,
+            remark=remark,
         )
         self.model.config.return_dict = True  # some checkpoints are configured to return tuples
 
@@ -318,10 +321,13 @@ def _attention(model: Any) -> str:
 def _stem_shape(model: Any) -> dict[str, Any]:
     """Return the shape of a model's convolution stem, from which a student makes one of the same frames and weights."""
     config = model.config
+    squeezed = squeeze_factor(config.to_dict())
+    # A student of SEW has one convolution more, which makes its frames.
+    added = {"conv_kernel": [squeezed], "conv_stride": [squeezed], "conv_dim": [int(config.conv_dim[-1])]}
     # data2vec-audio has layer norms without a field for them; a student's activation is always GELU.
     own_norm = "group" if any(isinstance(module, nn.GroupNorm) for module in model.modules()) else "layer"
     return {
-        **{key: [int(size) for size in getattr(config, key)] for key in ("conv_kernel", "conv_stride", "conv_dim")},
+        **{key: [*map(int, getattr(config, key)), *(extra if squeezed > 1 else [])] for key, extra in added.items()},
         "feat_extract_norm": str(getattr(config, "feat_extract_norm", own_norm)),
         "conv_bias": bool(getattr(config, "conv_bias", False)),
         "feat_extract_activation": str(getattr(config, "feat_extract_activation", "gelu")),

@@ -33,7 +33,7 @@ from extract.store.packing import count_frames
 from extract.upstream.card import UpstreamCard
 from extract.upstream.forward import Transformer
 from extract.upstream.onnx_student import OnnxStudent
-from extract.upstream.spec import FBANK, ONNX, Upstream
+from extract.upstream.spec import FBANK, ONNX, Upstream, squeeze_factor
 
 BOUND = {"fp32": 1e-4, "tf32": 0.05, "fp16": 0.05, "bf16": 0.3}  # of a padded batch against each utterance alone
 _PROBED_S = (0.5, 0.2, 0.0)  # durations of the three utterances
@@ -123,7 +123,7 @@ def _check_formula(upstream: Transformer, name: str) -> None:
     num_samples = np.array([receptive, receptive + hop - 1, receptive + hop, 16_000, 160_001, 1_000_003])
     expected = count_frames(num_samples, hop_samples=hop, receptive_samples=receptive)
     try:
-        found = np.asarray(formula(torch.from_numpy(num_samples)))
+        found = np.asarray(formula(torch.from_numpy(num_samples))) // squeeze_factor(upstream.model.config.to_dict())
     except _FAILURES as error:
         raise _unusable(name, "its formula of frames fails", error) from None
     if found.shape != expected.shape or (odd := np.flatnonzero(found != expected)).size:

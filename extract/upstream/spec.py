@@ -7,7 +7,7 @@ Shapes: L layers, T frames of an utterance, F frames of a pack, D features, C ch
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ FAMILIES = (  # model_type of config.json
     "unispeech",
     "unispeech-sat",
     "wav2vec2-conformer",
+    "sew",
     "retort-student",
 )
 
@@ -178,13 +179,20 @@ def read_spec(upstream: str) -> UpstreamSpec:
     if (path := onnx_file(upstream)) is not None:
         return onnx_spec(read_record(path))
     config = read_config(upstream, folder_of(upstream, weights=False))
+    squeezed = squeeze_factor(config)
+    kernels, strides = [*config["conv_kernel"], squeezed], [*config["conv_stride"], squeezed]
     return UpstreamSpec(
         num_layers=config["num_hidden_layers"] + 1,
         dim=config["hidden_size"],
-        hop_samples=math.prod(config["conv_stride"]),
-        receptive_samples=receptive_field(config["conv_kernel"], config["conv_stride"]),
-        stem_dim=config["conv_dim"][-1],
+        hop_samples=math.prod(strides),
+        receptive_samples=receptive_field(kernels, strides),
+        stem_dim=config["conv_dim"][-1] if squeezed == 1 else None,
     )
+
+
+def squeeze_factor(config: Mapping[str, Any]) -> int:
+    """Return the frames of the stem that SEW averages to one before its blocks; 1 of other families."""
+    return int(config.get("squeeze_factor", 2)) if config["model_type"] == "sew" else 1
 
 
 def onnx_spec(record: OnnxRecord) -> UpstreamSpec:
@@ -230,5 +238,8 @@ def check_stem(keep: frozenset[str], stem_dim: int | None, upstream: str) -> int
     if "stem" not in keep:
         return None
     if stem_dim is None:
-        raise RetortError(f"--keep stem: upstream {upstream} has no convolution stem; keep frames,pooled")
+        raise RetortError(
+            f"--keep stem: upstream {upstream} has no convolution stem, or not at the rate of its layers; keep "
+            "frames,pooled"
+        )
     return stem_dim
