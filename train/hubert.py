@@ -9,6 +9,7 @@ a padded batch depend on its padding. The student's own class, in its own folder
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def export_hubert(folder: Path, out: Path) -> float:
 @torch.no_grad()
 def as_hubert(student: RetortStackedStudent) -> HubertModel:
     """Return a HuBERT with copies of the student's weights; it computes the same hidden states."""
-    hubert = HubertModel(hubert_config(student.config))  # type: ignore[arg-type]  # transformers types the base alone
+    hubert: HubertModel = HubertModel(hubert_config(student.config))  # type: ignore[arg-type]  # transformers types the base alone
     weights = {name: value.clone() for name, value in student.state_dict().items()}
     position = weights.pop(_POSITION)
     found = hubert.load_state_dict(weights, strict=False)
@@ -72,7 +73,8 @@ def as_hubert(student: RetortStackedStudent) -> HubertModel:
     assert all(name.startswith(_POSITION.replace("weight", "parametrizations")) for name in found.missing_keys)
     # The setter of torch's weight norm divides the weight into g, its norm over two axes, and v, the weight itself.
     hubert.encoder.pos_conv_embed.conv.weight = position
-    return hubert.eval()
+    hubert.train(mode=False)
+    return hubert
 
 
 def hubert_config(config: RetortStudentConfig) -> HubertConfig:
@@ -80,10 +82,10 @@ def hubert_config(config: RetortStudentConfig) -> HubertConfig:
 
     Dropout is the student's. Layer drop and masking are off, as in its training: masking would add an untrained weight.
     """
-    note = {"retort_note": config.retort_note} if hasattr(config, "retort_note") else {}
+    more: dict[str, Any] = {"retort_note": config.retort_note} if hasattr(config, "retort_note") else {}
+    more["num_feat_extract_layers"] = len(config.conv_dim)
     return HubertConfig(
         **{name: getattr(config, name) for name in _SAME_FIELDS},
-        num_feat_extract_layers=len(config.conv_dim),
         hidden_dropout=config.dropout,
         activation_dropout=config.dropout,
         final_dropout=config.dropout,
@@ -94,7 +96,7 @@ def hubert_config(config: RetortStudentConfig) -> HubertConfig:
         do_stable_layer_norm=False,
         feat_proj_layer_norm=True,
         conv_pos_batch_norm=False,
-        **note,
+        **more,
     )
 
 
