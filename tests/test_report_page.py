@@ -45,6 +45,17 @@ def test_the_headline_table_holds_every_measured_number(page: str) -> None:
         assert float(line[9].replace(",", "")) == pytest.approx(1 / speed.rtf.median, abs=0.5)
 
 
+def test_the_box_loads_the_student_of_the_highest_score(page: str) -> None:
+    _, *lines = Tables(page).tables[0]
+    scores = {name: float(line[1].replace("−", "-")) for line in lines for name in STUDENTS if name in line[0]}
+    assert len(scores) == len(STUDENTS)
+    best = max(scores, key=lambda name: scores[name])
+    box = section(page, "use")
+    assert f'from_pretrained("students/{best}", trust_remote_code=True)' in box
+    assert f"{4 * PARAMS[best] / 1e6:.1f} MB" in box and f"students/{best} --int8" in box
+    assert not [name for name in STUDENTS if name != best and f"students/{name}" in box]
+
+
 def test_the_page_makes_no_requests_and_ids_are_unique(page: str) -> None:
     parsed = Tables(page)
     outside = [link for link in parsed.links if not link.startswith(("#", "data:"))]

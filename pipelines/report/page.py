@@ -34,6 +34,7 @@ from pipelines.report.table import (
     write_mean,
     write_relative,
 )
+from train.config import GENERATING
 from train.metrics import RunMetrics
 
 
@@ -78,6 +79,7 @@ def render_page(
         intervals=interval_table(results),
         placed=published_table(results),
         highlights=_highlights(results),
+        use=_use(results),
         trade_offs=_trade_offs(results, looks),
         trainings=[_training(upstream, training, looks[upstream.name]) for upstream, training in results.students],
         closeness=_closeness(results),
@@ -131,6 +133,20 @@ def _highlights(results: Results) -> list[tuple[str, str]]:
             (f"{teacher.rtf.median / student.rtf.median:.1f}×", "as fast as its teacher, on this machine"),
         ]
     return found
+
+
+def _use(results: Results) -> dict[str, Any] | None:
+    """Return what the box "Use it" shows of the best student; of several seeds the first. None without a ranking."""
+    if not (ranked := rank_students(results)):
+        return None
+    best = ranked[0].upstreams[0]
+    assert best.training is not None
+    return {
+        "name": best.name,
+        "folder": f"students/{best.name}",
+        "megabytes": f"{4 * best.speed.params / 1e6:.1f}" if best.speed else None,
+        "is_stacked": best.training.family not in GENERATING,
+    }
 
 
 def _trade_offs(results: Results, looks: Mapping[str, Look]) -> list[dict[str, Any]]:
