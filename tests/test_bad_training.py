@@ -199,7 +199,7 @@ EXPORTS = [
     ),
     asked("out a folder", "train export student --out corpora", "--out corpora is a folder; give a file"),
     asked("out below a file", "train export student --out params.yaml/x", "params.yaml is not a folder"),
-    asked("format", "train export student --format tflite", "'tflite' is not 'onnx'"),
+    asked("format", "train export student --format tflite", "'tflite' is not one of 'onnx', 'hubert'"),
 ]
 
 SCORES = [

@@ -113,7 +113,7 @@ def weights(folder: Path) -> bytes:
 
 PLAIN = (
     "extract run --upstream data/teacher --name teacher --corpus STUDY/corpora/distill.json --threads 1 --layers 2,4,6 "
-    "--initial-blocks 2 --pack-frames 256 --shard-packs 1"
+    "--initial-blocks 2 --pack-frames 256 --shard-packs 1 --codec transform:1"
 )
 
 
