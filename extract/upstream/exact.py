@@ -2,8 +2,8 @@
 
 In a padded batch of the models of transformers, features depend on the padding in five places: the group norm of a
 Base model's first convolution (its statistics are taken over time), data2vec-audio's stack of positional convolutions,
-HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero), and
-the convolution in every block of a Conformer, and SEW's mask, which lets a frame see one that is half padding.
+HuBERT's batch norm before the positional convolution (`conv_pos_batch_norm`: its bias makes padded frames nonzero), the
+convolution in every block of a Conformer, and SEW's mask, which admits a frame that is half padding.
 
 Two more replacements change the last bits alone. WavLM's attention writes out the weights of every head, which nothing
 reads: `GatedAttention` runs one fused kernel. Large models and Conformers add branches to hidden states that autocast
@@ -117,9 +117,9 @@ class _OwnFrames(nn.Module):
 
 
 class SqueezedEncoder(nn.Module):
-    """SEW's encoder without its upsampling: the frames are those of the blocks, several of the stem's each.
+    """SEW's encoder without its upsampling: a frame of the blocks is the mean of several frames of the stem.
 
-    The last frames of an utterance that do not fill one are no frame, as alone: there they are not averaged at all.
+    Frames left over at the end of an utterance, too few for a mean, are masked: for the utterance alone SEW drops them.
     """
 
     def __init__(self, own: Any) -> None:
