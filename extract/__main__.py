@@ -299,14 +299,15 @@ def mirror(manifest: Path, newroot: str, new_manifest: Path | None) -> None:
 @_manifest
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-def push(manifest: Path, repo: str, private: bool) -> None:
+@click.option("--license", default="unknown", show_default=True, help="Identifier of the Hub, such as cc-by-4.0.")
+def push(manifest: Path, repo: str, private: bool, license: str) -> None:
     """Publish a finished store in REPO, USER/NAME, a data set repository of the Hugging Face Hub.
 
     The token is that of `hf auth login`, or HF_TOKEN. After a kill the same command continues.
     """
     from extract.store.hub import push_store
 
-    click.echo(f"{manifest} -> {repo}: {push_store(manifest, repo, private=private)} is its manifest")
+    click.echo(f"{manifest} -> {repo}: {push_store(manifest, repo, private=private, license=license)} is its manifest")
 
 
 @main.command()

@@ -22,6 +22,12 @@ class UpstreamSpeed:
     latency_s: Range  # median over the utterances of a round
     peak_bytes: int  # resident memory of the process, loading included
     peak_gpu_bytes: int | None
+    weight_bytes: int | None = None  # size of an ONNX file; None: float32 parameters, 4 bytes each
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights."""
+        return 4 * self.params if self.weight_bytes is None else self.weight_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from extract.macs import count_macs
 from extract.measures import SpeedFile, UpstreamSpeed
 from extract.upstream.card import find_upstream
 from extract.upstream.configured import STUDENT_CODE, brings_own_code
+from extract.upstream.files import onnx_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,6 +124,7 @@ def _figures(
         latency_s=range_of(runs, name, lambda run: statistics.median(run.outcome["latencies_s"])),
         peak_bytes=max(run.peak_bytes for run in own),
         peak_gpu_bytes=max(gpu_bytes, default=None),
+        weight_bytes=file.stat().st_size if (file := onnx_file(source)) else None,
     )
 
 

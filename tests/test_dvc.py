@@ -224,6 +224,20 @@ def test_a_codebook_is_one_line(tree: Path, stages: dict[str, Settings]) -> None
     assert all(any(covers(dep, file) for file in code) for dep in own)
 
 
+def test_an_exported_student_is_two_lines(tree: Path, stages: dict[str, Settings]) -> None:
+    file = "students/small.onnx"
+    row = {"exports": {"small": {"student": "interleaved", "options": "--int8"}}}
+    after = changed(tree, row | {"upstreams": {"small": {"source": file, "watch": file}}})
+    assert after.keys() - stages.keys() == {"export@small", "extract@small", "evaluate@small"}
+    stage = after["export@small"]
+    assert stage["outs"] == [file] and file in after["extract@small"]["deps"]
+    assert "students/interleaved --int8" in stage["cmd"] and "students/interleaved" in stage["deps"]
+    code = code_of(stage["cmd"])
+    assert all(any(covers(dep, file) for dep in stage["deps"]) for file in code)
+    own = [dep for dep in stage["deps"] if dep.startswith(("extract", "train"))]
+    assert all(any(covers(dep, file) for file in code) for dep in own)
+
+
 def test_an_upstream_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
     row = {"source": "microsoft/wavlm-base-plus", "watch": "extract/upstream"}
     after = changed(tree, {"upstreams": {"wavlm": row}})

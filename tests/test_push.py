@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 import extract.__main__
+from extract.base.errors import RetortError
+from extract.store.hub import check_counts
 from extract.store.reader import StoreReader
 from tests.hub_server import Hub, serving
 from tests.test_modeling import make
@@ -59,9 +61,11 @@ np.save(sys.argv[2], reader.hidden(reader.ids[3]))
 
 
 def test_a_published_store_is_read_where_only_its_manifest_is(hub: Hub, world: World, tmp_path: Path) -> None:
-    done = hub.run("-m", "extract", "push", str(world.manifest), "user/stores", home=tmp_path)
+    command = ("-m", "extract", "push", str(world.manifest), "user/stores", "--license", "cc-by-4.0")
+    done = hub.run(*command, home=tmp_path)
     assert done.returncode == 0, done.stderr
     files = hub.repos["datasets/user/stores"]
+    assert files["README.md"].startswith(b"---\nlicense: cc-by-4.0\n")
     assert not hub.private["datasets/user/stores"]
     here = StoreReader.open(world.manifest)
     path = here.manifest.store["path"]
@@ -76,8 +80,22 @@ def test_a_published_store_is_read_where_only_its_manifest_is(hub: Hub, world: W
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), here.hidden(here.ids[3]))
     num_uploads = hub.num_uploads
-    done = hub.run("-m", "extract", "push", str(world.manifest), "user/stores", home=tmp_path)
+    done = hub.run(*command, home=tmp_path)
     assert done.returncode == 0 and hub.num_uploads == num_uploads  # all objects are there
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        ([f"hidden/c/{chunk}" for chunk in range(10_001)], "10,001 objects in hidden/c"),
+        ([f"{folder}/c/{chunk}" for folder in range(20) for chunk in range(5_001)], "100,020 objects,"),
+    ],
+)
+def test_a_store_of_more_objects_than_the_hub_takes_is_refused(names: list[str], named: str) -> None:
+    check_counts(names[:10_000], source=Path("m.json"))
+    with pytest.raises(RetortError, match=named) as caught:
+        check_counts(names, source=Path("m.json"))
+    assert "m.json" in str(caught.value) and "--shard-packs" in str(caught.value)
 
 
 def test_a_damaged_object_is_not_published(hub: Hub, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ it is finished; `extract run` and `mirror` do not write there.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,12 @@ from extract.store.objects import OBJECTS_NAME
 
 _AT_ONCE = 100  # objects of a commit
 _PIECE_BYTES = 8 << 20
+# The Hub's recommendations, https://huggingface.co/docs/hub/en/repositories-recommendations
+_MOST_FILES = 100_000  # of a repository
+_MOST_IN_FOLDER = 10_000
 _CARD = """\
 ---
+license: {license}
 tags:
 - retort
 ---
@@ -88,15 +93,17 @@ class HubObjects(Objects):
                     yield piece
 
 
-def push_store(manifest: Path, repo: str, *, private: bool) -> str:
+def push_store(manifest: Path, repo: str, *, private: bool, license: str = "unknown") -> str:
     """Publish the finished store of `manifest`; return the path of its manifest in the repository.
 
     Every object is checked against its digest before it is sent, the manifests follow last. After a kill the same
-    command continues: objects that the Hub has are not sent again. Raises RetortError for a store that is incomplete,
-    damaged or not in a folder, and for a refusal of the Hub.
+    command continues: objects that the Hub has are not sent again. `license` is an identifier of the Hub, for the card
+    of the repository. Raises RetortError for a store that is incomplete, damaged, not in a folder or of too many
+    objects, and for a refusal of the Hub.
     """
     old = Manifest.read(manifest)
     old.check_initial_weights(manifest)
+    check_counts(list(old.objects), source=manifest)
     source = LocalLocation(old.folder)
     check_sizes(old.objects, source, source=manifest)
     path = old.store["path"]
@@ -110,7 +117,7 @@ def push_store(manifest: Path, repo: str, *, private: bool) -> str:
             _commit(repo, {f"{path}/{name}": source.file(name) for name in some}, path, private=private)
             bar.advance(sum(old.objects[name][0] for name in some) / 1e6)
     beside = Path("manifests", f"{path}.json")
-    last: dict[str, Path | bytes] = {"README.md": _CARD.format(repo=repo).encode()}
+    last: dict[str, Path | bytes] = {"README.md": _CARD.format(repo=repo, license=license).encode()}
     if old.format_2 is None:
         last[f"{path}/{OBJECTS_NAME}"] = old.objects.to_bytes()
     # As `mirror` writes it: the record of initial weights belongs to the manifest beside them.
@@ -122,6 +129,17 @@ def push_store(manifest: Path, repo: str, *, private: bool) -> str:
     last[beside.as_posix()] = json_text(new.to_dict()).encode()
     _commit(repo, last, path, private=private)
     return beside.as_posix()
+
+
+def check_counts(names: Sequence[str], *, source: Path) -> None:
+    """Raise RetortError for more objects than the Hub takes in a repository, or in one folder of it."""
+    folder, largest = Counter(name.rpartition("/")[0] for name in names).most_common(1)[0]
+    for where, found, most in (("", len(names), _MOST_FILES), (f" in {folder}", largest, _MOST_IN_FOLDER)):
+        if found > most:
+            raise RetortError(
+                f"{source}: the store has {found:,} objects{where}, the Hub takes {most:,}; extract it with a larger "
+                "--shard-packs, or publish it in an object store with `extract mirror`"
+            )
 
 
 def _commit(repo: str, files: Mapping[str, Path | bytes], path: str, *, private: bool) -> None:

@@ -144,7 +144,7 @@ def _use(results: Results) -> dict[str, Any] | None:
     return {
         "name": best.name,
         "folder": f"students/{best.name}",
-        "megabytes": f"{4 * best.speed.params / 1e6:.1f}" if best.speed else None,
+        "megabytes": f"{best.speed.size_bytes / 1e6:.1f}" if best.speed else None,
         "is_stacked": best.training.family not in GENERATING,
     }
 

@@ -121,8 +121,8 @@ def make_columns(results: Results) -> tuple[Column, ...]:
     return (
         *columns,
         Column("params", "M", "low", _of_speed(lambda speed: speed.params / 1e6), _write_size),
-        # 4 bytes per parameter; MB are 10^6 bytes
-        Column("size", "MB, fp32", "low", _of_speed(lambda speed: 4 * speed.params / 1e6), _write_size),
+        # of the weights; MB are 10^6 bytes
+        Column("size", "MB", "low", _of_speed(lambda speed: speed.size_bytes / 1e6), _write_size),
         Column("MACs", "G/s", "low", _of_speed(lambda speed: speed.macs_per_audio_s / 1e9), _write_size),
         Column("speed", "× real time", "high", _of_speed(lambda speed: 1 / speed.rtf.median), lambda x: f"{x:,.0f}"),
     )
