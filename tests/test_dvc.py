@@ -238,6 +238,20 @@ def test_an_exported_student_is_two_lines(tree: Path, stages: dict[str, Settings
     assert all(any(covers(dep, file) for file in code) for dep in own)
 
 
+def test_a_further_teacher_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
+    """Its store is a dependency of students, which find the manifest by its name."""
+    row = {"source": "microsoft/wavlm-base-plus", "watch": "extract/upstream", "layers": "6,12", "codec": "int8"}
+    after = changed(tree, {"further_teachers": {"wavlm": row}})
+    assert after.keys() - stages.keys() == {"extract-further@wavlm"}
+    assert {name for name in stages if stages[name] != after[name]} == set()
+    stage, teacher = after["extract-further@wavlm"], after["extract-teacher"]
+    assert stage["outs"] == ["manifests/targets/wavlm.json"] and "--name wavlm" in stage["cmd"]
+    assert stage["deps"][1:] == teacher["deps"][1:]
+    assert [option in stage["cmd"] for option in teacher["cmd"].split(" --") if "cut-long" in option] == [True]
+    trained = [one for name, one in after.items() if name.startswith("train@")]
+    assert trained and all(any(covers(dep, Path(stage["outs"][0])) for dep in one["deps"]) for one in trained)
+
+
 def test_an_upstream_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
     row = {"source": "microsoft/wavlm-base-plus", "watch": "extract/upstream"}
     after = changed(tree, {"upstreams": {"wavlm": row}})

@@ -23,8 +23,14 @@ def data_of(world: World, **changes: object) -> DistillationData:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    values = [*vars(batch).values(), *batch.scales, *batch.stem_scales]
-    return [value for value in values if isinstance(value, Tensor)]
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    batch._each(keep)
+    return found
 
 
 def test_a_batch_is_made_ready_on_the_device_without_a_wait(tmp_path: Path) -> None:

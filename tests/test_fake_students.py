@@ -1,24 +1,32 @@
 """Every student family on a fake CUDA device: no mix of devices, float32 losses and gradients, no host that waits."""
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from extract.store.codec import CODECS
+from extract.store.codec import CODECS, Codec
 from tests.fake_cuda import CUDA, backward, fake_cuda
 from tests.train_world import TARGETS, student
+from train.coded import Coded
 from train.config import GENERATING, Family, StudentConfig
 from train.data import Batch
 from train.growth import plan_stages
-from train.losses import Distiller, LayerDistiller, build_distiller, layer_errors
+from train.losses import Distiller, LayerDistiller, TeacherTargets, build_distiller, layer_errors, weighted_sum
 from train.modeling_retort import causal_over_layers
+from train.other_targets import OtherTargets
 
 LENGTHS = (8_000, 5_000, 6_400)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def coded(codec: Codec, codes: Any, scale: Any) -> Coded:
+    total = codes.shape[1]
+    scales = (None if scale is None else torch.from_numpy(scale),)
+    return Coded(codec, torch.from_numpy(codes), ((total, total),), scales, torch.arange(total))
 
 
 def make_batch(codec_name: str, *, stored: bool) -> Batch:
@@ -36,11 +44,7 @@ def make_batch(codec_name: str, *, stored: bool) -> Batch:
         samples_BS=torch.from_numpy(generator.integers(-3000, 3000, (len(LENGTHS), max(LENGTHS))).astype(np.int16)),
         statistics_B2=torch.ones(len(LENGTHS), 2),
         num_samples_B=torch.from_numpy(num_samples),
-        codes_LRW=torch.from_numpy(codes),
-        runs=((total, total),),
-        scales=(None if scale is None else torch.from_numpy(scale),),
-        codec=codec,
-        scale_rows_F=torch.arange(total),
+        target_codes=coded(codec, codes, scale),
         rows_F=torch.from_numpy(rows),
     )
     if not stored:
@@ -50,9 +54,7 @@ def make_batch(codec_name: str, *, stored: bool) -> Batch:
         batch,
         samples_BS=None,
         statistics_B2=None,
-        stem_codec=codec,
-        stem_codes_1RW=torch.from_numpy(codes),
-        stem_scales=(None if scale is None else torch.from_numpy(scale),),
+        stem_codes=coded(codec, codes, scale),
         valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
     )
 
@@ -90,13 +92,46 @@ def test_a_step_stays_on_the_device(family: Family, precision: str, codec: str, 
             check_gradients(distiller.named_parameters(), stem)
 
 
+@pytest.mark.parametrize("family", ["distilhubert", "interleaved"])
+def test_a_step_of_two_stores_stays_on_the_device(family: Family) -> None:
+    batch, codec, others = make_batch("int8", stored=False), CODECS["int4"], {"slow": TeacherTargets((2, 6), 24, 0.5)}
+    total = len(batch.rows_F)
+    values = np.random.default_rng(1).standard_normal((2, total, 24), dtype=np.float32)
+    half = total // 2
+    slow = OtherTargets(
+        coded(codec, *codec.encode(values)),
+        torch.arange(half),
+        torch.arange(2 * half).view(half, 2),
+        torch.full((half, 2), 0.5),
+        share=1.0,
+    )
+    batch = replace(batch, others=(slow,))
+    config = student(family)
+    depth = plan_stages(config)[0].depth
+    distiller = build_distiller(config, targets=TARGETS, teacher_dim=16, others=others, normalise=False, depth=depth)
+    with fake_cuda() as waits:
+        distiller.to(CUDA).train()
+        moved = batch.to(CUDA)
+        waits.clear()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            targets = moved.all_targets()
+            predicted = distiller(moved, targets[0])
+            losses = distiller.store_losses(predicted, targets)
+            loss = weighted_sum(losses, distiller.weights)
+        assert [one.shape for one in predicted] == [(total, 16)] * 3 + [(half, 24)] * 2
+        assert {(one.dtype, one.device) for one in (*targets, *losses)} == {(torch.float32, CUDA)}
+        backward(loss)
+        assert waits == []
+        check_gradients(distiller.named_parameters(), "waveforms")
+
+
 def build(config: StudentConfig) -> Distiller:
     """Return a distiller as its first stage of growth has it; without growth a stacked one of three blocks."""
     depth = 3 if config.family == "layerwise" else plan_stages(config)[0].depth
     distiller = build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=depth)
     if config.family == "layerwise":
         assert isinstance(distiller, LayerDistiller)
-        distiller.positions = [0, 1, 2]
+        distiller.positions = [[0, 1, 2]]
     return distiller
 
 

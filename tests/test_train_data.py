@@ -57,8 +57,8 @@ def test_codes_stay_as_stored_until_they_are_decoded(world: World) -> None:
     data = data_of(world)
     [batch], codec = data.training_parts(0), data.store.codec
     num_rows = sum(map(codec.num_rows, data.store.num_frames[list(batch.utterances)].tolist()))
-    assert batch.codes_LRW.numpy().dtype == codec.dtype
-    assert batch.codes_LRW.shape == codec.codes_shape(3, num_rows * codec.block_frames, 16)
+    assert batch.target_codes.codes_LRW.numpy().dtype == codec.dtype
+    assert batch.target_codes.codes_LRW.shape == codec.codes_shape(3, num_rows * codec.block_frames, 16)
     assert batch.targets().dtype == torch.float32 and batch.targets().shape == (3, len(batch.rows_F), 16)
 
 

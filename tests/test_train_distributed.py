@@ -23,6 +23,7 @@ from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
 from tests.distributed_script import run_one
+from tests.test_several_teachers import make_store
 from tests.train_world import SHAPE, World, make_world, student, train_request
 from train.data import PackSampler
 from train.distributed import SINGLE_PROCESS, _buckets
@@ -36,6 +37,7 @@ PAIR = {"log_every": 1, "optimiser": {"lr": 1e-3, "accumulate": 1, "ema": 0.5}}
 ALONE_WITH_TWO = PAIR | {"optimiser": PAIR["optimiser"] | {"accumulate": 2}}
 BF16 = {"precision": "bf16"}
 EVERY = {"checkpoint_every_steps": 1}
+TWO_STORES = {"targets": {"teacher": {"layers": [2, 4, 6]}, "again": {"layers": [2, 6], "weight": 0.5}}}
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -45,6 +47,7 @@ def environment(**changes: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("world"))
+    make_store(world, "again", world.teacher, layers=(2, 6))
     shutil.rmtree(world.teacher)
     return world
 
@@ -67,6 +70,7 @@ def trained(world: World) -> World:
             ("one", "interleaved", ALONE_WITH_TWO),
             ("one-bf16", "interleaved", ALONE_WITH_TWO | BF16),
             ("one-gen", "gendistiller", ALONE_WITH_TWO),
+            ("one-both", "interleaved", ALONE_WITH_TWO | TWO_STORES),
         ):
             run_one(**run(name, family, changes))
         run_one(**run("one-then-two", "interleaved", ALONE_WITH_TWO | EVERY, stop=4))
@@ -76,6 +80,7 @@ def trained(world: World) -> World:
             run("two-gen", "gendistiller", PAIR),
             *(run("parts", "interleaved", PAIR | EVERY, stop) for stop in (3, 4, 6, None)),
             *(run("parts-bf16", "interleaved", PAIR | BF16 | EVERY, stop) for stop in (3, 4, None)),
+            *(run("two-both", "interleaved", PAIR | EVERY | TWO_STORES, stop) for stop in (4, None)),
             run("one-then-two", "interleaved", PAIR | EVERY),
             run("two-then-one", "interleaved", PAIR | EVERY, stop=6),
             run("left", "interleaved", PAIR | EVERY, stop=3),
@@ -110,6 +115,7 @@ def weights(world: World, name: str) -> dict[str, torch.Tensor]:
     [
         ("one", "two", 1e-5),
         ("one-gen", "two-gen", 1e-5),
+        ("one-both", "two-both", 1e-5),
         ("one", "one-then-two", 1e-5),
         ("one", "two-then-one", 1e-5),
         ("one-bf16", "two-bf16", 2e-3),  # the last bit of bf16 is 0.4%
@@ -124,6 +130,8 @@ def test_two_processes_have_the_losses_of_one(trained: World, one: str, two: str
     assert together["dev_by_layer"].keys() == alone["dev_by_layer"].keys()
     for layer, error in alone["dev_by_layer"].items():
         assert together["dev_by_layer"][layer] == pytest.approx(error, abs=tolerance)
+    for name, store in alone["stores"].items():
+        assert together["stores"][name]["dev"] == pytest.approx(store["dev"], abs=tolerance)
 
 
 def test_only_the_main_process_prints(trained: World) -> None:

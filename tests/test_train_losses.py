@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.train_world import TARGETS, World, make_world, student, train_request
+from train.coded import Coded
 from train.data import Batch
 from train.losses import (
     Distiller,
@@ -81,9 +82,7 @@ def test_predictions_are_of_own_frames_in_order(world: World, family: str) -> No
                 utterances=batch.utterances[row : row + 1],
                 samples_BS=batch.samples_BS[row : row + 1, :length],
                 num_samples_B=batch.num_samples_B[row : row + 1],
-                codes_LRW=batch.codes_LRW[:, first : first + frames],
-                runs=((frames, frames),),
-                scale_rows_F=batch.scale_rows_F[first : first + frames],
+                target_codes=Coded.of_values(targets[:, first : first + frames]),
                 rows_F=torch.arange(frames),
             )
             for many, alone in zip(predicted, distiller(one, one.targets()), strict=True):

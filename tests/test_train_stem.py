@@ -83,7 +83,7 @@ def test_a_batch_has_the_output_of_the_frozen_stem(tmp_path: Path, codec: str, d
     for from_waveforms, read in pairs:
         assert (
             read.samples_BS is None
-            and from_waveforms.stem_codes_1RW is None
+            and from_waveforms.stem_codes is None
             and from_waveforms.utterances == read.utterances
         )
         expected_BTC, valid_BT = run.distiller.stem(from_waveforms)

@@ -38,9 +38,12 @@ def main() -> None:
 @click.option("--config", "params", type=_PATH, default=Path("params.yaml"), show_default=True)
 @click.option(
     "--manifest",
+    "manifests",
     type=_PATH,
     required=True,
-    help="Manifest of the teacher's features, NAME.json; its initial weights are NAME.initial.safetensors beside it.",
+    multiple=True,
+    help="Manifest of the teacher's features, NAME.json; its initial weights are NAME.initial.safetensors beside it. "
+    "Repeat it for `targets` of several stores: stem, initial weights and frames are those of the first teacher.",
 )
 @click.option("--corpus", type=_PATH, required=True, help="Corpus of these features: NAME.json or NAME.h5.")
 @click.option("--out", type=_PATH, required=True, help="Folder for the student.")
@@ -74,7 +77,7 @@ def main() -> None:
 def run(
     student: str,
     params: Path,
-    manifest: Path,
+    manifests: tuple[Path, ...],
     corpus: Path,
     out: Path,
     run: Path | None,
@@ -85,7 +88,8 @@ def run(
 ) -> None:
     """Train one student.
 
-    All manifests are of one corpus and one teacher.
+    All manifests are of one corpus, those of --dev-manifest and --stem-manifest of the first teacher. A store that
+    `targets` names and --manifest does not give is read at NAME.json beside the first manifest.
 
     On several GPUs: `torchrun --nproc-per-node N -m -- train run …`. N processes with `optimiser.accumulate: a` give
     the result of one process with N·a.
@@ -99,7 +103,7 @@ def run(
 
     if log is not None:
         check_tool(log)
-    for path in (manifest, dev_manifest, stem_manifest):
+    for path in (*manifests, dev_manifest, stem_manifest):
         if path is not None:
             Manifest.read(path)
     if not corpus.is_file():
@@ -116,7 +120,8 @@ def run(
         request = TrainRequest(
             student=student,
             config=config,
-            manifest=manifest,
+            manifest=manifests[0],
+            other_manifests=manifests[1:],
             dev_manifest=dev_manifest,
             stem_manifest=stem_manifest,
             corpus=corpus,

@@ -20,6 +20,7 @@ from extract.corpus import SAMPLE_RATE_HZ
 
 CARD = "README.md"
 MADE_FROM = "train_config.json"  # its presence marks a folder that may be replaced
+FURTHER = "further_teachers"  # key of train_config.json: origin of the further stores of targets, by name
 WEIGHTS_OF = "student_weights_sha256"  # key of train_config.json: digest of the weights that were exported from
 _FACTS = {  # keys of train_config.json, and what a reader is shown of them
     "teacher_id": "teacher",
@@ -117,6 +118,7 @@ def card_text(folder: Path, extras: CardExtras | None = None) -> str:
     if extras.scores:
         parts += ["## Scores\n", "On test splits, in percent:\n", "".join(map(_score_line, extras.scores))]
     facts = {label: _shown(key, made_from[key]) for key, label in _FACTS.items() if made_from.get(key) is not None}
+    facts |= {f"further teacher {name}": _teacher(one) for name, one in made_from.get(FURTHER, {}).items()}
     facts |= extras.facts
     parts += ["## Made from\n", "".join(f"- {label}: {value}\n" for label, value in facts.items())]
     if settings := made_from.get("config"):
@@ -144,11 +146,24 @@ def _metadata(config: dict[str, Any], made_from: dict[str, Any], name: str, extr
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["speech", "knowledge-distillation", "retort", *custom],
-        # Only a teacher of the Hub has a revision; the id of another one is a folder.
-        base_model=made_from["teacher_id"] if made_from.get("teacher_revision") else None,
+        base_model=_base_models(made_from),
         model_name=name if results else None,
         eval_results=results or None,
     )
+
+
+def _base_models(made_from: dict[str, Any]) -> str | list[str] | None:
+    """Return the teachers of the Hub; only these have a revision, the id of another one is a folder."""
+    teachers = [made_from, *made_from.get(FURTHER, {}).values()]
+    found = [one["teacher_id"] for one in teachers if one.get("teacher_revision")]
+    return found if len(found) > 1 else found[0] if found else None
+
+
+def _teacher(one: dict[str, Any]) -> str:
+    """Return a further teacher with its revision, its features and their store as text."""
+    revision = f" at {one['teacher_revision']}" if one["teacher_revision"] else ""
+    name = _shown("teacher_id", one["teacher_id"])
+    return f"{name}{revision}, fingerprint of its features {one['teacher']}, digest of the store {one['store_digest']}"
 
 
 def _num_parameters(folder: Path) -> int:

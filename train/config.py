@@ -125,13 +125,28 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreTargets:
+    """Targets in one of several stores (docs/methods.md, Several teachers)."""
+
+    layers: tuple[int, ...] | None = None  # None: all in the store except layer 0
+    weight: float = 1.0  # of the store's loss in the weighted mean
+
+    def __post_init__(self) -> None:
+        _check_layers(self.layers, "layers")
+        if self.weight <= 0:
+            raise RetortError(f"weight: got {self.weight:g}, expected more than 0; leave the store out for none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """Settings of one student: a section of `train` in params.yaml. Times are in seconds, intervals in steps."""
 
     family: Family
     steps: int
     shape: ShapeConfig
-    targets: tuple[int, ...] | None = None  # teacher layers to predict; None: all in the store except layer 0
+    # Teacher layers to predict; None: all in the store except layer 0. With several stores: targets by the name of the
+    # upstream, as its manifest has it.
+    targets: dict[str, StoreTargets] | tuple[int, ...] | None = None
     init: Literal["teacher", "random"] = "teacher"  # initial weights
     # Input of the steps with a frozen stem. `stored` reads the stem's output, which `extract run --keep
     # frames,pooled,stem` wrote, and no waveform. Steps that train the stem read waveforms, and so do all dev scores of
@@ -163,10 +178,7 @@ class StudentConfig:
         for name, divisor in (("heads", shape.heads), ("position_groups", shape.position_groups)):
             if shape.dim % divisor:
                 raise RetortError(f"shape.dim: got {shape.dim}, expected a multiple of shape.{name} ({divisor})")
-        if self.targets is not None and (
-            not self.targets or list(self.targets) != sorted(set(self.targets)) or self.targets[0] < 1
-        ):
-            raise RetortError(f"targets: got {list(self.targets)}, expected ascending layers from 1 up")
+        self._check_targets()
         self._check_stem()
         self._check_codes()
         if not 0 <= self.optimiser.ema < 1:
@@ -174,6 +186,27 @@ class StudentConfig:
         if self.dev_split in self.train_splits:
             raise RetortError(
                 f"dev_split: {self.dev_split!r} is one of train_splits; give a split that does not train, or null"
+            )
+
+    def _check_targets(self) -> None:
+        if not isinstance(self.targets, dict):
+            _check_layers(self.targets, "targets")
+            return
+        if not self.targets:
+            raise RetortError("targets: got no store, expected the layers of one, or a mapping with a key for each")
+        for name in self.targets:
+            check_name(name, where="targets")
+        if len(self.targets) == 1:
+            return
+        if self.family in GENERATING:
+            raise RetortError(
+                f"targets: got {len(self.targets)} stores, but a {self.family} generates the layers of one teacher one "
+                "after another; give one store, or set family to distilhubert or to one that is layer to layer"
+            )
+        if self.codebook is not None:
+            raise RetortError(
+                f"codebook: got {self.codebook!r}, whose words are those of one store, and `targets` has "
+                f"{len(self.targets)}; leave the codebook out, or give one store"
             )
 
     def _check_stem(self) -> None:
@@ -210,6 +243,10 @@ class StudentConfig:
             if self.dev_split is None:
                 raise RetortError("codebook: codes are measured on the dev split; set dev_split, or leave codebook out")
 
+    def targets_in(self, store: str) -> StoreTargets:
+        """Return the targets in a store, by the name of its upstream."""
+        return self.targets[store] if isinstance(self.targets, dict) else StoreTargets(layers=self.targets)
+
     @property
     def stem_trains_from(self) -> float:
         """First step that trains the stem; infinity if none does."""
@@ -228,6 +265,11 @@ class StudentConfig:
         A stacked student's blocks stand at other depths than the teacher's first ones, so none is copied there.
         """
         return self.shape.layers if self.family in ("distilhubert", *GENERATING) else 0
+
+
+def _check_layers(layers: tuple[int, ...] | None, name: str) -> None:
+    if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < 1):
+        raise RetortError(f"{name}: got {list(layers)}, expected ascending layers from 1 up")
 
 
 def _check_range(section: object, name: str, *, low: float, below: float = math.inf) -> None:

@@ -6,15 +6,15 @@ decoded on the training device, which keeps transfers small. With a stored stem 
 frames,pooled,stem`) its codes replace the samples and no audio is read. A pack may contain dev utterances too: they are
 excluded from training batches and form batches of their own.
 
-A row of codes holds `Codec.block_frames` frames of one utterance: one frame, or 16 in a transform codec, whose last row
-of an utterance may hold fewer own frames.
+With several stores the packs are those of the first one; train/other_targets.py matches the others to them.
 
 Shapes: B batch, S samples, T frames of the padded batch, F own frames of all utterances in a row, L layers, D dim,
-C channels of the stem, R rows of codes, W codes of a row, N = B T.
+C channels of the stem, R rows of codes, W codes of a row (train/coded.py), N = B T.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ, Corpus, scale_samples, waveform_statistics
-from extract.store.codec import Codec
 from extract.store.packing import ranges
 from extract.store.reader import StoreReader
+from train.coded import Coded, CodeReader
+from train.other_targets import OtherStore, OtherTargets
 from train.read_ahead import read_ahead_on
 
-Runs = tuple[tuple[int, int], ...]  # rows of codes and own frames of each run that is decoded with one scale
 _CPU = torch.device("cpu")
 
 
@@ -44,16 +44,11 @@ class Batch:
     num_samples_B: Tensor  # int64
     samples_BS: Tensor | None = None  # int16, zero past each utterance's end
     statistics_B2: Tensor | None = None  # float32: mean and deviation of each waveform; None: not to be normalised
-    codec: Codec | None  # None: the codes are the values, float32
-    codes_LRW: Tensor  # as stored, rows with own frames only, utterance after utterance
-    runs: Runs  # one for a part of a pack, and for codes without a scale
-    scales: tuple[Tensor | None, ...]  # of the runs, as stored
-    scale_rows_F: Tensor  # int64: row of each own frame, counted from the first frame of its run's scale or codes
+    target_codes: Coded
     rows_F: Tensor  # int64: position of each own frame in the flattened (B, T) grid
-    stem_codec: Codec | None = None  # None: the codes of the stem are its values, float32
-    stem_codes_1RW: Tensor | None = None  # the stem's output in place of samples, in the runs of the targets
-    stem_scales: tuple[Tensor | None, ...] = ()
+    stem_codes: Coded | None = None  # the stem's output in place of samples
     valid_BT: Tensor | None = None  # bool: True on own frames; given with the stem's output
+    others: tuple[OtherTargets, ...] = ()  # of further stores
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; from pinned memory the copies are queued there, and the host goes on."""
@@ -77,9 +72,9 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 changed[name] = change(value)
-            elif name in ("scales", "stem_scales"):
-                changed[name] = tuple(one if one is None else change(one) for one in value)
-        return replace(self, **changed)
+            elif isinstance(value, Coded):
+                changed[name] = value.each(change)
+        return replace(self, **changed, others=tuple(one.each(change) for one in self.others))
 
     def waveforms(self) -> Tensor:
         """Return the waveforms, float32 (B, S), zero on padding, normalised if the teacher's were."""
@@ -94,33 +89,28 @@ class Batch:
         return waveforms_BS.masked_fill_(padding_BS, 0)
 
     def targets(self) -> Tensor:
-        """Return the teacher's layers, float32 (L, F, D), decoded on the batch's device."""
-        return self._decoded(self.codec, self.codes_LRW, self.scales)
+        """Return the teacher's layers, float32 (L, F, D), decoded on the batch's device; those of the first store."""
+        return self.target_codes.decoded()
+
+    def all_targets(self) -> tuple[Tensor, ...]:
+        """Return the teachers' layers of every store, float32 (L, F, D) with L, F and D of that store."""
+        return (self.targets(), *(other.targets() for other in self.others))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of this part in its pack, by store."""
+        return (self.share, *(other.share for other in self.others))
+
+    def matched(self, values_FD: Tensor, store: int) -> Tensor:
+        """Return values of the student's own frames (F, D) at the frames of a store, given by its number."""
+        return values_FD if store == 0 else self.others[store - 1].matched(values_FD)
 
     def stem(self) -> tuple[Tensor, Tensor]:
         """Return the stored stem's output, float32 (B, T, C), zero on padding, and the own frames, bool (B, T)."""
-        assert self.stem_codes_1RW is not None and self.valid_BT is not None
-        stem_FC = self._decoded(self.stem_codec, self.stem_codes_1RW, self.stem_scales)[0]
+        assert self.stem_codes is not None and self.valid_BT is not None
+        stem_FC = self.stem_codes.decoded()[0]
         grid_NC = stem_FC.new_zeros(self.valid_BT.numel(), stem_FC.shape[1])
         return grid_NC.index_copy_(0, self.rows_F, stem_FC).view(*self.valid_BT.shape, -1), self.valid_BT
-
-    def _decoded(self, codec: Codec | None, codes_LRW: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
-        if codec is None:
-            return codes_LRW
-        num_frames = [count for _, count in self.runs]
-        values_LFD = torch.empty(codec.values_shape(codes_LRW.shape, sum(num_frames)), device=codes_LRW.device)
-        parts = zip(
-            torch.split(values_LFD, num_frames, dim=1),
-            torch.split(codes_LRW, [rows for rows, _ in self.runs], dim=1),
-            scales,
-            torch.split(self.scale_rows_F, num_frames),
-            strict=True,
-        )
-        # Targets have the same values in every precision of the student.
-        with torch.autocast(codes_LRW.device.type, enabled=False):
-            for values, codes, scale, rows in parts:
-                codec.decode_into(values, codes, scale, rows)
-        return values_LFD
 
 
 class PackSampler:
@@ -143,16 +133,6 @@ class PackSampler:
             position += len(order) - offset
 
 
-@dataclass(frozen=True)
-class _Coded:
-    """Codes of U utterances, end to end, with the scale of all or of each of them."""
-
-    codec: Codec | None  # None: the codes are the values
-    codes_LRW: Tensor
-    scales: tuple[Tensor | None, ...]
-    first_U: NDArray[np.int64]  # first frame of each utterance, counted from that of its scale or else of the codes
-
-
 def _dev(corpus: Corpus, split: str) -> NDArray[np.int64]:
     """Return the indices of the dev split. Raises RetortError with the ways out if the corpus has none."""
     try:
@@ -170,6 +150,7 @@ class DistillationData:
     Arguments:
         layers: teacher layers, in the order of the batches' first axis.
         train_splits, dev_split: splits of the corpus; utterances of other splits are not used.
+        others: further stores of the targets.
         stem_store: another store of the corpus, in whose packs the stored stem lies; None: that of the targets.
         stored_draws: number of packs, from the first draw on, with the stored stem in place of waveforms.
         micro_frames: largest number of frames of a part of a pack, padding included; 0: packs are not cut.
@@ -185,13 +166,16 @@ class DistillationData:
         train_splits: tuple[str, ...],
         dev_split: str | None,
         seed: int,
+        others: Sequence[OtherStore] = (),
         stem_store: StoreReader | None = None,
         stored_draws: float = 0,
         micro_frames: int = 0,
     ) -> None:
         self.corpus, self.store, self.layers = corpus, store, layers
-        self.codec = store.codec_for(layers)
+        self.others = tuple(others)
         self.stem_store = stem_store or store
+        self._targets = CodeReader(store, layers)
+        self.codec = self._targets.codec
         self.stored_draws, self.micro_frames = stored_draws, micro_frames
         self.normalise = bool(store.manifest.upstream["normalise"])
         self._statistics = np.full((len(corpus), 2), np.nan, dtype=np.float32)  # computed when first read
@@ -233,8 +217,7 @@ class DistillationData:
         """
         members = self.store.utterances_of(pack)
         chosen = members[self.is_train[members]]
-        total = int(self.store.num_frames[chosen].sum())
-        return tuple(self._part(pack, part, total, stored=stored, pin=pin) for part in self._cut(chosen))
+        return tuple(self._part(pack, part, chosen, stored=stored, pin=pin) for part in self._cut(chosen))
 
     def _cut(self, utterances: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Cut utterances, in their order, into parts of at most `micro_frames` frames including padding."""
@@ -248,15 +231,21 @@ class DistillationData:
                 first, longest = row, num_frames
         return np.split(utterances, starts)
 
-    def _part(self, pack: int, utterances: NDArray[np.int64], total: int, *, stored: bool, pin: bool) -> Batch:
-        """Return one part of a pack; `total`: own frames of all its parts."""
-        targets = self._codes(pack, utterances, pin=pin)
+    def _part(
+        self, pack: int, utterances: NDArray[np.int64], whole: NDArray[np.int64], *, stored: bool, pin: bool
+    ) -> Batch:
+        """Return one part of a pack; `whole`: the utterances of all its parts."""
+        targets = self._targets.of_pack(pack, utterances, pin=pin)
         stem = None
         if stored:
             own = self.stem_store is self.store
-            stem = self._codes(pack, utterances, is_stem=True, pin=pin) if own else self._decoded_stem(utterances)
-        share = int(self.store.num_frames[utterances].sum()) / total
-        return self._batch(utterances, targets, stem, share=share, pin=pin)
+            stem = self._stem.of_pack(pack, utterances, pin=pin) if own else self._decoded_stem(utterances)
+        share = int(self.store.num_frames[utterances].sum()) / int(self.store.num_frames[whole].sum())
+        return self._batch(utterances, targets, stem, whole=whole, share=share, pin=pin)
+
+    @cached_property
+    def _stem(self) -> CodeReader:
+        return CodeReader(self.store, None)
 
     def dev_batches(
         self, *, device: torch.device = _CPU, stored: bool = False, rank: int = 0, size: int = 1
@@ -272,33 +261,19 @@ class DistillationData:
         ):
             yield batch
 
-    def _decoded_stem(self, utterances: NDArray[np.int64]) -> _Coded:
+    def _decoded_stem(self, utterances: NDArray[np.int64]) -> Coded:
         """Return the stem's output from another store, decoded here: its packs hold other utterances."""
         stems = [self.stem_store.stem_at(index) for index in utterances.tolist()]
-        return _Coded(None, torch.from_numpy(np.concatenate(stems)[None]), (), np.zeros(0, dtype=np.int64))
+        return Coded.of_values(torch.from_numpy(np.concatenate(stems)[None]))
 
     def _dev_batch(self, utterances: NDArray[np.int64], *, stored: bool, pin: bool) -> Batch:
         """Return dev utterances, which lie in several packs: each brings its own scale."""
-        targets = self._dev_codes(utterances)
+        targets = self._targets.of_utterances(utterances)
         stem = None
         if stored:
             own = self.stem_store is self.store
-            stem = self._dev_codes(utterances, is_stem=True) if own else self._decoded_stem(utterances)
-        return self._batch(utterances, targets, stem, pin=pin)
-
-    def _dev_codes(self, utterances: NDArray[np.int64], *, is_stem: bool = False) -> _Coded:
-        """Read the codes of utterances, each with the part of its pack's scale that it needs."""
-        codes, scales, first = [], [], []
-        for index in utterances.tolist():
-            one = self._codes(int(self.store.pack_of[index]), np.array([index]), is_stem=is_stem)
-            scale, row = self.codec.span(one.scales[0], int(one.first_U[0]), int(self.store.num_frames[index]))
-            codes.append(one.codes_LRW)
-            scales.append(None if scale is None else scale.clone())  # a view would keep the scale of a whole pack
-            first.append(row)
-        codes_LRW = torch.cat(codes, dim=1)
-        if self.codec.scale_dtype is None:
-            return _Coded(one.codec, codes_LRW, (None,), self._first_in_codes(utterances))
-        return _Coded(one.codec, codes_LRW, tuple(scales), np.array(first))
+            stem = self._stem.of_utterances(utterances) if own else self._decoded_stem(utterances)
+        return self._batch(utterances, targets, stem, whole=utterances, pin=pin)
 
     def _dev_groups(self) -> Iterator[NDArray[np.int64]]:
         """Yield the utterances of each dev batch, longest first, which keeps padding small."""
@@ -310,80 +285,34 @@ class DistillationData:
             yield order[start:stop]
             start = stop
 
-    def _codes(self, pack: int, utterances: NDArray[np.int64], *, is_stem: bool = False, pin: bool = False) -> _Coded:
-        """Read the codes of a pack's utterances, in order of first frame: of the stem or of the target layers."""
-        store, block = self.store, self.codec.block_frames
-        codec = store.stem_codec if is_stem else self.codec
-        rows_R = ranges(store.first_frame[utterances] // block, self._num_rows(utterances))
-        gaps = np.flatnonzero(np.diff(rows_R) != 1) + 1  # where utterances of another split lie between
-        spans = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in np.split(rows_R, gaps)]
-        num_layers, dim = (1, store.stem_dim) if is_stem else (len(self.layers), store.dim)
-        dtype = torch.from_numpy(np.empty(0, dtype=codec.dtype)).dtype
-        codes_LRW = torch.empty(codec.codes_shape(num_layers, len(rows_R) * block, dim), dtype=dtype, pin_memory=pin)
-        # Read in place. Rows of another split between the spans are read too: a read per gap and layer would cost more.
-        first, stop = spans[0].start, spans[-1].stop
-        out = codes_LRW.numpy()
-        if len(spans) > 1:
-            out = np.empty(codec.codes_shape(num_layers, (stop - first) * block, dim), dtype=codec.dtype)
-        frames = slice(first * block, stop * block)
-        if is_stem:
-            _, scale = store.stem_pack(pack, frames=frames, out=out)
-        else:
-            scale = store.pack(pack, self.layers, frames=frames, out=out).scale
-        if len(spans) > 1:
-            own_rows = [out[:, span.start - first : span.stop - first] for span in spans]
-            np.concatenate(own_rows, axis=1, out=codes_LRW.numpy())
-        if scale is None:
-            return _Coded(codec, codes_LRW, (None,), self._first_in_codes(utterances))
-        return _Coded(codec, codes_LRW, (torch.from_numpy(scale),), store.first_frame[utterances])
-
-    def _num_rows(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of codes of each utterance; its first frame is the first one of a row."""
-        return -(-self.store.num_frames[utterances] // self.codec.block_frames)
-
-    def _first_in_codes(self, utterances: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the first frame of each utterance, counted from the first one of codes that lie end to end."""
-        num_rows = self._num_rows(utterances)
-        return (np.cumsum(num_rows) - num_rows) * self.codec.block_frames
-
     def _batch(
         self,
         utterances: NDArray[np.int64],
-        targets: _Coded,
-        stem: _Coded | None,
+        targets: Coded,
+        stem: Coded | None,
         *,
+        whole: NDArray[np.int64],
         share: float = 1.0,
         pin: bool,
     ) -> Batch:
         num_frames, num_samples = self.store.num_frames[utterances], self.corpus.num_samples[utterances]
         width = int(num_frames.max())  # T
-        runs: Runs = ((targets.codes_LRW.shape[1], int(num_frames.sum())),)
-        if len(targets.scales) > 1:
-            runs = tuple(zip(self._num_rows(utterances).tolist(), num_frames.tolist(), strict=True))
         batch = Batch(
             utterances=tuple(utterances.tolist()),
             duration_s=float(num_samples.sum()) / SAMPLE_RATE_HZ,
             share=share,
             num_samples_B=torch.from_numpy(num_samples),
-            codec=targets.codec,
-            codes_LRW=targets.codes_LRW,
-            runs=runs,
-            scales=targets.scales,
-            scale_rows_F=torch.from_numpy(ranges(targets.first_U, num_frames)),
+            target_codes=targets,
             rows_F=torch.from_numpy(ranges(np.arange(len(utterances)) * width, num_frames)),  # of the flattened grid
+            others=tuple(other.of(utterances, whole, pin=pin) for other in self.others),
         )
         if stem is None:
             batch = replace(batch, samples_BS=self._samples(utterances, pin=pin))
             if self.normalise:
                 batch = replace(batch, statistics_B2=torch.from_numpy(self._statistics[utterances]))
         else:
-            batch = replace(
-                batch,
-                stem_codec=stem.codec,
-                stem_codes_1RW=stem.codes_LRW,
-                stem_scales=stem.scales,
-                valid_BT=torch.from_numpy(np.arange(width) < num_frames[:, None]),
-            )
+            valid_BT = torch.from_numpy(np.arange(width) < num_frames[:, None])
+            batch = replace(batch, stem_codes=stem, valid_BT=valid_BT)
         return batch.pinned() if pin else batch
 
     def _samples(self, utterances: NDArray[np.int64], *, pin: bool) -> Tensor:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from extract.base.files import check_out
 from extract.base.progress import run_id
 from extract.base.provenance import Provenance
 from train import checkpoint
-from train.card import MADE_FROM
+from train.card import FURTHER, MADE_FROM
 from train.curves import Curves, TrainingRecord, open_curves
 from train.data import Batch
-from train.losses import GenerationDistiller, layer_errors
-from train.metrics import CodeScore, GrowthStep, LayerError, RunLoss, RunMetrics
+from train.losses import Distiller, GenerationDistiller, layer_errors
+from train.metrics import CodeScore, GrowthStep, LayerError, RunLoss, RunMetrics, StoreScore
 from train.optimiser import learning_rate
 from train.probe import score_codes
 from train.progress import TrainingProgress
@@ -67,7 +67,7 @@ def train(request: TrainRequest) -> RunMetrics:
             codes = {} if run.words_LSKD is None or free is None else score_codes(run)
         except torch.OutOfMemoryError:
             raise out_of_memory(run) from None
-        _log(run, progress, _dev_curve(free, forced))
+        _log(run, progress, _dev_curve(run, free, forced))
         if not run.distiller.stem_trains:
             _compare_stems(run, progress, free)
     return _finish(run, free, forced, codes)
@@ -82,6 +82,7 @@ def open_record(run: Run) -> Curves | None:
         "student": request.student,
         "config": asdict(request.config),
         "store_digest": run.store.digest,
+        **_further_stores(run),
         "corpus_digest": run.corpus.digest,
         "key": run.key,
         "run_id": run_id(),  # of the log lines
@@ -131,7 +132,7 @@ def _run_steps(run: Run, progress: TrainingProgress, batches: Iterator[tuple[Bat
             skipped = {"train/skipped": float(state.skipped)} if run.scaler.is_enabled() else {}
             _log(run, progress, {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)} | skipped)
         if scores:
-            _log(run, progress, _dev_curve(*_dev(run)))
+            _log(run, progress, _dev_curve(run, *_dev(run)))
         due = reads and clock - saved > config.checkpoint_every_s
         if run.request.processes.is_main and (saves or due):
             checkpoint.save(run.checkpoint, snapshot(run))
@@ -143,13 +144,15 @@ def _run_steps(run: Run, progress: TrainingProgress, batches: Iterator[tuple[Bat
 
 @dataclass(frozen=True)
 class DevScore:
-    """Loss, and errors by teacher layer, over the dev split: means over its frames.
+    """Loss over the dev split, a mean over its frames, and of each store of targets its loss and errors by layer.
 
-    The loss `codes` has no errors by layer: its predictions are not in the teacher's units.
+    With several stores the loss is the weighted mean of theirs. The loss `codes` has no errors by layer: its
+    predictions are not in the teacher's units.
     """
 
     loss: float
-    by_layer: dict[int, LayerError]
+    store_losses: tuple[float, ...]
+    by_layer: tuple[dict[int, LayerError], ...]  # by store, then by its teacher's layer
 
 
 def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
@@ -168,29 +171,43 @@ def score_dev(run: Run, *, forced: bool = False, stored: bool | None = None) -> 
     """
     stored = not run.request.config.needs_audio if stored is None else stored
     distiller, processes = run.scored.eval(), run.request.processes
-    num_frames: list[int] = []  # of each batch
-    scores: list[Tensor] = []  # of each batch, on the device: loss, then three errors per layer
+    num_frames: list[list[int]] = []  # of each batch, by store
+    scores: list[Tensor] = []  # of each batch, on the device: losses of the stores, then three errors per layer
     device = run.request.device
     for batch in run.dev_data.dev_batches(device=device, stored=stored, rank=processes.rank, size=processes.size):
         with autocast(run):
-            targets_LFD = batch.targets()
-            predicted = distiller(batch, targets_LFD, forced)
-            loss = distiller.loss(predicted, targets_LFD)
-        errors = [] if distiller.layer_loss == "codes" else [layer_errors(predicted, targets_LFD).flatten()]
-        scores.append(torch.cat([loss[None], *errors]))
-        num_frames.append(targets_LFD.shape[1])
+            targets = batch.all_targets()
+            predicted = distiller(batch, targets[0], forced)
+            losses = distiller.store_losses(predicted, targets)
+        errors: list[Tensor] = []
+        if distiller.layer_loss != "codes":
+            pairs = zip(distiller.by_store(predicted), targets, strict=True)
+            errors = [layer_errors(*pair).flatten() for pair in pairs]
+        scores.append(torch.cat([torch.stack(losses), *errors]))
+        num_frames.append([one.shape[1] for one in targets])
     distiller.train()
     # One read for all batches: reading one waits for the device. A process may have no batch.
     values = torch.stack(scores).tolist() if scores else []
-    rows = [[frames, *row] for frames, row in zip(num_frames, values, strict=True)]
+    rows = [[*frames, *row] for frames, row in zip(num_frames, values, strict=True)]
     # In the order of batches, so that the mean has the same bits on any number of processes.
     in_order = [row for rows in zip_longest(*processes.all_gather(rows)) for row in rows if row is not None]
-    weights, *columns = zip(*in_order, strict=True)
-    loss, *values = np.average(columns, axis=1, weights=weights).tolist()
-    if not values:
-        return DevScore(loss, {})
-    by_layer = {layer: LayerError(*values[3 * index : 3 * index + 3]) for index, layer in enumerate(run.data.layers)}
-    return DevScore(loss, by_layer)
+    return _mean_score(distiller, in_order)
+
+
+def _mean_score(distiller: Distiller, rows: list[list[float]]) -> DevScore:
+    """Return means over frames of rows of batches: frames of each store, its loss, then three errors per layer."""
+    columns = list(zip(*rows, strict=True))
+    size = len(distiller.teachers)
+    left = iter(columns[2 * size :])
+    losses, by_layer = [], []
+    for teacher, weights, of_store in zip(distiller.teachers, columns[:size], columns[size : 2 * size], strict=True):
+        errors = islice(left, 3 * len(teacher.layers))
+        loss, *values = np.average([of_store, *errors], axis=1, weights=weights).tolist()
+        losses.append(loss)
+        triples = zip(*[iter(values)] * 3, strict=True)
+        by_layer.append({layer: LayerError(*one) for layer, one in zip(teacher.layers, triples, strict=False)})
+    total = sum(weight * loss for weight, loss in zip(distiller.weights, losses, strict=True))
+    return DevScore(total, tuple(losses), tuple(by_layer))
 
 
 def _compare_stems(run: Run, progress: TrainingProgress, free: DevScore | None) -> None:
@@ -213,9 +230,13 @@ def _compare_stems(run: Run, progress: TrainingProgress, free: DevScore | None) 
         )
 
 
-def _dev_curve(free: DevScore | None, forced: DevScore | None) -> dict[str, float]:
+def _dev_curve(run: Run, free: DevScore | None, forced: DevScore | None) -> dict[str, float]:
     curve = {"dev/loss": free, "dev/loss_forced": forced}
-    return {name: score.loss for name, score in curve.items() if score is not None}
+    values = {name: score.loss for name, score in curve.items() if score is not None}
+    if free is not None and run.further:
+        names = [f"dev/loss_of_{name}" for name in run.target_stores]
+        values |= dict(zip(names, free.store_losses, strict=True))
+    return values
 
 
 # ------------------------------------------------------------------------------------------------ messages and results
@@ -266,6 +287,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dic
             "packs_per_step": request.packs_per_step,
         }
         | {f"{name}_store_digest": store.digest for name, store in run.other_stores.items()}
+        | _further_stores(run)
     )
     others: dict[str, Any] = {f"{name}_teacher": store.fingerprint for name, store in run.other_stores.items()}
     metrics = RunMetrics(
@@ -285,16 +307,48 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dic
             dev=None if free is None else free.loss,
             dev_stored_stem=next((values[_STORED] for _, values in state.curve if _STORED in values), None),
         ),
-        dev_by_layer={} if free is None else free.by_layer,
+        dev_by_layer={} if free is None else free.by_layer[0],
         from_teacher=tuple(run.parts.copied),
         not_from_teacher=run.parts.random,
         growth=tuple(GrowthStep(stage.first_step, stage.depth) for stage in run.stages),
         exposure_bias=None if free is None or forced is None else free.loss - forced.loss,
         provenance=Provenance.of(device_model(request.device)),
         codes_by_layer=codes,
+        stores=_store_scores(run, free) if run.further else {},
     )
     if request.processes.is_main:
         save_student(request.out, student, made_from)
         metrics.write(request.run_folder / "metrics.json")
         checkpoint.remove(run.checkpoint)
     return metrics
+
+
+def _store_scores(run: Run, free: DevScore | None) -> dict[str, StoreScore]:
+    return {
+        name: StoreScore(
+            teacher=store.fingerprint,
+            weight=weight,
+            dev=None if free is None else free.store_losses[number],
+            dev_by_layer={} if free is None else free.by_layer[number],
+        )
+        for number, ((name, store), weight) in enumerate(
+            zip(run.target_stores.items(), run.distiller.weights, strict=True)
+        )
+    }
+
+
+def _further_stores(run: Run) -> dict[str, Any]:
+    """Return the origin of further stores of targets, by name; empty without one."""
+    if not run.further:
+        return {}
+    return {
+        FURTHER: {
+            name: {
+                "teacher": store.fingerprint,
+                "teacher_id": store.manifest.upstream["id"],
+                "teacher_revision": store.manifest.upstream.get("revision"),
+                "store_digest": store.digest,
+            }
+            for name, store in run.further.items()
+        }
+    }

@@ -11,6 +11,8 @@ targets (docs/methods.md):
 The setting `loss` replaces the error of a layer (L1 and cosine, MSE, or the cross-entropy of train/codes.py) and keeps
 the family's weights of the layers.
 
+With several stores of targets there is one such loss for each, and the loss is their weighted mean.
+
 Checkpoints keep the heads, the saved student does not have them.
 
 Shapes: B batch, T frames of the padded batch, F own frames of all utterances in a row, L target layers, C channels of
@@ -18,7 +20,12 @@ the stem, d dim of the student, D dim of the teacher.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
+from operator import add
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -90,6 +97,20 @@ def layer_errors(predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
     return torch.stack(errors_L3)
 
 
+def weighted_sum(losses: list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the sum of weighted losses, a scalar."""
+    return reduce(add, [weight * loss for weight, loss in zip(weights, losses, strict=True)])
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Layers to predict from one store: their numbers, ascending, their dim, and the weight of the store's loss."""
+
+    layers: tuple[int, ...]
+    dim: int
+    weight: float = 1.0
+
+
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is scaled, so that the stem learns more slowly (GradMultiply of fairseq)."""
 
@@ -110,8 +131,11 @@ class Distiller(nn.Module, ABC):
     student: RetortStudent
     heads: nn.ModuleDict
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(self, config: StudentConfig, teachers: Sequence[TeacherTargets]) -> None:
         super().__init__()
+        self.teachers = tuple(teachers)
+        total = sum(teacher.weight for teacher in teachers)
+        self.weights = tuple(teacher.weight / total for teacher in teachers)  # of their losses; 1 for one teacher
         self.stem_grad_scale = config.optimiser.stem_grad_scale
         self.stem_trains = True
         self.layer_loss = config.loss or self.published_loss
@@ -147,15 +171,24 @@ class Distiller(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
-        """Return one prediction (F, D) for each target layer.
+        """Return one prediction (F, D) for each target layer, store after store, with F and D of that store.
 
         Arguments:
-            targets_LFD: the teacher's layers; only teacher forcing reads them.
+            targets_LFD: the layers of the first teacher; only teacher forcing reads them.
             forced: use the teacher's layers as the history of a gendistiller (teacher forcing).
         """
 
+    def by_store(self, predicted: list[Tensor]) -> list[list[Tensor]]:
+        """Return the predictions of `forward`, grouped by store."""
+        left = iter(predicted)
+        return [list(islice(left, len(teacher.layers))) for teacher in self.teachers]
+
+    def store_losses(self, predicted: list[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+        """Return the loss of each store, float32 scalars, from all predictions and the stores' targets (L, F, D)."""
+        return [self.loss(*pair) for pair in zip(self.by_store(predicted), targets, strict=True)]
+
     def loss(self, predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
-        """Return the loss, a float32 scalar: the mean over the target layers, or what the family has in its place."""
+        """Return the loss of one store, a float32 scalar: the mean over its layers, or what the family has instead."""
         if self.layer_loss == "l1-cosine":
             return regression_loss(predicted, targets_LFD)
         return torch.stack(self.layer_losses(predicted, targets_LFD)).mean()
@@ -171,20 +204,23 @@ class Distiller(nn.Module, ABC):
 class HeadDistiller(Distiller):
     """DistilHuBERT (arXiv 2110.01900): all target layers are predicted from the last block.
 
-    p_l = W_l GELU(V h)_l, with V: d -> L d shared by all targets, then split into L parts, and W_l: d -> D.
+    p_l = W_l GELU(V h)_l, with V: d -> L d shared by all targets, then split into L parts, and W_l: d -> D. L counts
+    the targets of all stores.
     """
 
-    def __init__(self, config: StudentConfig, student: RetortStudent, *, teacher_dim: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: StudentConfig, student: RetortStudent, teachers: Sequence[TeacherTargets]) -> None:
+        super().__init__(config, teachers)
         self.student = student
-        num_targets, dim = len(student.config.target_layers), student.config.hidden_size
-        self.heads["shared"] = nn.Linear(dim, dim * num_targets)
-        self.heads["split"] = nn.ModuleList(nn.Linear(dim, teacher_dim) for _ in range(num_targets))
+        dims, dim = [teacher.dim for teacher in teachers for _ in teacher.layers], student.config.hidden_size
+        self.heads["shared"] = nn.Linear(dim, dim * len(dims))
+        self.heads["split"] = nn.ModuleList(nn.Linear(dim, teacher_dim) for teacher_dim in dims)
 
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
         inner = functional.gelu(self.heads["shared"](_own_frames(self.states(batch)[-1], batch)))  # (F, L d)
-        parts = inner.chunk(len(self.heads["split"]), dim=-1)  # type: ignore[arg-type]  # L times (F, d)
-        return [head(part) for head, part in zip(self.heads["split"], parts, strict=True)]  # type: ignore[call-overload]
+        parts = self.by_store(list(inner.chunk(len(self.heads["split"]), dim=-1)))  # type: ignore[arg-type]  # (F, d)
+        # The heads are linear, so the mean over frames may come before them, where it costs less.
+        matched = [batch.matched(part, store) for store, of_store in enumerate(parts) for part in of_store]
+        return [head(part) for head, part in zip(self.heads["split"], matched, strict=True)]  # type: ignore[call-overload]
 
 
 class LayerDistiller(Distiller):
@@ -195,27 +231,33 @@ class LayerDistiller(Distiller):
 
     published_loss = "mse"
 
-    def __init__(self, config: StudentConfig, student: RetortStudent, *, teacher_dim: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: StudentConfig, student: RetortStudent, teachers: Sequence[TeacherTargets]) -> None:
+        super().__init__(config, teachers)
         self.student = student
         self.config, self.stages = config, plan_stages(config)
-        targets = student.config.target_layers
-        self.heads["projections"] = nn.ModuleList(nn.Linear(student.config.hidden_size, teacher_dim) for _ in targets)
+        self.heads["projections"] = nn.ModuleList(
+            nn.Linear(student.config.hidden_size, teacher.dim) for teacher in teachers for _ in teacher.layers
+        )
         for stage in self.stages:
             self.match(stage)  # raises now for a target without a counterpart at a later stage
         self.match(self.stages[0])
 
     def match(self, stage: Stage) -> None:
-        """Set the positions of the student's blocks that are compared at this stage of growth."""
-        targets, place = self.student.config.target_layers, self.config.growth.intermediate
-        self.positions = [matched_position(stage, self.stages, layer, targets[-1], place) for layer in targets]
+        """Set the positions of the student's blocks that are compared at this stage of growth, by store."""
+        place = self.config.growth.intermediate
+        self.positions = [
+            [matched_position(stage, self.stages, layer, teacher.layers[-1], place) for layer in teacher.layers]
+            for teacher in self.teachers
+        ]
 
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
         blocks = self.states(batch)[1:]  # without layer 0
-        return [
-            head(_own_frames(blocks[position], batch))
-            for head, position in zip(self.heads["projections"], self.positions, strict=True)  # type: ignore[call-overload]
+        compared = [
+            batch.matched(_own_frames(blocks[position], batch), store)  # before the linear map, where it costs less
+            for store, positions in enumerate(self.positions)
+            for position in positions
         ]
+        return [head(one) for head, one in zip(self.heads["projections"], compared, strict=True)]  # type: ignore[call-overload]
 
     def loss(self, predicted: list[Tensor], targets_LFD: Tensor) -> Tensor:
         return layer_to_layer_loss(self.layer_losses(predicted, targets_LFD), self.config.intermediate_weight)
@@ -230,8 +272,8 @@ class GenerationDistiller(Distiller):
 
     student: RetortGenStudent
 
-    def __init__(self, config: StudentConfig, student: RetortGenStudent) -> None:
-        super().__init__(config)
+    def __init__(self, config: StudentConfig, student: RetortGenStudent, teachers: Sequence[TeacherTargets]) -> None:
+        super().__init__(config, teachers)
         self.student = student
 
     def forward(self, batch: Batch, targets_LFD: Tensor, forced: bool = False) -> list[Tensor]:
@@ -261,6 +303,8 @@ def build_distiller(
     *,
     targets: tuple[int, ...],
     teacher_dim: int,
+    weight: float = 1.0,
+    others: Mapping[str, TeacherTargets] = MappingProxyType({}),
     normalise: bool,
     stem: StemShape = STANDARD,
     note: str | None = None,
@@ -272,6 +316,7 @@ def build_distiller(
     Arguments:
         targets: teacher layers to predict, ascending.
         teacher_dim: dim of the targets.
+        weight: of their loss beside the losses of `others`, further stores of targets by name.
         normalise: waveforms come with zero mean and unit variance.
         stem: shape of the teacher's stem; with it the student has the teacher's frames.
         note: text of the teacher's author that is shown beside its scores; it is copied to the student's config.
@@ -282,15 +327,18 @@ def build_distiller(
     student_config = _student_config(config, targets, normalise=normalise, stem=stem, depth=depth)
     if note is not None:
         student_config.retort_note = note
+    if others:
+        student_config.retort_other_targets = {name: list(other.layers) for name, other in others.items()}
+    teachers = (TeacherTargets(targets, teacher_dim, weight), *others.values())
     distiller: Distiller
     if config.family == "gendistiller-2d":
-        distiller = GenerationDistiller(config, RetortGen2dStudent(student_config))
+        distiller = GenerationDistiller(config, RetortGen2dStudent(student_config), teachers)
     elif config.family == "gendistiller":
-        distiller = GenerationDistiller(config, RetortGenStudent(student_config))
+        distiller = GenerationDistiller(config, RetortGenStudent(student_config), teachers)
     elif config.family == "distilhubert":
-        distiller = HeadDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
+        distiller = HeadDistiller(config, RetortStackedStudent(student_config), teachers)
     else:
-        distiller = LayerDistiller(config, RetortStackedStudent(student_config), teacher_dim=teacher_dim)
+        distiller = LayerDistiller(config, RetortStackedStudent(student_config), teachers)
     if config.loss == "codes":
         assert words_LSKD is not None
         # Drawn last, so that student and prediction heads start as with the other losses.

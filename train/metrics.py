@@ -45,6 +45,16 @@ class GrowthStep:
     layers: int
 
 
+@dataclass(frozen=True)
+class StoreScore:
+    """Final dev loss of one of several stores of targets."""
+
+    teacher: str  # fingerprint of the store
+    weight: float  # share of its loss in that of the run
+    dev: float | None  # in the units of its own loss; None: the corpus has no dev split
+    dev_by_layer: dict[int, LayerError]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics(Record):
     """Measurements of one training run, and the settings and versions that produced them."""
@@ -53,7 +63,7 @@ class RunMetrics(Record):
 
     student: str
     family: str
-    teacher: str  # fingerprint of the store of the targets
+    teacher: str  # fingerprint of the store of the targets, or of the first one
     seed: int
     config: dict[str, Any]  # the whole StudentConfig
     versions: dict[str, str]  # by library
@@ -66,7 +76,7 @@ class RunMetrics(Record):
     loader_wait_share: float  # share of `seconds` spent waiting for batches
     processes: int
     loss: RunLoss
-    dev_by_layer: dict[int, LayerError]  # by teacher layer; empty without a dev split and with loss `codes`
+    dev_by_layer: dict[int, LayerError]  # by layer of this teacher; empty without a dev split and with loss `codes`
     from_teacher: tuple[str, ...]  # parts initialised from the teacher
     not_from_teacher: dict[str, str]  # part -> reason
     growth: tuple[GrowthStep, ...]
@@ -75,10 +85,17 @@ class RunMetrics(Record):
     dev_teacher: str | None = None  # fingerprint of the store that dev is scored on; None: that of `teacher`
     stem_teacher: str | None = None  # fingerprint of the store of the stem; None: that of `teacher`, or waveforms
     codes_by_layer: dict[int, CodeScore] = field(default_factory=dict)  # by teacher layer; empty without a codebook
+    stores: dict[str, StoreScore] = field(default_factory=dict)  # by name; empty with one store
 
     def to_dict(self) -> dict[str, Any]:
         by_layer: dict[str, dict[int, Any]] = {"dev_by_layer": self.dev_by_layer, "codes_by_layer": self.codes_by_layer}
         # JSON's keys are text.
-        return super().to_dict() | {
-            name: {str(layer): asdict(error) for layer, error in errors.items()} for name, errors in by_layer.items()
+        value = super().to_dict() | {name: _by_text(errors) for name, errors in by_layer.items()}
+        value["stores"] = {
+            name: asdict(store) | {"dev_by_layer": _by_text(store.dev_by_layer)} for name, store in self.stores.items()
         }
+        return value
+
+
+def _by_text(errors: dict[int, Any]) -> dict[str, Any]:
+    return {str(layer): asdict(error) for layer, error in errors.items()}

@@ -4,16 +4,14 @@ train/loop.py holds the loop over its steps.
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from extract.base.device import check_dtype, set_float32
-from extract.base.errors import RetortError
 from extract.corpus import Corpus
 from extract.store.codebook import Codebook, codebook_path
 from extract.store.manifest import initial_weights_path
@@ -21,15 +19,17 @@ from extract.store.reader import StoreReader
 from train import checkpoint
 from train.checkpoint import Checkpoint, RunState
 from train.codes import words_of
-from train.config import GENERATING, StudentConfig
+from train.config import StudentConfig
 from train.data import DistillationData
 from train.distributed import SINGLE_PROCESS, ProcessGroup
 from train.growth import Stage, grow_layers, plan_stages
 from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
-from train.losses import Distiller, LayerDistiller, build_distiller
+from train.losses import Distiller, LayerDistiller, TeacherTargets, build_distiller
 from train.optimiser import grown_state, make_optimiser, make_scaler, read_state, write_state
+from train.other_targets import OtherStore
 from train.stem import STANDARD, StemShape, check_frames, has_frames_of, teacher_stem
 from train.step_record import StepRecord
+from train.stores import check_dev, check_input, choose_targets, name_of, open_further, open_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class TrainRequest:
 
     student: str  # name
     config: StudentConfig
-    manifest: Path  # of the teacher's features
+    manifest: Path  # of the teacher's features; stem and initial weights are this teacher's
+    other_manifests: tuple[Path, ...] = ()  # of the features of further teachers
     dev_manifest: Path | None = None  # of the features that dev is scored on; None: `manifest`
     stem_manifest: Path | None = None  # of the stored stem; None: `manifest`
     corpus: Path
@@ -60,7 +61,8 @@ class Run:
 
     request: TrainRequest
     corpus: Corpus
-    store: StoreReader  # of the targets
+    store: StoreReader  # of the targets, or the first one of several: the batches are its packs
+    further: dict[str, StoreReader]  # further stores of targets, by the names of their upstreams
     other_stores: dict[str, StoreReader]  # `dev` and `stem`, where these are not in `store`
     data: DistillationData
     dev_data: DistillationData  # `data`, or that of another store of the same corpus
@@ -76,6 +78,11 @@ class Run:
     words_LSKD: Tensor | None  # of the codebook, on the CPU
     records: list[StepRecord] = field(default_factory=list)  # steps since `state` was last brought up to date
     skipped_in_a_row: int = 0  # steps that fp16 left out, up to the last one that was read
+
+    @property
+    def target_stores(self) -> dict[str, StoreReader]:
+        """All stores of targets by name, in the order of the distiller's teachers."""
+        return {name_of(self.store): self.store, **self.further}
 
     @property
     def depth(self) -> int:
@@ -99,19 +106,26 @@ def begin(request: TrainRequest) -> Run:
     torch.manual_seed(config.seed)  # of random initial weights: no other draw may come before the student is built
     corpus = Corpus.open(request.corpus)
     store = StoreReader.open(request.manifest, corpus)
-    other_stores = _open_others(request, store, corpus)
+    further = open_further(config, store, request.other_manifests, corpus)
+    paths = {"dev": request.dev_manifest, "stem": request.stem_manifest}
+    other_stores = {
+        name: open_like(path, f"--{name}-manifest", store, corpus)
+        for name, path in paths.items()
+        if path is not None and path != request.manifest
+    }
     dev_store, stem_store = other_stores.get("dev"), other_stores.get("stem")
     corpus = store.rows_of(corpus)
     check_input(config, store, corpus, stem_store=stem_store)
     layers = choose_targets(config, store)
+    others = {name: OtherStore(other, choose_targets(config, other), store) for name, other in further.items()}
     if dev_store is not None:
-        _check_dev(config, layers, dev_store)
+        check_dev(config, layers, store, dev_store)
     weights, stem = _read_teacher(config, store)
     check_frames(stem, store, corpus)
     stages = plan_stages(config)
-    data, dev_data = _read_data(request, corpus, layers, store, dev_store, stem_store)
+    data, dev_data = _read_data(request, corpus, layers, store, tuple(others.values()), dev_store, stem_store)
     words_LSKD, codebook_digest = _read_words(request, layers, store)
-    distiller, parts = _initial_distiller(config, store, data, stem, weights, words_LSKD)
+    distiller, parts = _initial_distiller(config, data, others, stem, weights, words_LSKD)
     distiller.to(request.device).train()
     key = checkpoint.run_key(
         config,
@@ -119,12 +133,15 @@ def begin(request: TrainRequest) -> Run:
         corpus_digest=corpus.digest,
         stem=stem,
         initial_weights=None if weights is None else weights.sha256,
-        other_digests=codebook_digest | {name: other.digest for name, other in other_stores.items()},
+        other_digests=codebook_digest
+        | {name: other.digest for name, other in other_stores.items()}
+        | {f"targets of {name}": other.digest for name, other in further.items()},
     )
     run = Run(
         request=request,
         corpus=corpus,
         store=store,
+        further=further,
         data=data,
         other_stores=other_stores,
         dev_data=dev_data,
@@ -151,6 +168,7 @@ def _read_data(
     corpus: Corpus,
     layers: tuple[int, ...],
     store: StoreReader,
+    others: tuple[OtherStore, ...],
     dev_store: StoreReader | None,
     stem_store: StoreReader | None,
 ) -> tuple[DistillationData, DistillationData]:
@@ -166,7 +184,7 @@ def _read_data(
         micro_frames=config.optimiser.micro_frames,
     )
     stored_draws = config.stem_trains_from * request.packs_per_step if config.stem == "stored" else 0
-    data = read(store, stem_store=stem_store, stored_draws=stored_draws)
+    data = read(store, others=others, stem_store=stem_store, stored_draws=stored_draws)
     return data, data if dev_store is None else read(dev_store)
 
 
@@ -195,136 +213,34 @@ def _read_teacher(config: StudentConfig, store: StoreReader) -> tuple[InitialWei
 
 def _initial_distiller(
     config: StudentConfig,
-    store: StoreReader,
     data: DistillationData,
+    others: dict[str, OtherStore],
     stem: StemShape,
     weights: InitialWeights | None,
     words_LSKD: Tensor | None,
 ) -> tuple[Distiller, LoadedParts]:
     """Return the student of the first stage with its heads, and the parts copied from the teacher."""
+    store = data.store
+    teachers = {
+        name: TeacherTargets(other.layers, other.store.dim, config.targets_in(name).weight)
+        for name, other in others.items()
+    }
+    notes = [one.manifest.upstream.get("note") for one in (store, *(other.store for other in others.values()))]
     distiller = build_distiller(
         config,
         targets=data.layers,
         teacher_dim=store.dim,
+        weight=config.targets_in(name_of(store)).weight,
+        others=teachers,
         normalise=data.normalise,
         stem=stem,
-        note=store.manifest.upstream.get("note"),
+        note=" ".join(dict.fromkeys(note for note in notes if note is not None)) or None,
         depth=plan_stages(config)[0].depth,
         words_LSKD=words_LSKD,
     )
     if weights is None:
         return distiller, LoadedParts()
     return distiller, load_initial_weights(distiller.student, weights, num_blocks=config.initial_blocks)
-
-
-def choose_targets(config: StudentConfig, store: StoreReader) -> tuple[int, ...]:
-    """Return the teacher's layers to predict. Raises RetortError for layers that are not in the store."""
-    if "frames" not in store.keep:
-        raise RetortError(
-            f"{store.source} keeps {', '.join(sorted(store.keep))}, training needs frames; run `python -m extract "
-            "run` again with --keep frames,pooled"
-        )
-    targets = config.targets or tuple(layer for layer in store.layers if layer > 0)
-    if missing := [layer for layer in targets if layer not in store.layers]:
-        raise RetortError(
-            f"targets: {store.source} has no layer {missing[0]}; choose from {', '.join(map(str, store.layers))}"
-        )
-    if config.family in GENERATING and config.shape.dim != store.dim:
-        raise RetortError(
-            f"shape.dim: got {config.shape.dim}, expected the teacher's {store.dim}: a {config.family} reads the "
-            "teacher's layers as its input"
-        )
-    return targets
-
-
-def _open_others(request: TrainRequest, store: StoreReader, corpus: Corpus) -> dict[str, StoreReader]:
-    """Open the stores of dev and of the stem that are not that of the targets, `store`. `corpus` is uncut."""
-    paths = {"dev": request.dev_manifest, "stem": request.stem_manifest}
-    return {
-        name: _open_other(path, f"--{name}-manifest", store, corpus)
-        for name, path in paths.items()
-        if path is not None and path != request.manifest
-    }
-
-
-def _open_other(path: Path, option: str, store: StoreReader, corpus: Corpus) -> StoreReader:
-    """Open the store of an option.
-
-    Raises RetortError unless it holds the same utterances as `store`, of one corpus, with equal frames of one teacher.
-    """
-    other = StoreReader.open(path, corpus)
-    expected, found = (
-        {
-            "the teacher's weights": reader.manifest.upstream["weights_sha256"][:12],
-            "normalised waveforms": str(reader.manifest.upstream["normalise"]).lower(),
-            "samples of the longest part of a cut utterance": reader.manifest.cut_samples,
-            "utterances": reader.num_utterances,
-        }
-        for reader in (store, other)
-    )
-    for name, value in expected.items():
-        if found[name] != value:
-            raise RetortError(
-                f"{option} {path}: {name}: got {found[name]}, expected the {value} of {store.source}; give a store of "
-                "the same teacher and settings, which may have another codec and other layers"
-            )
-    unequal = ((other.pack_of < 0) != (store.pack_of < 0)) | (other.num_frames != store.num_frames)
-    if unequal.any():
-        index = int(np.flatnonzero(unequal)[0])
-        raise RetortError(
-            f"{option} {path}: utterance {store.ids[index]} has {other.num_frames[index]} frames, expected the "
-            f"{store.num_frames[index]} of {store.source}; extract both with the same --drop-long and --drop-short"
-        )
-    return other
-
-
-def _check_dev(config: StudentConfig, layers: tuple[int, ...], dev_store: StoreReader) -> None:
-    """Raise RetortError if a store lacks what the dev split is scored on."""
-    choose_targets(replace(config, targets=layers), dev_store)
-    if config.stem == "stored":
-        _check_stem(config, dev_store)
-
-
-def check_input(
-    config: StudentConfig, store: StoreReader, corpus: Corpus, *, stem_store: StoreReader | None = None
-) -> None:
-    """Raise RetortError for a teacher without a stem, a stored stem that does not fit, and missing waveforms.
-
-    stem_store: of the stored stem, None for `store`.
-    """
-    if store.manifest.upstream.get("family") == "fbank":
-        raise RetortError(
-            f"{store.source} holds filter banks, which have no convolution stem for a student to share frames with; "
-            "give the manifest of an upstream of the wav2vec 2.0 family"
-        )
-    if config.stem == "stored":
-        _check_stem(config, store if stem_store is None else stem_store)
-    elif stem_store is not None:
-        raise RetortError(
-            f"--stem-manifest {stem_store.source}: got `stem: waveforms`, which reads no stored stem; set stem to "
-            "`stored` in the student's section, or leave the option out"
-        )
-    if config.needs_audio:
-        corpus.check_audio(
-            "stem: `waveforms` needs"
-            if config.stem == "waveforms"
-            else "optimiser.stem_frozen: the last steps train the stem and need",
-            ", or train without it: `stem: stored` with optimiser.stem_grad_scale 0, from a store made with --keep "
-            "frames,pooled,stem",
-        )
-
-
-def _check_stem(config: StudentConfig, store: StoreReader) -> None:
-    if "stem" not in store.keep:
-        raise RetortError(
-            f"stem: {store.source} keeps {', '.join(sorted(store.keep))} but not the stem; run `python -m extract "
-            "run` again with --keep frames,pooled,stem, or set stem to `waveforms`"
-        )
-    if store.stem_dim != config.shape.stem_channels:
-        raise RetortError(
-            f"shape.stem_channels: got {config.shape.stem_channels}, expected the {store.stem_dim} channels of the "
-            f"stem in {store.source}"
-        )
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:

@@ -17,6 +17,7 @@ from extract.base.device import device_model
 from extract.base.errors import RetortError
 from train.config import GENERATING, StudentConfig
 from train.data import Batch
+from train.losses import weighted_sum
 from train.optimiser import update_average
 from train.run import Run
 from train.step_record import StepRecord, copy_to_host
@@ -112,13 +113,15 @@ def _gradients(run: Run, batches: Iterator[tuple[Batch, ...]], step: int) -> tup
 def _add_gradients(run: Run, parts: tuple[Batch, ...], *, forced: bool) -> Tensor:
     """Add the gradients of one pack, part by part; return its loss, a float32 scalar.
 
-    Losses are means over frames, so the share of a part's frames is its weight in the mean of the pack.
+    Losses are means over frames, so the share of a part's frames is its weight in the mean of the pack, store by store.
     """
     losses: list[Tensor] = []
     for part in parts:
         with autocast(run):
-            targets_LFD = part.targets()
-            loss = part.share * run.distiller.loss(run.distiller(part, targets_LFD, forced), targets_LFD)
+            targets = part.all_targets()
+            of_stores = run.distiller.store_losses(run.distiller(part, targets[0], forced), targets)
+            weights = [share * weight for share, weight in zip(part.shares, run.distiller.weights, strict=True)]
+            loss = weighted_sum(of_stores, weights)
         # Gradients of packs add up, here and over processes, so each is divided by the number of packs of a step.
         run.scaler.scale(loss / run.request.packs_per_step).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())

@@ -86,9 +86,15 @@ def convert(hint: Any, value: object, *, where: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: object, where: str) -> Any:
-    """Convert a value to the first type of a union that it fits; the error is that of the last one."""
+    """Convert a value to the first type of a union that it fits; the error is that of the last one.
+
+    A mapping is converted to the mapping of the union, if it has one, so that an error names the key.
+    """
     if value is None and types.NoneType in kinds:
         return None
+    mappings = [kind for kind in kinds if get_origin(kind) is dict]
+    if isinstance(value, dict) and mappings:
+        kinds = mappings
     *others, last = (kind for kind in kinds if kind is not types.NoneType)
     for kind in others:
         with suppress(RetortError):

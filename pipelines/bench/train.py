@@ -26,6 +26,7 @@ from pipelines.bench import synthetic
 from pipelines.bench.measure import BOTH, Bench, Benchmark, Figure, Group, Named, seconds_per_step
 from pipelines.bench.options import SHAPES, TrainOptions
 from pipelines.studies import read_study
+from train.coded import Coded
 from train.config import StudentConfig, read_student
 from train.data import Batch
 from train.distributed import find_device
@@ -161,15 +162,14 @@ def _from_teacher(run: Run, teacher: "Transformer", batch: Batch) -> Batch:
     states = teacher.forward([run.corpus.waveform(index) for index in batch.utterances])  # each (B, T, D)
     # Frames of all utterances in a row, as the stored codes lie: (F, D) of each layer.
     own = [states[layer].float().flatten(0, 1).index_select(0, batch.rows_F) for layer in run.data.layers]
-    return replace(batch, codes_LRW=torch.stack(own), scales=(), codec=None)
+    return replace(batch, target_codes=Coded.of_values(torch.stack(own)))
 
 
 def _decoded(batch: Batch) -> Batch:
     """Return the batch with values in place of codes, of targets and stem."""
     rows, _ = batch.stem()  # (B, T, C)
     stem_1FC = rows.flatten(0, 1).index_select(0, batch.rows_F)[None]
-    plain = replace(batch, stem_codes_1RW=stem_1FC, stem_scales=(), stem_codec=None)
-    return replace(plain, codes_LRW=batch.targets(), scales=(), codec=None)
+    return replace(batch, stem_codes=Coded.of_values(stem_1FC), target_codes=Coded.of_values(batch.targets()))
 
 
 def _remarks(group: Group) -> Iterator[str]:

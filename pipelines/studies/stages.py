@@ -97,6 +97,7 @@ def _shared_students(settings: Mapping[str, Any], base: Mapping[str, Any]) -> li
     # What decides the targets, and how a student is computed.
     inputs = (
         ("teacher",),
+        ("further_teachers",),
         ("codebooks",),
         ("store",),
         ("upstreams", "teacher"),
