@@ -137,7 +137,7 @@ def test_targets_in_blocks_and_an_exact_stem_are_those_of_the_same_utterances(wo
             expected_TC = exact.stem_at(index)
             np.testing.assert_array_equal(stem_TC[: len(expected_TC)].numpy(), expected_TC)
     assert 1e-6 < sum(errors) / sum(powers) < 0.02  # 4 bits a value, between 17 and 60 dB
-    assert all(batch.codec == exact.codec_for(TARGETS) for batch in run.dev_data.dev_batches(stored=True))
+    assert all(batch.target_codes.codec == exact.codec_for(TARGETS) for batch in run.dev_data.dev_batches(stored=True))
 
 
 def test_a_changed_store_starts_a_new_run(world: World) -> None:
