@@ -7,12 +7,21 @@
 constants; they were inferred by fitting and reproduce 17 of 17 published scores with an RMSE of 0.3.
 
 On other corpora the same formula runs between the measured fbank (0) and the measured teacher (1000), over the tasks
-that were scored. That is the *relative score*, which is never called superb_s. A score file cannot prove that its
-corpus is SUPERB's own: the caller asserts it (`--official`), and a test split of another size refutes it.
+that were scored. That is the *relative score*, which is never called superb_s. Its ends are measured on small test
+sets, so three rules keep one task from deciding it:
+
+- A task is left out unless the teacher is better than fbank by more than the intervals of both: the gap must exceed the
+  root of the sum of squares of their half widths.
+- A task counts at most its share, 1000 / n points for n tasks, up or down.
+- The score has an interval, from the 95% intervals of the upstream and of both ends (`relative_half_width`).
+
+A score file cannot prove that its corpus is SUPERB's own: the caller asserts it (`--official`), and a test split of
+another size refutes it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +54,7 @@ SAME_FOR_A_TASK = ("corpus_digest", "labels_digest", "metric", "recipe", "seed")
 Scores = Mapping[str, Mapping[str, ScoreFile]]  # upstream -> task -> score
 Terms = Mapping[str, float]  # term -> percent
 Bounds = tuple[float, float]  # low and high, percent
+Measured = Mapping[str, tuple[float, Bounds | None]]  # term -> percent and its 95% interval
 
 
 def task_of(term: str) -> str:
@@ -99,35 +109,78 @@ def superb_s(values: Terms) -> float:
 
 
 def relative_shares(
-    values: Terms, *, fbank: Terms, teacher: Terms, own: Mapping[str, bool] | None = None
+    values: Terms, *, fbank: Measured, teacher: Measured, own: Mapping[str, bool] | None = None
 ) -> dict[str, float]:
     """Return each task's contribution to the relative score, from the measured fbank (0) to the teacher (1000).
 
-    own: `own_tasks` of the table.
+    own: `own_tasks` of the table. Of n tasks with a scale each contributes -1000 / n to 1000 / n points.
     Tasks without a scale (`without_scale`) are left out. Raises RetortError if the three differ in tasks, or if no
     task has a scale.
     """
+    ends = _ends(values, fbank=fbank, teacher=teacher, own=own)
+    found = shares({term: values[term] for term in ends}, ends)
+    most = 1000 / len(found)
+    return {task: min(max(points, -most), most) for task, points in found.items()}
+
+
+def relative_half_width(
+    values: Measured, *, fbank: Measured, teacher: Measured, own: Mapping[str, bool] | None = None
+) -> float | None:
+    """Return half the width of the relative score's 95% interval, in points; None if a term has no interval.
+
+    First-order propagation (the delta method) of the half widths of the upstream and of both ends, as if these three
+    and the tasks were independent. All three are scored on the same utterances, which makes the interval too wide
+    rather than too narrow. The terms of one task count as fully dependent, and no share is cut off.
+    """
+    ends = _ends(values, fbank=fbank, teacher=teacher, own=own)
+    by_task: dict[str, list[tuple[float, float, float]]] = {}  # effect of each of the three on a term's position
+    for term, (low, high) in ends.items():
+        halves = [_half_width(of[term]) for of in (values, teacher, fbank)]
+        if any(half is None for half in halves):
+            return None
+        position = (values[term][0] - low) / (high - low)
+        slopes = (1.0, position, 1 - position)  # of the position, times the gap
+        effects = [abs(slope * (half or 0.0) / (high - low)) for slope, half in zip(slopes, halves, strict=True)]
+        by_task.setdefault(task_of(term), []).append((effects[0], effects[1], effects[2]))
+    squares = sum(
+        (sum(effects) / len(terms)) ** 2 for terms in by_task.values() for effects in zip(*terms, strict=True)
+    )
+    return 1000 / len(by_task) * math.sqrt(squares)
+
+
+def _ends(
+    values: Mapping[str, object], *, fbank: Measured, teacher: Measured, own: Mapping[str, bool] | None
+) -> dict[str, Bounds]:
+    """Return the ends of every term with a scale: fbank's value and the teacher's."""
     for name, other in (("fbank", fbank), ("the teacher", teacher)):
         if odd := sorted(other.keys() ^ values.keys()):
             raise RetortError(f"the relative score needs the same tasks of all; {name} differs in {', '.join(odd)}")
     left_out = without_scale(fbank=fbank, teacher=teacher, own=own)
-    ends = {term: (fbank[term], teacher[term]) for term in values if task_of(term) not in left_out}
+    ends = {term: (fbank[term][0], teacher[term][0]) for term in values if task_of(term) not in left_out}
     if not ends:
         raise RetortError("the relative score needs a task on which the teacher is better than fbank")
-    return shares({term: values[term] for term in ends}, ends)
+    return ends
 
 
-def without_scale(*, fbank: Terms, teacher: Terms, own: Mapping[str, bool] | None = None) -> dict[str, str]:
-    """Return tasks on which the teacher is not better than fbank, each with the term that shows it.
+def without_scale(*, fbank: Measured, teacher: Measured, own: Mapping[str, bool] | None = None) -> dict[str, str]:
+    """Return tasks on which the teacher is not better than fbank by more than both intervals, each with such a term.
 
-    own: `own_tasks` of the table. A ratio to a difference of 0 or of the wrong sign would be noise.
+    own: `own_tasks` of the table. A ratio to a difference of the wrong sign, or of the size of its error, would be
+    noise. Values without an interval are taken as exact.
     """
     rising = {term: high > low for term, (low, high) in SUPERB_CONSTANTS.items()} | dict(own or {})
-    return {
-        task_of(term): term
-        for term, is_rising in rising.items()
-        if term in teacher and (teacher[term] - fbank[term]) * (1 if is_rising else -1) <= 0
-    }
+    left_out = {}
+    for term, is_rising in rising.items():
+        if term in teacher:
+            gap = (teacher[term][0] - fbank[term][0]) * (1 if is_rising else -1)
+            if gap <= math.hypot(*(_half_width(of[term]) or 0.0 for of in (fbank, teacher))):
+                left_out[task_of(term)] = term
+    return left_out
+
+
+def _half_width(measured: tuple[float, Bounds | None]) -> float | None:
+    _, ends = measured
+    return None if ends is None else (ends[1] - ends[0]) / 2
 
 
 def gather(paths: Sequence[Path]) -> dict[str, dict[str, ScoreFile]]:
@@ -169,6 +222,7 @@ class Summary:
     intervals: dict[str, dict[str, Bounds]]  # upstream -> term -> low and high
     shares: dict[str, dict[str, float] | None]  # upstream -> task -> points of its one score
     notes: tuple[str, ...]
+    half_widths: dict[str, float | None] = field(default_factory=dict)  # of 95% intervals of the relative scores
 
     @property
     def one_score(self) -> dict[str, float | None]:
@@ -181,11 +235,12 @@ class Summary:
         for name, one in self.one_score.items():
             rows[name][self.kind] = one
         return {
-            "format_version": 2,
+            "format_version": 3,
             "kind": self.kind,
             "upstreams": rows,
             "intervals": self.intervals,
             "shares": self.shares,
+            "half_widths": self.half_widths,
             "notes": list(self.notes),
         }
 
@@ -220,19 +275,24 @@ def summarise(
     for name in (fbank, teacher):
         if name not in values:
             raise unknown("upstream", name, values)
-    low, high, directions = values[fbank], values[teacher], own_tasks(table)
-    own = {
-        name: relative_shares(row, fbank=low, teacher=high, own=directions) if row.keys() == high.keys() else None
-        for name, row in values.items()
-    }
-    notes = [f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s"]
-    notes += [f"{name} lacks tasks, so it has no relative score" for name, one in own.items() if one is None]
-    notes += [
-        f"left out of the relative score: {task}, where {teacher} ({high[term]:.2f}) is not better than {fbank} "
-        f"({low[term]:.2f})"
-        for task, term in without_scale(fbank=low, teacher=high, own=directions).items()
+    ends: dict[str, Any] = {"fbank": terms[fbank], "teacher": terms[teacher], "own": own_tasks(table)}
+    whole = {name for name, row in terms.items() if row.keys() == terms[teacher].keys()}
+    own = {name: relative_shares(row, **ends) if name in whole else None for name, row in values.items()}
+    widths = {name: relative_half_width(terms[name], **ends) for name in whole - {fbank, teacher}}
+    notes = [
+        f"relative score: {fbank} is 0, {teacher} is 1000; it is not superb_s, and no task counts more than its share"
     ]
-    return Summary("relative_score", order, values, intervals, own, tuple(notes))
+    notes += [f"{name} lacks tasks, so it has no relative score" for name, one in own.items() if one is None]
+    left_out = [
+        f"{task} ({values[teacher][term]:.2f} and {values[fbank][term]:.2f})"
+        for task, term in without_scale(**ends).items()
+    ]
+    if left_out:
+        notes.append(
+            f"left out of the relative score, because {teacher} is not better than {fbank} by more than both "
+            f"intervals: {', '.join(left_out)}"
+        )
+    return Summary("relative_score", order, values, intervals, own, tuple(notes), widths)
 
 
 def check_sizes(table: Scores) -> None:
@@ -264,7 +324,8 @@ def show(summary: Summary) -> None:
             below = f"\n{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
             cells.append(Text("-") if value is None else Text.assemble(f"{value:.2f}", (below, "dim")))
         if one_score:
-            cells.append(Text(_points(one_score[name])))
+            half = summary.half_widths.get(name)
+            cells.append(Text.assemble(_points(one_score[name]), ("" if half is None else f"\n± {half:.0f}", "dim")))
         scores.add_row(name, *cells)
     console = Console(highlight=False, markup=False)
     console.width = max(console.width, 200)  # lines that wrap are better than figures cut off

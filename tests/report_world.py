@@ -279,7 +279,7 @@ class Tables(HTMLParser):
 
 def section(page: str, name: str) -> str:
     """The HTML of one section."""
-    found = re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+    found = re.search(rf'<section id="{name}"[^>]*>.*?</section>', page, re.DOTALL)
     assert found, name
     return found[0]
 

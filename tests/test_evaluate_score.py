@@ -9,10 +9,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
-from evaluate.table import SUPERB_CONSTANTS, TEST_SIZES, gather, relative_shares, summarise, superb_s, superb_shares
+from evaluate.table import (
+    SUPERB_CONSTANTS,
+    TEST_SIZES,
+    gather,
+    relative_half_width,
+    relative_shares,
+    summarise,
+    superb_s,
+    superb_shares,
+)
 from extract.base.errors import RetortError
 from extract.base.files import write_json
 
@@ -76,26 +86,68 @@ def test_superb_s_refuses_part_of_the_tasks_and_unknown_ones() -> None:
         superb_s({"digits": 1.0})
 
 
-def score_of(values: dict[str, float], **ends: dict[str, float]) -> float:
-    return sum(relative_shares(values, **ends).values())
+def exact(values: dict[str, float], half: float | None = None) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """Return terms with one half width of their intervals, or without intervals."""
+    return {term: (value, None if half is None else (value - half, value + half)) for term, value in values.items()}
+
+
+def score_of(values: dict[str, float], *, fbank: dict[str, float], teacher: dict[str, float]) -> float:
+    return sum(relative_shares(values, fbank=exact(fbank), teacher=exact(teacher)).values())
 
 
 FBANK = {"pr": 80.0, "ks": 40.0}
 TEACHER = {"pr": 20.0, "ks": 90.0}
 
 
-def test_relative_score_is_0_at_fbank_1000_at_the_teacher_and_linear_between_and_beyond() -> None:
+def test_relative_score_is_0_at_fbank_1000_at_the_teacher_and_linear_between() -> None:
     assert score_of(FBANK, fbank=FBANK, teacher=TEACHER) == 0
     assert score_of(TEACHER, fbank=FBANK, teacher=TEACHER) == 1000
     assert score_of({"pr": 50.0, "ks": 40.0}, fbank=FBANK, teacher=TEACHER) == pytest.approx(250)
-    assert score_of({"pr": 14.0, "ks": 95.0}, fbank=FBANK, teacher=TEACHER) == pytest.approx(1100)
 
 
-def test_relative_score_between_the_published_ends_is_superb_s() -> None:
+@pytest.mark.parametrize(("row", "points"), [({"pr": 14.0, "ks": 65.0}, 750), ({"pr": 200.0, "ks": 90.0}, 0)])
+def test_a_task_counts_at_most_its_share(row: dict[str, float], points: float) -> None:
+    assert score_of(row, fbank=FBANK, teacher=TEACHER) == pytest.approx(points)
+
+
+def test_the_interval_is_that_of_many_measurements() -> None:
+    """Draw all three upstreams anew, with errors of which 95% lie within the half width."""
+    small, half = {"pr": 50.0, "ks": 75.0}, 3.0
+    generator = np.random.default_rng(0)
+
+    def drawn(values: dict[str, float]) -> dict[str, float]:
+        return {term: value + generator.normal() * half / 1.96 for term, value in values.items()}
+
+    scores = [score_of(drawn(small), fbank=drawn(FBANK), teacher=drawn(TEACHER)) for _ in range(20_000)]
+    found = relative_half_width(exact(small, half), fbank=exact(FBANK, half), teacher=exact(TEACHER, half))
+    assert found == pytest.approx(1.96 * np.std(scores), rel=0.02)
+    assert relative_half_width(exact(small), fbank=exact(FBANK, half), teacher=exact(TEACHER, half)) is None
+
+
+def test_slot_filling_has_the_interval_of_two_dependent_terms() -> None:
+    fbank, teacher, small = (
+        {"sf_f1": 50.0, "sf_cer": 60.0},
+        {"sf_f1": 90.0, "sf_cer": 20.0},
+        {"sf_f1": 90.0, "sf_cer": 20.0},
+    )
+    found = relative_half_width(exact(small, 2.0), fbank=exact(fbank, 2.0), teacher=exact(teacher, 0.0))
+    assert found == pytest.approx(1000 * 2.0 / 40)  # at the teacher's place fbank's error has no effect
+
+
+@pytest.mark.parametrize(("half", "left_out"), [(7.0, True), (6.9, True), (4.9, False)])
+def test_a_task_whose_gap_lies_inside_the_intervals_is_left_out(half: float, left_out: bool) -> None:
+    fbank, teacher = exact(FBANK, 1.0) | exact({"er": 40.0}, half), exact(TEACHER, 1.0) | exact({"er": 47.0}, half)
+    found = relative_shares({"pr": 20.0, "ks": 90.0, "er": 40.0}, fbank=fbank, teacher=teacher)
+    assert found.keys() == {"pr", "ks"} | (set() if left_out else {"er"})
+    assert sum(found.values()) == pytest.approx(1000 if left_out else 2000 / 3)
+
+
+def test_relative_score_between_the_published_ends_is_superb_s_but_for_shares_above_their_own() -> None:
     low, high = ({term: ends[side] for term, ends in SUPERB_CONSTANTS.items()} for side in (0, 1))
     for model in PUBLISHED:
         row = row_of(model)
-        assert score_of(row, fbank=low, teacher=high) == pytest.approx(superb_s(row))
+        expected = sum(min(max(points, -100), 100) for points in superb_shares(row).values())
+        assert score_of(row, fbank=low, teacher=high) == pytest.approx(expected)
 
 
 def test_each_task_adds_its_share_and_slot_filling_is_one_task() -> None:
@@ -115,7 +167,8 @@ def test_tasks_on_which_the_teacher_is_not_better_than_fbank_are_left_out(tmp_pa
             write_score(tmp_path, name, task, value)
     summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
     assert summary.one_score["small"] == 500
-    assert "left out of the relative score: sd, where teacher (11.00) is not better than fbank (10.00)" in summary.notes
+    (note,) = (one for one in summary.notes if one.startswith("left out"))
+    assert note.endswith("teacher is not better than fbank by more than both intervals: sd (11.00 and 10.00)")
 
 
 def test_own_tasks_have_their_share_in_their_own_direction(tmp_path: Path) -> None:
@@ -125,7 +178,7 @@ def test_own_tasks_have_their_share_in_their_own_direction(tmp_path: Path) -> No
             write_score(tmp_path, name, task, value, higher_is_better=task != "rate_x")
     summary = summarise(gather([tmp_path]), fbank="fbank", teacher="teacher")
     assert summary.shares["small"] == {"ks": 250, "lid": 125}
-    assert any("rate_x, where teacher (70.00) is not better" in note for note in summary.notes)
+    assert any(note.endswith("rate_x (70.00 and 60.00)") for note in summary.notes)
 
 
 def test_relative_score_refuses_other_tasks_and_no_scale_at_all() -> None:
@@ -186,6 +239,9 @@ def test_a_table_has_one_row_an_upstream_with_its_relative_score(tmp_path: Path)
     assert any("is not superb_s" in note for note in summary.notes)
     assert summary.to_dict()["shares"]["small"] == pytest.approx({"pr": 250, "ks": 250})
     assert summary.to_dict()["intervals"]["small"] == {"pr": (49.0, 51.0), "ks": (64.0, 66.0)}
+    # half widths of 1 on gaps of 60 and 50: the upstream's in full, and half of each end's
+    expected = 500 * math.sqrt((1 + 0.5) * (1 / 60**2 + 1 / 50**2))
+    assert summary.to_dict()["half_widths"] == {"small": pytest.approx(expected)}
 
 
 def test_a_table_without_ends_has_no_one_score(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The page: its tables and its charts. All results here are invented."""
 
+import csv
 import json
 import re
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -35,9 +37,12 @@ def test_the_headline_table_holds_every_measured_number(page: str) -> None:
     assert len(heads) == len(titles)
     assert all(head.startswith(title) for head, title in zip(heads, titles, strict=True))
     assert len(lines) == 6
+    scores = [float(line[1].split()[0].replace("−", "-")) for line in lines]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 6
     for line in lines:
         name = next(name for name in PARAMS if name in line[0])
-        assert line[2:6] == [f"{tests[name]:.2f}" for _, _, tests in TASKS.values()]
+        tests = [tests[name] for _, _, tests in TASKS.values()]
+        assert line[2:6] == [f"{test:.2f} {test - 3.25:.1f}–{test + 2.75:.1f}" for test in tests]
         assert float(line[6]) == pytest.approx(PARAMS[name] / 1e6, abs=0.005)
         assert float(line[7]) == pytest.approx(4 * PARAMS[name] / 1e6, abs=0.005)
         speed = invented_speed().upstreams[name]
@@ -47,7 +52,9 @@ def test_the_headline_table_holds_every_measured_number(page: str) -> None:
 
 def test_the_box_loads_the_student_of_the_highest_score(page: str) -> None:
     _, *lines = Tables(page).tables[0]
-    scores = {name: float(line[1].replace("−", "-")) for line in lines for name in STUDENTS if name in line[0]}
+    scores = {
+        name: float(line[1].split()[0].replace("−", "-")) for line in lines for name in STUDENTS if name in line[0]
+    }
     assert len(scores) == len(STUDENTS)
     best = max(scores, key=lambda name: scores[name])
     box = section(page, "use")
@@ -122,11 +129,12 @@ def test_every_cost_has_every_upstream_at_its_place(page: str) -> None:
         marks = [group for group in chart.iter(f"{SVG}g") if group.get("class") == "mark"]
         tips = [mark.findtext(f"{SVG}title", "") for mark in marks]
         names = [tip.partition(":")[0] for tip in tips]
-        assert names == ["teacher", *STUDENTS, "fbank"]
+        assert names == ["teacher", *STUDENTS]
         places = [float(mark.find(f".//{SVG}use").get("x")) for mark in marks]  # type: ignore[union-attr, arg-type]
-        ends = places[names.index("fbank")], places[names.index("teacher")]
+        small = "demo-gendistiller"
+        ends = places[names.index(small)], places[names.index("teacher")]
         for name, place in zip(names, places, strict=True):
-            share = (cost[name] - cost["fbank"]) / (cost["teacher"] - cost["fbank"])
+            share = np.log(cost[name] / cost[small]) / np.log(cost["teacher"] / cost[small])
             assert (place - ends[0]) / (ends[1] - ends[0]) == pytest.approx(share, abs=0.005), name
 
 
@@ -180,6 +188,38 @@ def test_the_frontier_holds_exactly_what_nothing_beats() -> None:
     assert [point.x for point in front] == sorted(point.x for point in front)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.6, 5), (0.07, 0.3), (0.008, 0.02), (1, 900), (17, 95)])
+def test_logarithmic_axes_have_three_labels(low: float, high: float) -> None:
+    points = [Point("a", low, 0.0, TEACHER_LOOK, ""), Point("b", high, 900.0, BASELINE_LOOK, "")]
+    (chart,) = svgs(scatter(points, key="k", title="t", description="d", x_label="cost"))
+    texts = [text.text or "" for text in chart.iter(f"{SVG}text")]
+    labels = [float(text) for text in texts[: texts.index("cost")]]
+    assert len(labels) >= 3 and labels == sorted(labels)
+    assert all(low / 3 <= label <= 3 * high for label in labels)
+
+
+def test_the_table_is_there_as_csv(page: str, made: Made) -> None:
+    text = (made.root / "report/results.csv").read_text()
+    (link,) = [link for link in Tables(page).links if link.startswith("data:text/csv")]
+    assert unquote(link.partition(",")[2]) == text
+    rows = {row["upstream"]: row for row in csv.DictReader(text.splitlines())}
+    assert rows.keys() == PARAMS.keys()
+    for name, row in rows.items():
+        assert float(row["PR (PER % ↓)"]) == TASKS["pr"][2][name]
+        assert float(row["KS (acc. % ↑) low"]) == pytest.approx(TASKS["ks"][2][name] - 3.25)
+        assert bool(row["relative (score) high"]) == (name not in ("teacher", "fbank"))
+
+
+def test_students_retain_a_share_of_the_gap_by_task(page: str) -> None:
+    (table,) = [table for table in Tables(page).tables if table[0][0] == "student" and table[0][1].startswith("PR")]
+    shown = {line[0]: line[1:] for line in table[1:]}
+    assert shown.keys() == STUDENTS.keys()
+    for name, cells in shown.items():
+        for cell, (_, _, tests) in zip(cells, TASKS.values(), strict=True):
+            share = 100 * (tests[name] - tests["fbank"]) / (tests["teacher"] - tests["fbank"])
+            assert float(cell.replace("−", "-")) == pytest.approx(share, abs=0.51)
+
+
 def test_names_of_points_on_one_spot_do_not_overlap() -> None:
     points = [Point(f"twin{n}", 1.0, 500.0, student_look(n), "") for n in range(3)]
     points.append(Point("far", 4.0, 900.0, BASELINE_LOOK, ""))
@@ -205,7 +245,9 @@ def test_ten_tasks_have_columns_heat_maps_searches_and_further_metrics(ten: Made
     heads, *lines = parsed.tables[0]
     titles = ["PR", "ASR", "KS", "SID", "IC", "ASV", "SD", "ER", "SF", "QbE"]
     assert [head[: len(title)] for head, title in zip(heads[2:12], titles, strict=True)] == titles
-    assert lines[0][2:12] == [f"{tests['teacher']:.2f}" for _, _, tests in TEN_TASKS.values()]
+    assert [cell.split()[0] for cell in lines[0][2:12]] == [
+        f"{tests['teacher']:.2f}" for _, _, tests in TEN_TASKS.values()
+    ]
     heat = Tables(section(ten.page, "weights")).tables
     assert [[line[0] for line in table[1:]] for table in heat] == [titles] * 6
     assert all(sorted(line[1:])[-1] == "100" for table in heat for line in table[1:] if line[0] == "QbE")

@@ -13,8 +13,8 @@ from PIL import Image, ImageChops
 WIDTH, HEIGHT = 1280, 3000  # CSS pixels; the height is that of the window, cropped to the content
 MARGIN = 24  # below the content
 HIDDEN = {  # name of the picture -> CSS selector of the parts left out
-    "report-results": "nav, section:not(#results, #trade-off), #results > :not(h2, .scroll), footer",
-    "report-layers": ".masthead, main > :not(#layers, #weights), #weights figure:nth-child(n+3), footer",
+    "report-results": "nav, section:not(#results, #trade-off), #results > :not(h2, .scroll:has(.headline)), footer",
+    "report-layers": ".masthead, main > :not(#layers), footer",
 }
 
 

@@ -6,9 +6,10 @@ which are CSS pixels at full size. A chart is about as wide as a phone, so that 
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -86,36 +87,59 @@ def student_look(number: int) -> Look:
 
 @dataclass(frozen=True)
 class Point:
-    """One upstream in a scatter plot; `tip` is its tooltip."""
+    """One upstream in a scatter plot; `tip` is its tooltip. The frontier leads through those that are `ours`."""
 
     name: str
     x: float
     y: float
     look: Look
     tip: str
+    half: float | None = None  # of the interval of y
+    ours: bool = True
 
 
 def scatter(points: Sequence[Point], *, key: str, title: str, description: str, x_label: str) -> str:
-    """Return an SVG of relative score (y) against a cost (x), with names and the Pareto frontier."""
+    """Return an SVG of relative score (y) against a cost (x, logarithmic), with names and the students' frontier.
+
+    Every x is more than 0.
+    """
+    # The decimal logarithm of a cost is its place: names are laid out in these units.
+    points = [replace(point, x=math.log10(point.x)) for point in points]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(width=300, height=270)  # a laptop shows three side by side
-        width = max(point.x for point in points) or 1.0  # costs start at 0; 1.0 if fbank is the only point
-        axes.set_xlim(-0.06 * width, 1.08 * width)
+        left, right = min(point.x for point in points), max(point.x for point in points)
+        margin = 0.12 * max(right - left, 0.3)
+        axes.set_xlim(left - margin, right + margin)
         # Both ends of the scale are shown, and scores beyond them.
         low, high = min(0.0, *(point.y for point in points)), max(1000.0, *(point.y for point in points))
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         for level in (0, 1000):
             axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-        front = frontier(points)
+        front = frontier([point for point in points if point.ours])
         axes.plot([p.x for p in front], [p.y for p in front], color=MUTED, linewidth=1.2, alpha=0.7, zorder=2)
         for number, point in enumerate(points):
+            if point.half is not None:
+                ends = [point.y - point.half, point.y + point.half]
+                axes.plot([point.x, point.x], ends, color=point.look.colour, linewidth=1.4, alpha=0.55, zorder=3)
             _mark(axes, point.x, point.y, point.look, size=9, edge_width=1.4, gid=f"tip-{number}")
         _name_points(axes, points, front)
         axes.set_xlabel(x_label)
         axes.set_ylabel("relative score")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(FixedLocator(_decimal_ticks(*axes.get_xlim())))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{10**place:g}"))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         return _inline(figure, key, title, description, {f"tip-{n}": p.tip for n, p in enumerate(points)})
+
+
+def _decimal_ticks(low: float, high: float) -> list[float]:
+    """Return the decimal logarithms of round numbers between two of them: at least three, where these steps allow."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    places: list[float] = []
+    for steps in ((1,), (1, 2, 5), (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        places = [place for power in powers for step in steps if low <= (place := power + math.log10(step)) <= high]
+        if len(places) >= 3:
+            break
+    return places
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

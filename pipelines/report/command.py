@@ -1,8 +1,8 @@
 """`python -m pipelines report --config params.yaml --out report`: the results, as tables and as one page.
 
 Reads the records of all stages (results.py) and the pipeline's graph (graph.py), and writes index.html (page.py),
-results.md (markdown.py) and one file of DVC metrics for each upstream. It measures nothing and imports no torch. Slow
-imports are late, because every `python -m pipelines …` loads this module.
+results.md (markdown.py), results.csv and one file of DVC metrics for each upstream. It measures nothing and imports no
+torch. Slow imports are late, because every `python -m pipelines …` loads this module.
 """
 
 from dataclasses import dataclass, field, replace
@@ -74,7 +74,7 @@ def read_config(path: Path) -> ReportConfig:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("report"),
     show_default=True,
-    help="Folder for index.html and results.md.",
+    help="Folder for index.html, results.md and results.csv.",
 )
 @click.option(
     "--metrics",
@@ -104,7 +104,7 @@ def make_report(root: Path, config: ReportConfig, out: Path, metrics: Path) -> N
     from pipelines.report.markdown import render_markdown
     from pipelines.report.page import render_page
     from pipelines.report.results import read_results
-    from pipelines.report.table import make_columns
+    from pipelines.report.table import make_columns, results_csv
 
     results = read_results(root, config.students, config.tasks, models=config.models, official=config.official)
     if config.not_scored:
@@ -116,6 +116,7 @@ def make_report(root: Path, config: ReportConfig, out: Path, metrics: Path) -> N
             results, columns, read_stages(root), revision=revision, params_text=config.text, made_at=made_at
         ),
         "results.md": render_markdown(results, columns, revision),
+        "results.csv": results_csv(results, columns),
     }
     for name, content in texts.items():
         with written_aside(out / name) as aside:

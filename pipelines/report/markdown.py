@@ -14,6 +14,7 @@ from pipelines.report.table import (
     TextTable,
     interval_table,
     results_table,
+    retained_table,
     seed_table,
     task_title,
 )
@@ -21,12 +22,13 @@ from pipelines.report.table import (
 
 def render_markdown(results: Results, columns: Sequence[Column], revision: Revision | None) -> str:
     """Return the tables, the ranking, the caveats and the settings as Markdown."""
-    seeds, placed = seed_table(results), published_table(results)
+    seeds, placed, retained = seed_table(results), published_table(results), retained_table(results)
     parts = [
         results_table(results, columns).markdown(),
-        "Bold: the best student of a column. ↓ lower is better, ↑ higher is better.",
+        f"{text.BOLD} ↓ lower is better, ↑ higher is better.",
         text.ranking(results),
         text.by_task(results),
+        f"Retained of the gap between fbank and teacher, in percent:\n\n{retained.markdown()}" if retained else "",
         seeds.markdown() if seeds else "",
         results.teacher.upstream["note"] or "",
         text.speed_sentence(results),

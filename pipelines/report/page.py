@@ -28,7 +28,9 @@ from pipelines.report.table import (
     interval_table,
     metric_label,
     rank_students,
+    results_csv,
     results_table,
+    retained_table,
     seed_table,
     task_title,
     write_mean,
@@ -75,6 +77,8 @@ def render_page(
         names=[upstream.name for upstream in results.upstreams],
         columns=columns,
         table=_headline(results, columns),
+        table_csv=results_csv(results, columns),
+        retained=retained_table(results),
         seeds=seed_table(results),
         intervals=interval_table(results),
         placed=published_table(results),
@@ -99,7 +103,7 @@ def render_page(
 def _headline(results: Results, columns: Sequence[Column]) -> list[tuple[Upstream, Sequence[Cell]]]:
     """Return the rows of the main table without name and kind, which share the row's header cell."""
     rows = results_table(results, columns).rows
-    return [(upstream, row[2:]) for upstream, row in zip(results.upstreams, rows, strict=True)]
+    return [(upstream, row[2:]) for upstream, row in zip(results.ranked, rows, strict=True)]
 
 
 def _unbroken(sentence: str, names: Sequence[str]) -> Markup:
@@ -125,7 +129,10 @@ def _highlights(results: Results) -> list[tuple[str, str]]:
         return []
     # seeds of one student have equal sizes and about equal speeds: the first stands for all
     best, student = ranked[0], ranked[0].upstreams[0].speed
-    found = [(write_mean(best.relative, write_relative), f"relative score of {best.name}; its teacher has 1000")]
+    half = best.upstreams[0].relative_half if len(best.upstreams) == 1 else None  # several seeds have a deviation
+    within = "" if half is None else f" ± {write_relative(half)} (95% interval)"
+    score = f"relative score of {best.name}{within}; its teacher has 1000"
+    found = [(write_mean(best.relative, write_relative), score)]
     teacher = results.upstreams[0].speed
     if teacher and student:
         found += [
@@ -150,19 +157,29 @@ def _use(results: Results) -> dict[str, Any] | None:
 
 
 def _trade_offs(results: Results, looks: Mapping[str, Look]) -> list[dict[str, Any]]:
-    """Return charts of the relative score against each cost; up and to the left is better in all of them."""
+    """Return charts of the relative score against each cost; up and to the left is better in all of them.
+
+    fbank is left out: without parameters it has no place on a logarithmic axis, and its score is 0.
+    """
     costs: tuple[tuple[str, str, str, Callable[[UpstreamSpeed], float]], ...] = (
         ("params", "parameters", "parameters, millions", lambda speed: speed.params / 1e6),
         ("macs", "MACs", "MACs for one second of audio, 10⁹", lambda speed: speed.macs_per_audio_s / 1e9),
         ("rtf", "real-time factor", "real-time factor", lambda speed: speed.rtf.median),
     )
-    measured = [(one, one.relative, one.speed) for one in results.upstreams if one.relative is not None and one.speed]
+    measured = [
+        (one, one.relative, one.speed)
+        for one in results.upstreams
+        if one.relative is not None and one.speed and one.kind != "baseline"
+    ]
     found = []
     for key, name, x_label, cost in costs if measured else ():
         points = [
-            Point(one.name, cost(speed), relative, looks[one.name], _tip(one.name, relative, speed))
+            Point(
+                one.name, cost(speed), relative, looks[one.name], _tip(one.name, relative, speed), one.relative_half,
+                one.kind == "student",
+            )
             for one, relative, speed in measured
-        ]
+        ]  # fmt: skip
         title, description = f"Relative score against {name}", "; ".join(point.tip for point in points) + "."
         svg = charts.scatter(points, key=f"by-{key}", title=title, description=description, x_label=x_label)
         found.append({"title": f"Against {name}", "svg": Markup(svg)})
@@ -180,16 +197,15 @@ def _training(upstream: Upstream, run: RunMetrics, look: Look) -> dict[str, Any]
     svg = charts.loss_curves(
         upstream.curves, run.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
     )
-    facts = [
-        ("family", run.family),
-        ("steps", f"{run.steps:,}"),
-        ("passes", f"{run.epochs:.1f}"),
-        ("time", _duration(run.seconds)),
-        ("speed", f"{run.audio_seconds_per_second:,.0f} s of audio per second"),
-        ("dev loss", NONE if run.loss.dev is None else f"{run.loss.dev:.3f}"),
-    ]
-    if run.exposure_bias is not None:
-        facts.append(("exposure bias", f"{run.exposure_bias:+.3f}".replace("-", "−")))
+    facts = {
+        "family": run.family,
+        "steps": f"{run.steps:,}",
+        "passes": f"{run.epochs:.1f}",
+        "time": _duration(run.seconds),
+        "s of audio per second": f"{run.audio_seconds_per_second:,.0f}",
+        "dev loss": NONE if run.loss.dev is None else f"{run.loss.dev:.3f}",
+        "exposure bias": NONE if run.exposure_bias is None else f"{run.exposure_bias:+.3f}".replace("-", "−"),
+    }
     return {"upstream": upstream, "facts": facts, "svg": Markup(svg)}
 
 
@@ -222,12 +238,26 @@ def _similarity(results: Results) -> dict[str, Any]:
         else:
             learned = run.dev_by_layer.keys() | run.codes_by_layer.keys()
             maps.append({"upstream": upstream, "layers": found.teacher_layers, "learned": learned,
-                         "rows": _similarity_rows(found)})  # fmt: skip
+                         "rows": _similarity_rows(found), "sentence": _similarity_sentence(found)})  # fmt: skip
             basis = (
                 f"{found.num_frames:,} frames of {found.num_utterances} utterances of {found.corpus}, "
                 f"split {found.split}"
             )
     return {"maps": maps, "notes": notes, "basis": basis}
+
+
+def _similarity_sentence(found: CompareFile) -> str:
+    """Return one sentence on the order of the layers and on the last one."""
+    pairs = [(layer, cka_L) for layer, cka_L in zip(found.student_layers, found.linear_cka, strict=True) if any(cka_L)]
+    if not pairs:
+        return "All layers are constant."
+    nearest = [max((cka, top) for cka, top in zip(cka_L, found.teacher_layers, strict=True) if cka)[::-1]
+               for _, cka_L in pairs]  # fmt: skip
+    tops = [top for top, _ in nearest]
+    order = "Later layers resemble later layers of the teacher" if tops == sorted(tops) else (
+        "The layers do not keep the teacher’s order"
+    )  # fmt: skip
+    return f"{order}; the last one is closest to layer {tops[-1]}, with {100 * nearest[-1][1]:.0f}."
 
 
 def _similarity_rows(found: CompareFile) -> list[tuple[int, list[Heat]]]:

@@ -6,13 +6,14 @@ of layers may be missing: the report then states so.
 """
 
 import csv
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from evaluate.scorefile import ScoreFile
-from evaluate.table import Scores, check_sizes, gather, own_tasks, summarise, terms_of, without_scale
+from evaluate.table import Scores, Summary, check_sizes, gather, own_tasks, summarise, terms_of, without_scale
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.measures import CompareFile, SpeedFile, UpstreamSpeed
@@ -34,6 +35,8 @@ class Upstream:
     kind: Kind
     scores: dict[str, ScoreFile]  # by task
     relative: float | None  # relative score: fbank is 0, the teacher 1000
+    relative_half: float | None = None  # half the width of its 95% interval; None for the two ends, too
+    retained: dict[str, float] = field(default_factory=dict)  # by task: position between fbank (0) and teacher (1)
     speed: UpstreamSpeed | None = None
     training: RunMetrics | None = None  # of a student, like `curves` and `comparison`
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric -> (step, value)
@@ -42,7 +45,7 @@ class Upstream:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All records. `upstreams` are in table order: teacher, students, models, baseline."""
+    """All records. `upstreams` are in the order of params.yaml: teacher, students, models, baseline."""
 
     upstreams: tuple[Upstream, ...]
     tasks: tuple[str, ...]  # in the order of params.yaml
@@ -51,6 +54,11 @@ class Results:
     teacher: Manifest
     speed: SpeedFile | None
     measure_notes: tuple[str, ...]  # on tasks without scores and missing measurements
+
+    @property
+    def ranked(self) -> tuple[Upstream, ...]:
+        """Upstreams by relative score, best first; those without one come last, in their order."""
+        return tuple(sorted(self.upstreams, key=lambda one: math.inf if one.relative is None else -one.relative))
 
     def by_kind(self, kind: Kind) -> tuple[Upstream, ...]:
         """Return the upstreams of one kind, in table order."""
@@ -84,7 +92,7 @@ def read_results(
     runs = {name: _read_run(root, name, teacher) for name, kind in kinds.items() if kind == "student"}
     # gather also checks that scores of a task agree in corpus, labels, recipe and seed
     table = gather([root / "scores" / name / f"{task}.json" for name in kinds for task in tasks])
-    relative, score_notes = _relative(table, tasks)
+    summary = _relative(table, tasks)
     if official:
         check_sizes(table)
     speed, comparisons, measure_notes = _read_measures(root, list(kinds), scores)
@@ -94,7 +102,9 @@ def read_results(
                 name=name,
                 kind=kind,
                 scores=scores[name],
-                relative=relative[name],
+                relative=summary.one_score.get(name),
+                relative_half=summary.half_widths.get(name),
+                retained=_retained(summary.shares.get(name)),
                 speed=speed.upstreams.get(name) if speed else None,
                 training=runs.get(name),
                 curves=_read_curves(root / "runs" / name) if name in runs else {},
@@ -103,7 +113,7 @@ def read_results(
             for name, kind in kinds.items()
         ),
         tasks=tasks,
-        score_notes=score_notes,
+        score_notes=summary.notes,
         official=summarise(table).values if official else None,
         teacher=teacher,
         speed=speed,
@@ -147,17 +157,21 @@ def read_curve(path: Path) -> list[tuple[int, float]]:
         raise RetortError(f"{path} is not a DVCLive curve with columns step and {path.stem} ({error})") from None
 
 
-def _relative(table: Scores, tasks: tuple[str, ...]) -> tuple[Mapping[str, float | None], tuple[str, ...]]:
-    """Return the relative score by upstream, and the notes on it."""
-    low, high = (
-        {term: value for task in tasks for term, (value, _) in terms_of(table[name][task]).items()}
+def _relative(table: Scores, tasks: tuple[str, ...]) -> Summary:
+    """Return the relative scores with their notes; without scores if no task has a scale."""
+    fbank, teacher = (
+        {term: measured for task in tasks for term, measured in terms_of(table[name][task]).items()}
         for name in (BASELINE, TEACHER)
     )
-    if len(without_scale(fbank=low, teacher=high, own=own_tasks(table))) == len(tasks):
+    if len(without_scale(fbank=fbank, teacher=teacher, own=own_tasks(table))) == len(tasks):
         # Not an error: the other tables and charts are still useful.
-        return dict.fromkeys(table), ("no relative score: on no task is the teacher better than fbank",)
-    summary = summarise(table, fbank=BASELINE, teacher=TEACHER)
-    return summary.one_score, summary.notes
+        note = "no relative score: on no task is the teacher better than fbank by more than both intervals"
+        return replace(summarise(table), notes=(note,))
+    return summarise(table, fbank=BASELINE, teacher=TEACHER)
+
+
+def _retained(shares: Mapping[str, float] | None) -> dict[str, float]:
+    return {task: points * len(shares) / 1000 for task, points in shares.items()} if shares else {}
 
 
 def _read_measures(

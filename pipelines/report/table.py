@@ -3,10 +3,12 @@
 Bold marks the best student of a column: the teacher is the reference, not a competitor.
 """
 
+import csv
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from typing import Literal
 
 from rich import box
@@ -37,11 +39,12 @@ NONE = "–"  # cell without a value
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of one cell. Dim cells are those of the teacher and the baseline."""
+    """Text of one cell. Dim cells are those of the teacher and the baseline. The page writes `below` under the text."""
 
     text: str
     bold: bool = False
     dim: bool = False
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,28 +79,42 @@ class TextTable:
 
 @dataclass(frozen=True)
 class Column:
-    """One measured column: its value for an upstream, its format, and the direction that is better."""
+    """One measured column: its value for an upstream, its 95% interval, its format, the direction that is better."""
 
     title: str
     unit: str
     better: Literal["low", "high"]
     value: Callable[[Upstream], float | None]
     write: Callable[[float], str]
+    interval: Callable[[Upstream], tuple[float, float] | None] = lambda _: None
 
     def text(self, upstream: Upstream) -> str:
         """Return the cell of an upstream."""
         value = self.value(upstream)
         return NONE if value is None else self.write(value)
 
+    def below(self, upstream: Upstream) -> str:
+        """Return the interval of an upstream as text; empty without one."""
+        ends = self.interval(upstream)
+        return "" if ends is None else f"{write_short(ends[0])}–{write_short(ends[1])}"
+
     def best(self, upstreams: Sequence[Upstream]) -> frozenset[str]:
-        """Return the names of the best students; students with equal text share the place."""
+        """Return the names of the best students; students with equal text share the place.
+
+        None are the best if another student's value lies inside the interval of the first.
+        """
         students = (one for one in upstreams if one.kind == "student")
         known = [(one, value) for one in students if (value := self.value(one)) is not None]
         if not known:
             return frozenset()
         winner = (min if self.better == "low" else max)(value for _, value in known)
         # By text: a difference that the table does not show is not a win.
-        return frozenset(one.name for one, value in known if self.write(value) == self.write(winner))
+        first = [one for one, value in known if self.write(value) == self.write(winner)]
+        others = [value for _, value in known if self.write(value) != self.write(winner)]
+        for low, high in filter(None, map(self.interval, first)):
+            if any(low <= value <= high for value in others):
+                return frozenset()
+        return frozenset(one.name for one in first)
 
 
 def make_columns(results: Results) -> tuple[Column, ...]:
@@ -105,7 +122,9 @@ def make_columns(results: Results) -> tuple[Column, ...]:
 
     The most important column comes first, because a narrow screen shows the first columns only.
     """
-    columns = [Column("relative", "score", "high", lambda upstream: upstream.relative, write_relative)]
+    columns = [
+        Column("relative", "score", "high", lambda upstream: upstream.relative, write_relative, _relative_interval)
+    ]
     columns += [
         Column(
             task_title(task),
@@ -113,6 +132,7 @@ def make_columns(results: Results) -> tuple[Column, ...]:
             "high" if results.score_of_teacher(task).higher_is_better else "low",
             partial(_test_score, task=task),
             lambda value: f"{value:.2f}",
+            partial(_test_interval, task=task),
         )
         for task in results.tasks
     ]
@@ -130,6 +150,16 @@ def make_columns(results: Results) -> tuple[Column, ...]:
 
 def _test_score(upstream: Upstream, *, task: str) -> float:
     return upstream.scores[task].test
+
+
+def _test_interval(upstream: Upstream, *, task: str) -> tuple[float, float] | None:
+    return upstream.scores[task].interval.test
+
+
+def _relative_interval(upstream: Upstream) -> tuple[float, float] | None:
+    if upstream.relative is None or upstream.relative_half is None:
+        return None
+    return upstream.relative - upstream.relative_half, upstream.relative + upstream.relative_half
 
 
 def _of_speed(figure: Callable[[UpstreamSpeed], float]) -> Callable[[Upstream], float | None]:
@@ -152,32 +182,71 @@ def metric_label(score: ScoreFile) -> str:
     return f"{unit} {'↑' if score.higher_is_better else '↓'}"
 
 
+def write_short(value: float) -> str:
+    """Format a bound of an interval: with one decimal below 100, without one from there on."""
+    return (f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}").replace("-", "−")
+
+
 def write_relative(value: float) -> str:
     """Format a relative score as a whole number, with a minus sign (U+2212) and without a negative zero."""
     return f"{round(value)}".replace("-", "−")
 
 
 def results_table(results: Results, columns: Sequence[Column]) -> TextTable:
-    """Return the main table: one row for each upstream."""
+    """Return the main table: one row for each upstream, best first."""
     best = [column.best(results.upstreams) for column in columns]
     rows = []
-    for upstream in results.upstreams:
+    for upstream in results.ranked:
         dim = upstream.kind != "student"
-        names = [Cell(upstream.name, dim=dim), Cell(upstream.kind, dim=dim)]
-        pairs = zip(columns, best, strict=True)
-        rows.append(names + [Cell(column.text(upstream), upstream.name in winners, dim) for column, winners in pairs])
+        cells = [Cell(upstream.name, dim=dim), Cell(upstream.kind, dim=dim)]
+        for column, winners in zip(columns, best, strict=True):
+            cells.append(Cell(column.text(upstream), upstream.name in winners, dim, column.below(upstream)))
+        rows.append(cells)
     return TextTable([("upstream", ""), ("kind", ""), *((one.title, one.unit) for one in columns)], rows, num_names=2)
+
+
+def results_csv(results: Results, columns: Sequence[Column]) -> str:
+    """Return the main table as CSV: values in full, columns NAME low and NAME high for those with intervals."""
+    with_ends = [any(column.interval(one) for one in results.upstreams) for column in columns]
+    heads = ["upstream", "kind"]
+    for column, ends in zip(columns, with_ends, strict=True):
+        name = f"{column.title} ({column.unit})" if column.unit else column.title
+        heads += [name, f"{name} low", f"{name} high"] if ends else [name]
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    for upstream in results.ranked:
+        row: list[str | float | None] = [upstream.name, upstream.kind]
+        for column, ends in zip(columns, with_ends, strict=True):
+            row += [column.value(upstream), *((column.interval(upstream) or (None, None)) if ends else ())]
+        writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
+    return text.getvalue()
+
+
+def retained_table(results: Results) -> TextTable | None:
+    """Return how much of the gap between fbank and teacher each student retains, in percent; None without a scale."""
+    students = [one for one in results.ranked if one.kind not in ("teacher", "baseline") and one.retained]
+    if not students:
+        return None
+    tasks = list(students[0].retained)
+    rows = [
+        [Cell(one.name), *(Cell(f"{100 * one.retained[task]:.0f}".replace("-", "−")) for task in tasks)]
+        for one in students
+    ]
+    return TextTable([("student", ""), *((task_title(task), "%") for task in tasks)], rows)
 
 
 def interval_table(results: Results) -> TextTable:
     """Return test scores with 95% intervals, and the further metrics of each task."""
-    heads = [("upstream", "")]
+    heads = [("upstream", ""), ("relative", "score")]
     for task in results.tasks:
         score, title = results.score_of_teacher(task), task_title(task)
         heads += [(title, metric_label(score)), *((title, _further_title(name)) for name in score.also)]
     rows = []
-    for upstream in results.upstreams:
-        cells = [Cell(upstream.name)]
+    relative = make_columns(results)[0]
+    for upstream in results.ranked:
+        ends = relative.below(upstream)
+        cells = [Cell(upstream.name), Cell(relative.text(upstream) + (f" ({ends})" if ends else ""))]
         for task in results.tasks:
             score = upstream.scores[task]
             ends = "" if score.interval.test is None else " ({:.2f}–{:.2f})".format(*score.interval.test)

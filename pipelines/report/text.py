@@ -5,7 +5,15 @@ from statistics import mean
 
 from evaluate.table import CONSTANTS_NOTE
 from pipelines.report.results import Results
-from pipelines.report.table import SeedGroup, find_seed_groups, rank_students, task_title, write_mean, write_relative
+from pipelines.report.table import (
+    SeedGroup,
+    find_seed_groups,
+    make_columns,
+    rank_students,
+    task_title,
+    write_mean,
+    write_relative,
+)
 
 NOT_OFFICIAL = (
     "These scores can’t be compared with published models, because their corpora are not SUPERB’s own. For scores of "
@@ -15,6 +23,7 @@ MACS = (
     "MACs are multiply-accumulate operations for one second of audio, counted by torch in matrix products and "
     "convolutions. Fourier transforms count as zero, so the figure of fbank is close to zero."
 )
+BOLD = "Bold: the best student of a column, if no other lies inside its interval."
 CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
@@ -27,13 +36,29 @@ def ranking(results: Results) -> str:
     winner, others = ranked[0], ranked[1:]
     first = (
         f"{winner.name} came first with a relative score of {write_mean(winner.relative, write_relative)} "
-        f"(fbank 0, teacher 1000){_beyond_scale(winner)}"
+        f"({_interval(winner)}fbank 0, teacher 1000){_beyond_scale(winner)}"
     )
     seeds = "; ± is the standard deviation over seeds" if any(len(one.upstreams) > 1 for one in ranked) else ""
     if not others:
         return f"{first}; it is the only student{seeds}."
     rest = [f"{one.name} ({write_mean(one.relative, write_relative)}{_beyond_scale(one)})" for one in others]
-    return f"{first}, followed by {_listed(rest)}{seeds}."
+    return f"{first}, followed by {_listed(rest)}{seeds}.{_undecided(winner, others)}"
+
+
+def _interval(student: SeedGroup) -> str:
+    """Return the interval of a student of one seed; of several seeds their deviation is given instead."""
+    half = student.upstreams[0].relative_half
+    if len(student.upstreams) > 1 or half is None:
+        return ""
+    low, high = student.relative[0] - half, student.relative[0] + half
+    return f"95% interval {write_relative(low)} to {write_relative(high)}; "
+
+
+def _undecided(winner: SeedGroup, others: Sequence[SeedGroup]) -> str:
+    """Return a sentence on the students whose score lies inside the first one's interval; empty if none does."""
+    halves = [one.relative_half for one in winner.upstreams if one.relative_half is not None]
+    inside = [one.name for one in others if halves and mean(winner.relative) - mean(one.relative) <= max(halves)]
+    return f" Inside its interval: {_listed(inside)}." if inside else ""
 
 
 def _beyond_scale(student: SeedGroup) -> str:
@@ -43,16 +68,14 @@ def _beyond_scale(student: SeedGroup) -> str:
 
 
 def by_task(results: Results) -> str:
-    """Return one sentence with the tasks on which each student is the best; empty without students."""
+    """Return one sentence with the tasks on which each student is the best beyond its interval; empty without any."""
     won: dict[str, list[str]] = {}
-    for task in results.tasks if results.students else ():
-        scores = [(upstream.scores[task].test, upstream.name) for upstream, _ in results.students]
-        best = (max if results.score_of_teacher(task).higher_is_better else min)(scores)[0]
-        for value, name in scores:
-            if f"{value:.2f}" == f"{best:.2f}":  # as printed: equal scores share the task
-                won.setdefault(name, []).append(task_title(task))
+    columns = make_columns(results)[1 : 1 + len(results.tasks)]
+    for task, column in zip(results.tasks, columns, strict=True):
+        for name in sorted(column.best(results.upstreams)):
+            won.setdefault(name, []).append(task_title(task))
     listed = "; ".join(f"{name} on {_listed(tasks)}" for name, tasks in won.items())
-    return f"Best student by task: {listed}." if listed else ""
+    return f"Best student by task, beyond its interval: {listed}." if listed else ""
 
 
 def caveats(results: Results) -> list[str]:
