@@ -23,6 +23,7 @@ from extract.shards import Extraction, LocalRunner, ShardRunner, sample_packs, s
 from extract.store.location import check_sizes, is_url, location_of, root_text
 from extract.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from extract.upstream.card import UpstreamCard, find_upstream
+from extract.upstream.mel import MEL_FAMILIES
 from extract.upstream.spec import ON_CPU, UpstreamFacts, read_spec
 
 _LIBRARIES = ("torch", "torchaudio", "transformers", "zarr", "numpy")  # their versions are recorded
@@ -102,6 +103,11 @@ def _check_initial_blocks(config: ExtractConfig, card: UpstreamCard) -> None:
         return
     if card.family in ON_CPU:
         raise RetortError(f"--initial-blocks {config.initial_blocks}: upstream {card.id} has no blocks to copy; give 0")
+    if card.family in MEL_FAMILIES:
+        raise RetortError(
+            f"--initial-blocks {config.initial_blocks}: upstream {card.id} reads Mel frames; a student has neither its "
+            "stem nor its kind of blocks; give 0, and set `init: random` for the student"
+        )
     num_blocks = read_spec(str(card.folder)).num_layers - 1  # layer 0 is the input of the first block
     if config.initial_blocks > num_blocks:
         raise RetortError(f"--initial-blocks {config.initial_blocks}: the upstream has {num_blocks} blocks")

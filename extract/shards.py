@@ -32,7 +32,15 @@ from extract.store.transform import Transform
 from extract.store.transform_fit import SAMPLE_FRAMES, fit
 from extract.store.writer import EncodedPack, StoreWriter, row_name
 from extract.upstream.card import UpstreamCard
-from extract.upstream.spec import ON_CPU, UpstreamFacts, UpstreamSpec, check_layers, check_stem, read_spec
+from extract.upstream.spec import (
+    ON_CPU,
+    UpstreamFacts,
+    UpstreamSpec,
+    check_layers,
+    check_stem,
+    read_spec,
+    too_long_for_window,
+)
 
 if TYPE_CHECKING:
     from extract.encoding import PackEncoder
@@ -119,8 +127,13 @@ def pack_corpus(config: ExtractConfig, corpus: "Corpus | SimulatedCorpus", spec:
     num_frames = count_frames(
         corpus.num_samples, hop_samples=spec.hop_samples, receptive_samples=spec.receptive_samples
     )
+    longest = spec.longest_frames
+    if longest is not None and len(over := np.flatnonzero(num_frames > longest)) and not config.drop_long:
+        line = too_long_for_window(int(num_frames[over[0]]), spec)
+        raise RetortError(f"utterance {corpus.ids[over[0]]!r}, of {len(over)} such: {line}, or give --drop-long")
     return pack_utterances(
         num_frames,
+        longest_frames=longest,
         ids=corpus.ids,
         # Parts of so many seconds have at most `pack_frames` frames: a frame covers a hop or more.
         pack_s=config.pack_frames * spec.hop_samples // SAMPLE_RATE_HZ,

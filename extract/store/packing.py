@@ -151,15 +151,17 @@ def pack_utterances(
     shard_packs: int,
     pack_s: int = 0,
     align: int = 1,
+    longest_frames: int | None = None,
     drop_long: bool = False,
     drop_short: bool = False,
 ) -> Packing:
     """Sort utterances by length, longest first, and fill pack after pack. The result is deterministic.
 
     num_frames: int64 (utterances,). ids: of the utterances, and pack_s: seconds of audio that fit a pack (0: not
-    known), for error lines. align: as in `Packing`, `Codec.block_frames`. Raises RetortError for an utterance without a
-    frame unless `drop_short`, for one longer than a pack unless `drop_long`, and for a `pack_frames` that `align` does
-    not divide.
+    known), for error lines. align: as in `Packing`, `Codec.block_frames`. longest_frames: of an utterance that is
+    packed, None for those of a pack; longer ones are dropped, the caller has refused them without `drop_long`. Raises
+    RetortError for an utterance without a frame unless `drop_short`, for one longer than a pack unless `drop_long`, and
+    for a `pack_frames` that `align` does not divide.
     """
     for option, count in (("--pack-frames", pack_frames), ("--shard-packs", shard_packs)):
         if not 1 <= count < 1 << 53:
@@ -183,7 +185,8 @@ def pack_utterances(
             f"use --pack-frames {needed}, {cut}drop them with --drop-long"
         )
     order = np.argsort(-num_frames, kind="stable")  # stable: equal lengths stay in corpus order
-    order = order[(num_frames[order] <= pack_frames) & (num_frames[order] >= 1)]
+    longest = pack_frames if longest_frames is None else min(longest_frames, pack_frames)
+    order = order[(num_frames[order] <= longest) & (num_frames[order] >= 1)]
     taken = num_frames[order] + -num_frames[order] % align  # rows of a pack, up to the next utterance
     ends = np.cumsum(taken, dtype=np.int64)  # positions if all utterances lay end to end
     starts = [0]  # position in `order` of the first utterance of every pack, and of the end

@@ -1,7 +1,8 @@
 """Identity of an upstream: found, named and fingerprinted without loading it.
 
-An upstream is `fbank`, a local folder or a hub id (`org/name` or `org/name@REVISION`) of the wav2vec 2.0 family, or a
-Retort student's folder or .onnx file. The manifest records its card. `extract.upstream.load` loads it.
+An upstream is `fbank`, a local folder or a hub id (`org/name` or `org/name@REVISION`) of the wav2vec 2.0 family, of
+w2v-BERT 2.0 or of Whisper, or a Retort student's folder or .onnx file. The manifest records its card.
+`extract.upstream.load` loads it.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from extract.upstream.files import (
     split_revision,
     weights_files,
 )
+from extract.upstream.mel import MEL_FAMILIES
 from extract.upstream.spec import FBANK, ONNX, read_config
 
 # Hashed in place of a config.json: a change of fbank's definition must change this text.
@@ -72,6 +74,8 @@ def find_upstream(upstream: str, *, normalise: bool | None = None, name: str | N
     if local_folder(upstream) is None:
         found_id, revision = split_revision(upstream)
         revision = revision or commit_of(folder)
+    if config["model_type"] in MEL_FAMILIES and normalise is None:
+        normalise = False  # their extractors normalise Mel frames, and no waveform unless asked to
     name = Path(found_id).name if name is None else name
     check_name(name, where=f"--name of upstream {upstream!r}")  # the folder of its stores begins with it
     return UpstreamCard(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extract.base.device import upload
+from extract.upstream.mel import MEL_FAMILIES, W2V_BERT
 
 _ALIGNED = 8  # values: fused attention on CUDA copies a mask whose rows do not start at multiples of so many
 
@@ -50,7 +51,14 @@ def padding(lengths: list[int], hidden_BCT: Tensor) -> Tensor:
 
 
 def replace_modules(model: Any, lengths: RowLengths) -> None:
-    """Replace the modules of a model of transformers that the docstring of this file lists."""
+    """Replace the modules of a model of transformers that the docstring of this file lists.
+
+    w2v-BERT and Whisper need none to be exact: the first masks its convolutions, the second has no padding.
+    """
+    if model.config.model_type in MEL_FAMILIES:
+        if model.config.model_type == W2V_BERT:
+            _keep_residual_float32(model.model)
+        return
     _replace_group_norm(model, lengths)
     _replace_positional_convolutions(model, lengths)
     is_conformer = model.config.model_type == "wav2vec2-conformer"
@@ -200,7 +208,8 @@ class GatedAttention(nn.Module):
 
 
 def _keep_residual_float32(model: Any) -> None:
-    """Give an encoder a float32 input, to which 16-bit branches are added: of a Large model, or of a Conformer.
+    """Give an encoder a float32 input, to which 16-bit branches are added: of a Large model, or of a Conformer
+    (w2v-BERT is one).
 
     Base models normalise the sum after each branch, and layer norms return float32 under autocast.
     """

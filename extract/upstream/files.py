@@ -27,7 +27,8 @@ _EXTRACTOR = "Wav2Vec2FeatureExtractor"
 _COMMIT = re.compile("[0-9a-f]{40}")  # name of a snapshot's folder in the hub's cache
 _CONVERT = (
     "looks like a fairseq checkpoint: convert it with convert_hubert_original_pytorch_checkpoint_to_pytorch.py of "
-    "transformers' repository (src/transformers/models/hubert; wav2vec2 and wavlm have their own), and give the folder "
+    "transformers' repository (src/transformers/models/hubert; wav2vec2, wavlm, wav2vec2_bert and whisper have their "
+    "own), and give the folder "
     "that it writes"
 )
 
@@ -173,7 +174,7 @@ def check_plain_weights(upstream: str, folder: Path, config: dict[str, Any]) -> 
 
 def own_normalisation(folder: Path) -> bool:
     """Return True if the checkpoint normalises waveforms. Raises RetortError if its files do not state it or differ."""
-    settings = _preprocessors(folder)
+    settings = preprocessors(folder)
     if not settings:
         raise RetortError(
             f"upstream folder {folder} has no preprocessor_config.json (nor a processor_config.json with a "
@@ -191,7 +192,7 @@ def own_normalisation(folder: Path) -> bool:
 
 def check_preprocessor(upstream: str, folder: Path) -> None:
     """Raise RetortError for a preprocessor whose input is not a 16 kHz mono waveform."""
-    for where, settings in _preprocessors(folder).items():
+    for where, settings in preprocessors(folder).items():
         kind = settings.get("feature_extractor_type", _EXTRACTOR)
         if kind != _EXTRACTOR:
             raise RetortError(
@@ -212,7 +213,7 @@ def check_preprocessor(upstream: str, folder: Path) -> None:
             )
 
 
-def _preprocessors(folder: Path) -> dict[str, dict[str, Any]]:
+def preprocessors(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the settings of the feature extractor by file.
 
     transformers 4 writes and reads preprocessor_config.json, transformers 5 writes processor_config.json and prefers

@@ -1,4 +1,4 @@
-"""Forward pass of wav2vec2-family models whose features do not depend on padding.
+"""Forward pass of models of transformers whose features do not depend on padding.
 
 `extract.upstream.exact` replaces the modules whose output depends on the padding of a batch; the rest is the model's
 own code under its attention mask. `extract.upstream.load` measures the result when an upstream is loaded. Utterances
@@ -35,20 +35,31 @@ from extract.base.pretrained import open_pretrained
 from extract.corpus import SAMPLE_RATE_HZ, normalise_waveform
 from extract.upstream.card import UpstreamCard
 from extract.upstream.exact import GatedAttention, RowLengths, replace_modules
-from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec, squeeze_factor
+from extract.upstream.log_mel import MelModel
+from extract.upstream.mel import W2V_BERT, WHISPER
+from extract.upstream.spec import PackStates, Upstream, UpstreamFacts, read_spec, squeeze_factor, too_long_for_window
 
 CONVENTION = (
     "layer 0 is the input of the first block, layer l the output of block l, the last one the model's last_hidden_state"
 )
 _NO_ADAPTER = "the adapter that config.json adds behind the encoder is not run: the last layer is the encoder's output"
 _NOT_UPSAMPLED = "the upsampling behind the last block is not run: the last layer has the frames of the others"
+_WINDOW = (
+    "silence is added to every utterance up to {} s, as Whisper's own extractor does: frames attend to it, and a short "
+    "utterance costs as much as a long one"
+)
 # Names of the encoder's weights. A checkpoint may hold others, of heads, quantisers and adapters, which are not used.
 _OF_THE_ENCODER = re.compile(r"(^|\.)(feature_extractor|feature_projection|encoder)\.")
+# Of Whisper's, which are opened without the decoder and without the prefix `encoder`.
+_OF_WHISPERS_ENCODER = re.compile(r"^(conv[12]|embed_positions|layers|layer_norm)\.")
 _CPU_BATCH_FRAMES = 1536  # 31 s: a seventh faster than batches of 160 s, with a fraction of the memory
+# On a GPU a pack is one batch, except of windows: a pack of short utterances is 30 times as many frames. 16 windows of
+# Whisper Large have 4 GB of hidden states.
+_GPU_BATCH_FRAMES = 24_000
 
 
 class Transformer(Upstream):
-    """A wav2vec2-family model, or a Retort student, in eval mode."""
+    """A model of the wav2vec 2.0 family, w2v-BERT, Whisper's encoder, or a Retort student, in eval mode."""
 
     def __init__(self, card: UpstreamCard, *, device: str, dtype: str, trust_remote_code: bool) -> None:
         assert card.folder is not None
@@ -57,7 +68,10 @@ class Transformer(Upstream):
         target = named_device(device, expected="cpu, cuda or cuda:N")
         check_there(target)
         check_dtype(dtype, target, option="--dtype")
+        self.spec = read_spec(str(card.folder))
         model = _open_model(card, config, trust_remote_code=trust_remote_code)
+        if self.spec.mel is not None:
+            model = MelModel(model, self.spec.mel)
         self.model: Any = model.eval().requires_grad_(False).to(target)
         self._target = target
         self._uploads: Any = torch.cuda.Stream(target) if target.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -67,18 +81,20 @@ class Transformer(Upstream):
         self.dtype = dtype
         self._autocast: torch.dtype | None = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
         self._float32: Float32 = "tf32" if dtype == "tf32" else "ieee"
+        self._window_frames = None if self.spec.mel is None else self.spec.mel.window_frames
         self._lengths = RowLengths()
         if not remote:
             replace_modules(self.model, self._lengths)
-        self.spec = read_spec(str(card.folder))
         remark = _NO_ADAPTER if config.get("add_adapter") and not remote else None
         if config["model_type"] == "sew":
             remark = _NOT_UPSAMPLED
+        elif self.spec.mel is not None and self.spec.mel.window_s is not None:
+            remark = _WINDOW.format(self.spec.mel.window_s)
         self.facts = UpstreamFacts(
             convention=f"{CONVENTION}; {remark}" if remark else CONVENTION,
             attention=_attention(self.model),
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            stem=_stem_shape(self.model),
+            stem=_stem_shape(self.model) if self.spec.mel is None else self.spec.mel.stem,
             float32=self._float32,
             remark=remark,
         )
@@ -87,6 +103,9 @@ class Transformer(Upstream):
     def prepare(self, waveforms: Sequence[NDArray[np.float32]]) -> list["Batch"]:
         """Normalise and pad waveforms, and start their copy to the device."""
         num_frames = self.num_frames(waveforms)
+        longest = self.spec.longest_frames
+        if longest is not None and max(num_frames) > longest:
+            raise RetortError(too_long_for_window(max(num_frames), self.spec))
         return [
             self._padded([waveforms[row] for row in rows], [num_frames[row] for row in rows])
             for rows in self.batches(num_frames)
@@ -143,10 +162,10 @@ class Transformer(Upstream):
 
     def _too_long(self, batch: "Batch") -> str:
         duration_s = batch.num_samples[0] / SAMPLE_RATE_HZ
+        cut = "" if batch.window_frames else f"cut it with --cut-long {max(1, int(duration_s // 2))}, "
         return (
-            f"an utterance of {duration_s:.1f} s ({batch.num_frames[0]} frames) does not fit into the memory of "
-            f"{self.device} by itself; cut it with --cut-long {max(1, int(duration_s // 2))}, give --dtype bf16, or a "
-            "device with more memory"
+            f"an utterance of {duration_s:.1f} s ({batch.padded_frames} frames) does not fit into the memory of "
+            f"{self.device} by itself; {cut}give --dtype bf16, or a device with more memory"
         )
 
     @contextmanager
@@ -161,15 +180,19 @@ class Transformer(Upstream):
     def batches(self, num_frames: Sequence[int]) -> list[range]:
         """Split the utterances of a pack into batches: one batch on a GPU, several of `_CPU_BATCH_FRAMES` on a CPU.
 
-        Utterances are batches of one if padding would change their features.
+        Windows of Whisper are several batches on a GPU too. Utterances are batches of one if padding would change
+        their features.
         """
         if self.facts.batching is not None and self.facts.batching["mode"] == "single":
             return [range(row, row + 1) for row in range(len(num_frames))]
-        if torch.device(self.device).type != "cpu":
+        on_cpu = torch.device(self.device).type == "cpu"
+        if not on_cpu and self._window_frames is None:
             return [range(len(num_frames))]
+        most = _CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES
+        computed = [self._window_frames or count for count in num_frames]
         found, first = [], 0
         for row in range(1, len(num_frames) + 1):
-            if row == len(num_frames) or sum(num_frames[first : row + 1]) > _CPU_BATCH_FRAMES:
+            if row == len(num_frames) or sum(computed[first : row + 1]) > most:
                 found.append(range(first, row))
                 first = row
         return found
@@ -187,11 +210,12 @@ class Transformer(Upstream):
         for row_S, waveform in zip(waveforms_BS.numpy(), waveforms, strict=True):
             # Normalised alone: padding must not enter the mean and the variance.
             row_S[: len(waveform)] = normalise_waveform(waveform) if self.normalise else waveform
+        window_frames = self._window_frames
         if not on_cuda:
-            return Batch(waveforms_BS.to(self._target), num_samples, num_frames)
+            return Batch(waveforms_BS.to(self._target), num_samples, num_frames, window_frames)
         with torch.cuda.stream(self._uploads):  # beside the kernels of the batch before
             waveforms_BS = waveforms_BS.to(self._target, non_blocking=True)
-            return Batch(waveforms_BS, num_samples, num_frames, self._uploads.record_event())
+            return Batch(waveforms_BS, num_samples, num_frames, window_frames, self._uploads.record_event())
 
     def _run(self, batch: "Batch") -> list[Tensor]:
         """Return all hidden states of a batch, each (B, T, D)."""
@@ -217,6 +241,7 @@ class Batch:
     waveforms_BS: Tensor
     num_samples: list[int]
     num_frames: list[int]
+    window_frames: int | None = None  # frames that are computed for each, if these do not depend on its length
     copied: "torch.cuda.Event | None" = None  # the waveforms are there; on CUDA
 
     def __len__(self) -> int:
@@ -224,7 +249,7 @@ class Batch:
 
     @property
     def padded_frames(self) -> int:
-        return len(self) * max(self.num_frames)
+        return len(self) * (self.window_frames or max(self.num_frames))
 
     def halves(self) -> list["Batch"]:
         """Split the utterances, without the padding that a half does not need."""
@@ -234,7 +259,7 @@ class Batch:
     def _part(self, rows: slice) -> "Batch":
         num_samples = self.num_samples[rows]
         waveforms_BS = self.waveforms_BS[rows, : max(num_samples)]
-        return Batch(waveforms_BS, num_samples, self.num_frames[rows], self.copied)
+        return Batch(waveforms_BS, num_samples, self.num_frames[rows], self.window_frames, self.copied)
 
     def own_rows(self) -> Tensor:
         """Return the rows of own frames, utterance by utterance, in hidden states of shape (B T, D)."""
@@ -280,8 +305,15 @@ def _open_model(card: UpstreamCard, config: dict[str, Any], *, trust_remote_code
     from transformers import AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+    is_whisper = config["model_type"] == WHISPER and "auto_map" not in config
+
     def opener(folder: Path, **options: Any) -> Any:
         kind: Any = AutoModel
+        if is_whisper:
+            from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+            # Alone: the decoder is more than half of the weights.
+            kind, options["key_mapping"] = WhisperEncoder, {r"^(model\.)?encoder\.": ""}
         if own := config.get("auto_map", {}).get("AutoModel"):
             # AutoModel would open the second of two students in folders of one name with the class of the first.
             kind = get_class_from_dynamic_module(own, folder)
@@ -293,12 +325,14 @@ def _open_model(card: UpstreamCard, config: dict[str, Any], *, trust_remote_code
         fix = f"remove its attention {attention!r}, `attn_implementation`, from config.json"
     # An adapter would shorten the last hidden state; the stored layers are those of the encoder.
     options = {"add_adapter": False} if config.get("add_adapter") and "auto_map" not in config else {}
+    if options and config["model_type"] == W2V_BERT:
+        options["use_intermediate_ffn_before_adapter"] = False
     model, missing = open_pretrained(
         opener,
         card.folder,
         refusal=f"upstream {card.id}: transformers can't open {card.folder}",
         fix=fix,
-        own=_OF_THE_ENCODER,
+        own=_OF_WHISPERS_ENCODER if is_whisper else _OF_THE_ENCODER,
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,  # transformers 5 would use the precision in which the checkpoint was saved
         **options,

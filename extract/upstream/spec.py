@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from extract.base.errors import RetortError
 from extract.base.files import read_json
 from extract.base.validate import check_fields
+from extract.corpus import SAMPLE_RATE_HZ
 from extract.onnx_file import OnnxRecord, read_record
 from extract.store.packing import count_frames, receptive_field
 from extract.upstream.files import check_config_file, check_plain_weights, check_preprocessor, folder_of, onnx_file
+from extract.upstream.mel import HOP_SAMPLES, MEL_FAMILIES, MelInput, read_mel_input
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ FAMILIES = (  # model_type of config.json
     "wav2vec2-conformer",
     "sew",
     "retort-student",
+    *MEL_FAMILIES,
 )
 
 # Fields of config.json that decide the dimensions. The lists are by convolution of the stem.
@@ -60,6 +63,14 @@ class UpstreamSpec:
     hop_samples: int
     receptive_samples: int
     stem_dim: int | None  # channels of the convolution stem; None without one
+    mel: MelInput | None = None  # input of w2v-BERT and Whisper; None for waveforms
+
+    @property
+    def longest_frames(self) -> int | None:
+        """Frames of the longest utterance that the upstream takes, None without a limit."""
+        if self.mel is None or self.mel.window_s is None:
+            return None
+        return (self.mel.window_s * SAMPLE_RATE_HZ - self.receptive_samples) // self.hop_samples + 1
 
 
 # 80 log Mel energies and two deltas, 25 ms every 10 ms; raw, and normalised per utterance (extract.upstream.fbank).
@@ -178,7 +189,11 @@ def read_spec(upstream: str) -> UpstreamSpec:
         return FBANK_SPEC
     if (path := onnx_file(upstream)) is not None:
         return onnx_spec(read_record(path))
-    config = read_config(upstream, folder_of(upstream, weights=False))
+    folder = folder_of(upstream, weights=False)
+    config = read_config(upstream, folder)
+    if config["model_type"] in MEL_FAMILIES:
+        mel = read_mel_input(upstream, folder, config)
+        return UpstreamSpec(mel.num_blocks + 1, mel.dim, HOP_SAMPLES, mel.receptive_samples, stem_dim=None, mel=mel)
     squeezed = squeeze_factor(config)
     kernels, strides = [*config["conv_kernel"], squeezed], [*config["conv_stride"], squeezed]
     return UpstreamSpec(
@@ -187,6 +202,15 @@ def read_spec(upstream: str) -> UpstreamSpec:
         hop_samples=math.prod(strides),
         receptive_samples=receptive_field(kernels, strides),
         stem_dim=config["conv_dim"][-1] if squeezed == 1 else None,
+    )
+
+
+def too_long_for_window(num_frames: int, spec: UpstreamSpec) -> str:
+    """Return the error line for an utterance that is longer than Whisper's window."""
+    assert spec.mel is not None
+    return (
+        f"an utterance has {num_frames} frames, expected at most the {spec.longest_frames} of this upstream's window "
+        f"of {spec.mel.window_s} s; cut longer ones with --cut-long {spec.mel.window_s}"
     )
 
 
@@ -210,6 +234,16 @@ def read_config(upstream: str, folder: Path) -> dict[str, Any]:
         raise RetortError(
             f"upstream {upstream} has model_type {family!r}; expected one of {', '.join(FAMILIES)}, or `fbank`"
         )
+    check_plain_weights(upstream, folder, config)
+    if family in MEL_FAMILIES:
+        read_mel_input(upstream, folder, config)
+    else:
+        _check_convolutions(config, path)
+        check_preprocessor(upstream, folder)
+    return config
+
+
+def _check_convolutions(config: dict[str, Any], path: Path) -> None:
     check_fields(_CONFIG, config, where=str(path))
     lengths = {key: len(config[key]) for key in ("conv_kernel", "conv_stride", "conv_dim")}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
@@ -217,9 +251,6 @@ def read_config(upstream: str, folder: Path) -> dict[str, Any]:
     sizes = [config["num_hidden_layers"], config["hidden_size"], *(size for key in lengths for size in config[key])]
     if min(sizes) < 1:
         raise RetortError(f"{path}: {', '.join(_CONFIG)}: expected numbers of at least 1")
-    check_plain_weights(upstream, folder, config)
-    check_preprocessor(upstream, folder)
-    return config
 
 
 def check_layers(wanted: tuple[int, ...] | None, num_layers: int, upstream: str) -> tuple[int, ...]:
