@@ -1,8 +1,9 @@
-"""Commands of stage two: train, export and publish students, propose a shape.
+"""Commands of stage two: train, export and publish students, train a light stem for them, propose a shape.
 
     python -m train run --student NAME --config params.yaml --manifest M.json --corpus C.json --out DIR --run RUNDIR
 
     torchrun --nproc-per-node 8 -m -- train run …           the same on eight GPUs
+    python -m train stem --name light --config params.yaml --manifest M.json --corpus C.json
     python -m train export DIR [--int8]                     DIR.onnx, DIR.int8.onnx
     python -m train export DIR --format hubert              DIR-hubert, a folder of transformers' HubertModel
     python -m train push DIR USER/NAME                      the folder and its model card, on the Hugging Face Hub
@@ -143,6 +144,36 @@ def run(
 
 
 @main.command()
+@click.option("--name", required=True, help="Name of a section of `stems` in the params file.")
+@click.option("--config", "params", type=_PATH, default=Path("params.yaml"), show_default=True)
+@click.option(
+    "--manifest", type=_PATH, required=True, help="Manifest M.json of a store with the stem, of --keep pooled,stem."
+)
+@click.option("--corpus", type=_PATH, required=True, help="Corpus of this store, with waveforms: NAME.json or NAME.h5.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
+def stem(name: str, params: Path, manifest: Path, corpus: Path, device: str) -> None:
+    """Train a light stem, for students that are to run faster: log-Mel features and a few narrow layers.
+
+    It learns the stored output of the teacher's convolution stem, without the teacher. The file is
+    M.NAME.stem.safetensors beside the manifest M.json; students with `light_stem: NAME` start from it.
+    """
+    from train.config import read_light_stem
+
+    config = read_light_stem(params, name)
+    from train.distributed import find_device
+
+    found_device = find_device(device)
+    from train.light import train_light_stem
+    from train.light_stem import TrainedStem
+
+    out = train_light_stem(name, config, manifest=manifest, corpus=corpus, device=found_device)
+    trained = TrainedStem.read(out)
+    count, error = sum(value.numel() for value in trained.tensors.values()), trained.facts.unexplained
+    left = "" if error is None else f", {100 * error:.1f}% of the variance of the teacher's stem left on dev"
+    click.echo(f"{name}: {count / 1e6:.3f} M parameters{left} -> {out}")
+
+
+@main.command()
 @click.argument("folder", type=_PATH)
 @click.option("--format", "form", type=click.Choice(["onnx", "hubert"]), default="onnx", show_default=True)
 @click.option("--int8", is_flag=True, help="Of onnx: weights of matrix products in 8 bits.")
@@ -206,7 +237,8 @@ def push(folder: Path, repo: str, card: Path | None, private: bool) -> None:
 @click.option(
     "--teacher-dim", default=768, show_default=True, help="Dim of the teacher's layers, and of gendistillers."
 )
-def shape(family: Family, params: str | None, macs: str | None, teacher_dim: int) -> None:
+@click.option("--stem", type=click.Choice(["convolutions", "light"]), default="convolutions", show_default=True)
+def shape(family: Family, params: str | None, macs: str | None, teacher_dim: int, stem: str) -> None:
     """Propose the shape of a student of a size, to 5%, with its parameters, MACs and memory.
 
     The lines belong into the sections of these names in params.yaml.
@@ -221,7 +253,7 @@ def shape(family: Family, params: str | None, macs: str | None, teacher_dim: int
     for target in targets:
         size = text or f"{target // 1_000_000}M"
         try:
-            proposal = propose(family, quantity, target, teacher_dim=teacher_dim)
+            proposal = propose(family, quantity, target, teacher_dim=teacher_dim, light=stem == "light")
         except RetortError as error:
             if text is not None:
                 raise

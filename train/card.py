@@ -31,6 +31,7 @@ _FACTS = {  # keys of train_config.json, and what a reader is shown of them
     "stem_store_digest": "digest of the store of the stem",
     "corpus_digest": "digest of the corpus",
     "from_teacher": "parts that started as the teacher's",
+    "light_stem_sha256": "sha256 of the light stem that it started from",
     "seed": "seed",
     "packs_per_step": "packs per step",
     "versions": "versions",
@@ -61,6 +62,7 @@ student = AutoModel.from_pretrained("{source}", trust_remote_code=True).eval()
 `attention_mask` the forward pass is padding-invariant: batching does not change the features.
 """,
 }
+_LIGHT = "In place of a convolution stem it has a light one, behind a log-Mel filter bank.\n"
 _DRIFT = """
 Group norm takes its statistics over padding too, as in every HuBERT Base: features of a padded batch depend on the
 padding. Run utterances one by one, or in batches of one length, where that matters."""
@@ -112,6 +114,8 @@ def card_text(folder: Path, extras: CardExtras | None = None) -> str:
         f"ms. Input: mono waveforms at 16 kHz{', of zero mean and unit variance' if normalises else ''}."
     )
     parts = [f"---\n{metadata.to_yaml()}\n---\n", f"# {name}\n", f"{about}\n"]
+    if config.get("light_blocks") is not None:
+        parts.append(_LIGHT)
     if note := config.get("retort_note"):
         parts.append(f"> {note}\n")
     parts += ["## Load\n", load]

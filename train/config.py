@@ -6,6 +6,8 @@
       distilhubert:            # the name that `python -m train run --student` takes
         family: distilhubert
         shape: {layers: 2, dim: 160, ffn: 640, heads: 4, stem_channels: 64}
+    stems:
+      light: {steps: 1000}     # the name that `python -m train stem --name` and a student's `light_stem` take
 
 The family, the number of steps and the shape's layers, dim, ffn and heads have no default. An unknown key or value is
 an error that lists the valid ones. docs/methods.md explains the families and their settings.
@@ -152,6 +154,7 @@ class StudentConfig:
     # frames,pooled,stem` wrote, and no waveform. Steps that train the stem read waveforms, and so do all dev scores of
     # a student whose stem trains at some step. One whose stem never trains scores dev from what it trains from.
     stem: Literal["waveforms", "stored"] = "waveforms"
+    light_stem: str | None = None  # name of `train stem`: its weights start a light stem; None: a convolution stem
     loss: Loss | None = None  # of a layer; None: that of the family's paper. `codes`: cross-entropy
     codebook: str | None = None  # name of `extract codebook`: targets of `codes`, and measured with the other losses
     intermediate_weight: float = 0.5  # of the layer-to-layer loss beside the output loss
@@ -183,10 +186,7 @@ class StudentConfig:
         self._check_codes()
         if not 0 <= self.optimiser.ema < 1:
             raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
-        if self.dev_split in self.train_splits:
-            raise RetortError(
-                f"dev_split: {self.dev_split!r} is one of train_splits; give a split that does not train, or null"
-            )
+        _check_held_out(self)
 
     def _check_targets(self) -> None:
         if not isinstance(self.targets, dict):
@@ -211,7 +211,14 @@ class StudentConfig:
 
     def _check_stem(self) -> None:
         settings = self.optimiser
-        if self.init == "random" and settings.stem_grad_scale == 0:
+        if self.light_stem is not None:
+            check_name(self.light_stem, where="light_stem")
+            if self.stem == "stored":
+                raise RetortError(
+                    "stem: got `stored`, the output of the teacher's convolutions, beside light_stem, which replaces "
+                    "them; set stem to `waveforms`, or leave light_stem out"
+                )
+        elif self.init == "random" and settings.stem_grad_scale == 0:
             raise RetortError(
                 "optimiser.stem_grad_scale: got 0, which freezes the random stem of `init: random`; set it above 0"
             )
@@ -220,7 +227,7 @@ class StudentConfig:
                 f"optimiser.stem_frozen: got {settings.stem_frozen:g} (stem_grad_scale {settings.stem_grad_scale:g}), "
                 "expected a share of the steps from 0 to below 1, and a gradient scale above 0 for those after it"
             )
-        if self.init == "random" and (settings.stem_frozen or self.stem == "stored"):
+        if self.init == "random" and self.light_stem is None and (settings.stem_frozen or self.stem == "stored"):
             raise RetortError("init: got `random`, but a frozen or stored stem is the teacher's; set init to `teacher`")
         if self.stem == "stored" and self.stem_trains_from == 0:
             raise RetortError(
@@ -272,6 +279,33 @@ def _check_layers(layers: tuple[int, ...] | None, name: str) -> None:
         raise RetortError(f"{name}: got {list(layers)}, expected ascending layers from 1 up")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LightStemConfig:
+    """Settings of one light stem: a section of `stems` in params.yaml."""
+
+    steps: int  # of one pack each
+    blocks: int = 3  # 3 are a twentieth of the operations of wav2vec 2.0's convolutions
+    lr: float = 2e-3  # peak learning rate of AdamW, after 7% of the steps; it ends at zero
+    seed: int = 0
+    train_splits: tuple[str, ...] = ("train",)
+    dev_split: str | None = "dev"  # None: nothing is held out
+
+    def __post_init__(self) -> None:
+        _check_range(self, "steps", low=1)
+        for name in ("blocks", "seed"):
+            _check_range(self, name, low=0)
+        if self.lr <= 0:
+            raise RetortError(f"lr: got {self.lr:g}, expected more than 0")
+        _check_held_out(self)
+
+
+def _check_held_out(section: StudentConfig | LightStemConfig) -> None:
+    if section.dev_split in section.train_splits:
+        raise RetortError(
+            f"dev_split: {section.dev_split!r} is one of train_splits; give a split that does not train, or null"
+        )
+
+
 def _check_range(section: object, name: str, *, low: float, below: float = math.inf) -> None:
     value = getattr(section, name)
     if not low <= value < below:
@@ -292,3 +326,11 @@ def read_student(params: Path, name: str) -> StudentConfig:
         if not isinstance(section, dict):
             raise RetortError(f"{params}: train.{key}: got {section!r}, expected a section with keys")
     return parse(StudentConfig, merge(defaults, sections[name]), where=f"{params}: train.{name}")
+
+
+def read_light_stem(params: Path, name: str) -> LightStemConfig:
+    """Return the light stem `stems.NAME` of a params file. Raises RetortError for unknown names, keys and values."""
+    sections = read_section(params, "stems")
+    if name not in sections:
+        raise unknown(f"light stem (section `stems` of {params})", name, sections)
+    return parse(LightStemConfig, sections[name], where=f"{params}: stems.{name}")

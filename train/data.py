@@ -148,7 +148,7 @@ class DistillationData:
     """Batches of a corpus and a store.
 
     Arguments:
-        layers: teacher layers, in the order of the batches' first axis.
+        layers: teacher layers, in the order of the batches' first axis; None: the stored stem is the one target.
         train_splits, dev_split: splits of the corpus; utterances of other splits are not used.
         others: further stores of the targets.
         stem_store: another store of the corpus, in whose packs the stored stem lies; None: that of the targets.
@@ -162,7 +162,7 @@ class DistillationData:
         corpus: Corpus,
         store: StoreReader,
         *,
-        layers: tuple[int, ...],
+        layers: tuple[int, ...] | None,
         train_splits: tuple[str, ...],
         dev_split: str | None,
         seed: int,
@@ -171,7 +171,7 @@ class DistillationData:
         stored_draws: float = 0,
         micro_frames: int = 0,
     ) -> None:
-        self.corpus, self.store, self.layers = corpus, store, layers
+        self.corpus, self.store, self.layers = corpus, store, layers or ()
         self.others = tuple(others)
         self.stem_store = stem_store or store
         self._targets = CodeReader(store, layers)

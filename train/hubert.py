@@ -50,6 +50,11 @@ def export_hubert(folder: Path, out: Path) -> float:
             "blocks and an output projection, which HubertModel lacks; use its own folder with trust_remote_code=True, "
             "or --format onnx"
         )
+    if student.config.light_blocks is not None:
+        raise RetortError(
+            f"{folder}: a student with a light stem can't be exported as HuBERT, whose stem is of convolutions; use "
+            "its own folder with trust_remote_code=True, or --format onnx"
+        )
     # Scores of the student are found by its weights, in the exported folder too.
     made_from = read_json(folder / MADE_FROM) | {WEIGHTS_OF: sha256_file(folder / "model.safetensors")}
     with written_aside(out) as aside:

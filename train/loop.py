@@ -286,6 +286,7 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dic
             "key": run.key,
             "packs_per_step": request.packs_per_step,
         }
+        | ({} if run.light_stem_sha256 is None else {"light_stem_sha256": run.light_stem_sha256})
         | {f"{name}_store_digest": store.digest for name, store in run.other_stores.items()}
         | _further_stores(run)
     )

@@ -310,6 +310,7 @@ def build_distiller(
     note: str | None = None,
     depth: int | None = None,
     words_LSKD: Tensor | None = None,
+    light_blocks: int | None = None,
 ) -> Distiller:
     """Return a new distiller with random weights from torch's global generator.
 
@@ -322,9 +323,11 @@ def build_distiller(
         note: text of the teacher's author that is shown beside its scores; it is copied to the student's config.
         depth: number of blocks; None: the shape's.
         words_LSKD: of the codebook; needed by the loss `codes` alone.
+        light_blocks: blocks of a light stem with the frames of `stem`; None: the stem is that of convolutions.
     """
     depth = config.shape.layers if depth is None else depth
     student_config = _student_config(config, targets, normalise=normalise, stem=stem, depth=depth)
+    student_config.light_blocks = light_blocks
     if note is not None:
         student_config.retort_note = note
     if others:

@@ -4,19 +4,21 @@ A saved student is a folder that contains this file. `AutoModel.from_pretrained(
 it without this repository: the file imports only torch, transformers and the standard library. Three models share all
 modules:
 
-    RetortStackedStudent   a conv stem and N post-LN Transformer blocks (DistilHuBERT, full-depth and grown students)
-    RetortGenStudent       a conv stem and one shared stack that generates the teacher's layers one after another
+    RetortStackedStudent   a stem and N post-LN Transformer blocks (DistilHuBERT, full-depth and grown students)
+    RetortGenStudent       a stem and one shared stack that generates the teacher's layers one after another
     RetortGen2dStudent     the same, where each layer attends to all layers before it
 
-Modules and tensors have the names of transformers' HuBERT, so that tensors of a teacher can be copied by name. One
-difference: the positional convolution has a plain weight with the weight norm folded in.
+The stem is HuBERT's, of convolutions, or a light one behind a log-Mel filter bank. Apart from the light stem, modules
+and tensors have the names of transformers' HuBERT, so that tensors of a teacher can be copied by name. One difference:
+the positional convolution has a plain weight with the weight norm folded in.
 
-The forward pass is padding-invariant: batching does not change the features of an utterance. Group norm takes its
-statistics over the utterance's own frames, padded frames are zero before the positional convolution, and attention
-masks them out.
+The forward pass is padding-invariant: batching does not change the features of an utterance. Norms of the stem take
+their statistics over the utterance's own frames, padded frames are zero before each convolution over frames, and
+attention masks them out.
 
 Shapes: B batch, S samples, T frames, C stem channels, D hidden size, F inner size of the feed-forward net, H heads,
-K features per head, L generated layers, N = L T cells (layer, time) in order of layers; 1 is an axis of size 1.
+K features per head, L generated layers, N = L T cells (layer, time) in order of layers; 1 is an axis of size 1. In the
+light stem: M Mel bands, K bins of the spectrum, U frames of the filter bank, two for each frame.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -29,6 +31,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_outputs import BaseModelOutput
 
 if TYPE_CHECKING:  # FlexAttention is imported where it is used: torch before 2.5 lacks it, and only training needs it
@@ -53,6 +57,8 @@ class RetortStudentConfig(PretrainedConfig):
         do_normalize: the waveform is expected with zero mean and unit variance, as the teacher's was.
         target_layers: the teacher's layers that training predicted; for a gendistiller the layers it generates.
         stack_depth, skip, layer_embedding: gendistillers only; see `RetortGenStudent`.
+        light_blocks: number of blocks of a light stem, which has the frames and channels of the convolutions that
+            `conv_dim`, `conv_kernel` and `conv_stride` describe; None: the stem is these convolutions.
     """
 
     model_type = "retort-student"
@@ -81,6 +87,7 @@ class RetortStudentConfig(PretrainedConfig):
         stack_depth: int = 1,
         skip: str = "start",
         layer_embedding: bool = False,
+        light_blocks: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -105,6 +112,7 @@ class RetortStudentConfig(PretrainedConfig):
         self.stack_depth = stack_depth
         self.skip = skip
         self.layer_embedding = layer_embedding
+        self.light_blocks = light_blocks
 
 
 # ---------------------------------------------------------------------------------------------- the convolution stem
@@ -218,6 +226,109 @@ class ConvStem(nn.Module):
                 valid_BT = torch.arange(num_frames, device=num_frames_B.device) < num_frames_B[:, None]
             hidden_BCT = layer(hidden_BCT, valid_BT)
         return hidden_BCT.transpose(1, 2), valid_BT
+
+
+# --------------------------------------------------------------------------------------------------- the light stem
+
+
+MEL_BANDS = 80
+_ENERGY_FLOOR = 1e-3  # added to energies relative to the utterance's mean, before the logarithm: 30 dB below it
+
+
+class LogMel(nn.Module):
+    """Logarithm of the energy in Mel bands, relative to the utterance's mean energy: (B, S) -> (B, M, U).
+
+    The window is the receptive field of a frame of the convolutions, the hop half of theirs. Relative energies do not
+    depend on the loudness, nor do the outputs of a convolution stem behind its group norm.
+
+    Window, Fourier transform and filters are constants and not among the weights. They are convolutions in float32, for
+    exporters and quantisers.
+    """
+
+    def __init__(self, window_samples: int, hop_samples: int) -> None:
+        super().__init__()
+        self.window_samples, self.hop_samples = window_samples, hop_samples
+        self._constants: tuple[Tensor, Tensor] | None = None  # not buffers: no loader has to restore them
+
+    def constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine waves under a Hann window, (2 K, 1, window), and the Mel filters, (M, K, 1)."""
+        if self._constants is None or self._constants[0].device != device:
+            with torch.inference_mode(False):  # training may follow inference
+                num_bins = self.window_samples // 2 + 1
+                sample_W = torch.arange(self.window_samples, dtype=torch.float64) / self.window_samples
+                phase_KW = 2 * math.pi * torch.arange(num_bins)[:, None] * sample_W
+                waves = torch.cat([phase_KW.cos(), phase_KW.sin()]) * (0.5 - 0.5 * (2 * math.pi * sample_W).cos())
+                filters_KM = mel_filter_bank(
+                    num_bins, MEL_BANDS, 0.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney"
+                )
+                filters_MK = torch.from_numpy(filters_KM).T
+                self._constants = (waves[:, None].float().to(device), filters_MK[..., None].float().to(device))
+        return self._constants
+
+    def forward(self, input_values_BS: Tensor, own_BU: Tensor | None) -> Tensor:
+        """Return the features, float32 and zero on padding. `own_BU` is True on own frames; None: no padding."""
+        waves, filters = self.constants(input_values_BS.device)
+        kind = input_values_BS.device.type
+        # Energies of 16 bits would overflow. The device "meta", on which sizes are counted, has no autocast.
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+            spectrum = functional.conv1d(input_values_BS.float()[:, None], waves, stride=self.hop_samples)
+            real_BKU, imaginary_BKU = spectrum.chunk(2, dim=1)
+            energy_BMU = functional.conv1d(real_BKU.square() + imaginary_BKU.square(), filters)
+            own_B1U = torch.ones_like(energy_BMU[:, :1]) if own_BU is None else own_BU[:, None].to(energy_BMU.dtype)
+            mean_B11 = (energy_BMU * own_B1U).sum((1, 2), keepdim=True) / (MEL_BANDS * own_B1U.sum(-1, keepdim=True))
+            relative_BMU = energy_BMU / (mean_B11 + 1e-9)  # silence has no energy
+            return torch.log(relative_BMU + _ENERGY_FLOOR) * own_B1U
+
+
+class LightBlock(nn.Module):
+    """Residual block: h + W_2 GELU(W_1 LN(depthwise convolution(h))), all C channels wide."""
+
+    def __init__(self, channels: int, kernel: int = 7) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.layer_norm = nn.LayerNorm(channels)
+        self.intermediate_dense = nn.Linear(channels, channels)
+        self.output_dense = nn.Linear(channels, channels)
+
+    def forward(self, hidden_BTC: Tensor, valid_BT: Tensor | None) -> Tensor:
+        if valid_BT is not None:  # padding is zero, as beyond the end of an utterance
+            hidden_BTC = hidden_BTC * valid_BT[..., None]
+        context_BTC = self.layer_norm(self.depthwise(hidden_BTC.transpose(1, 2)).transpose(1, 2))
+        return hidden_BTC + self.output_dense(functional.gelu(self.intermediate_dense(context_BTC)))  # type: ignore[no-any-return, unused-ignore]
+
+
+class LightStem(nn.Module):
+    """Waveform to features, as `ConvStem`, with the same frames and channels, at a twentieth of its operations.
+
+    Log-Mel features at half the hop, a convolution of stride 2, and `light_blocks` residual blocks.
+    """
+
+    def __init__(self, config: RetortStudentConfig) -> None:
+        super().__init__()
+        assert config.light_blocks is not None
+        hop_samples = math.prod(config.conv_stride)
+        # Of one frame: kernel i sees (kernel - 1) more outputs of the layers below, which are so many samples apart.
+        apart = [math.prod(config.conv_stride[:index]) for index in range(len(config.conv_stride))]
+        reach = ((kernel - 1) * step for kernel, step in zip(config.conv_kernel, apart, strict=True))
+        # Mel frame 2 t covers the samples of frame t; and floor(floor(n / h) / 2) = floor(n / 2 h): the same frames.
+        self.log_mel = LogMel(1 + sum(reach), hop_samples // 2)
+        self.conv = nn.Conv1d(MEL_BANDS, config.conv_dim[-1], kernel_size=3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(LightBlock(config.conv_dim[-1]) for _ in range(config.light_blocks))
+
+    def forward(self, input_values_BS: Tensor, num_samples_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return features (B, T, C) and own frames, bool (B, T). Arguments as in `ConvStem.forward`."""
+        window, hop = self.log_mel.window_samples, self.log_mel.hop_samples
+        own_BU = valid_BT = None
+        if num_samples_B is not None:
+            num_frames_B = (num_samples_B - window) // hop + 1
+            frames_U = torch.arange((input_values_BS.shape[1] - window) // hop + 1, device=num_samples_B.device)
+            own_BU = frames_U < num_frames_B[:, None]
+            valid_BT = own_BU[:, ::2]
+        mel_BMU = self.log_mel(input_values_BS, own_BU)
+        hidden_BTC = functional.gelu(self.conv(mel_BMU.to(self.conv.weight.dtype))).transpose(1, 2)
+        for block in self.blocks:
+            hidden_BTC = block(hidden_BTC, valid_BT)
+        return hidden_BTC, valid_BT
 
 
 class FeatureProjection(nn.Module):
@@ -363,7 +474,7 @@ class RetortStudent(PreTrainedModel):
 
     def __init__(self, config: RetortStudentConfig, num_layers: int) -> None:
         super().__init__(config)
-        self.feature_extractor = ConvStem(config)
+        self.feature_extractor = ConvStem(config) if config.light_blocks is None else LightStem(config)
         self.feature_projection = FeatureProjection(config)
         self.encoder = Encoder(config, num_layers)
 
@@ -376,7 +487,7 @@ class RetortStudent(PreTrainedModel):
         """
         config = self.config
         if isinstance(module, nn.Conv1d):
-            if any(module.padding):  # only the positional convolution has padding
+            if module is self.encoder.pos_conv_embed.conv:
                 spread = math.sqrt(4 / (config.num_conv_pos_embeddings * config.hidden_size))
                 nn.init.normal_(module.weight, std=spread)
             else:
@@ -413,7 +524,7 @@ class RetortStudent(PreTrainedModel):
 
 
 class RetortStackedStudent(RetortStudent):
-    """Student with a conv stem and `num_hidden_layers` post-LN blocks."""
+    """Student with a stem and `num_hidden_layers` post-LN blocks."""
 
     def __init__(self, config: RetortStudentConfig) -> None:
         super().__init__(config, config.num_hidden_layers)

@@ -36,19 +36,26 @@ def make_scaler(config: StudentConfig, device: torch.device) -> torch.amp.GradSc
 def learning_rate(config: StudentConfig, stage: Stage, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, then linear decay to zero.
 
-    With n steps, w = warmup · n of them warm-up, and t the step from 0:  lr · (t + 1) / w  for t < w,
-    lr · (n - t) / (n - w + 1)  after. n and t count over all stages, or within the stage with `learning_rate: restart`.
+    n and t of `warmup_decay` count over all stages, or within the stage with `learning_rate: restart`.
     """
     first, num_steps = 0, config.steps
     if config.growth.learning_rate == "restart":
         first, num_steps = stage.first_step, stage.num_steps
     local = step - first
-    warmup = max(1, round(config.optimiser.warmup * num_steps))
-    factor = (local + 1) / warmup if local < warmup else (num_steps - local) / (num_steps - warmup + 1)
+    factor = warmup_decay(local, num_steps, config.optimiser.warmup)
     if stage.sources is not None and config.growth.optimiser == "fresh":
         # Moments of zero make AdamW's first steps large: ramp up anew after growth.
         factor *= min(1.0, (step - stage.first_step + 1) / max(1, config.growth.fresh_warmup_steps))
     return config.optimiser.lr * factor
+
+
+def warmup_decay(step: int, num_steps: int, warmup: float) -> float:
+    """Return the factor of the peak learning rate: with n steps, w = warmup · n of them warm-up, and t the step from 0,
+    (t + 1) / w  for t < w,  (n - t) / (n - w + 1)  after."""
+    warmup_steps = max(1, round(warmup * num_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (num_steps - step) / (num_steps - warmup_steps + 1)
 
 
 def read_state(optimiser: torch.optim.Optimizer, model: nn.Module) -> OptimiserState:

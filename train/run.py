@@ -24,6 +24,7 @@ from train.data import DistillationData
 from train.distributed import SINGLE_PROCESS, ProcessGroup
 from train.growth import Stage, grow_layers, plan_stages
 from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
+from train.light_stem import TrainedStem, load_light_stem, read_light_stem_of
 from train.losses import Distiller, LayerDistiller, TeacherTargets, build_distiller
 from train.optimiser import grown_state, make_optimiser, make_scaler, read_state, write_state
 from train.other_targets import OtherStore
@@ -73,6 +74,7 @@ class Run:
     scaler: torch.amp.GradScaler  # of the loss, for precision fp16; else without effect
     state: RunState
     parts: LoadedParts  # parts that started as the teacher's
+    light_stem_sha256: str | None  # of the file that a light stem started from
     key: str
     checkpoint: Path
     words_LSKD: Tensor | None  # of the codebook, on the CPU
@@ -125,7 +127,9 @@ def begin(request: TrainRequest) -> Run:
     stages = plan_stages(config)
     data, dev_data = _read_data(request, corpus, layers, store, tuple(others.values()), dev_store, stem_store)
     words_LSKD, codebook_digest = _read_words(request, layers, store)
-    distiller, parts = _initial_distiller(config, data, others, stem, weights, words_LSKD)
+    light = read_light_stem_of(config, request.manifest, store)
+    light_digest = {} if light is None else {"light_stem": light.sha256}
+    distiller, parts = _initial_distiller(config, data, others, stem, weights, words_LSKD, light)
     distiller.to(request.device).train()
     key = checkpoint.run_key(
         config,
@@ -134,6 +138,7 @@ def begin(request: TrainRequest) -> Run:
         stem=stem,
         initial_weights=None if weights is None else weights.sha256,
         other_digests=codebook_digest
+        | light_digest
         | {name: other.digest for name, other in other_stores.items()}
         | {f"targets of {name}": other.digest for name, other in further.items()},
     )
@@ -152,6 +157,7 @@ def begin(request: TrainRequest) -> Run:
         scaler=make_scaler(config, request.device),
         state=RunState(),
         parts=parts,
+        light_stem_sha256=None if light is None else light.sha256,
         key=key,
         checkpoint=checkpoint.checkpoint_path(request.student, key, request.packs_per_step),
         words_LSKD=words_LSKD,
@@ -218,6 +224,7 @@ def _initial_distiller(
     stem: StemShape,
     weights: InitialWeights | None,
     words_LSKD: Tensor | None,
+    light: TrainedStem | None,
 ) -> tuple[Distiller, LoadedParts]:
     """Return the student of the first stage with its heads, and the parts copied from the teacher."""
     store = data.store
@@ -237,7 +244,10 @@ def _initial_distiller(
         note=" ".join(dict.fromkeys(note for note in notes if note is not None)) or None,
         depth=plan_stages(config)[0].depth,
         words_LSKD=words_LSKD,
+        light_blocks=None if light is None else light.facts.blocks,
     )
+    if light is not None:
+        load_light_stem(distiller.student.feature_extractor, light)
     if weights is None:
         return distiller, LoadedParts()
     return distiller, load_initial_weights(distiller.student, weights, num_blocks=config.initial_blocks)

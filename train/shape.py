@@ -3,6 +3,8 @@
 Every size is that of the real model, built on torch's meta device, where tensors have shapes and no values. The width
 is chosen first, with feed-forward networks four times as wide, and then the width of these networks alone.
 
+`--stem light` has a light stem (train/light.py) in place of the convolutions, whose size is small beside them.
+
 A gendistiller's dim is the teacher's, as its input is the teacher's layers: ffn and the number of blocks are chosen.
 """
 
@@ -18,7 +20,7 @@ import yaml
 from extract.base.errors import RetortError
 from extract.corpus import SAMPLE_RATE_HZ
 from extract.macs import count_macs
-from train.config import GENERATING, Family, ShapeConfig, StudentConfig
+from train.config import GENERATING, Family, LightStemConfig, ShapeConfig, StudentConfig
 from train.losses import build_distiller
 from train.modeling_retort import RetortStudent
 
@@ -35,6 +37,8 @@ _DEEPEST = 12  # blocks
 _STEPS = 1_000  # any number with a step for each stage of growth: sizes do not depend on it
 _STEMS = (512, 384, 256, 192, 128, 96, 64, 32, 16)  # channels; 512 are those of the usual teachers
 _STEM_SHARE = 0.7  # of the request, at most
+_LIGHT = "light"  # name of a proposed student's light stem, in the section `stems`
+_LIGHT_STEPS = 5_000
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,14 @@ class Proposal:
             student["init"] = "random"
         student["shape"] = {key: getattr(shape, key) for key in kept}
         folder = f"students/{name}"
-        sections = {
+        sections: dict[str, object] = {
             "students": [name],
             "upstreams": {name: {"source": folder, "watch": folder}},
             "train": {name: student},
         }
+        if self.config.light_stem is not None:
+            student["light_stem"] = self.config.light_stem
+            sections["stems"] = {self.config.light_stem: {"steps": _LIGHT_STEPS}}
         text = yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=120)
         return f"# {self.describe()}\n{text}"
 
@@ -92,13 +99,17 @@ def parse_quantity(text: str, option: str) -> int:
     return round(number)
 
 
-def propose(family: Family, quantity: Quantity, target: int, *, teacher_dim: int = TEACHER_DIM) -> Proposal:
+def propose(
+    family: Family, quantity: Quantity, target: int, *, teacher_dim: int = TEACHER_DIM, light: bool = False
+) -> Proposal:
     """Return a student with `target` parameters, or MACs per second of audio, to 5%.
 
-    The stem is the widest one that takes at most 70% of the request. Raises RetortError if there is no such student.
+    The stem is the widest one of convolutions that takes at most 70% of the request, or a `light` one with the channels
+    of the usual teachers. Raises RetortError if there is no such student.
     """
-    for channels in _STEMS:
-        config = _starting_point(family, channels, teacher_dim)
+    stems = _STEMS[:1] if light else _STEMS
+    for channels in stems:
+        config = _starting_point(family, channels, teacher_dim, light=light)
         if _stem_size(config, teacher_dim).of(quantity) > _STEM_SHARE * target:
             continue
         measured: Measured = cache(partial(_measured, config, quantity, teacher_dim))
@@ -108,7 +119,8 @@ def propose(family: Family, quantity: Quantity, target: int, *, teacher_dim: int
         if abs(measured(shape) - target) <= TOLERANCE * target:
             found = replace(config, shape=shape)
             return Proposal(found, size_of(found, teacher_dim=teacher_dim))
-    smallest = size_of(_starting_point(family, _STEMS[-1], teacher_dim), teacher_dim=teacher_dim).of(quantity)
+    config = _starting_point(family, stems[-1], teacher_dim, light=light)
+    smallest = size_of(config, teacher_dim=teacher_dim).of(quantity)
     what = "parameters" if quantity == "params" else "MACs per second of audio"
     name = f"{family} of dim {teacher_dim}" if family in GENERATING else family
     if smallest > target:
@@ -125,7 +137,10 @@ def size_of(config: StudentConfig, *, teacher_dim: int = TEACHER_DIM) -> Size:
 
 def _student(config: StudentConfig, teacher_dim: int) -> RetortStudent:
     with torch.device("meta"):
-        distiller = build_distiller(config, targets=TARGETS, teacher_dim=teacher_dim, normalise=False)
+        light_blocks = None if config.light_stem is None else LightStemConfig.blocks
+        distiller = build_distiller(
+            config, targets=TARGETS, teacher_dim=teacher_dim, normalise=False, light_blocks=light_blocks
+        )
     student: RetortStudent = distiller.student
     student.train(mode=False)
     return student
@@ -148,7 +163,7 @@ def _stem_size(config: StudentConfig, teacher_dim: int) -> Size:
     return Size(_num_parameters(stem), count_macs(partial(stem, waveform)))
 
 
-def _starting_point(family: Family, channels: int, teacher_dim: int) -> StudentConfig:
+def _starting_point(family: Family, channels: int, teacher_dim: int, *, light: bool) -> StudentConfig:
     """Return the smallest student of a family with a stem."""
     generates = family in GENERATING
     dim = teacher_dim if generates else _DIMS[0]
@@ -156,7 +171,8 @@ def _starting_point(family: Family, channels: int, teacher_dim: int) -> StudentC
     shape = ShapeConfig(layers=layers, dim=dim, ffn=2 * _FFN_STEP, heads=_heads(dim), stem_channels=channels)
     # A narrower stem than the teacher's can't start from the teacher's weights.
     init: Literal["teacher", "random"] = "teacher" if channels == _STEMS[0] else "random"
-    return StudentConfig(family=family, steps=_STEPS, shape=shape, init=init)
+    light_stem = _LIGHT if light else None
+    return StudentConfig(family=family, steps=_STEPS, shape=shape, init=init, light_stem=light_stem)
 
 
 def _heads(dim: int) -> int:
