@@ -99,6 +99,7 @@ def _shared_students(settings: Mapping[str, Any], base: Mapping[str, Any]) -> li
         ("teacher",),
         ("further_teachers",),
         ("codebooks",),
+        ("stems",),
         ("store",),
         ("upstreams", "teacher"),
         ("corpora", "distill"),
