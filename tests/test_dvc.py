@@ -252,6 +252,15 @@ def test_a_further_teacher_is_one_line(tree: Path, stages: dict[str, Settings]) 
     assert trained and all(any(covers(dep, Path(stage["outs"][0])) for dep in one["deps"]) for one in trained)
 
 
+def test_a_light_stem_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
+    after = changed(tree, {"stems": {"light": {"steps": 9}}})
+    assert after.keys() - stages.keys() == {"stem@light"}
+    stage = after["stem@light"]
+    assert "train stem --name light" in stage["cmd"] and "stems.light" in str(stage["params"])
+    assert stage["outs"] == ["manifests/targets/distill.light.stem.safetensors"]
+    assert all(any(covers(dep, file) for dep in stage["deps"]) for file in code_of(stage["cmd"]))
+
+
 def test_an_upstream_is_one_line(tree: Path, stages: dict[str, Settings]) -> None:
     row = {"source": "microsoft/wavlm-base-plus", "watch": "extract/upstream"}
     after = changed(tree, {"upstreams": {"wavlm": row}})

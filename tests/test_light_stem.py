@@ -71,7 +71,7 @@ def test_the_filter_bank_is_the_logarithm_of_numpy_s_spectrum() -> None:
     energy_UK = np.abs(np.fft.rfft(frames_UW * window_W)) ** 2
     energy_UM = energy_UK @ mel_filter_bank(201, MEL_BANDS, 0, 8000, 16_000, norm="slaney", mel_scale="slaney")
     found_MU = LogMel(400, 160)(one_S[None], None)[0].numpy()
-    np.testing.assert_allclose(found_MU, np.log(energy_UM / energy_UM.mean(0) + 1e-3).T, atol=1e-4)
+    np.testing.assert_allclose(found_MU, np.log(energy_UM / energy_UM.mean() + 1e-3).T, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [STANDARD, StemShape((*STANDARD.kernels, 2), (*STANDARD.strides, 2))])
@@ -152,7 +152,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(world: World, monkeypatch:
     assert not path.exists() and len(list(world.folder.glob("checkpoints/stem-light-*/checkpoint.pt"))) == 1
     assert run_stem(world, "light") == (0, "")
     assert path.read_bytes() == whole
-    assert not list(world.folder.glob("checkpoints/*/*"))
+    assert not list(world.folder.glob("checkpoints/*"))
 
 
 def test_a_store_of_the_stem_alone_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from train.__main__ import main
-from train.config import StudentConfig, read_student
+from train.config import StudentConfig, read_light_stem, read_student
 from train.losses import build_distiller
 from train.shape import parse_quantity
 
@@ -44,6 +44,20 @@ def macs_of(config: StudentConfig) -> int:
     if config.family == "gendistiller":
         return macs + 3 * (one.layers * block + FRAMES * one.dim**2)  # three generated layers
     return macs + one.layers * block
+
+
+def test_a_light_stem_leaves_its_operations_to_the_blocks(tmp_path: Path) -> None:
+    text = shape("--family", "interleaved", "--params", "20M", "--stem", "light")
+    config = pasted(tmp_path, text, "interleaved-20m")
+    assert config.light_stem is not None and read_light_stem(tmp_path / "params.yaml", config.light_stem).steps > 0
+    with torch.device("meta"):
+        student = build_distiller(config, targets=(4, 8, 12), teacher_dim=768, normalise=False, light_blocks=3).student
+    assert sum(parameter.numel() for parameter in student.parameters()) == pytest.approx(20e6, rel=0.05)
+    stated, convolutions = (
+        float(re.findall(r"([\d.]+) GMAC", one)[0])
+        for one in (text, shape("--family", "interleaved", "--params", "20M"))
+    )
+    assert stated < convolutions / 2
 
 
 @pytest.mark.parametrize(

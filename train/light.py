@@ -29,7 +29,7 @@ from extract.base.files import check_out, in_main_tree, sha256_json
 from extract.base.progress import ProgressBar
 from extract.corpus import Corpus
 from extract.store.reader import StoreReader
-from train.checkpoint import FOLDER
+from train.checkpoint import FOLDER, remove
 from train.config import LightStemConfig
 from train.data import Batch, DistillationData
 from train.light_stem import LightStemFacts, TrainedStem, light_stem_path, new_light_stem
@@ -83,7 +83,7 @@ def train_light_stem(name: str, config: LightStemConfig, *, manifest: Path, corp
         unexplained=unexplained,
     )
     TrainedStem({key: value.cpu() for key, value in run.stem.state_dict().items()}, facts).write(out)
-    run.checkpoint.unlink(missing_ok=True)
+    remove(run.checkpoint)
     return out
 
 
