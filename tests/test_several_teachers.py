@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 from transformers import SEWConfig, SEWModel, Wav2Vec2FeatureExtractor
 
@@ -168,8 +169,8 @@ def test_the_loss_is_the_weighted_mean_of_the_losses_of_the_stores(
         expected = torch.stack(terms).mean() if family == "distilhubert" else terms[-1] + 0.5 * sum(terms[:-1])
         torch.testing.assert_close(losses[1], expected)
     metrics = train(request(world, config, name))
-    dev = [metrics.stores[key].dev for key in ("teacher", name)]
-    assert None not in dev and metrics.loss.dev == pytest.approx(np.average(dev, weights=weights))
+    dev = np.array([metrics.stores[key].dev for key in ("teacher", name)], dtype=float)
+    assert np.isfinite(dev).all() and metrics.loss.dev == pytest.approx(np.average(dev, weights=weights))
     assert [metrics.stores[key].weight for key in ("teacher", name)] == pytest.approx(np.array(weights) / sum(weights))
     assert metrics.dev_by_layer == metrics.stores["teacher"].dev_by_layer
     assert tuple(metrics.stores[name].dev_by_layer) == layers
@@ -206,6 +207,7 @@ def test_a_store_of_the_same_targets_twice_changes_no_loss(world: World) -> None
     config = student("layerwise", targets=targets)
     run = begin(request(world, config))  # `again` is found beside the manifest
     heads = run.distiller.heads["projections"]
+    assert isinstance(heads, nn.ModuleList)
     heads[2:].load_state_dict(heads[:2].state_dict())
     for batch in batches_of(run):
         both = batch.all_targets()
