@@ -56,7 +56,7 @@ class OtherTargets:
         values = values_FD.index_select(0, self.rows_Gr.flatten())
         if ratio == 1:
             return values
-        return (values.unflatten(0, (-1, ratio)) * self.weights_Gr[..., None]).sum(1)
+        return (values.view(-1, ratio, values.shape[1]) * self.weights_Gr[..., None]).sum(1)
 
 
 class OtherStore:

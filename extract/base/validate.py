@@ -92,7 +92,7 @@ def _one_of(kinds: tuple[Any, ...], value: object, where: str) -> Any:
     """
     if value is None and types.NoneType in kinds:
         return None
-    mappings = [kind for kind in kinds if get_origin(kind) is dict]
+    mappings = tuple(kind for kind in kinds if get_origin(kind) is dict)
     if isinstance(value, dict) and mappings:
         kinds = mappings
     *others, last = (kind for kind in kinds if kind is not types.NoneType)

@@ -55,7 +55,7 @@ class KaldiLogMel(nn.Module):
         super().__init__()
         from transformers import SeamlessM4TFeatureExtractor  # imported late: it takes seconds
 
-        own = SeamlessM4TFeatureExtractor(num_mel_bins=num_bins)
+        own = SeamlessM4TFeatureExtractor(num_mel_bins=num_bins)  # type: ignore[no-untyped-call]
         self.register_buffer("window_K", torch.as_tensor(own.window, dtype=torch.float64))
         self.register_buffer("filters_KM", torch.as_tensor(own.mel_filters, dtype=torch.float64))
 
@@ -101,7 +101,7 @@ class WhisperLogMel(nn.Module):
         super().__init__()
         from transformers import WhisperFeatureExtractor  # imported late: it takes seconds
 
-        own = WhisperFeatureExtractor(feature_size=num_bins)
+        own = WhisperFeatureExtractor(feature_size=num_bins)  # type: ignore[no-untyped-call]
         self._window_samples = window_s * SAMPLE_RATE_HZ
         self.register_buffer("window_K", torch.hann_window(MEL_WINDOW_SAMPLES))
         # In float64: a product of float32 matrices is in TF32 if the run is.
