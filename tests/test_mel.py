@@ -1,5 +1,6 @@
 """w2v-BERT 2.0 and Whisper: equal to the model of transformers behind the library's own feature extractor."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,22 @@ from transformers import PreTrainedModel, SeamlessM4TFeatureExtractor, WhisperFe
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from extract.base.errors import RetortError
+from extract.compare import compare_stores
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.corpus_writer import write_corpus
 from extract.run import extract
 from extract.store.packing import count_frames, receptive_field
 from extract.upstream.card import find_upstream
-from extract.upstream.forward import Transformer
+from extract.upstream.forward import Batch, Transformer
 from extract.upstream.load import load_upstream
 from extract.upstream.spec import read_spec
 from tests.conftest import noise_utterances
+from tests.fake_cuda import CUDA, fake_cuda
 from tests.families import MEL_FAMILIES, save_mel_family, w2v_bert, whisper
 from tests.test_encoding import full_above
+from tests.train_world import SHAPE, World, student, train_request
+from train.loop import train
 
 Waveform = NDArray[np.float32]
 # With odd and even numbers of Mel frames; the shortest of one hidden frame, the longest of the whole window.
@@ -71,6 +76,28 @@ def test_batched_equals_alone(family: str, tmp_path: Path) -> None:
             expected_LTD = expected_LTD[:, : (len(waveform) - 400) // 320 + 1]
         assert found_LTD.shape == (3, *expected_LTD.shape[1:])
         assert np.abs(found_LTD - expected_LTD[[0, 2, 4]]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_the_input_is_that_of_the_feature_extractor(family: str, tmp_path: Path) -> None:
+    _, extractor = save_mel_family(family, tmp_path)
+    upstream = load_upstream(find_upstream(str(tmp_path)), check=False)
+    assert isinstance(upstream, Transformer)
+    num_samples = _NUM_SAMPLES[:-2]  # of two or three Mel frames a deviation may be as small as rounding
+    waveforms = speech_like(num_samples)
+    padded_BS = torch.zeros(len(waveforms), 32_000)
+    for row, waveform in enumerate(waveforms):
+        padded_BS[row, : len(waveform)] = torch.from_numpy(waveform)
+    inputs = upstream.model.log_mel(padded_BS, torch.tensor(num_samples))
+    for row, waveform in enumerate(waveforms):
+        expected = extractor(waveform, sampling_rate=16_000, return_tensors="pt")
+        found = inputs["input_features"][row]
+        if "whisper" not in family:
+            num_frames = int(expected.attention_mask.sum())
+            assert num_frames == int(inputs["attention_mask"][row].sum()) == (len(waveform) - 560) // 320 + 1
+            found, expected.input_features = found[:num_frames], expected.input_features[:, :num_frames]
+        assert found.dtype == torch.float32 and found.shape == expected.input_features[0].shape
+        assert (found - expected.input_features[0]).abs().max() <= 1e-4
 
 
 def test_frames_of_any_length_are_those_of_the_extractor_and_of_a_student(tmp_path: Path) -> None:
@@ -189,6 +216,111 @@ def test_an_utterance_longer_than_the_window(
     upstream = load_upstream(find_upstream(str(tmp_path / "whisper")), check=False)
     with pytest.raises(RetortError, match=r"has 100 frames, expected at most the 99 .* --cut-long 2"):
         upstream.hidden_states([np.zeros(32_080, dtype=np.float32)], [4])
+
+
+STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "w2v-bert": ("distilhubert", {}),
+    "whisper": ("interleaved", {"growth": {"first": 4}}),
+    "whisper-128": ("gendistiller", {"shape": SHAPE | {"layers": 1, "dim": 32}}),
+    "w2v-bert-rotary": ("gendistiller", {"shape": SHAPE | {"layers": 1, "dim": 32}}),
+}
+
+
+@pytest.mark.parametrize("family", STUDENTS)
+def test_a_student_has_the_frames_of_its_teacher(
+    family: str, config: ExtractConfig, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_mel_family(family, tmp_path / "teacher")
+    manifest, _ = extract(replace(config, upstream=str(tmp_path / "teacher"), layers=(1, 2, 4)))
+    assert manifest.stem == read_spec(str(tmp_path / "teacher")).mel.stem  # type: ignore[union-attr]
+    world = World(tmp_path, corpus.path, config.manifest, tmp_path / "teacher")
+    kind, changes = STUDENTS[family]
+    train(train_request(world, student(kind, init="random", **changes)))
+    made = str(tmp_path / "students/tiny")
+    own = replace(config, upstream=made, manifest=tmp_path / "own.json", trust_remote_code=True)
+    assert extract(own)[0].receptive_samples == manifest.receptive_samples == (560 if "bert" in family else 400)
+    compared = compare_stores(config.manifest, tmp_path / "own.json", corpus.path, "test")
+    assert compared.problem is None and compared.num_frames > 0
+
+
+_SETTINGS = "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "changes", "message"),
+    [
+        ("whisper", _SETTINGS, None, "no preprocessor_config.json .* settings of a WhisperFeatureExtractor"),
+        ("w2v-bert", _SETTINGS, None, "no preprocessor_config.json .* settings of a SeamlessM4TFeatureExtractor"),
+        ("whisper", _SETTINGS, {"feature_size": 128}, "feature_size: got 128, expected 80"),
+        ("whisper", _SETTINGS, {"chunk_length": 30}, "chunk_length: got 30, expected 2"),
+        ("whisper", _SETTINGS, {"dither": 0.1}, "dither: got 0.1, expected 0"),
+        ("w2v-bert", _SETTINGS, {"num_mel_bins": 128}, "num_mel_bins: got 128, expected 80"),
+        ("w2v-bert", _SETTINGS, {"stride": 4}, "stride: got 4, expected 2"),
+        ("w2v-bert", _SETTINGS, {"sampling_rate": 8_000}, "sampling_rate: got 8000, expected 16000"),
+        (
+            "w2v-bert",
+            _SETTINGS,
+            {"feature_extractor_type": "WhisperFeatureExtractor"},
+            "expected 'SeamlessM4TFeatureExtractor'",
+        ),
+        ("whisper", "config.json", {"max_source_positions": 75}, "got 75, expected a multiple of 50"),
+        ("whisper", "config.json", {"d_model": "wide"}, "d_model: got 'wide', expected int"),
+        ("w2v-bert", "config.json", {"feature_projection_input_dim": 161}, "got 161, expected an even number"),
+        ("w2v-bert", "config.json", {"hidden_size": 0}, "hidden_size, .*: expected numbers of at least 1"),
+        ("whisper", "config.json", {"encoder_layers": 5}, "weights that config.json needs are missing"),
+        ("whisper", "config.json", {"encoder_layers": 3}, "weights do not belong to the model"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_run_is_one_line(
+    family: str, file: str, changes: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    save_mel_family(family, tmp_path)
+    path = tmp_path / file
+    if changes is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RetortError, match=message) as caught:
+        load_upstream(find_upstream(str(tmp_path)), check=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": frozenset({"frames", "pooled", "stem"})}, "--keep stem: upstream .* has no convolution stem"),
+        ({"initial_blocks": 2}, "--initial-blocks 2: upstream .* reads Mel frames; .* give 0, .*init: random"),
+    ],
+)
+def test_a_stem_and_blocks_are_refused(
+    changes: dict[str, Any], message: str, config: ExtractConfig, tmp_path: Path
+) -> None:
+    save_mel_family("w2v-bert", tmp_path / "teacher")
+    with pytest.raises(RetortError, match=message):
+        extract(replace(config, upstream=str(tmp_path / "teacher"), **changes))
+    assert not config.manifest.exists()
+
+
+@pytest.mark.parametrize("family", ["w2v-bert", "whisper"])
+def test_on_cuda_the_host_does_not_wait(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # needs a driver
+    save_mel_family(family, tmp_path)
+    upstream = load_upstream(find_upstream(str(tmp_path)), check=False)
+    assert isinstance(upstream, Transformer)
+    num_samples = [4_000, 2_600, 560]
+    num_frames = upstream.num_frames([np.zeros(length, dtype=np.float32) for length in num_samples])
+    with fake_cuda() as waits:
+        upstream.model.to(CUDA)
+        upstream._target = CUDA
+        waveforms_BS = torch.ones(3, 4_000, device=CUDA)
+        for autocast in (None, torch.bfloat16):
+            upstream._autocast = autocast
+            states = upstream._run(Batch(waveforms_BS, num_samples, num_frames))
+            assert {(str(one.device), tuple(one.shape), one.dtype) for one in states} == {
+                ("cuda:0", (3, num_frames[0], 32), torch.float32)
+            }
+    assert not [place for place in waits if "tests/" not in place]
 
 
 @pytest.mark.gpu

@@ -301,41 +301,22 @@ def _open_model(card: UpstreamCard, config: dict[str, Any], *, trust_remote_code
             f"upstream {card.id}: config.json is a student's but has no auto_map, which names its code; train the "
             "student again with `python -m train run`"
         )
-    # Imported late: transformers takes seconds, and errors above do without it.
-    from transformers import AutoModel
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    is_whisper = config["model_type"] == WHISPER and "auto_map" not in config
 
     def opener(folder: Path, **options: Any) -> Any:
-        kind: Any = AutoModel
-        if is_whisper:
-            from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-            # Alone: the decoder is more than half of the weights.
-            kind, options["key_mapping"] = WhisperEncoder, {r"^(model\.)?encoder\.": ""}
-        if own := config.get("auto_map", {}).get("AutoModel"):
-            # AutoModel would open the second of two students in folders of one name with the class of the first.
-            kind = get_class_from_dynamic_module(own, folder)
-        return kind.from_pretrained(folder, **options)
+        return _class_of(config, folder).from_pretrained(folder, **_options_of(config), **options)
 
     attention = config.get("_attn_implementation", config.get("attn_implementation"))
     fix = "download or train it again"
     if attention not in (None, "eager", "sdpa"):
         fix = f"remove its attention {attention!r}, `attn_implementation`, from config.json"
-    # An adapter would shorten the last hidden state; the stored layers are those of the encoder.
-    options = {"add_adapter": False} if config.get("add_adapter") and "auto_map" not in config else {}
-    if options and config["model_type"] == W2V_BERT:
-        options["use_intermediate_ffn_before_adapter"] = False
     model, missing = open_pretrained(
         opener,
         card.folder,
         refusal=f"upstream {card.id}: transformers can't open {card.folder}",
         fix=fix,
-        own=_OF_WHISPERS_ENCODER if is_whisper else _OF_THE_ENCODER,
+        own=_OF_WHISPERS_ENCODER if _is_whisper(config) else _OF_THE_ENCODER,
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,  # transformers 5 would use the precision in which the checkpoint was saved
-        **options,
     )
     if missing:
         raise RetortError(
@@ -343,6 +324,37 @@ def _open_model(card: UpstreamCard, config: dict[str, Any], *, trust_remote_code
             f"as {missing[0]}; config and weights are not of one model, {fix}"
         )
     return model
+
+
+def _is_whisper(config: dict[str, Any]) -> bool:
+    return config["model_type"] == WHISPER and "auto_map" not in config
+
+
+def _class_of(config: dict[str, Any], folder: Path) -> Any:
+    """Return the class that opens the model in a folder."""
+    # Imported late: transformers takes seconds, and errors of the caller do without it.
+    from transformers import AutoModel
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if own := config.get("auto_map", {}).get("AutoModel"):
+        # AutoModel would open the second of two students in folders of one name with the class of the first.
+        return get_class_from_dynamic_module(own, folder)
+    if _is_whisper(config):
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return WhisperEncoder
+    return AutoModel
+
+
+def _options_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with which a model of transformers is opened up to its encoder."""
+    if _is_whisper(config):  # the decoder is more than half of the weights
+        return {"key_mapping": {r"^(model\.)?encoder\.": ""}}
+    if "auto_map" in config or not config.get("add_adapter"):
+        return {}
+    # An adapter would shorten the last hidden state; the stored layers are those of the encoder.
+    options = {"add_adapter": False}
+    return options | ({"use_intermediate_ffn_before_adapter": False} if config["model_type"] == W2V_BERT else {})
 
 
 def _attention(model: Any) -> str:
