@@ -157,6 +157,6 @@ def test_every_parameter_of_every_family_is_trained(world: World) -> None:
 
 def test_a_grown_student_is_matched_by_position() -> None:
     distiller = build_distiller(student("interleaved"), targets=TARGETS, teacher_dim=16, normalise=False, depth=3)
-    assert isinstance(distiller, LayerDistiller) and distiller.positions == [0, 1, 2]
+    assert isinstance(distiller, LayerDistiller) and distiller.positions == [[0, 1, 2]]
     full = build_distiller(student("layerwise"), targets=TARGETS, teacher_dim=16, normalise=False)
-    assert isinstance(full, LayerDistiller) and full.positions == [3, 7, 11]
+    assert isinstance(full, LayerDistiller) and full.positions == [[3, 7, 11]]

@@ -275,9 +275,10 @@ def test_a_bad_step_changes_nothing_and_is_named_one_step_later(world: World) ->
     run = begin(train_request(world, student("distilhubert", 9)))
     parts = [run.data.training_parts(pack) for pack in run.data.sampler.packs[:3]]
     [bad] = parts[1]
-    [scale] = bad.scales
+    [scale] = bad.target_codes.scales
     assert scale is not None
-    batches = iter([parts[0], (replace(bad, scales=(scale * math.nan,)),), parts[2]])
+    spoilt = replace(bad, target_codes=replace(bad.target_codes, scales=(scale * math.nan,)))
+    batches = iter([parts[0], (spoilt,), parts[2]])
     train_step(run, batches, 0, 1e-3)
     good = state_of(run)
     train_step(run, batches, 1, 1e-3)
