@@ -109,12 +109,7 @@ def begin(request: TrainRequest) -> Run:
     corpus = Corpus.open(request.corpus)
     store = StoreReader.open(request.manifest, corpus)
     further = open_further(config, store, request.other_manifests, corpus)
-    paths = {"dev": request.dev_manifest, "stem": request.stem_manifest}
-    other_stores = {
-        name: open_like(path, f"--{name}-manifest", store, corpus)
-        for name, path in paths.items()
-        if path is not None and path != request.manifest
-    }
+    other_stores = _open_others(request, store, corpus)
     dev_store, stem_store = other_stores.get("dev"), other_stores.get("stem")
     corpus = store.rows_of(corpus)
     check_input(config, store, corpus, stem_store=stem_store)
@@ -128,7 +123,6 @@ def begin(request: TrainRequest) -> Run:
     data, dev_data = _read_data(request, corpus, layers, store, tuple(others.values()), dev_store, stem_store)
     words_LSKD, codebook_digest = _read_words(request, layers, store)
     light = read_light_stem_of(config, request.manifest, store)
-    light_digest = {} if light is None else {"light_stem": light.sha256}
     distiller, parts = _initial_distiller(config, data, others, stem, weights, words_LSKD, light)
     distiller.to(request.device).train()
     key = checkpoint.run_key(
@@ -138,7 +132,7 @@ def begin(request: TrainRequest) -> Run:
         stem=stem,
         initial_weights=None if weights is None else weights.sha256,
         other_digests=codebook_digest
-        | light_digest
+        | ({} if light is None else {"light_stem": light.sha256})
         | {name: other.digest for name, other in other_stores.items()}
         | {f"targets of {name}": other.digest for name, other in further.items()},
     )
@@ -167,6 +161,16 @@ def begin(request: TrainRequest) -> Run:
         _resume(run, found)
     request.processes.check_equal(settings=(key, config.optimiser.accumulate), **{"steps done before": run.state.step})
     return run
+
+
+def _open_others(request: TrainRequest, store: StoreReader, corpus: Corpus) -> dict[str, StoreReader]:
+    """Return the stores of `dev` and `stem` that are not the one of the targets."""
+    paths = {"dev": request.dev_manifest, "stem": request.stem_manifest}
+    return {
+        name: open_like(path, f"--{name}-manifest", store, corpus)
+        for name, path in paths.items()
+        if path is not None and path != request.manifest
+    }
 
 
 def _read_data(
