@@ -236,10 +236,10 @@ _ENERGY_FLOOR = 1e-3  # added to relative energies, before the logarithm: 30 dB 
 
 
 class LogMel(nn.Module):
-    """Logarithm of the energy in Mel bands relative to its mean over bands and own frames: (B, S) -> (B, M, U).
+    """Logarithm of the energy in Mel bands relative to the band's mean over own frames: (B, S) -> (B, M, U).
 
-    The window is the receptive field of a frame of the convolutions, the hop half of theirs. Relative energies do not
-    depend on the loudness. Relative to each band's own mean they leave more of the stem unexplained (RESULTS.md).
+    The window is the receptive field of a frame of the convolutions, the hop half of theirs. Relative energies depend
+    neither on the loudness nor on the response of a microphone, as after the group norm of the convolutions.
 
     Window, Fourier transform and filters are constants and not among the weights. They are convolutions in float32, for
     exporters and quantisers.
@@ -275,8 +275,8 @@ class LogMel(nn.Module):
             real_BKU, imaginary_BKU = spectrum.chunk(2, dim=1)
             energy_BMU = functional.conv1d(real_BKU.square() + imaginary_BKU.square(), filters)
             own_B1U = torch.ones_like(energy_BMU[:, :1]) if own_BU is None else own_BU[:, None].to(energy_BMU.dtype)
-            mean_B11 = (energy_BMU * own_B1U).sum((1, 2), keepdim=True) / (MEL_BANDS * own_B1U.sum(-1, keepdim=True))
-            relative_BMU = energy_BMU / (mean_B11 + 1e-9)  # silence has no energy
+            mean_BM1 = (energy_BMU * own_B1U).sum(-1, keepdim=True) / own_B1U.sum(-1, keepdim=True)
+            relative_BMU = energy_BMU / (mean_BM1 + 1e-9)  # silence has no energy
             return torch.log(relative_BMU + _ENERGY_FLOOR) * own_B1U
 
 
