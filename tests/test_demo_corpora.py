@@ -381,6 +381,25 @@ def test_a_wrong_section_is_named(tmp_path: Path, section: str, message: str) ->
         read_config(tmp_path / "params.yaml")
 
 
+def test_more_speakers_of_distillation_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    jobs = plan_corpora(DemoConfig(), tmp_path)["distill"]
+    more = plan_corpora(DemoConfig(distill_more_speakers=212, corpora=("distill",)), tmp_path)
+    assert list(more) == ["distill"] and more["distill"][: len(jobs)] == jobs
+    added = more["distill"][len(jobs) :]
+    assert len(added) == 212 and {job.subset for job in added} == {"train-clean-360"}
+    assert len({job.speaker_id for job in more["distill"]}) == len(jobs) + 212
+    with pytest.raises(RetortError, match=r"'distil'.*did you mean 'distill'"):
+        plan_corpora(DemoConfig(corpora=("distil",)), tmp_path)
+
+
+def test_chosen_corpora_alone_are_made(tree: Path, tmp_path: Path) -> None:
+    config = replace(TINY, corpora=("distill",))
+    manifest = make_corpora(config, tmp_path / "own")
+    assert tree_digests(tmp_path / "own") == {"distill": read_json(tree / "demo.json")["corpora"]["distill"]["digest"]}
+    assert valid_manifest(tmp_path / "own", config, code_digest()) == manifest
+    assert valid_manifest(tmp_path / "own", replace(config, corpora=()), code_digest()) is None
+
+
 def test_at_full_scale_at_least_forty_voices_are_scored_and_none_trained_the_teacher(tmp_path: Path) -> None:
     planned = plan_corpora(DemoConfig(), tmp_path)
     voices: dict[str, list[Voice]] = {

@@ -180,6 +180,39 @@ def test_stacking_is_every_student_with_every_seed() -> None:
     assert len(after["students"]) % 3 == 0
 
 
+def test_the_long_study_has_a_corpus_of_its_own_and_shares_the_scored_ones() -> None:
+    path, after = make("long")
+    before = main_settings()
+    data = "studies/long/data/demo"
+    assert after["corpora"]["distill"] == {"read": f"librispeech {data}/distill", "watch": f"{data}.json"}
+    assert after["corpora"]["snips"] == {"read": "copy corpora/snips.json", "watch": "corpora/snips.json"}
+    assert after["demo"] == before["demo"] | {"corpora": ["distill"], "distill_more_speakers": 212}
+    stages = stages_of("studies/long")
+    assert stages["demo-data"]["cmd"].endswith(f"--config {path} --out {data}")
+    assert stages["demo-data"]["outs"] == [f"{data}.json"]
+    assert corpus_of_tasks(after, path).keys() == {"pr", "ks", "sid", "sf"}
+
+
+def test_long_students_see_forty_hours_and_differ_in_what_their_names_say() -> None:
+    path, after = make("long")
+    students = {name.removesuffix("-s1"): read_student(path, name) for name in after["students"] if "-s1" in name}
+    assert len(after["students"]) == 3 * len(students)
+    assert all(one.stem == "stored" and one.optimiser.stem_grad_scale == 0 for one in students.values())
+    assert all(one.steps * 2048 * 0.02 >= 40 * 3600 for one in students.values())
+    full = students["full"]
+    for family in ("gradual", "midas", "progressive"):
+        assert students[family] == replace(full, family=family)
+        assert students[f"{family}-time"].steps > full.steps
+    equal = students["interleaved-eql"]
+    assert equal == replace(full, family="interleaved")
+    restart = replace(equal, growth=replace(equal.growth, learning_rate="restart"))
+    assert students["interleaved-restart"] == restart
+    for name in ("gendistiller", "gendistiller-2d", "distilhubert", "distilhubert-1"):
+        assert students[f"{name}-scratch"] == replace(students[name], init="stem")
+    assert students["gendistiller-6"].targets == (2, 4, 6, 8, 10, 12)
+    assert students["distilhubert-1"] == replace(students["gendistiller"], family="distilhubert")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_study_finds_its_student_in_another_base_by_family(preset: str) -> None:
     make(preset)

@@ -29,6 +29,7 @@ from train.config import StudentConfig
 from train.growth import grow_mapping
 from train.loop import train
 from train.losses import HeadDistiller
+from train.metrics import DevPoint, RunMetrics
 from train.optimiser import STACK, read_state
 from train.run import Run, begin, stage_at
 from train.step import collect, draws_forcing, train_step
@@ -89,6 +90,8 @@ def test_resumed_equals_uninterrupted(
     assert curves(world, "whole") == curves(world, "parts")
     for name in ("loss", "dev_by_layer", "growth", "epochs", "exposure_bias"):
         assert getattr(whole, name) == getattr(parts, name)
+    points = [[replace(point, seconds=0) for point in metrics.dev_curve] for metrics in (whole, parts)]
+    assert points[0] == points[1] and points[0][-1] == DevPoint(8, 0, whole.loss.dev, whole.dev_by_layer)
     assert not list((world.folder / "checkpoints").iterdir())
 
 
@@ -174,6 +177,8 @@ def test_metrics_and_provenance(world: World) -> None:
     assert (made_from["teacher"], made_from["store_digest"]) == (manifest["fingerprint"], manifest["digest"])
     assert made_from["from_teacher"] == ["stem"]
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 12
+    assert [point.step for point in metrics.dev_curve] == [3, 6, 8]
+    assert RunMetrics.read(world.folder / "runs" / "tiny" / "metrics.json").dev_curve == metrics.dev_curve
     depths = curves(world, "tiny")["train/depth.tsv"].split()
     assert depths == ["step", "depth", "2", "3.0", "4", "6.0", "6", "9.0", "8", "12.0"]
     assert {"train/loss.tsv", "train/lr.tsv", "dev/loss.tsv"} < set(curves(world, "tiny"))
@@ -210,6 +215,12 @@ def test_a_student_starts_from_the_teachers_weights_where_they_fit(world: World)
     assert deeper.parts.copied == ["stem", "projection", "position", "layer 1", "layer 2"]  # as many as the file has
     stacked = begin(train_request(world, student("interleaved")))
     assert stacked.parts.copied == ["stem"]
+    scratch = begin(train_request(world, student("distilhubert", init="stem")))
+    assert scratch.parts.copied == ["stem"] and not scratch.parts.random
+    own = scratch.distiller.student.state_dict()
+    assert {name.split(".")[0] for name in state if torch.equal(own[name], seed[name]) and own[name].ndim > 1} == {
+        "feature_extractor"
+    }
     random = begin(train_request(world, student("distilhubert", init="random")))
     assert random.parts.copied == []
     name = "feature_extractor.conv_layers.0.conv.weight"

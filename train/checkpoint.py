@@ -40,6 +40,7 @@ class RunState:
     skipped: int = 0  # steps whose gradients overflowed in fp16 and changed nothing
     recent: list[float] = field(default_factory=list)  # losses since the last logged point
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # points given to DVCLive
+    dev_curve: list[dict[str, Any]] = field(default_factory=list)  # DevPoints of train/metrics.py, as mappings
 
 
 @dataclass(frozen=True)

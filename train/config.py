@@ -149,7 +149,7 @@ class StudentConfig:
     # Teacher layers to predict; None: all in the store except layer 0. With several stores: targets by the name of the
     # upstream, as its manifest has it.
     targets: dict[str, StoreTargets] | tuple[int, ...] | None = None
-    init: Literal["teacher", "random"] = "teacher"  # initial weights
+    init: Literal["teacher", "stem", "random"] = "teacher"  # the teacher's parts that fit, its stem alone, or none
     # Input of the steps with a frozen stem. `stored` reads the stem's output, which `extract run --keep
     # frames,pooled,stem` wrote, and no waveform. Steps that train the stem read waveforms, and so do all dev scores of
     # a student whose stem trains at some step. One whose stem never trains scores dev from what it trains from.
@@ -217,6 +217,11 @@ class StudentConfig:
                 raise RetortError(
                     "stem: got `stored`, the output of the teacher's convolutions, beside light_stem, which replaces "
                     "them; set stem to `waveforms`, or leave light_stem out"
+                )
+            if self.init == "stem":
+                raise RetortError(
+                    "init: got `stem`, the teacher's convolutions, beside light_stem, which replaces them; set init to "
+                    "`random`"
                 )
         elif self.init == "random" and settings.stem_grad_scale == 0:
             raise RetortError(

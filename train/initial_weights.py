@@ -117,18 +117,23 @@ def read_initial_weights(path: Path) -> InitialWeights:
 
 
 @torch.no_grad()
-def load_initial_weights(student: RetortStudent, weights: InitialWeights, *, num_blocks: int) -> LoadedParts:
+def load_initial_weights(
+    student: RetortStudent, weights: InitialWeights, *, num_blocks: int, stem_alone: bool = False
+) -> LoadedParts:
     """Copy into `student`, in place, every part that computes there what it computes in the teacher.
 
     A light stem is not among them: it starts from a file of its own (train/light_stem.py).
 
     Arguments:
         num_blocks: Transformer blocks to copy from the teacher's first ones.
+        stem_alone: copy the stem and nothing else.
     Raises RetortError if the stem does not fit: the stem decides the frames, and a random one is seldom meant.
     """
     config: RetortStudentConfig = student.config  # type: ignore[assignment]  # transformers types the base alone
     own_parts = {part: _PARTS[part] for part in _PARTS if part != "stem" or config.light_blocks is None}
     parts = own_parts | {f"layer {index + 1}": (f"encoder.layers.{index}.",) for index in range(num_blocks)}
+    if stem_alone:
+        parts = {"stem": _PARTS["stem"]}
     state = student.state_dict()
     loaded = LoadedParts()
     for part, prefixes in parts.items():

@@ -26,7 +26,7 @@ from train.card import FURTHER, MADE_FROM
 from train.curves import Curves, TrainingRecord, open_curves
 from train.data import Batch
 from train.losses import Distiller, GenerationDistiller, layer_errors
-from train.metrics import CodeScore, GrowthStep, LayerError, RunLoss, RunMetrics, StoreScore
+from train.metrics import CodeScore, DevPoint, GrowthStep, LayerError, RunLoss, RunMetrics, StoreScore
 from train.optimiser import learning_rate
 from train.probe import score_codes
 from train.progress import TrainingProgress
@@ -63,11 +63,10 @@ def train(request: TrainRequest) -> RunMetrics:
             progress.write_line(f"{request.student}: random initial weights: {run.parts}")
         try:
             _run_steps(run, progress, batches)
-            free, forced = _dev(run)
+            free, forced = _dev_point(run, progress)
             codes = {} if run.words_LSKD is None or free is None else score_codes(run)
         except torch.OutOfMemoryError:
             raise out_of_memory(run) from None
-        _log(run, progress, _dev_curve(run, free, forced))
         if not run.distiller.stem_trains:
             _compare_stems(run, progress, free)
     return _finish(run, free, forced, codes)
@@ -132,7 +131,7 @@ def _run_steps(run: Run, progress: TrainingProgress, batches: Iterator[tuple[Bat
             skipped = {"train/skipped": float(state.skipped)} if run.scaler.is_enabled() else {}
             _log(run, progress, {"train/loss": mean, "train/lr": rate, "train/depth": float(run.depth)} | skipped)
         if scores:
-            _log(run, progress, _dev_curve(run, *_dev(run)))
+            _dev_point(run, progress)
         due = reads and clock - saved > config.checkpoint_every_s
         if run.request.processes.is_main and (saves or due):
             checkpoint.save(run.checkpoint, snapshot(run))
@@ -161,6 +160,16 @@ def _dev(run: Run) -> tuple[DevScore | None, DevScore | None]:
         return None, None
     generates = isinstance(run.distiller, GenerationDistiller)
     return score_dev(run), score_dev(run, forced=True) if generates else None
+
+
+def _dev_point(run: Run, progress: TrainingProgress) -> tuple[DevScore | None, DevScore | None]:
+    """Score the dev split as `_dev` does, and add a point to the curves."""
+    free, forced = _dev(run)
+    _log(run, progress, _dev_curve(run, free, forced))
+    if free is not None:
+        point = DevPoint(run.state.step, round(run.state.seconds, 2), free.loss, free.by_layer[0])
+        run.state.dev_curve.append(asdict(point))
+    return free, forced
 
 
 @torch.no_grad()
@@ -314,6 +323,10 @@ def _finish(run: Run, free: DevScore | None, forced: DevScore | None, codes: dic
         growth=tuple(GrowthStep(stage.first_step, stage.depth) for stage in run.stages),
         exposure_bias=None if free is None or forced is None else free.loss - forced.loss,
         provenance=Provenance.of(device_model(request.device)),
+        dev_curve=tuple(
+            DevPoint(**point | {"by_layer": {layer: LayerError(**one) for layer, one in point["by_layer"].items()}})
+            for point in state.dev_curve
+        ),
         codes_by_layer=codes,
         stores=_store_scores(run, free) if run.further else {},
     )

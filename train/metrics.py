@@ -38,6 +38,16 @@ class RunLoss:
 
 
 @dataclass(frozen=True)
+class DevPoint:
+    """Score of the dev split after `step` steps of the optimiser."""
+
+    step: int
+    seconds: float  # of the run so far, dev scores included
+    loss: float
+    by_layer: dict[int, LayerError]  # as `dev_by_layer` of the run
+
+
+@dataclass(frozen=True)
 class GrowthStep:
     """From optimiser step `step` on, the student had `layers` layers."""
 
@@ -84,6 +94,7 @@ class RunMetrics(Record):
     provenance: Provenance | None = None  # None: by a version that did not record it
     dev_teacher: str | None = None  # fingerprint of the store that dev is scored on; None: that of `teacher`
     stem_teacher: str | None = None  # fingerprint of the store of the stem; None: that of `teacher`, or waveforms
+    dev_curve: tuple[DevPoint, ...] = ()  # every `dev_every` steps and at the end; empty without a dev split
     codes_by_layer: dict[int, CodeScore] = field(default_factory=dict)  # by teacher layer; empty without a codebook
     stores: dict[str, StoreScore] = field(default_factory=dict)  # by name; empty with one store
 
@@ -91,6 +102,7 @@ class RunMetrics(Record):
         by_layer: dict[str, dict[int, Any]] = {"dev_by_layer": self.dev_by_layer, "codes_by_layer": self.codes_by_layer}
         # JSON's keys are text.
         value = super().to_dict() | {name: _by_text(errors) for name, errors in by_layer.items()}
+        value["dev_curve"] = [asdict(point) | {"by_layer": _by_text(point.by_layer)} for point in self.dev_curve]
         value["stores"] = {
             name: asdict(store) | {"dev_by_layer": _by_text(store.dev_by_layer)} for name, store in self.stores.items()
         }

@@ -209,10 +209,10 @@ def _read_words(
 
 
 def _read_teacher(config: StudentConfig, store: StoreReader) -> tuple[InitialWeights | None, StemShape]:
-    """Return the initial weights (None for `init: random`) and the shape of the teacher's stem."""
+    """Return the teacher's weights (None for `init: random`) and the shape of the teacher's stem."""
     record, manifest = store.manifest.initial_weights, store.source
     path = manifest.parent / record["file"] if record else initial_weights_path(manifest)
-    if config.init == "teacher":
+    if config.init != "random":
         store.manifest.check_initial_weights(manifest)
         weights = read_initial_weights(path)
         return weights, teacher_stem(store, weights.config)
@@ -254,7 +254,9 @@ def _initial_distiller(
         load_light_stem(distiller.student.feature_extractor, light)
     if weights is None:
         return distiller, LoadedParts()
-    return distiller, load_initial_weights(distiller.student, weights, num_blocks=config.initial_blocks)
+    return distiller, load_initial_weights(
+        distiller.student, weights, num_blocks=config.initial_blocks, stem_alone=config.init == "stem"
+    )
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:

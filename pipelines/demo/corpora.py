@@ -18,7 +18,7 @@ import click
 import espeakng_loader
 import soundfile
 
-from extract.base.errors import RetortError
+from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, read_json, sha256_file, sha256_json, write_json, written_aside
 from extract.base.params import read_section
 from extract.base.progress import ProgressBar, log
@@ -37,6 +37,7 @@ from pipelines.demo.voxceleb1 import plan_identification, plan_verification, wri
 FORMAT_VERSION = 1
 MANIFEST_NAME = "demo.json"
 Jobs = Sequence[RecordingJob]
+_MAY_BE_ZERO = ("seed", "distill_more_speakers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,10 @@ class DemoConfig:
     seed: int = 1  # of everything: the same seed gives the same bytes
     scale: float = 1.0  # multiplies all numbers of speakers (and, below two speakers, their seconds)
     workers: int = 2  # processes; they change the time alone
+    corpora: tuple[str, ...] = ()  # folders to make; empty for all
     distill_speakers: int = 34  # distillation corpus, train; `reading_s` each
     distill_dev_speakers: int = 4
+    distill_more_speakers: int = 0  # train-clean-360 of it: more speakers, beside which the others keep their bytes
     train_speakers: int = 20  # LibriSpeech (PR and ASR), `reading_s` each
     dev_speakers: int = 4
     test_speakers: int = 4
@@ -72,12 +75,13 @@ class DemoConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < 0 or (value == 0 and field.name != "seed"):
+            if field.name != "corpora" and (value < 0 or (value == 0 and field.name not in _MAY_BE_ZERO)):
                 raise RetortError(f"{field.name}: got {value!r}, expected more than 0")
 
     def determining(self) -> dict[str, Any]:
         """Return the settings that determine the bytes: all but `workers`."""
-        return {key: value for key, value in asdict(self).items() if key != "workers"}
+        settings = asdict(self) | {"corpora": list(self.corpora)}  # as in JSON
+        return {key: value for key, value in settings.items() if key != "workers"}
 
 
 def make_corpora(config: DemoConfig, out: Path) -> dict[str, Any]:
@@ -120,14 +124,21 @@ def code_digest() -> str:
 
 
 def plan_corpora(config: DemoConfig, root: Path) -> dict[str, Jobs]:
-    """Return the jobs of every corpus by its name, which is its folder below `root`.
+    """Return the jobs of every corpus of `config.corpora` by its name, which is its folder below `root`.
 
     Seeds differ by corpus, and no speaker id is in both corpora of LibriSpeech's layout.
+    Raises RetortError for an unknown name.
     """
     c, scale, seed = config, config.scale, config.seed * 1000
     distill = (
         Subset("train-clean-100", "distill", c.distill_speakers, c.reading_s),
         Subset("dev-clean", "distill", c.distill_dev_speakers, c.reading_s),
+        # Last: the voices and seeds of a corpus are drawn in the order of its speakers.
+        *(
+            [Subset("train-clean-360", "distill", c.distill_more_speakers, c.reading_s)]
+            if c.distill_more_speakers
+            else []
+        ),
     )
     scored = (
         Subset("train-clean-100", "train", c.train_speakers, c.reading_s),
@@ -135,7 +146,7 @@ def plan_corpora(config: DemoConfig, root: Path) -> dict[str, Jobs]:
         Subset("test-clean", "test", c.test_speakers, c.reading_s),
     )
     num_mixtures = (c.mixtures, c.mixtures_dev, c.mixtures_test)
-    return {
+    planned: dict[str, Jobs] = {
         "distill": plan_readings(root / "distill", distill, TEACHER_VARIANTS, 101, scale, seed + 1),
         "librispeech": [
             *plan_readings(root / "librispeech", scored, SCORED_VARIANTS, 1001, scale, seed + 2),
@@ -158,6 +169,9 @@ def plan_corpora(config: DemoConfig, root: Path) -> dict[str, Jobs]:
         "librimix": plan_mixtures(root / "librimix", num_mixtures, c.mixed_speakers, scale, seed + 6),
         "quesst14": plan_search(root / "quesst14", c.documents, c.queries, scale, seed + 7),
     }
+    if odd := [name for name in c.corpora if name not in planned]:
+        raise unknown("corpus in `demo.corpora`", odd[0], planned)
+    return {name: jobs for name, jobs in planned.items() if name in (c.corpora or planned)}
 
 
 # Corpus -> writer of the lists and tables over all its speakers, from its jobs and their results.

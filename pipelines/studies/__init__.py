@@ -20,6 +20,8 @@ that made them differs. Two keys of the file are not settings:
         longer: {times_steps: 1.4} # multiplies the steps, as `times_steps` in `all` does
       codecs: [float16, int8]      # also a student for every codec, full-int8-s1, that trains from a store of its own
       coded: targets               # or stem: what comes from that store; the rest comes from that of `teacher.codec`
+
+A file with a section `demo` synthesises corpora of its own, those of `demo.corpora`, below studies/NAME/data.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,6 +10,8 @@ from extract.base.errors import RetortError, unknown
 from extract.base.params import TRAINED_ON, merge
 from extract.store.codecs import codec_named
 
+DEMO_DATA = "data/demo"  # folder of the synthesised corpora; their card is DEMO_DATA.json
+
 
 def study_settings(
     base: Mapping[str, Any], change: Mapping[str, Any], folder: Path, *, corpora: Sequence[str] = (), where: str
@@ -44,9 +46,23 @@ def study_settings(
     settings["upstreams"] |= {student: {"source": path, "watch": path} for student, path in paths.items()}
     _leave_out_unscored(settings)
     _configure(settings, corpora, where)
-    settings.pop("demo", None)  # the stage is one of the main pipeline alone
+    if "demo" in change:
+        _read_own_data(settings, folder)
+    else:
+        settings.pop("demo", None)  # demo data are those of the main pipeline
     corpus = Path(settings["report"]["speed"]["corpus"]).name
     return merge(settings, {"report": {"speed": {"corpus": (folder / "corpora" / corpus).as_posix()}}})
+
+
+def _read_own_data(settings: dict[str, Any], folder: Path) -> None:
+    """Read the corpora that the study synthesises itself from its own folder."""
+    for corpus in settings["demo"]["corpora"]:
+        for name, row in settings["corpora"].items():
+            if row["read"].split()[1] == f"{DEMO_DATA}/{corpus}":
+                moved = {
+                    key: value.replace(DEMO_DATA, f"{folder.as_posix()}/{DEMO_DATA}") for key, value in row.items()
+                }
+                settings["corpora"][name] = moved
 
 
 def _codecs(design: Mapping[str, Any]) -> dict[str, str]:
@@ -117,7 +133,10 @@ def check_watched(settings: Mapping[str, Any], stages: Mapping[str, Any], folder
     DVC would fail on it in a temporary experiment and on a machine without the data set. stages: those of the root.
     """
     outs = [out for stage in stages.values() for out in stage.get("do", stage).get("outs", []) if isinstance(out, str)]
-    made = (*(re.sub(r"\$\{.*", "", out) for out in outs), f"{folder.as_posix()}/students/")
+    made = (
+        *(re.sub(r"\$\{.*", "", out) for out in outs),
+        *(f"{folder.as_posix()}/{name}/" for name in ("students", "data")),
+    )
     for section, example in (
         ("corpora", "pipelines/readers, or the table of --table"),
         ("upstreams", "extract/upstream"),

@@ -8,10 +8,10 @@ from typing import Any
 
 from extract.base.params import merge
 
-# Paths of results and of settings in dvc.yaml; `report` is a command of `python -m pipelines`, too.
+# Paths of data, results and settings in dvc.yaml; `report` is a command of `python -m pipelines`, too.
 _MOVED = re.compile(
     r"(?<![\w./-])(?<!-m pipelines )"
-    r"(params\.yaml|(?:corpora|manifests|measures|metrics|report|runs|scores|students)(?=/|\s|$))"
+    r"(params\.yaml|(?:corpora|data|manifests|measures|metrics|report|runs|scores|students)(?=/|\s|$))"
 )
 
 
@@ -27,8 +27,8 @@ def study_stages(
     stages: section `stages` of the root's dvc.yaml. settings: those of the study. base, base_folder: settings and
     folder of the base, None if it has no folder. Students that the base trains with the same settings are copied.
     """
-    # Demo data are made by the main pipeline alone.
-    stages = {name: stage for name, stage in stages.items() if name != "demo-data"}
+    # A study without sizes of its own has the demo data of the main pipeline.
+    stages = {name: stage for name, stage in stages.items() if name != "demo-data" or "demo" in settings}
     if "codecs" in settings:
         stages = _coded_stages(stages, settings["coded"])
     made = {name: _moved_stage(stage, folder) for name, stage in stages.items()}
