@@ -72,7 +72,9 @@ def result(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_the_notebook_runs_on_a_result(result: Path) -> None:
     environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / ".ci/notebook.py"), str(ROOT / "docs/tour.ipynb")]
-    done = subprocess.run(command, cwd=result, env=environment, capture_output=True, text=True, check=False)
+    docs = result / "docs"  # Jupyter starts a notebook in its own folder
+    docs.mkdir()
+    done = subprocess.run(command, cwd=docs, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"The best student is {STUDENT}." in done.stdout
     assert "2 words, 3 test utterances, chance 50.0%" in done.stdout
