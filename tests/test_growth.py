@@ -1,5 +1,6 @@
 """Growth: the ancestry tables of docs/methods.md, weights and moments traced, schedules, the intermediate loss."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from extract.base.errors import RetortError
-from tests.train_world import TARGETS, student
-from train.config import Family, GrowthConfig, StudentConfig
+from tests.train_world import SHAPE, TARGETS, student
+from train.config import GENERATING, GROWN, Family, GrowthConfig, StudentConfig
 from train.growth import METHODS, grow_layers, growth_tables, matched_position, plan_stages
 from train.losses import LayerDistiller, build_distiller
-from train.optimiser import grown_state, learning_rate, make_optimiser, read_state, write_state
+from train.optimiser import STACK, grown_state, learning_rate, make_optimiser, read_state, write_state
 from train.run import deepen
 
 # By depth, the layer of the first model that each position descends from.
@@ -190,10 +191,12 @@ def test_layers_of_the_intermediate_loss(method: Family) -> None:
         matched_position(stages[0], stages, 6, 12, "block-end")
 
 
-def grown_pair(method: Family, setting: str) -> tuple[LayerDistiller, torch.optim.AdamW, dict[str, torch.Tensor]]:
+def grown_pair(
+    method: Family, setting: str, **growth: str
+) -> tuple[LayerDistiller, torch.optim.AdamW, dict[str, torch.Tensor]]:
     """A distiller after one step at 3 layers and one growth, its optimiser, and the first moments before."""
     torch.manual_seed(0)
-    config = student(method, 100, growth={"optimiser": setting})
+    config = student(method, 100, growth={"optimiser": setting, **growth})
     distiller = build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=3)
     assert isinstance(distiller, LayerDistiller)
     optimiser = make_optimiser(config, distiller)
@@ -203,9 +206,9 @@ def grown_pair(method: Family, setting: str) -> tuple[LayerDistiller, torch.opti
     state = read_state(optimiser, distiller)
     before = {name: values["exp_avg"].clone() for name, values in state.items()}
     stage = plan_stages(config)[1]
-    deepen(distiller, stage)
+    deepen(distiller, stage, config.growth)
     optimiser = make_optimiser(config, distiller)
-    write_state(optimiser, distiller, grown_state(state, stage, setting))
+    write_state(optimiser, distiller, grown_state(state, stage, config.growth))
     return distiller, optimiser, before
 
 
@@ -234,6 +237,69 @@ def test_fresh_keeps_no_moments_and_warms_up_again() -> None:
     assert rates[35] == pytest.approx(rates_of()[35])
 
 
+@pytest.mark.parametrize("family", [*GROWN, "gendistiller", "gendistiller-2d"])
+@torch.no_grad()
+def test_identity_clones_leave_the_output_as_it_was(family: Family) -> None:
+    torch.manual_seed(0)
+    generates = family in GENERATING
+    changes = {"shape": SHAPE | {"layers": 4}, "generation": {"grow_from": 1}} if generates else {}
+    config = student(family, 100, growth={"clones": "identity"}, **changes)
+    stages = plan_stages(config)
+    distiller = build_distiller(config, targets=TARGETS, teacher_dim=16, normalise=False, depth=stages[0].depth).eval()
+    for name, parameter in distiller.named_parameters():  # trained: no norm has 1 and 0
+        parameter.add_(torch.randn_like(parameter) * (0.3 if "layer_norm" in name else 0.1))
+    waveforms = torch.randn(2, 3200)
+    expected, copied = distiller.student(waveforms).last_hidden_state, copy.deepcopy(distiller)
+    for stage in stages[1:]:
+        deepen(distiller, stage, config.growth)
+        assert len(distiller.student.encoder.layers) == stage.depth
+        torch.testing.assert_close(distiller.student(waveforms).last_hidden_state, expected, rtol=0, atol=2e-4)
+    deepen(copied, stages[1], GrowthConfig())
+    assert (copied.student(waveforms).last_hidden_state - expected).abs().max() > 0.02
+    assert distiller.student.config.num_hidden_layers == (len(TARGETS) if generates else 12)
+    assert distiller.student.config.stack_depth == (4 if generates else 1)
+
+
+def test_weights_that_identity_clones_set_have_no_moments() -> None:
+    distiller, optimiser, before = grown_pair("interleaved", "copy", clones="identity")
+    state = read_state(optimiser, distiller)
+    names = {name for name, _ in distiller.named_parameters()}
+    changed = {name.removeprefix(STACK) for name in names - state.keys()}
+    clone = ("attention.out_proj", "feed_forward.output_dense", "layer_norm")
+    parts = [f"{1 + 2 * one}.{part}" for one in range(3) for part in clone] + [
+        f"{2 * one}.final_layer_norm" for one in range(3)
+    ]
+    assert changed == {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+    for source in range(3):  # the affine map of the original's last norm is now the clone's
+        moments = state[f"{STACK}{2 * source + 1}.final_layer_norm.weight"]["exp_avg"]
+        assert torch.equal(moments, before[f"{STACK}{source}.final_layer_norm.weight"])
+    for parameter in distiller.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()  # the fused kernel takes parameters with other counts of steps
+    steps = {name: values["step"].item() for name, values in read_state(optimiser, distiller).items()}
+    assert {steps[STACK + name] for name in changed} == {1} and steps[f"{STACK}0.layer_norm.weight"] == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("layerwise", {"growth": {"clones": "identity"}}, "growth.clones: got `identity`.*interleaved, gradual"),
+        ("gendistiller", {"growth": {"clones": "identity"}}, "growth.clones.*generation.grow_from"),
+        ("interleaved", {"generation": {"grow_from": 1}}, "generation.grow_from: got 1.*growth.first"),
+        ("gendistiller", {"generation": {"grow_from": 0}}, "grow_from: got 0, expected at least 1"),
+    ],
+)
+def test_settings_of_growth_that_make_no_sense(family: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RetortError, match=message):
+        student(family, **changes)
+
+
+def test_a_depth_that_generation_misses_names_its_setting() -> None:
+    config = student("gendistiller", 100, shape=SHAPE | {"layers": 3}, generation={"grow_from": 2})
+    with pytest.raises(RetortError, match=r"depths 2, 4, expected to reach 3.*generation.grow_from"):
+        plan_stages(config)
+
+
 def rates_of(**changes: object) -> list[float]:
     config: StudentConfig = student("interleaved", 100, **changes)
     stages = plan_stages(config)
@@ -250,6 +316,14 @@ def test_learning_rate_warms_up_and_decays_once_or_at_every_stage() -> None:
     assert 0 < rates[-1] < 2e-5
     again = rates_of()
     assert [again[start + 1] for start in (0, 25, 50, 75)] == pytest.approx([1e-3] * 4)
+
+
+def test_a_warm_up_after_growth_keeps_the_one_schedule() -> None:
+    once, again = rates_of(growth={"learning_rate": "continue"}), rates_of(growth={"learning_rate": "rewarm"})
+    warmup = 2  # 7% of 25 steps
+    assert [one / other for one, other in zip(again, once, strict=True)] == pytest.approx(
+        [1] * 25 + ([1 / warmup] + [1] * 24) * 3
+    )
 
 
 def test_defaults() -> None:

@@ -207,6 +207,11 @@ def test_long_students_see_forty_hours_and_differ_in_what_their_names_say() -> N
     assert equal == replace(full, family="interleaved")
     restart = replace(equal, growth=replace(equal.growth, learning_rate="restart"))
     assert students["interleaved-restart"] == restart
+    identity = replace(equal, growth=replace(equal.growth, clones="identity"))
+    assert students["interleaved-identity"] == identity
+    two = students["gendistiller-2-scratch"]
+    assert students["gendistiller-grown-scratch"] == replace(two, generation=replace(two.generation, grow_from=1))
+    assert [stage.depth for stage in plan_stages(students["gendistiller-identity-scratch"])] == [1, 2]
     for name in ("gendistiller", "gendistiller-2d", "distilhubert", "distilhubert-1"):
         assert students[f"{name}-scratch"] == replace(students[name], init="stem")
     assert students["gendistiller-6"].targets == (2, 4, 6, 8, 10, 12)

@@ -62,20 +62,24 @@ def curves(world: World, name: str) -> dict[str, str]:
 # Eight steps; interleaved grows at 2, 4 and 6. A run that stops at step n resumes from the last checkpoint; with one
 # per step that is n - 1, so that runs resume just before and just after a growth.
 @pytest.mark.parametrize(
-    ("family", "every", "stops"),
+    ("family", "every", "stops", "changes"),
     [
-        ("interleaved", 1, [3, 4]),
-        ("interleaved", 3, [2, 8]),
-        ("gendistiller", 3, [4, 7]),
-        ("gendistiller-2d", 3, [4]),
-        ("distilhubert", 1, [5]),
+        ("interleaved", 1, [3, 4], {}),
+        ("interleaved", 3, [2, 8], {}),
+        ("gradual", 3, [4], {"growth": {"clones": "identity"}}),
+        ("gendistiller", 3, [4, 7], {}),
+        ("gendistiller", 1, [4, 5], {"generation": {"grow_from": 1}, "shape": SHAPE | {"layers": 2}}),
+        ("gendistiller-2d", 3, [4], {}),
+        ("distilhubert", 1, [5], {}),
     ],
 )
 def test_resumed_equals_uninterrupted(
-    world: World, monkeypatch: pytest.MonkeyPatch, family: str, every: int, stops: list[int]
+    world: World, monkeypatch: pytest.MonkeyPatch, family: str, every: int, stops: list[int], changes: dict[str, Any]
 ) -> None:
     average = 0.9 if every == 3 else 0.0
-    config = student(family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2, "ema": average})
+    config = student(
+        family, 8, checkpoint_every_steps=every, optimiser={"lr": 1e-3, "accumulate": 2, "ema": average}, **changes
+    )
     whole = train(train_request(world, config, "whole"))
     for stop in stops:
         with monkeypatch.context() as patch:

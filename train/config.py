@@ -93,15 +93,18 @@ class OptimiserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig:
-    """Growth of a stacked family from `first` layers to the shape's depth (docs/methods.md, Growth)."""
+    """Growth of a stacked family, or of a gendistiller's blocks, to the shape's depth (docs/methods.md, Growth)."""
 
-    first: int = 3  # layers of the first stage
+    first: int = 3  # layers of the first stage; of a gendistiller generation.grow_from
     schedule: Literal["equal", "proportional", "late"] = "equal"  # steps of the stages
     exponent: float = 1.0  # of `proportional`: stage i takes i^exponent parts
     late_share: float = 0.8  # of `late`: share of the steps in the first stage
     optimiser: Literal["copy", "copy-reset-step", "fresh"] = "copy"  # moments and step count of AdamW at growth
     fresh_warmup_steps: int = 20  # of `fresh`: extra warm-up at the start of each later stage
-    learning_rate: Literal["continue", "restart"] = "restart"  # at every stage; lower losses in all seeds (RESULTS.md)
+    # Over all stages, the same with a warm-up after each growth, or anew at every stage: lower losses in all seeds
+    # (RESULTS.md).
+    learning_rate: Literal["continue", "rewarm", "restart"] = "restart"
+    clones: Literal["copy", "identity"] = "copy"  # weights of new layers; identity: growth keeps the student's function
     intermediate: Literal["block-end", "original"] = "block-end"  # layers that the intermediate loss compares
 
     def __post_init__(self) -> None:
@@ -116,11 +119,14 @@ class GenerationConfig:
     """Settings of the gendistiller families alone (docs/methods.md, GenDistiller)."""
 
     skip: Literal["start", "previous", "none"] = "start"  # source of the skip connection
+    grow_from: int | None = None  # blocks of the first stage of interleaved growth to shape.layers; None: no growth
     layer_embedding: bool | None = None  # None: on in gendistiller-2d, where attention spans several layers
     forcing_first: float = 0.0  # probability of teacher forcing at the first step
     forcing_last: float = 0.0  # and at the last step; linear in between
 
     def __post_init__(self) -> None:
+        if self.grow_from is not None:
+            _check_range(self, "grow_from", low=1)
         for name, share in (("forcing_first", self.forcing_first), ("forcing_last", self.forcing_last)):
             if not 0 <= share <= 1:
                 raise RetortError(f"{name}: got {share:g}, expected a share of the steps, 0 to 1")
@@ -184,6 +190,7 @@ class StudentConfig:
         self._check_targets()
         self._check_stem()
         self._check_codes()
+        self._check_growth()
         if not 0 <= self.optimiser.ema < 1:
             raise RetortError(f"optimiser.ema: got {self.optimiser.ema:g}, expected 0 (none) or a decay below 1")
         _check_held_out(self)
@@ -255,6 +262,18 @@ class StudentConfig:
             if self.dev_split is None:
                 raise RetortError("codebook: codes are measured on the dev split; set dev_split, or leave codebook out")
 
+    def _check_growth(self) -> None:
+        if self.generation.grow_from is not None and self.family not in GENERATING:
+            raise RetortError(
+                f"generation.grow_from: got {self.generation.grow_from} for a {self.family}, which generates no "
+                "layers; set growth.first, or leave it out"
+            )
+        if self.growth.clones == "identity" and not self.grows:
+            raise RetortError(
+                f"growth.clones: got `identity`, but a {self.family} of this section does not grow; set family to one "
+                f"of {', '.join(GROWN)}, or generation.grow_from, or leave it out"
+            )
+
     def targets_in(self, store: str) -> StoreTargets:
         """Return the targets in a store, by the name of its upstream."""
         return self.targets[store] if isinstance(self.targets, dict) else StoreTargets(layers=self.targets)
@@ -271,12 +290,19 @@ class StudentConfig:
         return self.stem == "waveforms" or self.stem_trains_from < self.steps
 
     @property
+    def grows(self) -> bool:
+        """True if the student grows during training."""
+        return self.family in GROWN or self.generation.grow_from is not None
+
+    @property
     def initial_blocks(self) -> int:
         """Number of Transformer blocks that may start as the teacher's first ones.
 
         A stacked student's blocks stand at other depths than the teacher's first ones, so none is copied there.
         """
-        return self.shape.layers if self.family in ("distilhubert", *GENERATING) else 0
+        if self.family not in ("distilhubert", *GENERATING):
+            return 0
+        return self.generation.grow_from or self.shape.layers
 
 
 def _check_layers(layers: tuple[int, ...] | None, name: str) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from extract.base.errors import RetortError
 from train.config import GROWN, Family, GrowthConfig, StudentConfig
+from train.modeling_retort import TransformerLayer
 
 Sources = tuple[int, ...]  # for every position of the deeper stack, the position that it copies
 V = TypeVar("V")
@@ -79,11 +81,14 @@ def plan_stages(config: StudentConfig) -> tuple[Stage, ...]:
     Raises RetortError if the method does not reach the depth from `growth.first`, or if a stage would have no step.
     """
     full = config.shape.layers
-    if config.family not in METHODS:
+    if not config.grows:
         return (Stage(0, config.steps, full, None, tuple(range(full))),)
-    tables = growth_tables(config.family, config.growth.first, full)
+    method, first = config.family, config.growth.first
+    if config.generation.grow_from is not None:  # the blocks that a gendistiller's layers share
+        method, first = "interleaved", config.generation.grow_from
+    tables = growth_tables(method, first, full)
     bounds = _bounds(config.growth, config.steps, len(tables) + 1)
-    depth, originals = config.growth.first, tuple(range(config.growth.first))
+    depth, originals = first, tuple(range(first))
     stages = [Stage(0, bounds[1], depth, None, originals)]
     for index, sources in enumerate(tables, start=1):
         originals = tuple(sources.index(position) for position in originals)  # an original precedes its clones
@@ -107,7 +112,7 @@ def growth_tables(method: Family, first: int, full: int) -> list[Sources]:
     if depths[-1] != full:
         raise RetortError(
             f"{method} from {first} layers has depths {', '.join(map(str, depths))}, expected to reach {full}; change "
-            "shape.layers or growth.first"
+            "shape.layers or growth.first (generation.grow_from of a gendistiller)"
         )
     return tables
 
@@ -134,6 +139,41 @@ def grow_layers(layers: nn.ModuleList, sources: Sources) -> nn.ModuleList:
         layers[source] if sources.index(source) == position else copy.deepcopy(layers[source])
         for position, source in enumerate(sources)
     )
+
+
+@torch.no_grad()
+def make_clones_identities(layers: nn.ModuleList, sources: Sources) -> None:
+    """Change a stack that has grown, in place, so that it computes what it did before growth.
+
+    A post-LN block with W_o = W_2 = 0 (docs/methods.md, Clones) is LN(LN(h)). Its input is h = g x + b with x = norm of
+    the block before, so the affine map g, b of that block's last norm moves to the clone's last norm, and the norms
+    between have 1 and 0: the clone is LN(LN(x)) g + b = h. The next clone in a row takes g, b over.
+    """
+    for position in clones(sources):
+        before, clone = layers[position - 1], layers[position]
+        assert isinstance(before, TransformerLayer) and isinstance(clone, TransformerLayer)
+        clone.final_layer_norm.load_state_dict(before.final_layer_norm.state_dict())
+        for norm in (before.final_layer_norm, clone.layer_norm):
+            nn.init.ones_(norm.weight)
+            nn.init.zeros_(norm.bias)
+        for linear in (clone.attention.out_proj, clone.feed_forward.output_dense):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+
+def drop_changed(values: dict[str, V], sources: Sources, *, prefix: str) -> None:
+    """Remove, in place, values of the parameters that `make_clones_identities` sets; those of g, b move with them."""
+    for position in clones(sources):
+        before, clone = f"{prefix}{position - 1}.", f"{prefix}{position}."
+        for kind in ("weight", "bias"):
+            for part in ("attention.out_proj", "feed_forward.output_dense", "layer_norm"):
+                values.pop(f"{clone}{part}.{kind}", None)
+            values[f"{clone}final_layer_norm.{kind}"] = values.pop(f"{before}final_layer_norm.{kind}")
+
+
+def clones(sources: Sources) -> list[int]:
+    """Return the positions of the clones, ascending. The first position is never one."""
+    return [position for position, source in enumerate(sources) if sources.index(source) != position]
 
 
 def grow_mapping(values: Mapping[str, V], sources: Sources, *, prefix: str) -> dict[str, V]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from train.config import StudentConfig
-from train.growth import Stage, grow_mapping
+from train.config import GrowthConfig, StudentConfig
+from train.growth import Stage, drop_changed, grow_mapping
 
 ParameterState = dict[str, Tensor]  # of one parameter: step, exp_avg, exp_avg_sq
 OptimiserState = dict[str, ParameterState]  # by parameter name
@@ -36,13 +36,16 @@ def make_scaler(config: StudentConfig, device: torch.device) -> torch.amp.GradSc
 def learning_rate(config: StudentConfig, stage: Stage, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, then linear decay to zero.
 
-    n and t of `warmup_decay` count over all stages, or within the stage with `learning_rate: restart`.
+    n and t of `warmup_decay` count over all stages, or within the stage with `learning_rate: restart`. `rewarm` is the
+    first with a linear warm-up after each growth, over the share `warmup` of the stage.
     """
     first, num_steps = 0, config.steps
     if config.growth.learning_rate == "restart":
         first, num_steps = stage.first_step, stage.num_steps
     local = step - first
     factor = warmup_decay(local, num_steps, config.optimiser.warmup)
+    if stage.sources is not None and config.growth.learning_rate == "rewarm":
+        factor *= min(1.0, (step - stage.first_step + 1) / max(1, round(config.optimiser.warmup * stage.num_steps)))
     if stage.sources is not None and config.growth.optimiser == "fresh":
         # Moments of zero make AdamW's first steps large: ramp up anew after growth.
         factor *= min(1.0, (step - stage.first_step + 1) / max(1, config.growth.fresh_warmup_steps))
@@ -87,16 +90,19 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def grown_state(state: OptimiserState, stage: Stage, method: str) -> OptimiserState:
+def grown_state(state: OptimiserState, stage: Stage, growth: GrowthConfig) -> OptimiserState:
     """Return the optimiser's state after growth, by `growth.optimiser`.
 
     "copy": clones get their original's moments and step count. "copy-reset-step": the same, but every step count is 0,
-    which restarts AdamW's bias correction. "fresh": no state.
+    which restarts AdamW's bias correction. "fresh": no state. Parameters that `growth.clones` sets have none, moments
+    and step count 0: past gradients are those of other values.
     """
-    if method == "fresh":
+    if growth.optimiser == "fresh":
         return {}
     assert stage.sources is not None
     grown = grow_mapping(state, stage.sources, prefix=STACK)
-    if method == "copy-reset-step":
+    if growth.clones == "identity":
+        drop_changed(grown, stage.sources, prefix=STACK)
+    if growth.optimiser == "copy-reset-step":
         grown = {name: values | {"step": torch.zeros_like(values["step"])} for name, values in grown.items()}
     return grown

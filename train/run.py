@@ -19,10 +19,10 @@ from extract.store.reader import StoreReader
 from train import checkpoint
 from train.checkpoint import Checkpoint, RunState
 from train.codes import words_of
-from train.config import StudentConfig
+from train.config import GrowthConfig, StudentConfig
 from train.data import DistillationData
 from train.distributed import SINGLE_PROCESS, ProcessGroup
-from train.growth import Stage, grow_layers, plan_stages
+from train.growth import Stage, grow_layers, make_clones_identities, plan_stages
 from train.initial_weights import InitialWeights, LoadedParts, load_initial_weights, read_initial_weights
 from train.light_stem import TrainedStem, load_light_stem, read_light_stem_of
 from train.losses import Distiller, LayerDistiller, TeacherTargets, build_distiller
@@ -264,25 +264,30 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     return next(stage for stage in reversed(stages) if stage.first_step <= step)
 
 
-def deepen(distiller: Distiller, stage: Stage) -> None:
+def deepen(distiller: Distiller, stage: Stage, growth: GrowthConfig) -> None:
     """Grow the student, in place, from the depth of the stage before to that of `stage`."""
-    assert stage.sources is not None and isinstance(distiller, LayerDistiller)
+    assert stage.sources is not None
     student = distiller.student
     # Originals stay the same module objects; their parameter names follow their new positions.
     student.encoder.layers = grow_layers(student.encoder.layers, stage.sources)
-    student.config.num_hidden_layers = stage.depth
-    distiller.match(stage)
+    if growth.clones == "identity":
+        make_clones_identities(student.encoder.layers, stage.sources)
+    if isinstance(distiller, LayerDistiller):
+        student.config.num_hidden_layers = stage.depth
+        distiller.match(stage)
+    else:  # a gendistiller, whose hidden states are the layers that it generates
+        student.config.stack_depth = stage.depth
 
 
 def grow(run: Run, stage: Stage) -> None:
     """Grow the student and its average, and carry the optimiser's state over as `growth.optimiser` sets."""
     config = run.request.config
     state = read_state(run.optimiser, run.distiller)  # by the names of the shallower model
-    deepen(run.distiller, stage)
+    deepen(run.distiller, stage, config.growth)
     if run.average is not None:
-        deepen(run.average, stage)
+        deepen(run.average, stage, config.growth)
     run.optimiser = make_optimiser(config, run.distiller)
-    write_state(run.optimiser, run.distiller, grown_state(state, stage, config.growth.optimiser))
+    write_state(run.optimiser, run.distiller, grown_state(state, stage, config.growth))
 
 
 def unfreeze_stem(run: Run) -> None:
@@ -314,7 +319,7 @@ def _resume(run: Run, found: Checkpoint) -> None:
         if distiller is not None and weights is not None:
             for stage in run.stages[1:]:
                 if stage.depth <= found.depth:
-                    deepen(distiller, stage)
+                    deepen(distiller, stage, run.request.config.growth)
             distiller.load_state_dict(weights)
     # The optimiser holds parameters that require gradients, so the stem is set before it is made.
     run.distiller.train_stem(found.state.step > run.request.config.stem_trains_from)
