@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -9,7 +10,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pipelines.report.charts import BASELINE_LOOK, TEACHER_LOOK, Point, frontier, loss_curves, scatter, student_look
+from pipelines.report.charts import (
+    BASELINE_LOOK,
+    TEACHER_LOOK,
+    Point,
+    frontier,
+    layer_curves,
+    loss_curves,
+    scatter,
+    student_look,
+)
 from tests.report_world import (
     PARAMS,
     STUDENTS,
@@ -21,7 +31,7 @@ from tests.report_world import (
     section,
     svgs,
 )
-from train.metrics import GrowthStep
+from train.metrics import DevPoint, GrowthStep, LayerError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -105,6 +115,28 @@ def test_growth_is_marked_where_the_student_grew(page: str) -> None:
     steps = [float(x) for x in re.findall(r"[ML] ([0-9.]+)", path.get("d", ""))]
     assert len(steps) == 7
     assert lines == pytest.approx([(steps[1] + steps[2]) / 2, steps[3], (steps[4] + steps[5]) / 2], abs=0.1)
+
+
+def test_errors_of_layers_are_drawn_over_steps_and_minutes() -> None:
+    errors = {4: [0.9, 0.5, 0.3], 12: [0.8, 0.6, 0.5]}
+    points = [
+        DevPoint(100 * (one + 1), 90.0 * (one + 1), 1.0,
+                 {layer: LayerError(0.0, 1 - values[one], 0.0) for layer, values in errors.items()})
+        for one in range(3)
+    ]  # fmt: skip
+    (chart,) = svgs(layer_curves(points, [GrowthStep(0, 3), GrowthStep(150, 6)], TEACHER_LOOK, key="k", title="t"))
+    marks = [group for group in chart.iter(f"{SVG}g") if group.get("class") == "mark"]
+    tips = ["layer 4: first 0.900, last 0.300", "layer 12: first 0.800, last 0.500"]
+    assert [mark.findtext(f"{SVG}title", "") for mark in marks] == tips
+    heights = [[float(y) for y in re.findall(r"[ML] [0-9.]+ ([0-9.]+)", path.get("d", ""))]
+               for mark in marks for path in mark.iter(f"{SVG}path") if path.get("d", "").count("L") == 2]  # fmt: skip
+    assert [len(height) for height in heights] == [3, 3]
+    # Logarithmic: equal ratios are equal distances.
+    (a, b, c), (_, e, f) = heights
+    assert (b - a) / (c - b) == pytest.approx(math.log(0.9 / 0.5) / math.log(0.5 / 0.3), abs=0.01)
+    assert e < f < c
+    texts = [element.text for element in chart.iter(f"{SVG}text")]
+    assert {"2 min", "3 min", "4 min", "4", "12", "6 layers"} <= set(texts)
 
 
 def test_depths_of_many_growth_steps_are_written_where_there_is_room() -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from evaluate.scorefile import ScoreFile
-from train.metrics import GrowthStep
+from train.metrics import DevPoint, GrowthStep
 
 # Sentinel colours -> CSS variables. No drawing uses these near-blacks as colours.
 INK, MUTED, RULE, SURFACE = "#010101", "#010102", "#010103", "#010104"
@@ -201,6 +201,37 @@ def loss_curves(
         grown = ", ".join(f"{stage.layers} layers from step {stage.step}" for stage in growth)
         described = f"{tips['tip-dev']}. {grown}." if grown else f"{tips['tip-dev']}."
         return _inline(figure, key, title, described, tips)
+
+
+def layer_curves(points: Sequence[DevPoint], growth: Sequence[GrowthStep], look: Look, *, key: str, title: str) -> str:
+    """Return an SVG of one student's held-out cosine distance to each target layer over steps and, above, minutes.
+
+    Deeper layers are stronger. `points` has two or more.
+    """
+    steps, layers = [point.step for point in points], list(points[0].by_layer)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        tips = {}
+        for number, layer in enumerate(layers, start=1):
+            distances = [1 - point.by_layer[layer].cosine for point in points]
+            mark = f"tip-layer-{layer}"
+            axes.plot(steps, distances, color=look.colour, alpha=0.3 + 0.7 * number / len(layers), marker=look.marker,
+                      markersize=3.5, gid=mark)  # fmt: skip
+            axes.annotate(str(layer), (steps[-1], distances[-1]), xytext=(6, 0), textcoords="offset points",
+                          va="center", fontsize=10, color=MUTED, gid=f"halo-layer-{layer}")  # fmt: skip
+            tips[mark] = f"layer {layer}: first {distances[0]:.3f}, last {distances[-1]:.3f}"
+        axes.set_xlim(0, 1.08 * steps[-1])
+        axes.set_yscale("log")
+        _mark_growth(axes, growth)
+        axes.set_xlabel("optimiser steps")
+        axes.set_ylabel("1 − cosine, by layer")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(steps[:: -(-len(steps) // 4)])
+        above.xaxis.set_major_formatter(
+            FuncFormatter(lambda step, _: f"{dict(zip(steps, points, strict=True))[round(step)].seconds / 60:.0f} min")
+        )
+        return _inline(figure, key, title, "; ".join(tips.values()) + ".", tips)
 
 
 def _mark_growth(axes: Axes, growth: Sequence[GrowthStep]) -> None:

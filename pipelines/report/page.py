@@ -197,6 +197,11 @@ def _training(upstream: Upstream, run: RunMetrics, look: Look) -> dict[str, Any]
     svg = charts.loss_curves(
         upstream.curves, run.growth, look, key=f"loss-{upstream.name}", title=f"Loss of {upstream.name}"
     )
+    by_layer = ""
+    if len(run.dev_curve) > 1 and run.dev_curve[0].by_layer:
+        by_layer = charts.layer_curves(
+            run.dev_curve, run.growth, look, key=f"layers-{upstream.name}", title=f"Held-out error of {upstream.name}"
+        )
     facts = {
         "family": run.family,
         "steps": f"{run.steps:,}",
@@ -206,7 +211,7 @@ def _training(upstream: Upstream, run: RunMetrics, look: Look) -> dict[str, Any]
         "dev loss": NONE if run.loss.dev is None else f"{run.loss.dev:.3f}",
         "exposure bias": NONE if run.exposure_bias is None else f"{run.exposure_bias:+.3f}".replace("-", "−"),
     }
-    return {"upstream": upstream, "facts": facts, "svg": Markup(svg)}
+    return {"upstream": upstream, "facts": facts, "svg": Markup(svg), "by_layer": Markup(by_layer)}
 
 
 def _duration(seconds: float) -> str:
