@@ -11,6 +11,7 @@ Shapes: L layers, B utterances, T frames of the longest, F frames of all utteran
 of codes, W codes of a row, S speakers.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,12 @@ class FrameReader:
         self._packs: OrderedDict[int, tuple[Tensor, Tensor | None]] = OrderedDict()  # least recently used first
         self._buffer = torch.empty(0, device=self.device)
         self._codec = self.reader.codec_for()
+
+    def with_own_buffer(self) -> "FrameReader":
+        """Return a reader of the same packs in memory whose `read` leaves the values of this one's alone."""
+        other = copy.copy(self)
+        other._buffer = torch.empty(0, device=self.device)
+        return other
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return all kept layers of the utterances at corpus `indices`, concatenated: float32 (L, F, D)."""

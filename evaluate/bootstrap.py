@@ -5,14 +5,22 @@ resamples of as many units as the test set has, with replacement, and takes perc
 1979; for word error rates Bisani and Ney, ICASSP 2004). A unit is an utterance unless the metric's `units` differ. All
 metrics with the same number of units get the same draws.
 
-The interval does not cover the seeds of heads and students, nor the similarity of utterances of one speaker. At 0% and
-100% all resamples agree, and the interval is a single point.
+A score is the mean over the heads of several seeds. Its test set's interval resamples the test set for all heads at
+once: units on which heads err alike count fully. The seeds add the variance of a mean over S heads, sd^2 / S, with the
+standard deviation sd of the heads' metrics (n - 1): an end at distance d from the mean moves to
+sqrt(d^2 + (z sd)^2 / S), with z = 1.96 at 95%. This takes sd as known, while it is an estimate from S heads, and counts
+the part of sd that comes from the test set twice.
+
+The interval does not cover the seeds of students, nor the similarity of utterances of one speaker. At 0% and 100% all
+resamples agree, and the test set's interval is a single point.
 
 Shapes: U units of the test set.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -78,6 +86,32 @@ def mean_of(parts: Sequence[Metric]) -> Metric:
     return Metric.of(resampled, int(ends[-1]), parts[0].units)
 
 
+def mean_of_heads(heads: Sequence[Metric]) -> Metric:
+    """Return the mean of metrics on the same units, such as heads of several seeds."""
+    first = heads[0]
+    assert {head.num_units for head in heads} == {first.num_units}, "heads are measured on one test set"
+    return Metric.of(lambda counts_U: fmean(head.resampled(counts_U) for head in heads), first.num_units, first.units)
+
+
+def means(tests: Sequence[Metrics], mean: Callable[[Sequence[Metric]], Metric]) -> Metrics:
+    """Return the mean of every metric, by `mean` where each of its values has an interval."""
+    if len(tests) == 1:
+        return tests[0]
+    found: dict[str, Metric | float] = {}
+    for name in tests[0]:
+        values = [test[name] for test in tests]
+        metrics = [value for value in values if isinstance(value, Metric)]
+        found[name] = mean(metrics) if len(metrics) == len(values) else fmean(map(float, values))
+    return found
+
+
+def deviations(heads: Sequence[Metrics]) -> dict[str, float]:
+    """Return the standard deviation over heads (n - 1) of every metric; empty for one head."""
+    if len(heads) < 2:
+        return {}
+    return {name: stdev(float(head[name]) for head in heads) for name in heads[0]}
+
+
 def interval(metric: Metric) -> tuple[float, float]:
     """Return the LEVEL_PERCENT interval, low and high, in percent. Resamples with an undefined metric are left out."""
     generator = np.random.default_rng(SEED)
@@ -91,12 +125,28 @@ def interval(metric: Metric) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals_of(test: Metrics, metric: str) -> Interval:
-    """Return the intervals of a score file: of `metric` and of the other test metrics that have one."""
-    found = {name: interval(value) for name, value in test.items() if isinstance(value, Metric)}
+def with_seeds(mean: float, ends: tuple[float, float], *, sd: float, num_heads: int) -> tuple[float, float]:
+    """Widen the test set's interval of a mean over heads by the heads' variation, as the head of this file says.
+
+    It ends at 0% and 100%, unless the test set's does not.
+    """
+    of_seeds = NormalDist().inv_cdf(0.5 + LEVEL_PERCENT / 200) * sd / math.sqrt(num_heads)
+    low, high = (math.hypot(end - mean, of_seeds) for end in ends)
+    return max(mean - low, min(0.0, ends[0])), min(mean + high, max(100.0, ends[1]))
+
+
+def intervals_of(heads: Sequence[Metrics], metric: str) -> Interval:
+    """Return the intervals of a score file: of `metric` and of the other test metrics that have one, over the heads."""
+    test, sd = means(heads, mean_of_heads), deviations(heads)
+    test_set = {name: interval(value) for name, value in test.items() if isinstance(value, Metric)}
+    found = {
+        name: with_seeds(float(test[name]), ends, sd=sd[name], num_heads=len(heads)) if sd else ends
+        for name, ends in test_set.items()
+    }
     chosen = test[metric]
     return Interval(
         test=found.pop(metric, None),
+        test_set=test_set.get(metric),
         also=found,
         of=chosen.units if isinstance(chosen, Metric) else None,
         level_percent=LEVEL_PERCENT,

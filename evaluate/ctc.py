@@ -10,9 +10,9 @@ the logits (evaluate/ragged.py), D features, C symbols, S labels of the longest,
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,16 +22,19 @@ from torch.nn import functional as F
 
 from evaluate.batches import FrameReader, bucket, generator_on, steps_from
 from evaluate.bootstrap import Metrics
+from evaluate.checkpoint import TaskSession
 from evaluate.heads import Head, RecurrentHead
 from evaluate.ragged import CPU, Ragged, on_device
-from evaluate.sweep import HeadPool
-from evaluate.task import Features, FrameRecipe
+from evaluate.scorefile import Example
+from evaluate.sweep import HeadPool, sweep
+from evaluate.task import Features, FrameRecipe, SweepResult
 from extract.base.errors import RetortError
 
 BLANK, END, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
 ON_GPU = "trained on a GPU, whose CTC adds gradients in no fixed order: another run differs in the last bits"
 WITHOUT_WARPING = "SpecAugment without time warping"  # deviation of tasks with the recurrent head
+NUM_EXAMPLES = 3  # of a score file
 Texts = list[Sequence[str]]  # symbols of each utterance
 H = TypeVar("H", bound=Head)
 
@@ -108,6 +111,12 @@ class Transcription(ABC, Generic[H]):
         if self.device.type == "cuda":
             self.notes = [*self.notes, ON_GPU]
 
+    @property
+    def chance(self) -> float:
+        """Return the metric of empty hypotheses."""
+        references = list(self.splits["test"].references.values())
+        return float(self.rates([[]] * len(references), references)[self.metric])
+
     @staticmethod
     @abstractmethod
     def symbols(*labels: str) -> list[str]:
@@ -117,6 +126,11 @@ class Transcription(ABC, Generic[H]):
     @abstractmethod
     def rates(hypotheses: Texts, references: Texts) -> Metrics:
         """Return the metrics of decoded symbols."""
+
+    @staticmethod
+    @abstractmethod
+    def written(symbols: Sequence[str]) -> str:
+        """Return symbols as text for readers."""
 
     @abstractmethod
     def new_head(self) -> H: ...
@@ -159,7 +173,7 @@ class Transcription(ABC, Generic[H]):
 
     def batches(self, seed: int, first: int) -> Iterator[CtcBatch]:
         """Yield the buckets in random order, epoch after epoch."""
-        train = self.splits["train"]
+        train, reader = self.splits["train"], self.reader.with_own_buffer()
 
         def draw_epoch(generator: torch.Generator) -> Sequence[int]:
             order: list[int] = torch.randperm(len(train.batches), generator=generator).tolist()
@@ -170,7 +184,7 @@ class Transcription(ABC, Generic[H]):
             frames = self._frames(rows_B)
             labels = [torch.tensor(train.labels[row]) for row in rows_B.tolist()]
             yield CtcBatch(
-                self.reader.read(rows_B.tolist()),
+                reader.read(rows_B.tolist()),
                 frames,
                 on_device(torch.nn.utils.rnn.pad_sequence(labels, batch_first=True), self.device),
                 torch.tensor([len(label) for label in labels]),
@@ -210,6 +224,16 @@ class Transcription(ABC, Generic[H]):
                 own += decoded
         return [self.rates(own, references) for own in hypotheses]
 
+    def examples(self, head: H, ids: Sequence[str]) -> tuple[Example, ...]:
+        """Return the first test utterances in corpus order with the head's hypotheses. ids: of the corpus."""
+        references = self.splits["test"].references
+        rows = np.array(sorted(references)[:NUM_EXAMPLES])
+        decoded = self._decode(head, hidden_LFD=self.reader.read(rows.tolist()), frames=self._frames(rows))
+        return tuple(
+            Example(ids[row], self.written(references[row]), self.written(hypothesis))
+            for row, hypothesis in zip(rows.tolist(), decoded, strict=True)
+        )
+
     @torch.no_grad()  # applies to this thread only, hence not around the pool's work
     def _decode(self, head: H, *, hidden_LFD: Tensor, frames: Ragged) -> list[list[str]]:
         """Return the head's hypothesis for each utterance."""
@@ -217,6 +241,12 @@ class Transcription(ABC, Generic[H]):
         best_BN = self.logits(head, head.sum_layers(hidden_LFD), frames, Noise()).argmax(-1).cpu()
         counts = frames.stacked_B.tolist()
         return [self.vocabulary.decode(best_N[:count]) for best_N, count in zip(best_BN, counts, strict=True)]
+
+
+def transcribe(problem: Transcription[H], features: Features, recipe: FrameRecipe, session: TaskSession) -> SweepResult:
+    """Train and measure the heads; add examples."""
+    result = sweep(problem, recipe, session)
+    return replace(result, examples=problem.examples(cast(H, result.first_head), features.corpus.ids))
 
 
 def infeasible(labels: Sequence[int], num_frames: int) -> bool:

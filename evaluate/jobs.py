@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from evaluate.bootstrap import intervals_of
+from evaluate.bootstrap import deviations, intervals_of
 from evaluate.checkpoint import FORMAT_VERSION, TaskSession
-from evaluate.scorefile import ScoreFile
-from evaluate.task import SPEAKER, Features, Settings, Task, corpus_of_tasks, differences, read_recipes
+from evaluate.scorefile import HeadScore, ScoreFile
+from evaluate.task import SPEAKER, Features, Settings, SweepResult, Task, corpus_of_tasks, differences, read_recipes
 from evaluate.tasks import TASKS
 from evaluate.time_left import ExpectedScore, TimeLeft, work_of
 from extract.base.device import check_local_workers, device_model, named_device, set_float32
@@ -229,6 +229,7 @@ def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreF
     """Train and measure a job's heads; return the record of the score without writing it."""
     task, reader, corpus = job.task, features.reader, features.corpus
     result = task.score(features, job.recipe, session)
+    heads, test = [head.test for head in result.heads], result.test
     dropped = [f"{num} utterances are not in the store"] if (num := reader.manifest.num_dropped) else []
     return ScoreFile(
         task=task.name,
@@ -236,9 +237,12 @@ def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreF
         metric=task.metric,
         higher_is_better=task.higher_is_better,
         unit="percent",
-        test=float(result.test[task.metric]),
-        also={name: float(value) for name, value in result.test.items() if name != task.metric},
-        interval=intervals_of(result.test, task.metric),
+        test=float(test[task.metric]),
+        also={name: float(value) for name, value in test.items() if name != task.metric},
+        interval=intervals_of(heads, task.metric),
+        heads=_head_scores(result),
+        sd=deviations(heads),
+        chance=result.chance,
         dev=result.dev,
         chosen_lr=result.chosen_lr,
         grid=result.grid,
@@ -256,7 +260,18 @@ def measure(job: ScoringJob, features: Features, session: TaskSession) -> ScoreF
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         notes=(*task.deviations, *differences(job.recipe), *result.notes, *dropped),
         seconds=round(session.seconds, 2),
+        examples=result.examples,
         provenance=Provenance.of(device_model(features.device)),
+    )
+
+
+def _head_scores(result: SweepResult) -> tuple[HeadScore, ...]:
+    """Return the metrics of every seed's head; a task that trains none has none."""
+    if result.chosen_lr is None:
+        return ()
+    return tuple(
+        HeadScore(head.seed, head.dev, {name: float(value) for name, value in head.test.items()})
+        for head in result.heads
     )
 
 
@@ -336,10 +351,12 @@ def line_of(job: ScoringJob, made: ScoreFile) -> str:
     """Return a score in one line."""
     ends, units = made.interval.test, made.interval.of or "utterances"
     interval = f", {made.interval.level_percent}% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
+    spread = f" ± {made.sd[made.metric]:.2f} over {len(made.heads)} head seeds" if made.sd else ""
     chosen = f"layer {made.heaviest_layer}" if made.chosen_lr is None else f"learning rate {made.chosen_lr:g}"
     # Asked for a GPU: which device it was, as tasks without one train on the CPU.
     where = f" on {made.provenance.device}" if made.provenance is not None and job.device != "cpu" else ""
     return (
-        f"{job.upstream}: {job.task.title}, {made.metric.upper()} {made.test:.2f}% on {made.num_test} test {units}"
-        f"{interval} (dev {made.dev:.2f}%, {chosen}, {made.seconds:.0f} s{where}) -> {job.out}"
+        f"{job.upstream}: {job.task.title}, {made.metric.upper()} {made.test:.2f}%{spread} "
+        f"on {made.num_test} test {units}{interval} "
+        f"(dev {made.dev:.2f}%, {chosen}, {made.seconds:.0f} s{where}) -> {job.out}"
     )

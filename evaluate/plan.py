@@ -5,9 +5,10 @@ optimiser, batch size and device. Recipes come from params.yaml, sizes of data s
 else from published counts. The time of a step is proportional to the length of its utterances; where steps of full
 length would take too long, shorter ones are timed and scaled.
 
-    hours = folds x rates x (steps x step + dev evaluations x dev) + test
+    hours = folds x heads x (steps x step + dev evaluations x dev) + seeds x test
 
-On a CPU these are hours of one core: heads of several rates run in a thread each, scores in a process each.
+Heads are those of all rates with the first seed, and one with each further seed. On a CPU these are hours of one core:
+heads run in a thread each, scores in a process each.
 """
 
 import time
@@ -91,9 +92,9 @@ class Estimate:
     task: str
     device: str
     data: DataSet
-    steps: int  # of all rates and folds
+    steps: int  # of all heads and folds
     step_s: float
-    evaluations: int  # on dev, of all rates and folds
+    evaluations: int  # on dev, of all heads and folds
     evaluation_s: float  # of one head on dev
     test_s: float
     timed_s: float  # length of the utterances that were timed
@@ -153,7 +154,9 @@ def _trial(
     if not isinstance(recipe, Recipe):
         return _searched(task, recipe, data, duration_s=duration_s, shape=shape, clock=clock)
     steps = _STEPS if task.reads == "frames" else _POOLED_STEPS
-    trial = replace(recipe, steps=steps, learning_rates=recipe.learning_rates[-1:], dev_evaluations=steps // 2)
+    trial = replace(
+        recipe, steps=steps, learning_rates=recipe.learning_rates[-1:], dev_evaluations=steps // 2, head_seeds=1
+    )
     frames = task.reads == "frames"
     num_train = 2 * recipe.batch_size if frames else min(data.train, _MOST_POOLED)
     held_out = max(_FEWEST, recipe.batch_size) if frames else _POOLED_HELD_OUT
@@ -173,11 +176,11 @@ def _trial(
         task=task.name,
         device=device,
         data=data,
-        steps=recipe.steps * len(recipe.learning_rates) * folds,
+        steps=recipe.steps * recipe.num_heads * folds,
         step_s=step_s * scale,
-        evaluations=min(recipe.dev_evaluations, recipe.steps) * len(recipe.learning_rates) * folds,
+        evaluations=min(recipe.dev_evaluations, recipe.steps) * recipe.num_heads * folds,
         evaluation_s=evaluation_s * data.dev,
-        test_s=evaluation_s * data.test * folds,
+        test_s=evaluation_s * data.test * folds * recipe.head_seeds,
         timed_s=duration_s,
     )
 
@@ -256,7 +259,7 @@ def data_of(task: str, card: Path | None) -> DataSet:
 def table_of(estimates: Sequence[Estimate], shape: Shape) -> Table:
     """Return the estimates as a table."""
     table = Table(title=f"one upstream of {shape.num_layers} layers x {shape.dim}", title_justify="left")
-    for column in ("task", "device", "train", "mean s", "steps x rates", "s a step", "s a dev pass", "hours"):
+    for column in ("task", "device", "train", "mean s", "steps x heads", "s a step", "s a dev pass", "hours"):
         table.add_column(column, justify="left" if column in ("task", "device") else "right", no_wrap=True)
     for one in estimates:
         table.add_row(

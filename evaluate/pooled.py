@@ -85,6 +85,7 @@ class PooledClassification:
     ) -> None:
         self.pooled_ULD, self.splits, self.num_classes_G, self.recipe = pooled_ULD, splits, list(num_classes_G), recipe
         self.num_test, self.notes = len(splits["test"].rows_N), notes
+        self.chance = 100 / len(torch.unique(splits["train"].classes_NG, dim=0))  # each class alike, drawn at random
 
     def new_head(self) -> LinearHead:
         _, num_layers, dim = self.pooled_ULD.shape

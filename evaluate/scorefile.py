@@ -38,13 +38,33 @@ class LayerPoint:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Bootstrap intervals, low and high in percent: of the test metric and of the metrics in `also`.
+class HeadScore:
+    """Metrics of the head of one seed, in percent; of several folds the means."""
 
-    `test` is None for a metric without an interval. `of` names the resampled unit, such as utterances.
+    seed: int
+    dev: float
+    test: dict[str, float]  # by name: the metric of the score, and the further ones
+
+
+@dataclass(frozen=True)
+class Example:
+    """Test utterance with its transcript, and the hypothesis of the first seed's head."""
+
+    id: str
+    reference: str
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Intervals, low and high in percent: of the test metric and of the metrics in `also`.
+
+    They cover the test set and the seeds of the heads together (`evaluate.bootstrap`), `test_set` the test set alone.
+    `test` and `test_set` are None for a metric without an interval. `of` names the resampled unit, such as utterances.
     """
 
     test: tuple[float, float] | None
+    test_set: tuple[float, float] | None
     also: dict[str, tuple[float, float]]
     of: str | None
     level_percent: int
@@ -54,12 +74,13 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFile(Record):
-    """Result of one upstream on one task. Learning rate and checkpoint are chosen on dev; test is measured once.
+    """Result of one upstream on one task. Learning rate and checkpoints are chosen on dev; test is measured once.
 
-    Metrics are in percent. `chosen_lr` is None for a task without a head, which chooses a layer instead.
+    Metrics are in percent; `test`, `also`, `dev` and `layer_weights` are means over `heads`. `chosen_lr` is None for a
+    task without a head, which chooses a layer instead and has no `heads`.
     """
 
-    FORMAT_VERSION = 2
+    FORMAT_VERSION = 3
     REMEDY = "`python -m evaluate run` or `python -m evaluate many`"
 
     task: str
@@ -70,10 +91,13 @@ class ScoreFile(Record):
     test: float
     also: dict[str, float]  # further metrics on test, by name
     interval: Interval
+    heads: tuple[HeadScore, ...]  # one for each head seed
+    sd: dict[str, float]  # standard deviation over heads (n - 1) of test metrics, by name; empty for one head
+    chance: float  # of a system that ignores the audio: classes at random, an empty transcript, ...
     dev: float
     chosen_lr: float | None
-    grid: tuple[GridPoint | LayerPoint, ...]
-    seed: int
+    grid: tuple[GridPoint | LayerPoint, ...]  # of the first seed
+    seed: int  # the first one
     layers: tuple[int, ...]  # hidden states in the store
     layer_weights: tuple[float, ...]  # one weight for each of `layers`, sum 1
     num_test: int
@@ -86,6 +110,7 @@ class ScoreFile(Record):
     code: str  # digest of the code that made the score
     versions: dict[str, str]
     notes: tuple[str, ...]  # deviations from the reference recipe
+    examples: tuple[Example, ...]  # first utterances of test, of tasks that transcribe
     seconds: float
     provenance: Provenance | None = None  # None: by a version that did not record it
 

@@ -1,8 +1,10 @@
-"""Sweep over learning rates: one head for each rate, all trained in one pass over the data.
+"""Sweep over learning rates and seeds: heads that are trained side by side.
 
-All heads start from the same parameters and get the same batches, masks and dropout, so a head of a grid equals the
-same head trained alone. Dev chooses the checkpoint of each head and then the rate; test is measured once, with the
-chosen head.
+The first seed sweeps the rates, a head each, in one pass over the data. All its heads start from the same parameters
+and get the same batches, masks and dropout, so a head of a grid equals the same head trained alone. Dev chooses the
+checkpoint of each head and then the rate. Each further seed trains one head at that rate, with its own initial
+parameters, batches, masks and dropout: R rates and S seeds take R + S - 1 heads instead of R S. Test is measured once,
+with the chosen head of each seed.
 
 On a CPU each head is trained in one thread of its own. The operations of heads are small: torch's internal threads
 speed them up little on an idle machine and slow them down tenfold on a busy one. With one thread each, results do not
@@ -15,19 +17,19 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from evaluate.bootstrap import Metric, Metrics, mean_of
+from evaluate.bootstrap import Metrics, mean_of, means
 from evaluate.checkpoint import TaskSession
 from evaluate.heads import Head
 from evaluate.ragged import CPU
 from evaluate.scorefile import GridPoint
-from evaluate.task import Recipe, SweepResult
+from evaluate.task import HeadResult, Recipe, SweepResult
 from extract.base.errors import RetortError
 
 H = TypeVar("H", bound=Head)
@@ -44,6 +46,11 @@ class Problem(Protocol[H, Batch]):
     notes: Sequence[str]
     device: torch.device  # of batches, losses and heads that train
 
+    @property
+    def chance(self) -> float:
+        """Return the metric on test of a system that ignores the audio."""
+        ...
+
     def new_head(self) -> H:
         """Return a head at the reference's initialisation, on the CPU; the sweep sets the seed around the call."""
         ...
@@ -52,6 +59,7 @@ class Problem(Protocol[H, Batch]):
         """Yield the training batches of the steps from `first` (counted from 0) on, without end.
 
         Each is a function of seed and step (`evaluate.batches`), so that an interrupted run resumes with the same ones.
+        It stays valid until the next one of this iterator, whatever else is read meanwhile.
         """
         ...
 
@@ -102,13 +110,14 @@ class Selection:
 
 @dataclass
 class HeadTraining(Generic[H]):
-    """Training of one head at one learning rate.
+    """Training of one head, with one seed at one learning rate.
 
     `diverged`: the first step whose loss was not finite, int64 on a GPU, 0 before it; None on a CPU, which reads a loss
     at once.
     """
 
     lr: float
+    seed: int
     head: H
     optimiser: torch.optim.AdamW
     selection: Selection
@@ -171,7 +180,7 @@ def begin(problem: Problem[H, Batch], lr: float, recipe: Recipe) -> HeadTraining
     optimiser = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
     worst = -math.inf if problem.higher_is_better else math.inf
     diverged = None if problem.device.type == "cpu" else torch.zeros((), dtype=torch.int64, device=problem.device)
-    return HeadTraining(lr, head, optimiser, Selection(worst), diverged)
+    return HeadTraining(lr, recipe.seed, head, optimiser, Selection(worst), diverged)
 
 
 def step_flop(head: Head, num_frames: int) -> int:
@@ -180,7 +189,7 @@ def step_flop(head: Head, num_frames: int) -> int:
 
 
 def sweep(problem: Problem[H, Batch], recipe: Recipe, session: TaskSession) -> SweepResult:
-    """Train a head for every learning rate of the recipe, choose on dev, measure test once.
+    """Train a head for every learning rate of the recipe, choose on dev, train the other seeds, measure test once.
 
     Of rates with the same dev metric the lowest is chosen; of a rate's checkpoints the earliest. Resumes from the
     session's checkpoint if there is one. Raises RetortError if every rate diverges.
@@ -189,20 +198,57 @@ def sweep(problem: Problem[H, Batch], recipe: Recipe, session: TaskSession) -> S
 
 
 def cross_validate(folds: Sequence[Problem[H, Batch]], recipe: Recipe, session: TaskSession) -> SweepResult:
-    """Run `sweep` over folds: one rate for all, by the mean of their dev metrics; each fold has its own checkpoint.
+    """Run `sweep` over folds: one rate for all, by the mean of their dev metrics; each fold has its own checkpoints.
 
     Metrics and layer weights are means over the folds.
     """
-    with HeadPool(min(len(recipe.learning_rates), os.cpu_count() or 1), folds[0].device) as pool:
-        trained = [_train(problem, recipe, session, pool, 1 / len(folds)) for problem in folds]
-        return _conclude(folds, trained, pool)
+    rates = sorted(recipe.learning_rates)
+    others = [replace(recipe, seed=recipe.seed + number) for number in range(1, recipe.head_seeds)]
+    with HeadPool(min(max(len(rates), len(others)), os.cpu_count() or 1), folds[0].device) as pool:
+
+        def trained(wanted: Sequence[tuple[float, Recipe]]) -> list[tuple[HeadTraining[H], ...]]:
+            """Train heads on every fold; return the trainings of each, one for each fold."""
+            share = len(wanted) / len(rates) / len(folds)
+            each = [
+                _train(problem, [begin(problem, *one) for one in wanted], recipe, session, pool, share)
+                for problem in folds
+            ]
+            return list(zip(*each, strict=True))
+
+        swept = trained([(lr, recipe) for lr in rates])
+        grid, chosen = _choose(swept, higher_is_better=folds[0].higher_is_better)
+        repeated = trained([(chosen[0].lr, other) for other in others]) if others else []
+        finished = [head for head in repeated if _is_measured(head)]
+        notes = [*_diverged(swept, "learning rate {0.lr:g}"), *_diverged(repeated, "head seed {0.seed}")]
+        if len(rates) > 1 and chosen in (swept[0], swept[-1]):
+            end = "lowest" if chosen is swept[0] else "highest"
+            notes.append(
+                f"the chosen learning rate {chosen[0].lr:g} is the {end} of the grid: a wider one may do better"
+            )
+        heads = [chosen, *finished]
+        results = _measure(folds, heads, [swept, *([head] for head in finished)], pool)
+    weights = zip(*(training.head.layer_weights for head in heads for training in head), strict=True)
+    return SweepResult(
+        chosen_lr=chosen[0].lr,
+        heads=results,
+        grid=grid,
+        layer_weights=tuple(fmean(layer) for layer in weights),
+        num_test=sum(problem.num_test for problem in folds),
+        chance=fmean(problem.chance for problem in folds),
+        notes=(*dict.fromkeys(note for problem in folds for note in problem.notes), *notes),
+        first_head=chosen[0].head,
+    )
 
 
 def _train(
-    problem: Problem[H, Batch], recipe: Recipe, session: TaskSession, pool: HeadPool, share: float
+    problem: Problem[H, Batch],
+    trainings: list[HeadTraining[H]],
+    recipe: Recipe,
+    session: TaskSession,
+    pool: HeadPool,
+    share: float,
 ) -> list[HeadTraining[H]]:
-    """Train every rate, in ascending order. `share`: part of the task's progress that a step of this fold counts."""
-    trainings = [begin(problem, lr, recipe) for lr in sorted(recipe.learning_rates)]
+    """Train all heads, each on the batches of its seed. `share`: of the task's progress, for a step of this fold."""
     checkpoint = session.next_sweep()
     done = 0
     if checkpoint is not None and (found := checkpoint.load()) is not None:
@@ -210,13 +256,16 @@ def _train(
             training.load_state(state)
         done = int(found["step"])
     session.skip(share * done)
-    batches = problem.batches(recipe.seed, done)
+    batches_of = {training.seed: problem.batches(training.seed, done) for training in trainings}
     for step in range(done + 1, recipe.steps + 1):
         active = [training for training in trainings if training.selection.diverged is None]
         if not active:
             break
-        batch = next(batches)
-        pool.each(lambda training, at=step, on=batch: training.step(problem, on, at, recipe.clip_norm), active)
+        batch_of = {seed: next(batches_of[seed]) for seed in dict.fromkeys(training.seed for training in active)}
+        pool.each(
+            lambda training, at=step, of=batch_of: training.step(problem, of[training.seed], at, recipe.clip_norm),
+            active,
+        )
         # Dev evaluations are evenly spaced: one whenever step * evaluations / steps passes a whole number.
         if step * recipe.dev_evaluations // recipe.steps > (step - 1) * recipe.dev_evaluations // recipe.steps:
             _evaluate(problem, trainings, step, pool)
@@ -239,58 +288,65 @@ def _evaluate(problem: Problem[H, Batch], trainings: Sequence[HeadTraining[H]], 
         training.consider(dev, step, higher_is_better=problem.higher_is_better)
 
 
-def _conclude(
-    folds: Sequence[Problem[H, Batch]], trained: Sequence[Sequence[HeadTraining[H]]], pool: HeadPool
-) -> SweepResult:
-    """Choose a rate (the lowest of equals, as rates ascend) and measure test with its heads."""
-    rates = list(zip(*trained, strict=True))  # for each rate its training in every fold
-    finished = [rate for rate in rates if all(training.selection.best is not None for training in rate)]
+def _is_measured(folds: Sequence[HeadTraining[H]]) -> bool:
+    return all(training.selection.best is not None for training in folds)
+
+
+def _dev(folds: Sequence[HeadTraining[H]]) -> float:
+    return fmean(training.selection.dev for training in folds)
+
+
+def _choose(
+    rates: Sequence[tuple[HeadTraining[H], ...]], *, higher_is_better: bool
+) -> tuple[tuple[GridPoint, ...], tuple[HeadTraining[H], ...]]:
+    """Return dev metric and steps of each rate, and the trainings of the best one: the lowest of equals."""
+    finished = [rate for rate in rates if _is_measured(rate)]
     if not finished:
         raise RetortError(
             f"every learning rate diverged ({', '.join(f'{rate[0].lr:g}' for rate in rates)}): lower `learning_rates`, "
             "or look at the features (`python -m extract stats`)"
         )
-    grid = tuple(
-        GridPoint(rate[0].lr, fmean(t.selection.dev for t in rate), round(fmean(t.selection.steps for t in rate)))
-        for rate in finished
-    )
-    best = 0
-    for index, point in enumerate(grid):
-        if _better(point.dev, grid[best].dev, folds[0].higher_is_better):
-            best = index
-    chosen = finished[best]
-    for training in chosen:
-        assert training.selection.best is not None
-        training.head.load_state_dict(training.selection.best)
-    tests = [problem.measure([training.head], "test", pool)[0] for problem, training in zip(folds, chosen, strict=True)]
-    notes = [
-        f"learning rate {training.lr:g} diverged at step {step}"
-        for rate in rates
-        for training in rate
+    best = finished[0]
+    for rate in finished[1:]:
+        if _better(_dev(rate), _dev(best), higher_is_better):
+            best = rate
+    grid = (GridPoint(rate[0].lr, _dev(rate), round(fmean(t.selection.steps for t in rate))) for rate in finished)
+    return tuple(grid), best
+
+
+def _diverged(heads: Sequence[Sequence[HeadTraining[H]]], name: str) -> list[str]:
+    """Return a note for each training that diverged. name: a format string of the training."""
+    return [
+        f"{name.format(training)} diverged at step {step}"
+        for head in heads
+        for training in head
         if (step := training.selection.diverged)
     ]
-    if len(rates) > 1 and chosen in (rates[0], rates[-1]):
-        end = "lowest" if chosen is rates[0] else "highest"
-        notes.append(f"the chosen learning rate {grid[best].lr:g} is the {end} of the grid: a wider one may do better")
-    weights = zip(*(training.head.layer_weights for training in chosen), strict=True)
-    return SweepResult(
-        chosen_lr=grid[best].lr,
-        dev=grid[best].dev,
-        test={name: _mean([test[name] for test in tests]) for name in tests[0]},
-        grid=grid,
-        layer_weights=tuple(fmean(layer) for layer in weights),
-        num_test=sum(problem.num_test for problem in folds),
-        notes=(*dict.fromkeys(note for problem in folds for note in problem.notes), *notes),
-        checkpoints=tuple(metrics for rate in rates for training in rate for metrics in training.selection.seen),
+
+
+def _measure(
+    folds: Sequence[Problem[H, Batch]],
+    heads: Sequence[Sequence[HeadTraining[H]]],
+    seen: Sequence[Sequence[Sequence[HeadTraining[H]]]],
+    pool: HeadPool,
+) -> tuple[HeadResult, ...]:
+    """Measure test with the chosen head of each seed, at its best checkpoints. seen: all trainings of each seed."""
+    for training in (training for head in heads for training in head):
+        assert training.selection.best is not None
+        training.head.load_state_dict(training.selection.best)
+    tests = [  # by fold and head
+        problem.measure([training.head for training in trainings], "test", pool)
+        for problem, trainings in zip(folds, zip(*heads, strict=True), strict=True)
+    ]
+    return tuple(
+        HeadResult(
+            head[0].seed,
+            _dev(head),
+            means(of_folds, mean_of),
+            tuple(metrics for one in own for training in one for metrics in training.selection.seen),
+        )
+        for head, own, of_folds in zip(heads, seen, zip(*tests, strict=True), strict=True)
     )
-
-
-def _mean(values: Sequence[Metric | float]) -> Metric | float:
-    """Return the mean over folds, as a metric with an interval if each of the values is one."""
-    if len(values) == 1:
-        return values[0]
-    metrics = [value for value in values if isinstance(value, Metric)]
-    return mean_of(metrics) if len(metrics) == len(values) else fmean(map(float, values))
 
 
 def _better(value: float, than: float, higher_is_better: bool) -> bool:

@@ -13,7 +13,8 @@ sets, so three rules keep one task from deciding it:
 - A task is left out unless the teacher is better than fbank by more than the intervals of both: the gap must exceed the
   root of the sum of squares of their half widths.
 - A task counts at most its share, 1000 / n points for n tasks, up or down.
-- The score has an interval, from the 95% intervals of the upstream and of both ends (`relative_half_width`).
+- The score has an interval, from the 95% intervals of the upstream and of both ends (`relative_half_width`), which
+  cover the test set and the seeds of the heads.
 
 A score file cannot prove that its corpus is SUPERB's own: the caller asserts it (`--official`), and a test split of
 another size refutes it.
@@ -74,6 +75,12 @@ def terms_of(score: ScoreFile) -> dict[str, tuple[float, Bounds | None]]:
     if score.task != "sf":
         return {score.task: (score.test, interval.test)}
     return {"sf_f1": (score.test, interval.test), "sf_cer": (score.also["cer"], interval.also.get("cer"))}
+
+
+def sd_of(score: ScoreFile) -> dict[str, float]:
+    """Return the standard deviation of each of a score's terms over head seeds; empty for one seed."""
+    names = {"sf_f1": score.metric, "sf_cer": "cer"} if score.task == "sf" else {score.task: score.metric}
+    return {term: score.sd[name] for term, name in names.items() if name in score.sd}
 
 
 def shares(values: Terms, ends: Mapping[str, Bounds]) -> dict[str, float]:
@@ -223,6 +230,7 @@ class Summary:
     shares: dict[str, dict[str, float] | None]  # upstream -> task -> points of its one score
     notes: tuple[str, ...]
     half_widths: dict[str, float | None] = field(default_factory=dict)  # of 95% intervals of the relative scores
+    deviations: dict[str, dict[str, float]] = field(default_factory=dict)  # upstream -> term -> sd over head seeds
 
     @property
     def one_score(self) -> dict[str, float | None]:
@@ -235,10 +243,11 @@ class Summary:
         for name, one in self.one_score.items():
             rows[name][self.kind] = one
         return {
-            "format_version": 3,
+            "format_version": 4,
             "kind": self.kind,
             "upstreams": rows,
             "intervals": self.intervals,
+            "deviations": self.deviations,
             "shares": self.shares,
             "half_widths": self.half_widths,
             "notes": list(self.notes),
@@ -265,13 +274,17 @@ def summarise(
     }
     values = {upstream: {term: value for term, (value, _) in row.items()} for upstream, row in terms.items()}
     intervals = {upstream: {term: ends for term, (_, ends) in row.items() if ends} for upstream, row in terms.items()}
+    deviations = {
+        upstream: {term: sd for score in row.values() for term, sd in sd_of(score).items()}
+        for upstream, row in table.items()
+    }
     order = tuple(dict.fromkeys(term for row in values.values() for term in row))
     if official:
         check_sizes(table)
         own: dict[str, dict[str, float] | None] = {name: superb_shares(row) for name, row in values.items()}
-        return Summary("superb_s", order, values, intervals, own, (CONSTANTS_NOTE,))
+        return Summary("superb_s", order, values, intervals, own, (CONSTANTS_NOTE,), deviations=deviations)
     if not (fbank and teacher):
-        return Summary("none", order, values, intervals, {}, ())
+        return Summary("none", order, values, intervals, {}, (), deviations=deviations)
     for name in (fbank, teacher):
         if name not in values:
             raise unknown("upstream", name, values)
@@ -292,7 +305,7 @@ def summarise(
             f"left out of the relative score, because {teacher} is not better than {fbank} by more than both "
             f"intervals: {', '.join(left_out)}"
         )
-    return Summary("relative_score", order, values, intervals, own, tuple(notes), widths)
+    return Summary("relative_score", order, values, intervals, own, tuple(notes), widths, deviations)
 
 
 def check_sizes(table: Scores) -> None:
@@ -322,14 +335,16 @@ def show(summary: Summary) -> None:
         for term in summary.tasks:
             value, ends = summary.values[name].get(term), summary.intervals[name].get(term)
             below = f"\n{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
-            cells.append(Text("-") if value is None else Text.assemble(f"{value:.2f}", (below, "dim")))
+            sd = summary.deviations[name].get(term)
+            shown = f"{value:.2f}" if sd is None else f"{value:.2f} ± {sd:.2f}"
+            cells.append(Text("-") if value is None else Text.assemble(shown, (below, "dim")))
         if one_score:
             half = summary.half_widths.get(name)
             cells.append(Text.assemble(_points(one_score[name]), ("" if half is None else f"\n± {half:.0f}", "dim")))
         scores.add_row(name, *cells)
     console = Console(highlight=False, markup=False)
     console.width = max(console.width, 200)  # lines that wrap are better than figures cut off
-    console.print("percent on test, below it the 95% interval")
+    console.print("percent on test ± standard deviation over head seeds, below it the 95% interval of both together")
     console.print(scores)
     if one_score:
         tasks = list(dict.fromkeys(task for own in summary.shares.values() for task in own or ()))

@@ -5,21 +5,23 @@ takes seconds that --help, the report and error lines do not need.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.bootstrap import Metrics
-from evaluate.scorefile import GridPoint, LayerPoint
+from evaluate.bootstrap import Metrics, mean_of_heads, means
+from evaluate.scorefile import Example, GridPoint, LayerPoint
 from extract.base.errors import RetortError, unknown
 from extract.base.params import configured, merge, read_section
 from extract.base.validate import parse
 
 if TYPE_CHECKING:
     from evaluate.checkpoint import TaskSession
+    from evaluate.heads import Head
     from extract.corpus import Corpus
     from extract.store.reader import StoreReader
 
@@ -48,9 +50,11 @@ class Settings:
 class Recipe(Settings):
     """Recipe fields of trained tasks: Adam (AdamW with `weight_decay`), no schedule, best checkpoint on dev.
 
-    A batch holds `batch_size` whole utterances.
+    A batch holds `batch_size` whole utterances. The first seed sweeps all rates; `head_seeds` counts it and those after
+    it, seed + 1, seed + 2, ..., which are trained at the rate that it chose.
     """
 
+    head_seeds: int = 1
     learning_rates: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
     steps: int = 200_000
     batch_size: int = 32
@@ -60,7 +64,7 @@ class Recipe(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch_size", "dev_evaluations", "clip_norm"):
+        for name in ("head_seeds", "steps", "batch_size", "dev_evaluations", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise RetortError(f"{name} is {getattr(self, name)}, expected more than 0")
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -71,8 +75,13 @@ class Recipe(Settings):
             raise RetortError(f"weight_decay is {self.weight_decay}, expected 0 or more")
 
     @property
+    def num_heads(self) -> int:
+        """Return the number of heads that are trained: every rate once, and the chosen one with the other seeds."""
+        return len(self.learning_rates) + self.head_seeds - 1
+
+    @property
     def amount(self) -> float:
-        return self.steps
+        return self.steps * self.num_heads / len(self.learning_rates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,21 +141,42 @@ class Features:
 
 
 @dataclass(frozen=True)
+class HeadResult:
+    """Metrics of the chosen head of one seed. `checkpoints`: at every dev evaluation, of all rates that it trained."""
+
+    seed: int
+    dev: float
+    test: Metrics
+    checkpoints: tuple[Mapping[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """Choice made on dev, and its test metrics.
 
-    A task without a head has no learning rate: its grid holds the layers, and the chosen one has all the weight.
-    `checkpoints` holds the metrics of every head at every dev evaluation.
+    A task without a head has no learning rate: its grid holds the layers, the chosen one has all the weight, and
+    `heads` has one entry.
     """
 
     chosen_lr: float | None
-    dev: float
-    test: Metrics
+    heads: tuple[HeadResult, ...]
     grid: tuple[GridPoint, ...] | tuple[LayerPoint, ...]
     layer_weights: tuple[float, ...]
     num_test: int
+    chance: float  # of the metric, on test, for a system that ignores the audio
     notes: tuple[str, ...] = ()
-    checkpoints: tuple[Mapping[str, float], ...] = ()
+    examples: tuple[Example, ...] = ()
+    first_head: "Head | None" = field(default=None, compare=False, repr=False)  # of the first seed and fold
+
+    @property
+    def dev(self) -> float:
+        """Return the mean of the dev metric over heads."""
+        return fmean(head.dev for head in self.heads)
+
+    @property
+    def test(self) -> Metrics:
+        """Return the mean of every test metric over heads."""
+        return means([head.test for head in self.heads], mean_of_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +208,9 @@ def differences(recipe: Settings) -> list[str]:
     """Return one note for each field of the recipe that differs from the reference's value."""
     reference = type(recipe)()
     return [
-        f"{field.name} {_plain(getattr(recipe, field.name))} (reference {_plain(getattr(reference, field.name))})"
-        for field in fields(recipe)
-        if field.name not in {"seed", *RUN_ONLY} and getattr(recipe, field.name) != getattr(reference, field.name)
+        f"{name} {_plain(getattr(recipe, name))} (reference {_plain(getattr(reference, name))})"
+        for name in (one.name for one in fields(recipe))
+        if name not in {"seed", "head_seeds", *RUN_ONLY} and getattr(recipe, name) != getattr(reference, name)
     ]
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 def work_of(recipe: Mapping[str, Any]) -> float:
     """Return the work of a score: steps x heads x utterances of a batch; 1 for a task without a head."""
-    return float(recipe.get("steps", 1) * len(recipe.get("learning_rates", (1,))) * recipe.get("batch_size", 1))
+    heads = len(recipe.get("learning_rates", (1,))) + recipe.get("head_seeds", 1) - 1
+    return float(recipe.get("steps", 1) * heads * recipe.get("batch_size", 1))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from numpy.typing import NDArray
 
-from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
+from evaluate.scorefile import Example, GridPoint, HeadScore, Interval, LayerPoint, ScoreFile
 from extract.base.files import write_json
 from extract.base.machine import describe_machine
 from extract.base.provenance import Provenance
@@ -108,10 +108,15 @@ def score(task: str, metric: str, higher: bool, name: str, test: float) -> Score
     if task == "qbe":  # no head: each layer by itself
         grid = [LayerPoint(layer, test - abs(layer - round(peak))) for layer in range(layers)]
         weights, chosen_lr = np.eye(layers)[round(peak)], None
+    heads = [HeadScore(seed, test, {metric: test + apart}) for seed, apart in ((7, -0.5), (8, 0.0), (9, 0.5))]
+    examples = [Example(f"u{n}", f"said {task} {n} &", f"heard {task} {n} by {name}") for n in range(2)]
     return ScoreFile(
         task=task, upstream=name, metric=metric, higher_is_better=higher, unit="percent", test=test, also=also,
-        interval=Interval(test=(test - 3.25, test + 2.75), also={}, of="utterances", level_percent=95, resamples=1000,
-                          seed=0),
+        interval=Interval(test=(test - 3.25, test + 2.75), test_set=(test - 3.0, test + 2.5), also={}, of="utterances",
+                          level_percent=95, resamples=1000, seed=0),
+        heads=() if chosen_lr is None else tuple(heads), chance=12.5,
+        sd={} if chosen_lr is None else dict.fromkeys((metric, *also), 0.5),
+        examples=tuple(examples) if task in ("pr", "asr") else (),
         dev=test - 0.4, chosen_lr=chosen_lr, grid=tuple(grid), seed=7, layers=tuple(range(layers)),
         layer_weights=tuple((weights / weights.sum()).tolist()), num_test=320, fingerprint=f"{name}-features",
         store_digest=STORE_DIGEST, corpus="speech", corpus_digest="cd" * 32, labels_digest="ef" * 32,

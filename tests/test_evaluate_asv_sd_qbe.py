@@ -1,6 +1,7 @@
 """ASV, SD and QbE on tiny real stores: learning, choice on dev, reported metrics and errors."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,36 @@ def test_the_test_selected_rate_is_the_lowest_of_all_checkpoints(
     assert len(seen) == 4 * 2 + 1
     assert score.also["eer_test_selected"] == min(seen[:-1])
     assert score.test == seen[-1]
+
+
+@pytest.mark.parametrize("task", ["asv", "sd"])
+def test_a_further_seed_is_the_head_of_that_seed_alone(task: str, voices: Stored, mixtures: Stored) -> None:
+    stored = {"asv": voices, "sd": mixtures}[task]
+    both = run(task, stored, head_seeds=3, steps=9)
+    for head in both.heads:
+        (alone,) = run(task, stored, seed=head.seed, learning_rates=[both.chosen_lr], steps=9).heads
+        test_selected = {} if head.seed or task == "sd" else {"eer_test_selected": head.test["eer_test_selected"]}
+        assert replace(alone, test={**alone.test, **test_selected}) == head
+    assert both.sd[both.metric] == pytest.approx(np.std([head.test[both.metric] for head in both.heads], ddof=1))
+
+
+def test_chance_of_diarisation_is_the_best_constant_decision(mixtures: Stored) -> None:
+    features = open_features(TASKS["sd"], manifest=mixtures[0], corpus=mixtures[1])
+    label = features.corpus.label("rttm")
+    speech_s = overlap_s = both_s = 0.0
+    for row in features.select("test").tolist():
+        turns = [turn.split() for turn in label[row].split(";")]
+        end_s = int(features.corpus.num_samples[row]) // 320 * 0.02
+        grid = np.arange(0, end_s, 1e-3) + 5e-4
+        active = np.zeros((len({turn[0] for turn in turns}), len(grid)), dtype=bool)
+        for name, start, end in turns:
+            active[sorted({turn[0] for turn in turns}).index(name)] |= (grid >= float(start)) & (grid < float(end))
+        speech_s += active.sum() * 1e-3
+        both_s += (2 - active.sum(0)).sum() * 1e-3
+        one = np.maximum(active.sum(0), 1).sum() * 1e-3 - active.sum(1).max() * 1e-3
+        overlap_s += one
+    expected = 100 * min(1.0, both_s / speech_s, overlap_s / speech_s)
+    assert run("sd", mixtures, steps=1, dev_evaluations=1).chance == pytest.approx(expected, abs=1.0)
 
 
 def test_dev_trials_are_all_targets_and_as_many_impostors(voices: Stored) -> None:

@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_curve
 
-from evaluate.bootstrap import Counts, Metric, interval, intervals_of, mean_of, rate
+from evaluate.bootstrap import (
+    Counts,
+    Metric,
+    deviations,
+    interval,
+    intervals_of,
+    mean_of,
+    mean_of_heads,
+    means,
+    rate,
+    with_seeds,
+)
 from evaluate.metrics import accuracy, token_error_rate
 
 symbols = st.lists(st.sampled_from("ABC"), max_size=6)
@@ -85,7 +96,7 @@ def test_a_metric_that_pairs_utterances_is_drawn_by_its_own_units() -> None:
     metric = Metric.of(resampled, 12, "speakers")
     low, high = interval(metric)
     assert 0 < low < metric.value < high < 50
-    assert intervals_of({"eer": metric}, "eer").of == "speakers"
+    assert intervals_of([{"eer": metric}], "eer").of == "speakers"
 
 
 def test_resamples_without_a_metric_are_left_out() -> None:
@@ -110,6 +121,31 @@ def test_the_mean_of_folds_draws_from_all_of_them() -> None:
 
 def test_a_score_file_has_the_intervals_of_all_test_metrics() -> None:
     words, characters = rate([1, 0, 2], [4, 4, 4]), rate([2, 0, 5], [16, 16, 16])
-    found = intervals_of({"wer": words, "cer": characters, "plain": 3.0}, "wer")
-    assert found.test == interval(words) and found.also == {"cer": interval(characters)}
+    found = intervals_of([{"wer": words, "cer": characters, "plain": 3.0}], "wer")
+    assert found.test == found.test_set == interval(words) and found.also == {"cer": interval(characters)}
     assert (found.of, found.level_percent, found.resamples) == ("utterances", 95, 1000)
+
+
+def test_the_interval_of_several_heads_has_the_variance_of_test_set_and_heads() -> None:
+    """Against scipy's standard error of the mean over heads, resampled by utterance, and the sample variance."""
+    generator = np.random.default_rng(5)
+    hard_U = generator.random(300)  # an utterance that is hard for one head is hard for all
+    right_SU = np.array([generator.random(300) * 0.4 + 0.6 * hard_U < ease for ease in (0.62, 0.7, 0.66)])
+    heads = [{"acc": rate(right_U)} for right_U in right_SU]
+    found = intervals_of(heads, "acc")
+    per_head = 100 * right_SU.mean(1)
+    error = stats.bootstrap((100 * right_SU.mean(0),), np.mean, n_resamples=20_000, rng=generator).standard_error
+    expected = 1.96 * np.sqrt(error**2 + per_head.var(ddof=1) / 3)
+    assert found.test is not None and found.test_set is not None
+    assert (found.test[1] - found.test[0]) / 2 == pytest.approx(expected, rel=0.05)
+    assert (found.test_set[1] - found.test_set[0]) / 2 == pytest.approx(1.96 * error, rel=0.05)
+    assert deviations(heads) == {"acc": pytest.approx(per_head.std(ddof=1))}
+    assert float(means(heads, mean_of_heads)["acc"]) == pytest.approx(per_head.mean())
+
+
+def test_heads_that_agree_add_nothing_and_no_end_leaves_the_scale() -> None:
+    assert with_seeds(80.0, (77.0, 84.0), sd=0.0, num_heads=3) == (77.0, 84.0)
+    low, high = with_seeds(99.0, (98.0, 100.0), sd=6.0, num_heads=3)
+    assert high == 100 and low == pytest.approx(99 - np.hypot(1, 1.959964 * 6 / np.sqrt(3)))
+    assert with_seeds(101.0, (99.0, 103.0), sd=0.0, num_heads=3)[1] == 103  # error rates have no upper end
+    assert intervals_of([{"acc": accuracy([1] * 9, [1] * 9)}], "acc").test == (100, 100)

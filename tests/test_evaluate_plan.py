@@ -57,6 +57,13 @@ def test_every_task_is_timed(task):
     assert found.hours * 3600 >= found.steps * found.step_s
 
 
+def test_further_seeds_cost_a_head_each():
+    data, recipe = DataSet(train=16, dev=8, test=8, mean_s=0.9), replace(small_recipe("ks"), head_seeds=3)
+    found = estimate(TASKS["ks"], recipe, data, shape=Shape(3, 8), device="cpu")
+    assert (found.steps, found.evaluations) == (4 * 1000, 4 * 10)  # two rates, and two seeds at the chosen one
+    assert found.test_s == pytest.approx(3 * found.evaluation_s)
+
+
 def test_hours_add_up():
     one = Estimate("asr", "cpu", PUBLISHED["asr"], 1000, 2.0, 10, 30.0, 60.0, 1.0)
     assert one.hours == (2000 + 300 + 60) / 3600
@@ -101,7 +108,7 @@ def test_command(tmp_path):
     found = CliRunner().invoke(main, arguments)
     assert found.exit_code == 0, found.output
     (row,) = [line for line in found.stdout.splitlines() if line.startswith("│ ks")]
-    assert "51,094*" in row and "800" in row
+    assert "51,094*" in row and "1,600" in row  # two rates and two further seeds
     assert "hours of one core" in found.stdout
     for option, value in (("--layers", "0"), ("--task", "asr"), ("--device", "tpu")):
         refused = CliRunner().invoke(main, [*arguments, option, value])

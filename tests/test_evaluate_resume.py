@@ -78,6 +78,19 @@ def test_a_task_killed_again_and_again_scores_as_one_that_was_not(task: str, tmp
     assert not list(tmp_path.glob("checkpoints/evaluate/*"))
 
 
+def test_a_task_killed_while_further_seeds_train_scores_as_one_that_was_not(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pr", head_seeds=3)
+    whole = measure(job, job.open(), TaskSession())
+    assert [head.seed for head in whole.heads] == [0, 1, 2] and job.recipe.amount == 24
+    for until in (5, 14, 19):
+        with pytest.raises(Killed):
+            score(job, Bar(until))
+    assert [path.name for path in sorted(tmp_path.glob("checkpoints/evaluate/hand-*/*"))] == ["1.pt", "2.pt"]
+    last = Bar()
+    assert without_seconds(score(job, last)) == without_seconds(whole)
+    assert last.before == 19 and last.done == 24  # the step after it was not kept
+
+
 def test_seconds_of_all_runs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(tmp_path, "ks")
     with pytest.raises(Killed):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.scorefile import GridPoint, Interval, LayerPoint, ScoreFile
+from evaluate.scorefile import GridPoint, HeadScore, Interval, LayerPoint, ScoreFile
 from evaluate.table import (
     SUPERB_CONSTANTS,
     TEST_SIZES,
@@ -198,6 +198,9 @@ def write_score(folder: Path, upstream: str, task: str, test: float, **changes: 
         test=test,
         also={},
         interval=interval((test - 1, test + 1)),
+        heads=(HeadScore(0, test - 0.5, {"acc": test - 0.5}), HeadScore(1, test + 0.5, {"acc": test + 0.5})),
+        sd={"per" if task == "pr" else "acc": 0.5**0.5},
+        chance=10.0,
         dev=test,
         chosen_lr=0.1,
         grid=(GridPoint(0.1, test, 10),),
@@ -214,6 +217,7 @@ def write_score(folder: Path, upstream: str, task: str, test: float, **changes: 
         code="e",
         versions={},
         notes=(),
+        examples=(),
         seconds=1.0,
     )
     path = folder / upstream / f"{task}.json"
@@ -222,7 +226,7 @@ def write_score(folder: Path, upstream: str, task: str, test: float, **changes: 
 
 
 def interval(test: tuple[float, float], **also: tuple[float, float]) -> Interval:
-    return Interval(test=test, also=also, of="utterances", level_percent=95, resamples=1000, seed=0)
+    return Interval(test=test, test_set=test, also=also, of="utterances", level_percent=95, resamples=1000, seed=0)
 
 
 def write_table(folder: Path) -> None:
@@ -238,6 +242,7 @@ def test_a_table_has_one_row_an_upstream_with_its_relative_score(tmp_path: Path)
     assert summary.one_score["teacher"] == 1000
     assert any("is not superb_s" in note for note in summary.notes)
     assert summary.to_dict()["shares"]["small"] == pytest.approx({"pr": 250, "ks": 250})
+    assert summary.to_dict()["deviations"]["small"] == pytest.approx({"pr": 0.5**0.5, "ks": 0.5**0.5})
     assert summary.to_dict()["intervals"]["small"] == {"pr": (49.0, 51.0), "ks": (64.0, 66.0)}
     # half widths of 1 on gaps of 60 and 50: the upstream's in full, and half of each end's
     expected = 500 * math.sqrt((1 + 0.5) * (1 / 60**2 + 1 / 50**2))
@@ -311,7 +316,7 @@ def test_a_missing_or_outdated_score_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetortError, match="no score files"):
         gather([tmp_path])
     write_json(tmp_path / "a.json", {"format_version": 1})
-    with pytest.raises(RetortError, match=r"a\.json: format_version: got 1, expected 2"):
+    with pytest.raises(RetortError, match=r"a\.json: format_version: got 1, expected 3"):
         gather([tmp_path])
 
 
@@ -334,11 +339,11 @@ def test_a_score_file_gives_what_was_written(tmp_path: Path) -> None:
         ({"test": "12"}, "test: got '12', expected float"),
         ({"test": math.nan}, "test: got nan, expected float"),
         ({"extra": 1}, "'extra': expected one of"),
-        ({"interval": {"test": None}}, "interval: `also` is missing"),
+        ({"interval": {"test": None, "test_set": None}}, "interval: `also` is missing"),
         ({"grid": [{"lr": 0.1, "dev": 1.0}]}, "grid"),
         ({"grid": [3]}, "grid: got 3"),
         ({"layers": [0]}, "layer_weights: got 2, .* 1 layers"),
-        ({"format_version": 3}, "format_version: got 3, expected 2"),
+        ({"format_version": 2}, "format_version: got 2, expected 3"),
     ],
 )
 def test_an_invalid_score_file_is_named_with_its_field(tmp_path: Path, change: dict[str, Any], problem: str) -> None:

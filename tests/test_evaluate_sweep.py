@@ -30,6 +30,7 @@ class Points:
     num_test: int = 40
     notes: tuple[str, ...] = ()
     device: torch.device = CPU
+    chance: float = 50.0
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -120,6 +121,42 @@ def test_training_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     run(Points())
     assert torch.rand(1) == expected
+
+
+def test_the_first_of_several_seeds_is_the_only_one_of_one_bit_for_bit() -> None:
+    alone, several = run(Points()), run(Points(), replace(RECIPE, head_seeds=3))
+    assert several.heads[0] == alone.heads[0] and several.grid == alone.grid
+    assert [head.seed for head in several.heads] == [3, 4, 5]
+    assert several.first_head is not None and alone.first_head is not None
+    assert torch.equal(several.first_head.layer_logits, alone.first_head.layer_logits)
+
+
+def test_further_seeds_are_heads_of_the_chosen_rate_alone() -> None:
+    result = run(Points(), replace(RECIPE, head_seeds=3))
+    for head in result.heads[1:]:
+        recipe = replace(RECIPE, seed=head.seed, learning_rates=(result.chosen_lr or 0,))
+        assert head == run(Points(), recipe).heads[0]
+    errors = [float(head.test["error"]) for head in result.heads]
+    assert len(set(errors)) == 3
+    assert result.test["error"] == pytest.approx(sum(errors) / 3)
+    assert result.dev == pytest.approx(sum(head.dev for head in result.heads) / 3)
+
+
+def test_further_seeds_cost_one_head_each_and_test_is_measured_once() -> None:
+    problem = Points()
+    run(problem, replace(RECIPE, head_seeds=3))
+    assert problem.measured == [("dev", 3)] * 5 + [("dev", 2)] * 5 + [("test", 3)]
+    assert problem.batches_given == 3 * RECIPE.steps
+
+
+def test_a_seed_that_diverges_is_left_out_and_named() -> None:
+    class Once(Points):
+        def loss(self, head: LinearHead, batch: Tensor) -> Tensor:
+            return super().loss(head, batch) * (torch.nan if self.batches_given == RECIPE.steps + 2 else 1)
+
+    result = run(Once(), replace(RECIPE, head_seeds=2))
+    assert [head.seed for head in result.heads] == [3]
+    assert "head seed 4 diverged at step 2" in result.notes
 
 
 class Scripted(Points):

@@ -119,6 +119,38 @@ def test_phones_are_recognised(phones: tuple[Path, Path, Hidden]) -> None:
     assert without_seconds(score) == without_seconds(run("pr", manifest, card))
 
 
+@pytest.mark.parametrize("task", ["ks", "pr", "asr"])
+def test_a_further_seed_is_the_head_of_that_seed_alone(
+    task: str, classes: tuple[Path, Path], phones: tuple[Path, Path, Hidden]
+) -> None:
+    stored = classes if task == "ks" else phones[:2]
+    several = run(task, *stored, head_seeds=3, steps=4, dev_evaluations=1)
+    changes = {"learning_rates": [several.chosen_lr], "steps": 4, "dev_evaluations": 1}
+    alone = [run(task, *stored, seed=seed, **changes) for seed in range(3)]
+    assert several.heads == tuple(head for one in alone for head in one.heads)
+    assert several.test == pytest.approx(np.mean([one.test for one in alone]))
+    weights = np.array([one.layer_weights for one in alone])
+    assert len(set(weights[:, 0])) == 3  # the heads differ, if not in their scores
+    np.testing.assert_allclose(several.layer_weights, weights.mean(0), rtol=1e-12)
+
+
+def test_chance_is_that_of_random_classes_and_of_an_empty_transcript(
+    classes: tuple[Path, Path], phones: tuple[Path, Path, Hidden]
+) -> None:
+    assert run("ks", *classes, steps=1).chance == pytest.approx(100 / 3)
+    assert run("pr", *phones[:2], steps=1).chance == 100
+
+
+def test_examples_are_the_first_test_utterances_with_their_transcripts(phones: tuple[Path, Path, Hidden]) -> None:
+    manifest, card, _ = phones
+    corpus, score = Corpus.open(card), run("pr", manifest, card)
+    rows = corpus.select("test")[:3]
+    assert [example.id for example in score.examples] == [corpus.ids[row] for row in rows]
+    assert [example.reference for example in score.examples] == [corpus.label("phones")[row] for row in rows]
+    assert all(example.hypothesis == example.reference for example in score.examples)  # PER is below 5%
+    assert run("asr", manifest, card, steps=1).examples[0].reference == corpus.label("text")[rows[0]].upper()
+
+
 def test_an_informative_layer_outweighs_a_noisy_one(tmp_path: Path) -> None:
     card, hidden = phone_corpus(tmp_path, noise=3.0)
     score = run("pr", make_store(tmp_path, card, hidden), card)

@@ -121,15 +121,18 @@ def test_students_are_ranked_with_their_scores(made: Made) -> None:
         places = [sentence.index(part) for part in ranked]
         assert places == sorted(places) and "worse than fbank" in sentence
     assert NOTE in markdown
-    assert "seed 7" in markdown and "400 steps instead of 200,000" in markdown
+    assert "heads of seeds 7, 8 and 9" in markdown and "400 steps instead of 200,000" in markdown
     # Others lie inside the intervals of the first, so that no score is bold.
-    assert "| demo-interleaved | student | 860 | 20.40 | 31.20 | 91.40 | 83.00 |" in markdown
+    assert "| demo-interleaved | student | 860 | 20.40 ± 0.5 | 31.20 ± 0.5 | 91.40 ± 0.5 | 83.00 ± 0.5 |" in markdown
+    assert "| chance |  |  | 12.50 | 12.50 | 12.50 | 12.50 |" in markdown
     assert "Best student by task" not in markdown
 
 
 def test_the_terminal_shows_the_table_whole_even_on_a_narrow_terminal(made: Made) -> None:
     lines = made.terminal.splitlines()
-    line = next(line for line in lines if line.startswith("demo-gendistiller"))
+    number, line = next((n, line) for n, line in enumerate(lines) if line.startswith("demo-gendistiller"))
+    assert lines[number + 2].split() == ["[3.0]"] * 4  # below the deviations half the intervals
+    assert re.fullmatch(r"\s*\[\d+\](\s+±0.5){4}\s*", lines[number + 1])
     assert line.split() == [
         "demo-gendistiller",
         "student",
@@ -306,11 +309,15 @@ def test_a_report_is_rendered_without_torch(tree: Path) -> None:
 
 def test_every_score_has_its_interval(made: Made) -> None:
     markdown = (made.root / "report/results.md").read_text()
-    caveat = "about ± 3.0 on PR (320), 3.0 on ASR (320), 3.0 on KS (320) and 3.0 on SID (320): points"
-    line = r"\| demo-interleaved \| 860 \(\d+–\d+\) \| 20.40 \(17.15–23.15\) \| 31.20 \(27.95–33.95\) \| 12.50 \|"
+    # half the width of the test set's part
+    caveat = "about ± 2.8 on PR (320), 2.8 on ASR (320), 2.8 on KS (320) and 2.8 on SID (320): points"
+    line = (
+        r"\| demo-interleaved \| 860 \(\d+–\d+\) \| 20.40 ± 0.50 \(17.15–23.15\) "
+        r"\| 31.20 ± 0.50 \(27.95–33.95\) \| 12.50 ± 0.50 \|"
+    )
     for text in (markdown, made.page):
         assert caveat in text
-    assert re.search(line, markdown) and "20.40 (17.15–23.15)" in made.page
+    assert re.search(line, markdown) and "20.40 ± 0.50 (17.15–23.15)" in made.page
     assert "| upstream | relative score | PR PER % ↓ | ASR WER % ↓ | ASR CER |" in markdown
 
 
@@ -318,10 +325,10 @@ def test_a_score_beyond_the_interval_is_bold(tree: Path, monkeypatch: pytest.Mon
     path = tree / "scores/demo-interleaved/pr.json"
     interval = json.loads(path.read_text())["interval"]
     change(path, test=16.0, interval=interval | {"test": [13.0, 21.8]})
-    assert "| **16.00** |" in report_of_markdown(tree, monkeypatch)
+    assert "| **16.00 ± 0.5** |" in report_of_markdown(tree, monkeypatch)
     assert "beyond its interval: demo-interleaved on PR." in (tree / "report/results.md").read_text()
     change(path, interval=interval | {"test": [13.0, 21.9]})  # demo-layerwise has 21.9
-    assert "| 16.00 |" in report_of_markdown(tree, monkeypatch)
+    assert "| 16.00 ± 0.5 |" in report_of_markdown(tree, monkeypatch)
 
 
 def test_scores_of_other_corpora_are_not_compared_with_published_models(ten: Made) -> None:

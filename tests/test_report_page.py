@@ -46,13 +46,15 @@ def test_the_headline_table_holds_every_measured_number(page: str) -> None:
     titles = ["upstream", "relative", "PR", "ASR", "KS", "SID", "params", "size", "MACs", "speed"]
     assert len(heads) == len(titles)
     assert all(head.startswith(title) for head, title in zip(heads, titles, strict=True))
+    chance = lines.pop()
+    assert chance[0] == "chance" and chance[2:6] == ["12.50"] * 4
     assert len(lines) == 6
     scores = [float(line[1].split()[0].replace("−", "-")) for line in lines]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == 6
     for line in lines:
         name = next(name for name in PARAMS if name in line[0])
         tests = [tests[name] for _, _, tests in TASKS.values()]
-        assert line[2:6] == [f"{test:.2f} {test - 3.25:.1f}–{test + 2.75:.1f}" for test in tests]
+        assert line[2:6] == [f"{test:.2f} ± 0.5 {test - 3.25:.1f}–{test + 2.75:.1f}" for test in tests]
         assert float(line[6]) == pytest.approx(PARAMS[name] / 1e6, abs=0.005)
         assert float(line[7]) == pytest.approx(4 * PARAMS[name] / 1e6, abs=0.005)
         speed = invented_speed().upstreams[name]
@@ -170,6 +172,18 @@ def test_every_cost_has_every_upstream_at_its_place(page: str) -> None:
             assert (place - ends[0]) / (ends[1] - ends[0]) == pytest.approx(share, abs=0.005), name
 
 
+def test_hypotheses_stand_beside_references(page: str) -> None:
+    tables = Tables(section(page, "hypotheses")).tables
+    assert len(tables) == 2  # of PR and ASR
+    for table, task in zip(tables, ("pr", "asr"), strict=True):
+        for number, lines in enumerate((table[:4], table[4:])):
+            said = f"heard {task} {number} by"
+            assert lines == [
+                ["reference", f"said {task} {number} &"],
+                *([name, f"{said} {name}"] for name in ("teacher", "demo-interleaved", "fbank")),
+            ]
+
+
 def test_similarity_has_a_map_for_each_comparable_student(page: str) -> None:
     part = section(page, "layers")
     tables = Tables(part).tables
@@ -235,8 +249,10 @@ def test_the_table_is_there_as_csv(page: str, made: Made) -> None:
     (link,) = [link for link in Tables(page).links if link.startswith("data:text/csv")]
     assert unquote(link.partition(",")[2]) == text
     rows = {row["upstream"]: row for row in csv.DictReader(text.splitlines())}
+    assert float(rows.pop("chance")["PR (PER % ↓)"]) == 12.5
     assert rows.keys() == PARAMS.keys()
     for name, row in rows.items():
+        assert float(row["PR (PER % ↓) sd"]) == 0.5
         assert float(row["PR (PER % ↓)"]) == TASKS["pr"][2][name]
         assert float(row["KS (acc. % ↑) low"]) == pytest.approx(TASKS["ks"][2][name] - 3.25)
         assert bool(row["relative (score) high"]) == (name not in ("teacher", "fbank"))

@@ -3,11 +3,12 @@
 python -m evaluate run --task asr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/asr.json
 """
 
+from collections.abc import Sequence
+
 from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
-from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts
+from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts, transcribe
 from evaluate.metrics import character_error_rate, word_error_rate
-from evaluate.sweep import sweep
 from evaluate.task import Features, SweepResult, Task
 
 
@@ -27,6 +28,10 @@ class SpeechRecognition(RecurrentTranscription):
         return characters(labels[0])
 
     @staticmethod
+    def written(symbols: Sequence[str]) -> str:
+        return "".join(symbols)
+
+    @staticmethod
     def rates(hypotheses: Texts, references: Texts) -> Metrics:
         decoded, spoken = (["".join(symbols) for symbols in texts] for texts in (hypotheses, references))
         return {"wer": word_error_rate(decoded, spoken), "cer": character_error_rate(decoded, spoken)}
@@ -34,7 +39,7 @@ class SpeechRecognition(RecurrentTranscription):
 
 def score(features: Features, recipe: RecurrentRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads."""
-    return sweep(SpeechRecognition(features, recipe), recipe, session)
+    return transcribe(SpeechRecognition(features, recipe), features, recipe, session)
 
 
 ASR = Task(

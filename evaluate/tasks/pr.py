@@ -3,17 +3,17 @@
 python -m evaluate run --task pr --upstream NAME --manifest M.json --corpus C.json --out scores/NAME/pr.json
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
-from evaluate.ctc import Noise, Texts, Transcription
+from evaluate.ctc import Noise, Texts, Transcription, transcribe
 from evaluate.heads import LinearHead
 from evaluate.metrics import token_error_rate
 from evaluate.ragged import Ragged
-from evaluate.sweep import sweep
 from evaluate.task import Features, FrameRecipe, SweepResult, Task
 
 
@@ -40,6 +40,10 @@ class PhoneRecognition(Transcription[LinearHead]):
         return labels[0].split()
 
     @staticmethod
+    def written(symbols: Sequence[str]) -> str:
+        return " ".join(symbols)
+
+    @staticmethod
     def rates(hypotheses: Texts, references: Texts) -> Metrics:
         return {"per": token_error_rate(hypotheses, references)}
 
@@ -55,7 +59,7 @@ class PhoneRecognition(Transcription[LinearHead]):
 
 def score(features: Features, recipe: PrRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads."""
-    return sweep(PhoneRecognition(features, recipe), recipe, session)
+    return transcribe(PhoneRecognition(features, recipe), features, recipe, session)
 
 
 PR = Task(

@@ -19,7 +19,7 @@ from evaluate.checkpoint import TaskSession
 from evaluate.dtw import distances, row_min_max, subsequence_costs, unit
 from evaluate.metrics import max_term_weighted_value
 from evaluate.scorefile import LayerPoint
-from evaluate.task import Features, Settings, SweepResult, Task
+from evaluate.task import Features, HeadResult, Settings, SweepResult, Task
 from extract.base.errors import RetortError
 
 SHORTEST_QUERY_FRAMES = 5
@@ -165,13 +165,14 @@ def score(features: Features, recipe: QbeRecipe, session: TaskSession) -> SweepR
     others = "other languages, or dropped," if dropped else "other languages"
     (scores_QN,) = search(features, "test", [layers[best]])
     session.advance(0.1)
+    test = {"mtwv": scorer.mtwv(scores_QN), "mtwv_own_documents": scorer.own_mtwv(scores_QN)}
     return SweepResult(
         chosen_lr=None,
-        dev=dev[best],
-        test={"mtwv": scorer.mtwv(scores_QN), "mtwv_own_documents": scorer.own_mtwv(scores_QN)},
+        heads=(HeadResult(recipe.seed, dev[best], test),),
         grid=tuple(LayerPoint(layer, value) for layer, value in zip(layers, dev, strict=True)),
         layer_weights=tuple(float(layer == layers[best]) for layer in layers),
         num_test=len(scores_QN),
+        chance=0.0,  # nothing is found
         notes=(
             f"layer {layers[best]} by itself, chosen on dev",
             *([f"dropped from the corpus, and counted as missed: {_listed(dropped)}"] if dropped else []),

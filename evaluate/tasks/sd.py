@@ -120,12 +120,26 @@ class Diarization:
             for row, turns in self._turns(features, "rttm", self.rows[split])
         }
         self.num_test = len(self.rows["test"])
+        self.chance = self._constant_rate()
         hop_ms = features.reader.hop_samples / SAMPLE_RATE_HZ * 1000
         self.notes: Sequence[str] = []
         if self.stack > 1:
             self.notes = [f"{self.stack} frames of {hop_ms:g} ms are averaged to one of 20 ms"]
         elif self.repeat > 1:
             self.notes = [f"each frame of {hop_ms:g} ms stands for {self.repeat} of 20 ms"]
+
+    def _constant_rate(self) -> float:
+        """Return the lowest DER on test of a decision that never changes: none, one or both of the speakers."""
+        rows = self.rows["test"].tolist()
+        return min(
+            float(
+                diarization_error_rate(
+                    [self.references[row] for row in rows],
+                    [np.tile(np.arange(SPEAKERS) < active, (int(self.num_frames[row]), 1)) for row in rows],
+                )
+            )
+            for active in range(SPEAKERS + 1)
+        )
 
     @staticmethod
     def _turns(features: Features, label: str, rows: NDArray[np.int64]) -> Iterator[tuple[int, list[Turn]]]:
@@ -237,10 +251,14 @@ def _probabilities(head: DiarizationHead, *, hidden_LFD: Tensor, frames: Ragged)
 def score(features: Features, recipe: SdRecipe, session: TaskSession) -> SweepResult:
     """Train and measure the heads; note the threshold and median filter that dev chose."""
     result = sweep(Diarization(features, recipe), recipe, session)
-    test = dict(result.test)
-    threshold, median = test.pop("threshold"), test.pop("median_frames")
-    note = f"threshold {threshold:g} and a median over {median:g} frames, chosen on dev; der_test_selected: on test"
-    return replace(result, test=test, notes=(*result.notes, note))
+    heads, chosen = [], []
+    for head in result.heads:
+        test = dict(head.test)
+        threshold, median = test.pop("threshold"), test.pop("median_frames")
+        chosen.append(f"{threshold:g} and a median over {median:g} frames")
+        heads.append(replace(head, test=test))
+    note = f"threshold {'; '.join(dict.fromkeys(chosen))}, chosen on dev; der_test_selected: on test"
+    return replace(result, heads=tuple(heads), notes=(*result.notes, note))
 
 
 SD = Task(

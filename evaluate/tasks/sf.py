@@ -12,9 +12,8 @@ from operator import itemgetter
 
 from evaluate.bootstrap import Metrics
 from evaluate.checkpoint import TaskSession
-from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts
+from evaluate.ctc import WITHOUT_WARPING, RecurrentRecipe, RecurrentTranscription, Texts, transcribe
 from evaluate.metrics import Slots, slot_type_f1, slot_value_cer
-from evaluate.sweep import sweep
 from evaluate.task import Features, SweepResult, Task
 from extract.base.errors import RetortError
 
@@ -78,6 +77,10 @@ class SlotFilling(RecurrentTranscription):
         return encode(*labels)
 
     @staticmethod
+    def written(symbols: Sequence[str]) -> str:
+        return "".join(f"[{one}]" if one.startswith((BEGIN, END)) else one for one in symbols)
+
+    @staticmethod
     def rates(hypotheses: Texts, references: Texts) -> Metrics:
         found, wanted = (list(map(read_slots, texts)) for texts in (hypotheses, references))
         return {"f1": slot_type_f1(found, wanted), "cer": slot_value_cer(found, wanted)}
@@ -89,7 +92,7 @@ def score(features: Features, recipe: SfRecipe, session: TaskSession) -> SweepRe
     for split, transcripts in problem.splits.items():
         if not any(map(read_slots, transcripts.references.values())):
             raise RetortError(f"corpus {features.corpus.name}: no utterance of split {split!r} has a slot")
-    return sweep(problem, recipe, session)
+    return transcribe(problem, features, recipe, session)
 
 
 SF = Task(

@@ -276,8 +276,9 @@ def dev_search(
                 tried, devs, linestyle="none", marker=look.marker, markersize=4.5, markerfacecolor=SURFACE,
                 markeredgecolor=look.colour,
             )  # fmt: skip
-            _mark(axes, score.chosen, score.dev, look, size=8.5, edge_width=1.0, gid=f"tip-{number}")
-            tips[f"tip-{number}"] = f"{name}: dev {score.dev:.2f} at {searched} {score.chosen:g}"
+            (dev,) = (point.dev for point in score.grid if point.at == score.chosen)
+            _mark(axes, score.chosen, dev, look, size=8.5, edge_width=1.0, gid=f"tip-{number}")
+            tips[f"tip-{number}"] = f"{name}: dev {dev:.2f} at {searched} {score.chosen:g}"
         if layers:
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         else:

@@ -145,7 +145,8 @@ def _print(results: "Results", page: Path) -> None:
         console.print(heading, end="")
         console.print(table)
     note = results.teacher.upstream["note"]
-    sentences = [text.ranking(results), text.by_task(results), note, text.speed_sentence(results)]
+    under = "Under a score: standard deviation over head seeds, and half the 95% interval of test set and head seeds."
+    sentences = [under, text.ranking(results), text.by_task(results), note, text.speed_sentence(results)]
     for line in filter(None, [*sentences, *results.measure_notes, f"The page: {page}"]):
         console.print("\n" + line, soft_wrap=True)
 

@@ -25,7 +25,7 @@ def render_markdown(results: Results, columns: Sequence[Column], revision: Revis
     seeds, placed, retained = seed_table(results), published_table(results), retained_table(results)
     parts = [
         results_table(results, columns).markdown(),
-        f"{text.BOLD} ↓ lower is better, ↑ higher is better.",
+        f"{text.BOLD} {text.SPREAD} ↓ lower is better, ↑ higher is better.",
         text.ranking(results),
         text.by_task(results),
         f"Retained of the gap between fbank and teacher, in percent:\n\n{retained.markdown()}" if retained else "",
@@ -34,7 +34,7 @@ def render_markdown(results: Results, columns: Sequence[Column], revision: Revis
         text.speed_sentence(results),
         "\n".join(f"- {line}" for line in text.caveats(results)),
         "Deviations from SUPERB's own recipes:\n\n" + "\n".join(f"- {line}" for line in text.task_notes(results)),
-        "Test scores with 95% bootstrap intervals, and further metrics:\n\n" + interval_table(results).markdown(),
+        "Test scores with 95% intervals, and further metrics:\n\n" + interval_table(results).markdown(),
         f"Among published models (ours in bold). {text.CONSTANTS}\n\n{placed.markdown()}"
         if placed
         else text.NOT_OFFICIAL,

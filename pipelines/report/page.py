@@ -77,6 +77,8 @@ def render_page(
         names=[upstream.name for upstream in results.upstreams],
         columns=columns,
         table=_headline(results, columns),
+        chance=results_table(results, columns).foot[2:],
+        hypotheses=_hypotheses(results),
         table_csv=results_csv(results, columns),
         retained=retained_table(results),
         seeds=seed_table(results),
@@ -191,6 +193,24 @@ def _tip(name: str, relative: float, speed: UpstreamSpeed) -> str:
         f"{name}: relative score {relative:.0f}, {speed.params / 1e6:.3f} M parameters, "
         f"{speed.macs_per_audio_s / 1e9:.3f} G MACs a second, real-time factor {speed.rtf.median:.4f}"
     )
+
+
+def _hypotheses(results: Results) -> list[dict[str, Any]]:
+    """Return, for each task that transcribes, a few test utterances: reference, teacher, best student, fbank."""
+    best = ranked[0].upstreams[0].name if (ranked := rank_students(results)) else None
+    shown = [one for one in results.upstreams if one.kind in ("teacher", "baseline") or one.name == best]
+    found = []
+    for task in results.tasks:
+        rows = []
+        for example in results.score_of_teacher(task).examples:
+            said = [
+                (one.name, next((own.hypothesis for own in one.scores[task].examples if own.id == example.id), NONE))
+                for one in shown
+            ]
+            rows.append({"id": example.id, "lines": [("reference", example.reference), *said]})
+        if rows:
+            found.append({"title": ", ".join(TASKS.get(task, (task,))), "rows": rows})
+    return found
 
 
 def _training(upstream: Upstream, run: RunMetrics, look: Look) -> dict[str, Any]:

@@ -39,26 +39,43 @@ NONE = "–"  # cell without a value
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of one cell. Dim cells are those of the teacher and the baseline. The page writes `below` under the text."""
+    """Text of one cell. Dim cells are those of the teacher and the baseline.
+
+    `spread` is the deviation of the text's figure, `below` its interval, which the page writes under the text, and
+    `half` half of that.
+    """
 
     text: str
     bold: bool = False
     dim: bool = False
+    spread: str = ""
     below: str = ""
+    half: str = ""
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table as text. `heads` are (title, unit); the first `num_names` columns hold names and are aligned left."""
+    """A table as text. `heads` are (title, unit); the first `num_names` columns hold names and are aligned left.
+
+    `foot` is a last row that is not one of the results, such as chance.
+    """
 
     heads: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[Cell]]
     num_names: int = 1
+    foot: Sequence[Cell] = ()
+
+    @property
+    def all_rows(self) -> list[Sequence[Cell]]:
+        return [*self.rows, *([self.foot] if self.foot else [])]
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
         header = [" ".join(filter(None, head)) for head in self.heads]
-        rows = [[f"**{cell.text}**" if cell.bold else cell.text for cell in row] for row in self.rows]
+        texts = [
+            [(" ".join(filter(None, [cell.text, cell.spread])), cell.bold) for cell in row] for row in self.all_rows
+        ]
+        rows = [[f"**{text}**" if bold else text for text, bold in row] for row in texts]
         return markdown_table(header, rows, align="l" * self.num_names + "r" * (len(header) - self.num_names))
 
     def terminal(self) -> Table:
@@ -72,14 +89,24 @@ class TextTable:
             heading = Text.assemble(title, "\n" if unit else "", (unit.replace(" ", "\n", 1), "dim"))
             justify: Literal["left", "right"] = "left" if number < self.num_names else "right"
             table.add_column(heading, justify=justify, no_wrap=True, vertical="bottom")
-        for row in self.rows:
-            table.add_row(*(Text(cell.text, style="bold" if cell.bold else "dim" if cell.dim else "") for cell in row))
+        for row in self.all_rows:
+            table.add_row(*map(_lines, row))
         return table
+
+
+def _lines(cell: Cell) -> Text:
+    """Return a cell for the terminal: figure, deviation and half the interval under each other."""
+    rest = [cell.spread.replace(" ", ""), f"[{cell.half}]" if cell.half else ""]
+    figure = (cell.text, "bold" if cell.bold else "dim" if cell.dim else "")
+    return Text.assemble(figure, *((f"\n{line}", "dim") for line in rest if line))
 
 
 @dataclass(frozen=True)
 class Column:
-    """One measured column: its value for an upstream, its 95% interval, its format, the direction that is better."""
+    """One measured column: its value for an upstream, its 95% interval, its format, the direction that is better.
+
+    `sd`: over head seeds. `chance`: value of a system that ignores the audio.
+    """
 
     title: str
     unit: str
@@ -87,6 +114,15 @@ class Column:
     value: Callable[[Upstream], float | None]
     write: Callable[[float], str]
     interval: Callable[[Upstream], tuple[float, float] | None] = lambda _: None
+    sd: Callable[[Upstream], float | None] = lambda _: None
+    chance: float | None = None
+
+    def cell(self, upstream: Upstream, *, bold: bool, dim: bool) -> Cell:
+        """Return the cell of an upstream, with deviation and interval where they exist."""
+        sd, ends = self.sd(upstream), self.interval(upstream)
+        half = "" if ends is None else write_short((ends[1] - ends[0]) / 2)
+        spread = "" if sd is None else f"± {write_short(sd)}"
+        return Cell(self.text(upstream), bold, dim, spread, self.below(upstream), half)
 
     def text(self, upstream: Upstream) -> str:
         """Return the cell of an upstream."""
@@ -133,6 +169,8 @@ def make_columns(results: Results) -> tuple[Column, ...]:
             partial(_test_score, task=task),
             lambda value: f"{value:.2f}",
             partial(_test_interval, task=task),
+            partial(_test_sd, task=task),
+            results.score_of_teacher(task).chance,
         )
         for task in results.tasks
     ]
@@ -154,6 +192,11 @@ def _test_score(upstream: Upstream, *, task: str) -> float:
 
 def _test_interval(upstream: Upstream, *, task: str) -> tuple[float, float] | None:
     return upstream.scores[task].interval.test
+
+
+def _test_sd(upstream: Upstream, *, task: str) -> float | None:
+    score = upstream.scores[task]
+    return score.sd.get(score.metric)
 
 
 def _relative_interval(upstream: Upstream) -> tuple[float, float] | None:
@@ -193,32 +236,41 @@ def write_relative(value: float) -> str:
 
 
 def results_table(results: Results, columns: Sequence[Column]) -> TextTable:
-    """Return the main table: one row for each upstream, best first."""
+    """Return the main table: one row for each upstream, best first, and one for chance."""
     best = [column.best(results.upstreams) for column in columns]
     rows = []
     for upstream in results.ranked:
         dim = upstream.kind != "student"
         cells = [Cell(upstream.name, dim=dim), Cell(upstream.kind, dim=dim)]
         for column, winners in zip(columns, best, strict=True):
-            cells.append(Cell(column.text(upstream), upstream.name in winners, dim, column.below(upstream)))
+            cells.append(column.cell(upstream, bold=upstream.name in winners, dim=dim))
         rows.append(cells)
-    return TextTable([("upstream", ""), ("kind", ""), *((one.title, one.unit) for one in columns)], rows, num_names=2)
+    chance = ["" if column.chance is None else column.write(column.chance) for column in columns]
+    heads = [("upstream", ""), ("kind", ""), *((one.title, one.unit) for one in columns)]
+    return TextTable(heads, rows, num_names=2, foot=[Cell(text, dim=True) for text in ("chance", "", *chance)])
 
 
 def results_csv(results: Results, columns: Sequence[Column]) -> str:
-    """Return the main table as CSV: values in full, columns NAME low and NAME high for those with intervals."""
+    """Return the main table as CSV: values in full, columns NAME low, high and sd for those with intervals."""
     with_ends = [any(column.interval(one) for one in results.upstreams) for column in columns]
     heads = ["upstream", "kind"]
     for column, ends in zip(columns, with_ends, strict=True):
         name = f"{column.title} ({column.unit})" if column.unit else column.title
-        heads += [name, f"{name} low", f"{name} high"] if ends else [name]
+        heads += [name, f"{name} low", f"{name} high", f"{name} sd"] if ends else [name]
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heads)
+    rows: list[list[str | float | None]] = []
     for upstream in results.ranked:
         row: list[str | float | None] = [upstream.name, upstream.kind]
         for column, ends in zip(columns, with_ends, strict=True):
-            row += [column.value(upstream), *((column.interval(upstream) or (None, None)) if ends else ())]
+            more = (*(column.interval(upstream) or (None, None)), column.sd(upstream))
+            row += [column.value(upstream), *(more if ends else ())]
+        rows.append(row)
+    chance: list[str | float | None] = ["chance", None]
+    for column, ends in zip(columns, with_ends, strict=True):
+        chance += [column.chance, *((None, None, None) if ends else ())]
+    for row in (*rows, chance):
         writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
     return text.getvalue()
 
@@ -250,7 +302,11 @@ def interval_table(results: Results) -> TextTable:
         for task in results.tasks:
             score = upstream.scores[task]
             ends = "" if score.interval.test is None else " ({:.2f}–{:.2f})".format(*score.interval.test)
-            cells += [Cell(f"{score.test:.2f}{ends}"), *(Cell(f"{value:.2f}") for value in score.also.values())]
+            values = {score.metric: score.test, **score.also}
+            shown = [
+                f"{value:.2f}" + (f" ± {score.sd[name]:.2f}" if score.sd else "") for name, value in values.items()
+            ]
+            cells += map(Cell, [shown[0] + ends, *shown[1:]])
         rows.append(cells)
     return TextTable(heads, rows)
 

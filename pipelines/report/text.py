@@ -24,6 +24,10 @@ MACS = (
     "convolutions. Fourier transforms count as zero, so the figure of fbank is close to zero."
 )
 BOLD = "Bold: the best student of a column, if no other lies inside its interval."
+SPREAD = (
+    "± standard deviation over head seeds. Intervals (95%) cover the test set and the head seeds together. Chance: a "
+    "system that ignores the audio."
+)
 CONSTANTS = f"{CONSTANTS_NOTE}; it needs all ten tasks."
 
 
@@ -80,19 +84,12 @@ def by_task(results: Results) -> str:
 
 def caveats(results: Results) -> list[str]:
     """Return sentences on seeds, on the size of the test sets, on the relative score and on missing measurements."""
-    seeds = ", ".join(
-        map(str, sorted({one.seed for upstream in results.upstreams for one in upstream.scores.values()}))
-    )
-    lines = [
-        f"Standard deviations are over seeds of the students. Heads have seed {seeds}; teacher and fbank ran once."
-        if find_seed_groups(results)
-        else f"Every result is one run with seed {seeds}: the variation between seeds is unknown."
-    ]
+    lines = _seed_caveats(results)
     widths = []
     for task in results.tasks:
         score = results.score_of_teacher(task)
-        if score.interval.test is not None:
-            low, high = score.interval.test
+        if score.interval.test_set is not None:
+            low, high = score.interval.test_set
             # half the width of the teacher's interval, in points of the metric
             widths.append(f"{(high - low) / 2:.1f} on {task_title(task)} ({score.num_test})")
     if widths:
@@ -101,6 +98,24 @@ def caveats(results: Results) -> list[str]:
             "width of the teacher’s 95% bootstrap intervals, with the number of test utterances in brackets."
         )
     return lines + [f"{note[0].upper()}{note[1:]}." for note in (*results.score_notes, *results.measure_notes)]
+
+
+def _seed_caveats(results: Results) -> list[str]:
+    """Return sentences on the seeds of heads and of students."""
+    seeds = sorted({head.seed for one in results.upstreams for score in one.scores.values() for head in score.heads})
+    lines = []
+    if len(seeds) > 1:
+        lines.append(
+            f"Scores are means over heads of seeds {_listed(list(map(str, seeds)))}, of every upstream. Their standard "
+            "deviation (±) is itself an estimate from so few, and the interval takes it as known."
+        )
+    elif seeds:
+        lines.append(f"Every head is one run with seed {seeds[0]}: the variation between head seeds is unknown.")
+    if find_seed_groups(results):
+        lines.append("Students of several seeds have a table of their own: mean ± standard deviation over their seeds.")
+    elif results.students:
+        lines.append("Every student is one run: the variation between seeds of students is unknown.")
+    return lines
 
 
 def task_notes(results: Results) -> list[str]:
