@@ -126,7 +126,7 @@ def interval(metric: Metric) -> tuple[float, float]:
 
 
 def with_seeds(mean: float, ends: tuple[float, float], *, sd: float, num_heads: int) -> tuple[float, float]:
-    """Widen the test set's interval of a mean over heads by the heads' variation, as the head of this file says.
+    """Widen the test set's interval of a mean over heads by the variation of the heads (see the top of this file).
 
     It ends at 0% and 100%, unless the test set's does not.
     """

@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_and_a_foreign_one_are_one_line(tmp_path: Path) -> 
 def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     job = job_of(tmp_path, "pr")
     (tmp_path / "params.yaml").write_text(
-        "evaluate: {pr: {learning_rates: [3e-2, 1e-2], steps: 400, batch_size: 4, dev_evaluations: 100}}"
+        "evaluate: {pr: {head_seeds: 1, learning_rates: [3e-2, 1e-2], steps: 400, batch_size: 4, dev_evaluations: 100}}"
     )
     arguments = ["run", "--task", "pr", "--config", "params.yaml", "--manifest", str(job.manifest), "--corpus",
                  str(job.corpus)]  # fmt: skip

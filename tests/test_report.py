@@ -131,8 +131,9 @@ def test_students_are_ranked_with_their_scores(made: Made) -> None:
 def test_the_terminal_shows_the_table_whole_even_on_a_narrow_terminal(made: Made) -> None:
     lines = made.terminal.splitlines()
     number, line = next((n, line) for n, line in enumerate(lines) if line.startswith("demo-gendistiller"))
-    assert lines[number + 2].split() == ["[3.0]"] * 4  # below the deviations half the intervals
-    assert re.fullmatch(r"\s*\[\d+\](\s+±0.5){4}\s*", lines[number + 1])
+    assert lines[number + 1].split() == ["±0.5"] * 4
+    assert re.fullmatch(r"\[[\d.]+\]", lines[number + 2].split()[0])  # half the interval of the relative score
+    assert lines[number + 2].split()[1:] == ["[3.0]"] * 4
     assert line.split() == [
         "demo-gendistiller",
         "student",

@@ -301,7 +301,7 @@ def test_ten_tasks_have_columns_heat_maps_searches_and_further_metrics(ten: Made
     assert all(sorted(line[1:])[-1] == "100" for table in heat for line in table[1:] if line[0] == "QbE")
     assert len(list(svgs(ten.page))) == 3 + len(STUDENTS) + 10 + 1
     markdown = (ten.root / "report/results.md").read_text()
-    assert "| ASV EER % ↓ | ASV EER, test selected |" in markdown and "| 8.75 |" in markdown
+    assert "| ASV EER % ↓ | ASV EER, test selected |" in markdown and "| 8.75 ± 0.50 |" in markdown
     assert "| teacher | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | layer 6 |" in markdown
 
 

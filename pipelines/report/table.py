@@ -90,15 +90,17 @@ class TextTable:
             justify: Literal["left", "right"] = "left" if number < self.num_names else "right"
             table.add_column(heading, justify=justify, no_wrap=True, vertical="bottom")
         for row in self.all_rows:
-            table.add_row(*map(_lines, row))
+            # Figures, deviations and half intervals under each other: cells of fewer lines would sink.
+            depth = max(2 if cell.half else 1 if cell.spread else 0 for cell in row)
+            table.add_row(*(_lines(cell, depth) for cell in row))
         return table
 
 
-def _lines(cell: Cell) -> Text:
-    """Return a cell for the terminal: figure, deviation and half the interval under each other."""
-    rest = [cell.spread.replace(" ", ""), f"[{cell.half}]" if cell.half else ""]
+def _lines(cell: Cell, depth: int) -> Text:
+    """Return a cell for the terminal, with `depth` lines under its figure."""
+    under = [cell.spread.replace(" ", ""), f"[{cell.half}]" if cell.half else ""][:depth]
     figure = (cell.text, "bold" if cell.bold else "dim" if cell.dim else "")
-    return Text.assemble(figure, *((f"\n{line}", "dim") for line in rest if line))
+    return Text.assemble(figure, *((f"\n{line}", "dim") for line in under))
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,8 @@ def interval_table(results: Results) -> TextTable:
             ends = "" if score.interval.test is None else " ({:.2f}–{:.2f})".format(*score.interval.test)
             values = {score.metric: score.test, **score.also}
             shown = [
-                f"{value:.2f}" + (f" ± {score.sd[name]:.2f}" if score.sd else "") for name, value in values.items()
+                f"{value:.2f}" + (f" ± {score.sd[name]:.2f}" if name in score.sd else "")
+                for name, value in values.items()
             ]
             cells += map(Cell, [shown[0] + ends, *shown[1:]])
         rows.append(cells)
