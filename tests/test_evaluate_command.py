@@ -12,7 +12,9 @@ from evaluate_stores import class_corpus, make_store
 
 from evaluate.__main__ import main
 
-CONFIG = "evaluate:\n  ks:\n    head_seeds: 1\n    learning_rates: [1e-2, 1e-3]\n    steps: 20\n    dev_evaluations: 2\n"
+CONFIG = (
+    "evaluate:\n  ks:\n    head_seeds: 1\n    learning_rates: [1e-2, 1e-3]\n    steps: 20\n    dev_evaluations: 2\n"
+)
 
 
 def command(*arguments: str | Path) -> Result:
