@@ -338,7 +338,7 @@ def test_errors_are_one_line_and_write_nothing(tree: Path) -> None:
         assert not (tree / "studies").exists()
         return done.stderr
 
-    assert "'whisper'" in refused("whisper") and "hubert-base-ls960, librispeech-100, real" in refused("whisper")
+    assert "'whisper'" in refused("whisper") and "hubert-base-ls960, librispeech-100, long, real" in refused("whisper")
     assert "did you mean 'hubert-base-ls960'" in refused("hubert")
     assert "'librispeach'" in refused("wavlm-large", "--corpora", "librispeach")
     row = "corpora.snips.watch=data/snips/all.iob.snips.txt"
