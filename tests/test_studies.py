@@ -187,6 +187,11 @@ def test_the_long_study_has_a_corpus_of_its_own_and_shares_the_scored_ones() -> 
     assert after["corpora"]["distill"] == {"read": f"librispeech {data}/distill", "watch": f"{data}.json"}
     assert after["corpora"]["snips"] == {"read": "copy corpora/snips.json", "watch": "corpora/snips.json"}
     assert after["demo"] == before["demo"] | {"corpora": ["distill"], "distill_more_speakers": 212}
+    _, all_own = make("seeds", "--set", "demo.scale=0.5")
+    assert all_own["corpora"]["snips"] == {
+        "read": "snips studies/seeds/data/demo/snips",
+        "watch": "studies/seeds/data/demo.json",
+    }
     stages = stages_of("studies/long")
     assert stages["demo-data"]["cmd"].endswith(f"--config {path} --out {data}")
     assert stages["demo-data"]["outs"] == [f"{data}.json"]

@@ -55,14 +55,12 @@ def study_settings(
 
 
 def _read_own_data(settings: dict[str, Any], folder: Path) -> None:
-    """Read the corpora that the study synthesises itself from its own folder."""
-    for corpus in settings["demo"]["corpora"]:
-        for name, row in settings["corpora"].items():
-            if row["read"].split()[1] == f"{DEMO_DATA}/{corpus}":
-                moved = {
-                    key: value.replace(DEMO_DATA, f"{folder.as_posix()}/{DEMO_DATA}") for key, value in row.items()
-                }
-                settings["corpora"][name] = moved
+    """Read the corpora that the study synthesises itself, those of `demo.corpora` or all, from its own folder."""
+    chosen, own = settings["demo"].get("corpora"), f"{folder.as_posix()}/{DEMO_DATA}"
+    for name, row in settings["corpora"].items():
+        read = Path(row["read"].split()[1])
+        if read.parent == Path(DEMO_DATA) and (not chosen or read.name in chosen):
+            settings["corpora"][name] = {key: value.replace(DEMO_DATA, own) for key, value in row.items()}
 
 
 def _codecs(design: Mapping[str, Any]) -> dict[str, str]:
