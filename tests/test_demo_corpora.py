@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torchaudio_readers import same_as_torchaudio
 
 from extract.base.errors import RetortError
-from extract.base.files import read_json
+from extract.base.files import read_json, sha256_file
 from pipelines.demo.corpora import (
     DemoConfig,
     code_digest,
@@ -390,6 +390,48 @@ def test_more_speakers_of_distillation_leave_the_others_as_they_are(tmp_path: Pa
     assert len({job.speaker_id for job in more["distill"]}) == len(jobs) + 212
     with pytest.raises(RetortError, match=r"'distil'.*did you mean 'distill'"):
         plan_corpora(DemoConfig(corpora=("distil",)), tmp_path)
+
+
+def test_more_test_audio_leaves_all_other_recordings_as_they_are(tmp_path: Path) -> None:
+    more = {
+        "speech_commands": ({"keyword_more_test_speakers": 5}, 5),
+        "fluent": ({"command_more_test_speakers": 5}, 5),
+        "voxceleb1_trials": ({"verified_test_speakers": 15}, 5),
+        "librimix": ({"mixtures_test": 41}, 5),
+        "quesst14": ({"more_queries": 50}, 50),
+    }
+    changes = {key: value for changed, _ in more.values() for key, value in changed.items()}
+    before, after = plan_corpora(DemoConfig(), tmp_path), plan_corpora(DemoConfig(**changes), tmp_path)
+    for name, jobs in before.items():
+        number = more[name][1] if name in more else 0
+        assert after[name][: len(jobs)] == jobs, name
+        assert len(after[name]) == len(jobs) + number, name
+    added = [job for job in after["quesst14"][len(before["quesst14"]) :] if isinstance(job, SpokenText)]
+    texts = {job.text for job in before["quesst14"] if isinstance(job, SpokenText) and job.folder == "eval_queries"}
+    assert {job.folder for job in added} == {"eval_queries"} and len({job.name for job in added}) == 50
+    assert texts < {job.text for job in added}  # first the words that are left
+
+
+def test_more_utterances_of_test_come_after_the_others(tree: Path, tmp_path: Path) -> None:
+    names = ("voxceleb1", "snips")
+    made = {name: read_digests(tree / name) for name in names}
+    make_corpora(
+        replace(TINY, corpora=names, identified_test_utterances=3, requests_a_test_speaker=3000), tmp_path / "more"
+    )
+    for name in names:
+        now = read_digests(tmp_path / "more" / name)
+        tables = {path for path in made[name] if path.endswith(".txt")}
+        assert {path: now[path] for path in made[name].keys() - tables if "/test/" not in path} == {
+            path: digest for path, digest in made[name].items() if path not in tables and "/test/" not in path
+        }
+        assert len(now) > len(made[name])
+    assert made["voxceleb1"].items() - read_digests(tmp_path / "more/voxceleb1").items() == {
+        item for item in made["voxceleb1"].items() if item[0].endswith(".txt")
+    }
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_chosen_corpora_alone_are_made(tree: Path, tmp_path: Path) -> None:

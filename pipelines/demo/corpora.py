@@ -37,7 +37,15 @@ from pipelines.demo.voxceleb1 import plan_identification, plan_verification, wri
 FORMAT_VERSION = 1
 MANIFEST_NAME = "demo.json"
 Jobs = Sequence[RecordingJob]
-_MAY_BE_ZERO = ("seed", "distill_more_speakers")
+_MAY_BE_ZERO = (
+    "seed",
+    "distill_more_speakers",
+    "keyword_more_test_speakers",
+    "identified_test_utterances",
+    "command_more_test_speakers",
+    "requests_a_test_speaker",
+    "more_queries",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +65,16 @@ class DemoConfig:
     reading_s: float = 120.0  # seconds of audio of each speaker above
     keyword_speakers: int = 100  # Speech Commands: ten keywords and three other words each
     keyword_test_speakers: int = 20  # its test archive: the same and two silences
+    keyword_more_test_speakers: int = 0  # of the test archive; all other files keep their bytes, as for other `more`
     identified_speakers: int = 44  # VoxCeleb1: five videos each
     utterances_a_video: int = 3  # of 3 to 6 s
+    identified_test_utterances: int = 0  # of the video of test; 0: as many as of the others
     command_speakers: int = 24  # Fluent Speech Commands
     commands_a_speaker: int = 18
+    command_more_test_speakers: int = 0
     turns_a_dialog: int = 24  # IEMOCAP: ten dialogs
     requests_a_speaker: int = 26  # SNIPS: eight training speakers; half as many for each of the other eight
+    requests_a_test_speaker: int = 0  # 0: as many as a speaker of valid has
     verified_speakers: int = 26  # VoxCeleb1's trials: three videos of two utterances each
     verified_test_speakers: int = 10
     mixtures: int = 110  # LibriMix, train: about 6 s each
@@ -71,6 +83,8 @@ class DemoConfig:
     mixed_speakers: int = 24  # of the training mixtures; half as many in those of dev, and of test
     documents: int = 100  # QUESST 2014: two sentences each
     queries: int = 30  # for dev, and as many for eval; fewer where the documents lack suitable words
+
+    more_queries: int = 0  # for eval alone
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -153,21 +167,31 @@ def plan_corpora(config: DemoConfig, root: Path) -> dict[str, Jobs]:
             LexiconJob(root=root / "librispeech"),
         ],
         "speech_commands": plan_keywords(
-            root / "speech_commands", c.keyword_speakers, c.keyword_test_speakers, scale, seed + 3
+            root / "speech_commands",
+            c.keyword_speakers,
+            c.keyword_test_speakers,
+            c.keyword_more_test_speakers,
+            scale,
+            seed + 3,
         ),
         "voxceleb1": plan_identification(
-            root / "voxceleb1", c.identified_speakers, c.utterances_a_video, scale, seed + 4
+            root / "voxceleb1",
+            c.identified_speakers,
+            c.utterances_a_video,
+            c.identified_test_utterances,
+            scale,
+            seed + 4,
         ),
         "fluent": fluent.plan_command_speakers(
-            root / "fluent", c.command_speakers, c.commands_a_speaker, scale, seed + 11
+            root / "fluent", c.command_speakers, c.commands_a_speaker, c.command_more_test_speakers, scale, seed + 11
         ),
         "iemocap": plan_dialogs(root / "iemocap", c.turns_a_dialog, scale, seed + 12),
-        "snips": snips.plan_requests(root / "snips", c.requests_a_speaker, scale, seed + 13),
+        "snips": snips.plan_requests(root / "snips", c.requests_a_speaker, c.requests_a_test_speaker, scale, seed + 13),
         "voxceleb1_trials": plan_verification(
             root / "voxceleb1_trials", c.verified_speakers, c.verified_test_speakers, scale, seed + 5
         ),
         "librimix": plan_mixtures(root / "librimix", num_mixtures, c.mixed_speakers, scale, seed + 6),
-        "quesst14": plan_search(root / "quesst14", c.documents, c.queries, scale, seed + 7),
+        "quesst14": plan_search(root / "quesst14", c.documents, c.queries, c.more_queries, scale, seed + 7),
     }
     if odd := [name for name in c.corpora if name not in planned]:
         raise unknown("corpus in `demo.corpora`", odd[0], planned)

@@ -21,7 +21,7 @@ import numpy as np
 from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
 from pipelines.demo.room_acoustics import apply_random_room
-from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
+from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices, more_voices
 
 FOLDER = Path("fluent_speech_commands_dataset")
 SNR_DB = (8.0, 25.0)
@@ -95,18 +95,22 @@ def intents() -> list[tuple[Command, ...]]:
 
 
 def plan_command_speakers(
-    root: Path, num_speakers: int, commands_a_speaker: int, scale: float, seed: int
+    root: Path, num_speakers: int, commands_a_speaker: int, num_more: int, scale: float, seed: int
 ) -> list[CommandSpeaker]:
-    """Return the jobs. Intents are equally frequent over all speakers of a split."""
+    """Return the jobs. Intents are equally frequent over all speakers of a split.
+
+    num_more: further speakers of test, who leave all others as they are.
+    """
     generator = np.random.default_rng(seed)
-    count = scaled(num_speakers, scale, least=4)
+    count, num_more = scaled(num_speakers, scale, least=4), scaled(num_more, scale, least=0)
     num_test, num_dev = max(1, round(SHARE_OF_TEST * count)), max(1, round(SHARE_OF_DEV * count))
     splits = ["train"] * (count - num_dev - num_test) + ["valid"] * num_dev + ["test"] * num_test
-    voices = draw_voices(SCORED_VARIANTS, count, generator)
+    voices = draw_voices(SCORED_VARIANTS, count, generator) + more_voices(SCORED_VARIANTS, count, num_more, seed)
+    splits += ["test"] * num_more
     # Intents of a split that no speaker has yet: all 31 in random order, again when fewer than needed are left.
     waiting: dict[str, list[tuple[Command, ...]]] = {split: [] for split in splits}
     jobs = []
-    for split, voice, job_seed in zip(splits, voices, spawn_seeds(seed, count), strict=True):
+    for split, voice, job_seed in zip(splits, voices, spawn_seeds(seed, count + num_more), strict=True):
         while len(waiting[split]) < commands_a_speaker:
             every = intents()
             waiting[split] += [every[index] for index in generator.permutation(len(every))]

@@ -60,18 +60,27 @@ class SpokenText(RecordingJob):
         return recorded
 
 
-def plan_search(root: Path, num_documents: int, num_queries: int, scale: float, seed: int) -> list[SpokenText]:
-    """Return the jobs: documents, then as many queries for dev as for eval, of different words."""
+def plan_search(
+    root: Path, num_documents: int, num_queries: int, num_more: int, scale: float, seed: int
+) -> list[SpokenText]:
+    """Return the jobs: documents, then as many queries for dev as for eval, of different words.
+
+    num_more: further queries for eval, which leave all others as they are: of words that are left, then the words of
+    eval again by voices drawn anew.
+    """
     generator = np.random.default_rng(seed)
     num_documents, num_queries = scaled(num_documents, scale, least=12), scaled(num_queries, scale, least=3)
+    num_more = scaled(num_more, scale, least=0)
     drawn = sentences("speaker", generator)
     documents = [". ".join(itertools.islice(drawn, SENTENCES_A_DOCUMENT)) for _ in range(num_documents)]
-    queries = _draw_queries(documents, 2 * num_queries, generator)
-    half = len(queries) // 2
+    queries = _draw_queries(documents, generator)
+    half = min(num_queries, len(queries) // 2)
+    more = itertools.islice(itertools.chain(queries[2 * half :], itertools.cycle(queries[half : 2 * half])), num_more)
+    of_eval = [*queries[half : 2 * half], *more]
     voices = draw_voices(SCORED_VARIANTS, DOCUMENT_VOICES + QUERY_VOICES, generator)
-    seeds = iter(spawn_seeds(seed, num_documents + 2 * half))
+    seeds = iter(spawn_seeds(seed, num_documents + half + len(of_eval)))
     texts = [(AUDIO, f"quesst2014_{number:05d}", text) for number, text in enumerate(documents, start=1)]
-    for folder, key, some in ((DEV, "dev", queries[:half]), (EVAL, "eval", queries[half:])):
+    for folder, key, some in ((DEV, "dev", queries[:half]), (EVAL, "eval", of_eval)):
         texts += [(folder, f"quesst2014_{key}_{number:04d}", text) for number, text in enumerate(some, start=1)]
     voices_of = {AUDIO: voices[:DOCUMENT_VOICES], DEV: voices[DOCUMENT_VOICES:], EVAL: voices[DOCUMENT_VOICES:]}
     return [
@@ -133,8 +142,8 @@ def _write_ground_truth(
     )
 
 
-def _draw_queries(documents: list[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Draw an even number of queries, `count` at most: a noun, or an adjective and a noun, no word in two queries.
+def _draw_queries(documents: list[str], generator: np.random.Generator) -> list[str]:
+    """Draw as many queries as the documents allow: a noun, or an adjective and a noun, no word in two queries.
 
     Each matches at least one and at most MOST_DOCUMENTS documents.
     """
@@ -148,4 +157,4 @@ def _draw_queries(documents: list[str], count: int, generator: np.random.Generat
         num_matches = sum(matches(text, query) for text in documents)
         if not taken & set(query.split()) and num_matches <= MOST_DOCUMENTS:
             drawn.append(query)
-    return drawn[: min(count, len(drawn) // 2 * 2)]
+    return drawn

@@ -126,15 +126,22 @@ def draw_requests(split: str, seed: int) -> Iterator[Request]:
         yield Request(number, *some[int(generator.integers(len(some)))], intent)
 
 
-def plan_requests(root: Path, requests_a_speaker: int, scale: float, seed: int) -> list[RequestSpeaker]:
-    """Return the jobs: the published speakers at every scale, which changes the number of their requests."""
+def plan_requests(
+    root: Path, requests_a_speaker: int, requests_a_test_speaker: int, scale: float, seed: int
+) -> list[RequestSpeaker]:
+    """Return the jobs: the published speakers at every scale, which changes the number of their requests.
+
+    requests_a_test_speaker: 0 for as many as a speaker of valid has.
+    """
     num_speakers = sum(map(len, SPEAKERS.values()))
     voices = iter(draw_voices(SCORED_VARIANTS, num_speakers, np.random.default_rng(seed)))
     seeds = iter(spawn_seeds(seed, num_speakers))
     jobs = []
     for split, names in SPEAKERS.items():
-        share = 1.0 if split == "train" else SHARE_OF_HELD_OUT
-        count = scaled(round(requests_a_speaker * share), scale, least=2)
+        wanted = round(requests_a_speaker * (1.0 if split == "train" else SHARE_OF_HELD_OUT))
+        if split == "test" and requests_a_test_speaker:
+            wanted = requests_a_test_speaker
+        count = scaled(wanted, scale, least=2)
         drawn = draw_requests(split, seed)
         for name in names:
             some = tuple(itertools.islice(drawn, count))

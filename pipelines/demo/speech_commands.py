@@ -17,7 +17,7 @@ import numpy as np
 from pipelines.demo.espeak import Synthesiser
 from pipelines.demo.recording import Recorded, RecordingJob, scaled, spawn_seeds
 from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_random_room, coloured_noise
-from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices
+from pipelines.demo.voices import SCORED_VARIANTS, Voice, draw_voices, more_voices
 
 KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
 UNKNOWN_WORDS = ["bed", "bird", "cat", "dog", "happy", "house", "marvin", "nine", "sheila", "tree", "wow", "zero"]
@@ -96,20 +96,32 @@ class BackgroundNoise(RecordingJob):
         return recorded
 
 
-def plan_keywords(root: Path, num_speakers: int, num_test_speakers: int, scale: float, seed: int) -> list[RecordingJob]:
-    """Return the jobs; hashes are drawn until each split of the main archive has its share of the speakers."""
+def plan_keywords(
+    root: Path, num_speakers: int, num_test_speakers: int, num_more: int, scale: float, seed: int
+) -> list[RecordingJob]:
+    """Return the jobs; hashes are drawn until each split of the main archive has its share of the speakers.
+
+    num_more: further speakers of the test archive, who leave all other files as they are.
+    """
     generator = np.random.default_rng(seed)
     num_main, num_test = scaled(num_speakers, scale, least=4), scaled(num_test_speakers, scale, least=2)
+    num_more = scaled(num_more, scale, least=0)
     voices = draw_voices(SCORED_VARIANTS, num_main + num_test, generator)
     hashes = _draw_hashes(num_main, generator) + [_draw_hash(generator) for _ in range(num_test)]
     archives = [TRAIN_FOLDER] * num_main + [TEST_FOLDER] * num_test
-    seeds = iter(spawn_seeds(seed, num_main + num_test + len(BACKGROUND_NOISES)))
+    seeds = iter(spawn_seeds(seed, num_main + num_test + len(BACKGROUND_NOISES) + num_more))
     return [
         *(
             KeywordSpeaker(root=root, seed=next(seeds), archive=archive, speaker_hash=speaker_hash, voice=voice)
             for archive, speaker_hash, voice in zip(archives, hashes, voices, strict=True)
         ),
         *(BackgroundNoise(root=root, seed=next(seeds), name=name) for name in BACKGROUND_NOISES),
+        *(
+            KeywordSpeaker(
+                root=root, seed=next(seeds), archive=TEST_FOLDER, speaker_hash=_draw_hash(generator), voice=voice
+            )
+            for voice in more_voices(SCORED_VARIANTS, num_main + num_test, num_more, seed)
+        ),
     ]
 
 

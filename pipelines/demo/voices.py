@@ -74,6 +74,14 @@ def draw_voices(variants: list[str], count: int, generator: np.random.Generator)
     return voices
 
 
+def more_voices(variants: list[str], count: int, more: int, seed: int) -> list[Voice]:
+    """Return the voices that `draw_voices` draws after the first `count` with a new generator of this seed.
+
+    A plan that draws other things after its voices keeps them if further speakers get their voices from here.
+    """
+    return draw_voices(variants, count + more, np.random.default_rng(seed))[count:]
+
+
 def _draw_pitch(taken: list[int], generator: np.random.Generator) -> int:
     """Draw a pitch at a distance of at least PITCH_STEPS_APART from `taken`, or the farthest of the candidates."""
     candidates = generator.integers(10, 91, size=PITCH_CANDIDATES)

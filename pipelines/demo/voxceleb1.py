@@ -43,17 +43,19 @@ class VideoSpeaker(RecordingJob):
     voice: Voice
     num_videos: int
     utterances_a_video: int
+    utterances_of_last: int  # of the last video, which is test in iden_split.txt
     utterance_s: tuple[float, float]
 
     def record(self, synthesiser: Synthesiser) -> Recorded:
         generator = np.random.default_rng(self.seed)
         texts = sentences("speaker", generator)
         recorded = Recorded()
-        for _ in range(self.num_videos):
+        for video in range(1, self.num_videos + 1):
             name = "".join(generator.choice(VIDEO_NAME_LETTERS, 11))
             room, voice = draw_room(generator, SNR_DB), self.voice.varied(generator)
             microphone = draw_microphone(generator)
-            for number in range(1, self.utterances_a_video + 1):
+            count = self.utterances_of_last if video == self.num_videos else self.utterances_a_video
+            for number in range(1, count + 1):
                 speech = self._utterance(synthesiser, voice, [next(texts), next(texts)])
                 snr_db = room.snr_db + generator.uniform(-SNR_CHANGE_DB, SNR_CHANGE_DB)
                 samples = apply_microphone(apply_room(speech, replace(room, snr_db=snr_db), generator), microphone)
@@ -71,12 +73,16 @@ class VideoSpeaker(RecordingJob):
 
 
 def plan_identification(
-    root: Path, num_speakers: int, utterances_a_video: int, scale: float, seed: int
+    root: Path, num_speakers: int, utterances_a_video: int, utterances_of_last: int, scale: float, seed: int
 ) -> list[VideoSpeaker]:
-    """Return the jobs; the last tenth of the speakers is in test/, as in the published archive."""
+    """Return the jobs; the last tenth of the speakers is in test/, as in the published archive.
+
+    utterances_of_last: of the last video, which is the test split; 0: as many as of any other.
+    """
     count = scaled(num_speakers, scale, least=4)
     num_dev = count - max(1, round(count * SHARE_OF_TEST_FOLDER))
-    return _plan(root, count, num_dev, 10_001, len(SPLIT_OF_VIDEO), utterances_a_video, UTTERANCE_S, seed)
+    utterances = utterances_a_video, utterances_of_last or utterances_a_video
+    return _plan(root, count, num_dev, 10_001, len(SPLIT_OF_VIDEO), utterances, UTTERANCE_S, seed)
 
 
 def plan_verification(root: Path, num_training: int, num_test: int, scale: float, seed: int) -> list[VideoSpeaker]:
@@ -84,15 +90,15 @@ def plan_verification(root: Path, num_training: int, num_test: int, scale: float
     num_dev, num_test = scaled(num_training, scale, least=10), scaled(num_test, scale, least=3)
     return _plan(
         root, num_dev + num_test, num_dev, 11_001,
-        VERIFIED_VIDEOS, VERIFIED_UTTERANCES_A_VIDEO, VERIFIED_UTTERANCE_S, seed,
+        VERIFIED_VIDEOS, (VERIFIED_UTTERANCES_A_VIDEO,) * 2, VERIFIED_UTTERANCE_S, seed,
     )  # fmt: skip
 
 
 def _plan(
-    root: Path, count: int, num_dev: int, first_id: int, num_videos: int, utterances_a_video: int,
+    root: Path, count: int, num_dev: int, first_id: int, num_videos: int, utterances: tuple[int, int],
     utterance_s: tuple[float, float], seed: int,
 ) -> list[VideoSpeaker]:  # fmt: skip
-    """Return `count` jobs, the first `num_dev` of them in dev/."""
+    """Return `count` jobs, the first `num_dev` of them in dev/. utterances: of a video, and of the last one."""
     voices = draw_voices(SCORED_VARIANTS, count, np.random.default_rng(seed))
     return [
         VideoSpeaker(
@@ -102,7 +108,8 @@ def _plan(
             speaker_id=f"id{first_id + index}",
             voice=voice,
             num_videos=num_videos,
-            utterances_a_video=utterances_a_video,
+            utterances_a_video=utterances[0],
+            utterances_of_last=utterances[1],
             utterance_s=utterance_s,
         )
         for index, (voice, job_seed) in enumerate(zip(voices, spawn_seeds(seed, count), strict=True))
