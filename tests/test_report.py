@@ -18,7 +18,7 @@ from extract.base.errors import RetortError
 from pipelines.report import report_command
 from pipelines.report.command import read_config
 from pipelines.report.published import PUBLISHED
-from pipelines.report.results import read_curve, read_results
+from pipelines.report.results import Upstream, read_curve, read_results
 from tests.report_world import (
     FINGERPRINT,
     NOTE,
@@ -213,6 +213,20 @@ def test_a_curve_is_read_as_dvclive_writes_it(tmp_path: Path) -> None:
     (tmp_path / "loss.tsv").write_text("step\tother\n0\t1\n")
     with pytest.raises(RetortError, match="columns step and loss"):
         read_curve(tmp_path / "loss.tsv")
+
+
+@pytest.mark.parametrize(
+    ("dev", "fall"),
+    [
+        ([(65, 1.5), (325, 1.0), (390, 0.75)], 0.25),
+        ([(300, 2.0), (350, 1.5), (390, 1.0)], 0.5),  # of the last point before the last sixth
+        ([(390, 1.0)], None),
+        ([], None),
+    ],
+)
+def test_the_fall_of_the_loss_in_the_last_sixth(dev: list[tuple[int, float]], fall: float | None) -> None:
+    upstream = Upstream(name="student", kind="student", scores={}, relative=None, curves={"dev/loss": dev})
+    assert upstream.last_fall == fall
 
 
 def report_of(tree: Path, students: list[str], tasks: list[str], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -47,11 +47,13 @@ def render_markdown(results: Results, columns: Sequence[Column], revision: Revis
 
 def _training_table(results: Results) -> TextTable:
     heads = [(title, "") for title in ("student", "family", "seed", "steps", "passes", "seconds", "dev loss")]
+    heads.append(("its fall in the last sixth of the steps", "%"))
     rows = []
     for upstream, run in results.students:
         dev_loss = NONE if run.loss.dev is None else f"{run.loss.dev:.3f}"
         cells = [upstream.name, run.family, str(run.seed), str(run.steps), f"{run.epochs:.1f}", f"{run.seconds:.0f}"]
-        rows.append([Cell(cell) for cell in (*cells, dev_loss)])
+        fall = NONE if upstream.last_fall is None else f"{100 * upstream.last_fall:.1f}"
+        rows.append([Cell(cell) for cell in (*cells, dev_loss, fall)])
     return TextTable(heads, rows, num_names=2)
 
 

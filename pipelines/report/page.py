@@ -229,6 +229,7 @@ def _training(upstream: Upstream, run: RunMetrics, look: Look) -> dict[str, Any]
         "time": _duration(run.seconds),
         "s of audio per second": f"{run.audio_seconds_per_second:,.0f}",
         "dev loss": NONE if run.loss.dev is None else f"{run.loss.dev:.3f}",
+        "its fall in the last sixth": NONE if upstream.last_fall is None else f"{upstream.last_fall:.1%}",
         "exposure bias": NONE if run.exposure_bias is None else f"{run.exposure_bias:+.3f}".replace("-", "−"),
     }
     return {"upstream": upstream, "facts": facts, "svg": Markup(svg), "by_layer": Markup(by_layer)}

@@ -42,6 +42,13 @@ class Upstream:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric -> (step, value)
     comparison: CompareFile | None = None
 
+    @property
+    def last_fall(self) -> float | None:
+        """Return the share of the held-out loss that the last sixth of the steps took away: 0 if it has converged."""
+        *points, (last_step, last) = self.curves.get("dev/loss") or [(0, 0.0)]
+        before = [loss for step, loss in points if step <= last_step * 5 / 6]
+        return 1 - last / before[-1] if before else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
