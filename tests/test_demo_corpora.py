@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torchaudio_readers import same_as_torchaudio
 
 from extract.base.errors import RetortError
-from extract.base.files import read_json, sha256_file
+from extract.base.files import read_json
 from pipelines.demo.corpora import (
     DemoConfig,
     code_digest,
@@ -412,26 +412,14 @@ def test_more_test_audio_leaves_all_other_recordings_as_they_are(tmp_path: Path)
     assert texts < {job.text for job in added}  # first the words that are left
 
 
-def test_more_utterances_of_test_come_after_the_others(tree: Path, tmp_path: Path) -> None:
-    names = ("voxceleb1", "snips")
-    made = {name: read_digests(tree / name) for name in names}
-    make_corpora(
-        replace(TINY, corpora=names, identified_test_utterances=3, requests_a_test_speaker=3000), tmp_path / "more"
-    )
-    for name in names:
-        now = read_digests(tmp_path / "more" / name)
-        tables = {path for path in made[name] if path.endswith(".txt")}
-        assert {path: now[path] for path in made[name].keys() - tables if "/test/" not in path} == {
-            path: digest for path, digest in made[name].items() if path not in tables and "/test/" not in path
-        }
-        assert len(now) > len(made[name])
-    assert made["voxceleb1"].items() - read_digests(tmp_path / "more/voxceleb1").items() == {
-        item for item in made["voxceleb1"].items() if item[0].endswith(".txt")
-    }
-
-
-def read_digests(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+def test_more_utterances_of_test_change_test_alone(tmp_path: Path) -> None:
+    before = plan_corpora(DemoConfig(), tmp_path)
+    after = plan_corpora(DemoConfig(identified_test_utterances=5, requests_a_test_speaker=92), tmp_path)
+    # Utterances of the last video are drawn after all others of their speaker.
+    assert [replace(job, utterances_of_last=3) for job in after["voxceleb1"]] == before["voxceleb1"]
+    assert {job.utterances_of_last for job in after["voxceleb1"]} == {5}
+    assert after["snips"][:12] == before["snips"][:12]
+    assert [len(job.requests) for job in after["snips"][12:]] == [92] * 4
 
 
 def test_chosen_corpora_alone_are_made(tree: Path, tmp_path: Path) -> None:
