@@ -325,3 +325,38 @@ def test_query_scores(tmp_path: Path) -> None:
     expected_LQN = np.array(recorded("training")["qbe"]["scores"])
     assert expected_LQN.std() > 0.5
     np.testing.assert_allclose(scores_LQN, expected_LQN, atol=1e-4)  # written with four decimals
+
+
+# ---------------------------------------------------------------------------------------------------- demo's corpora
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task in demo.json: the test metric of several seeds, by each toolkit."""
+
+    task: str
+    s3prl: list[float]
+    retort: list[float]
+
+
+def measured() -> list[Measured]:
+    tasks = recorded("demo")["tasks"]
+    return [Measured(task, own["s3prl"], own["retort"]) for task, own in tasks.items()]
+
+
+@pytest.mark.parametrize("own", measured(), ids=lambda own: own.task)
+def test_scores_on_the_corpora_of_the_demo_agree(own: Measured) -> None:
+    """The means differ by less than twice the standard error of their difference, from the pooled deviation."""
+    degrees = [len(values) - 1 for values in (own.s3prl, own.retort)]
+    assert min(degrees) >= 1
+    variances = [np.var(values, ddof=1) for values in (own.s3prl, own.retort)]
+    pooled = np.average(variances, weights=degrees)
+    error = np.sqrt(pooled * (1 / len(own.s3prl) + 1 / len(own.retort)))
+    assert abs(np.mean(own.s3prl) - np.mean(own.retort)) < 2 * error
+
+
+def test_the_page_has_the_recorded_scores() -> None:
+    page = (FOLDER.parent.parent / "docs/parity.md").read_text()
+    for own in measured():
+        cells = [f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" for values in (own.s3prl, own.retort)]
+        assert all(cell in page for cell in cells), (own.task, cells)
