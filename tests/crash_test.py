@@ -306,7 +306,16 @@ def _content(run: Path, name: str) -> Any:
     """Return the bytes of a file, or its JSON without the fields that hold seconds."""
     clock = CLOCK.get(Path(name).name if name.startswith("runs/") else name.partition("/")[0])
     data = (run / name).read_bytes()
-    return {key: value for key, value in json.loads(data).items() if key not in clock} if clock else data
+    return _without(json.loads(data), clock) if clock else data
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    """Return JSON without the fields of these names, at any depth."""
+    if isinstance(value, list):
+        return [_without(item, names) for item in value]
+    if isinstance(value, dict):
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
+    return value
 
 
 def _where(one: Any, other: Any) -> str:

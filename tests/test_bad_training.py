@@ -235,7 +235,7 @@ SCORES = [
     changed("upstream", to=3, message="upstream: got 3, expected str"),
     changed("upstream", to="again", message="again has task ks twice"),
     changed("recipe", to={}, message="differ in recipe"),
-    changed("format_version", to=1, message="format_version: got 1, expected 2"),
+    changed("format_version", to=1, message="format_version: got 1, expected 3"),
     asked("one end", f"{TABLE} --fbank again", "needs both --fbank NAME and --teacher NAME"),
     asked("odd end", f"{TABLE} --fbank again --teacher nobody", "unknown upstream 'nobody': expected one of again"),
     asked("one end twice", f"{TABLE} --fbank again --teacher again", "needs a task on which the teacher is better"),
