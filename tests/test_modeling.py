@@ -16,6 +16,7 @@ from train.config import StudentConfig, parse
 from train.initial_weights import InitialWeights, load_initial_weights
 from train.losses import build_distiller
 from train.modeling_retort import (
+    PositionalConv,
     RetortGen2dStudent,
     RetortGenStudent,
     RetortStackedStudent,
@@ -137,6 +138,25 @@ def test_equals_transformers_hubert_with_the_same_weights(norm: str) -> None:
     torch.testing.assert_close(found.hidden_states, expected, atol=2e-5, rtol=0)
     assert found.last_hidden_state is found.hidden_states[-1]
     assert model(waveform[None]).hidden_states is None
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 5, 8, 128])
+@pytest.mark.parametrize("num_frames", [1, 9, 40, 300])
+def test_positions_by_fourier_transforms_equal_the_convolution(kernel: int, num_frames: int) -> None:
+    torch.manual_seed(kernel + num_frames)
+    config = RetortStudentConfig(hidden_size=12, num_conv_pos_embeddings=kernel, num_conv_pos_embedding_groups=3)
+    positions = PositionalConv(config)
+    hidden_BTD = torch.randn(2, num_frames, 12, requires_grad=True)
+    leaves = [hidden_BTD, *positions.parameters()]
+    outputs, gradients = [], []
+    for training in (True, False):  # by transforms, and by the convolution
+        output = positions.train(training)(hidden_BTD)
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output.square().sum(), leaves))
+    assert outputs[0].shape == (2, num_frames, 12)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    for fourier, direct in zip(*gradients, strict=True):
+        torch.testing.assert_close(fourier, direct, rtol=1e-4, atol=1e-4 * float(direct.abs().max()))
 
 
 @torch.no_grad()

