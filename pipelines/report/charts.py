@@ -222,6 +222,10 @@ def layer_curves(points: Sequence[DevPoint], growth: Sequence[GrowthStep], look:
             tips[mark] = f"layer {layer}: first {distances[0]:.3f}, last {distances[-1]:.3f}"
         axes.set_xlim(0, 1.08 * steps[-1])
         axes.set_yscale("log")
+        axes.margins(y=0.14)  # above the curves the depths are written
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         _mark_growth(axes, growth)
         axes.set_xlabel("optimiser steps")
         axes.set_ylabel("1 − cosine, by layer")
