@@ -1,0 +1,235 @@
+"""Results of the long study, seed by seed: `python -m docs.data.long_study [studies/long]`, in the repository root.
+
+`python -m pipelines study long` has 81 students, more than one machine trains in a day. With the study's folder this
+script copies the held-out errors and the scores of the students that it has to long-errors.csv and long-scores.csv,
+beside this file, in place of earlier rows of the same student and seed. Then it prints the tables of RESULTS.md and
+draws docs/img/long-study.webp: errors of layers 4, 8 and 12 over the time of one core.
+"""
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+from PIL import Image
+
+from evaluate.scorefile import ScoreFile
+from extract.measures import CompareFile
+from pipelines.markdown_table import markdown_table
+from train.metrics import RunMetrics
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+HERE = Path(__file__).parent
+ERRORS, SCORES = HERE / "long-errors.csv", HERE / "long-scores.csv"
+PICTURE = HERE.parent / "img" / "long-study.webp"
+LAYERS = (4, 8, 12)
+TASKS = {"pr": "PR PER % ↓", "ks": "KS % ↑", "sid": "SID % ↑", "sf": "SF F1 % ↑"}
+SIMILARITY = "cka"  # in the place of a task
+GROUPS = {  # title -> name of a student and its label
+    "Equal steps": {
+        "full": "full depth",
+        "interleaved-eql": "interleaved, EQL",
+        "interleaved-prop1": "interleaved, PROP-1",
+        "gradual": "gradual",
+        "midas": "MIDAS",
+        "progressive": "progressive",
+    },
+    "Equal time": {
+        "full": "full depth",
+        "interleaved-eql-time": "interleaved, EQL",
+        "interleaved-prop1-time": "interleaved, PROP-1",
+        "gradual-time": "gradual",
+        "midas-time": "MIDAS",
+        "progressive-time": "progressive",
+    },
+    "After the last growth": {
+        "interleaved-eql": "interleaved, EQL",
+        "interleaved-rewarm": "the learning rate warms up after each growth",
+        "interleaved-restart": "the learning rate restarts at each stage",
+        "interleaved-prop2": "a longer last stage (PROP-2)",
+        "interleaved-identity": "clones that begin as the identity",
+    },
+    "Generation": {
+        "gendistiller": "three layers generated",
+        "gendistiller-6": "six layers generated",
+        "gendistiller-2d": "attending to all layers before (2023)",
+        "distilhubert-1": "the same block, a head a layer",
+        "distilhubert": "DistilHuBERT, two blocks",
+    },
+    "Begun from the stem alone": {
+        "full": "full depth",
+        "interleaved-eql": "interleaved, EQL",
+        "gendistiller-scratch": "three layers generated",
+        "gendistiller-2d-scratch": "attending to all layers before (2023)",
+        "gendistiller-2-scratch": "two blocks that generate",
+        "gendistiller-grown-scratch": "two blocks, grown from one",
+        "gendistiller-identity-scratch": "two blocks, grown from one as the identity",
+        "distilhubert-1-scratch": "the same block, a head a layer",
+        "distilhubert-scratch": "DistilHuBERT, two blocks",
+    },
+}
+# Seconds of one core for a step, by the number of blocks: medians of four rounds of twelve steps, each depth in turn,
+# on an Intel Xeon of 2.8 GHz. The seconds of a run depend on what else the machine does.
+STACKED_S = {3: 0.120, 6: 0.207, 9: 0.269, 12: 0.329}
+STEP_S = {"distilhubert": {2: 0.228}, "gendistiller": {1: 0.289}}
+DRAWN = {
+    "full": ("full depth", "#1f2937", "-"),
+    "interleaved-eql": ("interleaved EQL", "#b45309", "-"),
+    "interleaved-eql-time": ("interleaved EQL, as long", "#b45309", ":"),
+    "gradual": ("gradual", "#0f766e", "-"),
+    "midas": ("MIDAS", "#7c3aed", "-"),
+    "distilhubert": ("DistilHuBERT", "#2563eb", "--"),
+    "gendistiller": ("GenDistiller", "#be123c", "--"),
+}
+
+Row = dict[str, str]
+
+
+def collect(study: Path) -> None:
+    """Copy the results of the finished students of a study's folder to the two files."""
+    errors: list[Row] = []
+    scores: list[Row] = []
+    for folder in sorted(study.glob("students/*-s?")):
+        student, seed = folder.name.rsplit("-s", 1)
+        run = RunMetrics.read(study / "runs" / folder.name / "metrics.json")
+        for point in run.dev_curve:
+            depth = max(stage.layers for stage in run.growth if stage.step < point.step)
+            errors += [
+                {
+                    "student": student,
+                    "seed": seed,
+                    "params": str(run.params),
+                    "step": str(point.step),
+                    "blocks": str(depth),
+                    "seconds": f"{point.seconds:.0f}",
+                    "layer": str(layer),
+                    "mse": f"{error.mse:.5f}",
+                    "cosine": f"{error.cosine:.5f}",
+                }
+                for layer, error in point.by_layer.items()
+            ]
+        scores += _scores(study / "scores" / folder.name, student, seed)
+    for upstream in ("teacher", "fbank"):
+        scores += _scores(study / "scores" / upstream, upstream, "")
+    _merge(ERRORS, errors)
+    _merge(SCORES, scores)
+
+
+def _scores(folder: Path, student: str, seed: str) -> list[Row]:
+    found = []
+    for task in TASKS:
+        if (path := folder / f"{task}.json").is_file():
+            score = ScoreFile.read(path)
+            low, high = score.interval.test or (float("nan"), float("nan"))
+            values = {"score": score.test, "low": low, "high": high}
+            found.append(
+                {"student": student, "seed": seed, "task": task} | {key: f"{one:.2f}" for key, one in values.items()}
+            )
+    compared = folder.parent.parent / "measures" / "compare" / f"{folder.name}.json"
+    if compared.is_file():
+        similar = CompareFile.read(compared)
+        if similar.student_layers == similar.teacher_layers:  # those of stacked students
+            same = mean(row[place] for place, row in enumerate(similar.linear_cka) if place > 0)
+            found.append(
+                {"student": student, "seed": seed, "task": SIMILARITY, "score": f"{same:.4f}", "low": "", "high": ""}
+            )
+    return found
+
+
+def _merge(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows to a file, after those of other students and seeds that it has."""
+    new = {(row["student"], row["seed"]) for row in rows}
+    kept = [row for row in _read(path) if (row["student"], row["seed"]) not in new]
+    if all_rows := sorted([*kept, *rows], key=lambda row: (row["student"], row["seed"])):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, all_rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(all_rows)
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tables() -> str:
+    """Return the tables of RESULTS.md, Markdown: mean ± standard deviation over the seeds that have been trained."""
+    errors, scores = _read(ERRORS), _read(SCORES)
+    found = []
+    for title, students in GROUPS.items():
+        rows = []
+        for student, label in students.items():
+            of_student = [row for row in errors if row["student"] == student]
+            if not of_student:
+                continue
+            steps = max(int(row["step"]) for row in of_student)
+            last = [row for row in of_student if int(row["step"]) == steps]
+            layers = (_spread((float(row["mse"]) for row in last if row["layer"] == str(layer)), 3) for layer in LAYERS)
+            seeds = len({row["seed"] for row in last})
+            size = f"{int(last[0]['params']) / 1e6:.2f}"
+            similar = _spread(_of_task(scores, student, SIMILARITY), 3)
+            of_tasks = (_spread(_of_task(scores, student, task), 1) for task in TASKS)
+            rows.append([label, size, str(seeds), f"{steps:,}", *layers, *of_tasks, similar])
+        header = ["student", "params M", "seeds", "steps", *(f"layer {layer}" for layer in LAYERS)]
+        header += [*TASKS.values(), "CKA"]
+        found.append(f"{title}\n\n{markdown_table(header, rows)}")
+    header = ["upstream", *TASKS.values()]
+    others = [[name, *(_spread(_of_task(scores, name, task), 1) for task in TASKS)] for name in ("teacher", "fbank")]
+    return "\n\n".join([*found, markdown_table(header, others)])
+
+
+def _of_task(scores: Iterable[Row], student: str, task: str) -> list[float]:
+    return [float(row["score"]) for row in scores if row["student"] == student and row["task"] == task]
+
+
+def _spread(values: Iterable[float], digits: int) -> str:
+    found = list(values)
+    if not found:
+        return "–"
+    return f"{mean(found):.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if len(found) > 1 else "")
+
+
+def draw() -> None:
+    """Draw the held-out errors over time, the mean over seeds."""
+    errors = _read(ERRORS)
+    figure, panels = pyplot.subplots(1, len(LAYERS), figsize=(12, 4.2), layout="constrained")
+    for axes, layer in zip(panels, LAYERS, strict=True):
+        for student, (label, colour, style) in DRAWN.items():
+            points: dict[int, list[Row]] = {}
+            for row in errors:
+                if row["student"] == student and row["layer"] == str(layer):
+                    points.setdefault(int(row["step"]), []).append(row)
+            minutes, spent_s, done = [], 0.0, 0
+            for step, rows in points.items():
+                spent_s += (step - done) * STEP_S.get(student, STACKED_S)[int(rows[0]["blocks"])]
+                done = step
+                minutes.append(spent_s / 60)
+            values = [mean(float(row["mse"]) for row in rows) for rows in points.values()]
+            if values:
+                axes.plot(minutes, values, color=colour, linestyle=style, linewidth=1.8, label=label)
+        axes.set_yscale("log")
+        axes.set_title(f"layer {layer}", fontsize=11)
+        axes.set_xlabel("minutes of one core")
+        axes.grid(color="#e5e7eb", linewidth=0.7, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
+    panels[0].set_ylabel("held-out mean squared error")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    raw = PICTURE.with_suffix(".png")
+    figure.savefig(raw, dpi=110)
+    Image.open(raw).convert("RGB").save(PICTURE, lossless=True, quality=100, method=6)
+    raw.unlink()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        collect(Path(sys.argv[1]))
+    print(tables())
+    draw()
