@@ -387,7 +387,7 @@ def _fourier_conv(hidden_BDT: Tensor, conv: nn.Conv1d) -> Tensor:
     product_BGOMF = torch.einsum(
         "bgimf,goif->bgomf", spectrum_BDMF.unflatten(1, (groups, -1)), filters_DIF.unflatten(0, (groups, -1))
     )
-    blocks_BDMN = torch.fft.irfft(product_BGOMF.flatten(1, 2), block)
+    blocks_BDMN: Tensor = torch.fft.irfft(product_BGOMF.flatten(1, 2), block)
     convolved_BDT = blocks_BDMN[..., :hop].flatten(2)[:, :, :num_frames]
     if conv.bias is not None:
         convolved_BDT = convolved_BDT + conv.bias[:, None]
