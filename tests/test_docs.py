@@ -34,6 +34,7 @@ from dvc.utils.hydra import get_hydra_sweeps
 from scipy.signal import lfilter
 from torch.distributed.run import get_args_parser
 
+from docs.data import long_study
 from extract.store.reader import StoreReader
 from pipelines.studies import read_study
 from tests.evaluate_stores import make_corpus, make_store, smooth
@@ -384,3 +385,10 @@ def test_extending_is_followed_to_the_letter(tmp_path: Path) -> None:
     assert (config["family"], config["architectures"]) == ("shared", ["RetortSharedStudent"])
     score = json.loads((copy / "scores/shared/lid.json").read_text())
     assert (score["task"], score["num_test"]) == ("lid", 6)
+
+
+def test_the_tables_of_the_long_study_are_those_of_its_data() -> None:
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    lines = long_study.tables().splitlines()
+    assert len(lines) > 10
+    assert [line for line in lines if line not in results] == []
