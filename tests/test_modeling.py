@@ -160,6 +160,19 @@ def test_positions_by_fourier_transforms_equal_the_convolution(kernel: int, num_
 
 
 @torch.no_grad()
+def test_positions_by_fourier_transforms_keep_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    config = RetortStudentConfig(hidden_size=12, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=3)
+    positions, hidden_BTD = PositionalConv(config), torch.randn(2, 40, 12)
+    expected = positions.train()(hidden_BTD)
+    with torch.autocast("cpu", torch.bfloat16):
+        from_float32 = positions(hidden_BTD)
+        from_bf16 = positions(hidden_BTD.bfloat16())
+    torch.testing.assert_close(from_float32, expected, rtol=0, atol=0)
+    torch.testing.assert_close(from_bf16.float(), expected, rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
 def test_features_of_the_stem_stand_in_for_waveforms() -> None:
     model = make("gendistiller")
     batch, mask = padded(waveforms(8_000, 5_000))

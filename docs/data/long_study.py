@@ -72,6 +72,29 @@ GROUPS = {  # title -> name of a student and its label
         "distilhubert-scratch": "DistilHuBERT, two blocks",
     },
 }
+CLAIMS = {  # of the table of differences: title -> a student and the one that it is compared with
+    "interleaved EQL v full depth": ("interleaved-eql", "full"),
+    "interleaved PROP-1 v full depth": ("interleaved-prop1", "full"),
+    "interleaved PROP-2 v full depth": ("interleaved-prop2", "full"),
+    "interleaved EQL v full depth, equal time": ("interleaved-eql-time", "full"),
+    "interleaved PROP-1 v full depth, equal time": ("interleaved-prop1-time", "full"),
+    "interleaved EQL v gradual": ("interleaved-eql", "gradual"),
+    "interleaved EQL v MIDAS": ("interleaved-eql", "midas"),
+    "interleaved EQL v progressive": ("interleaved-eql", "progressive"),
+    "re-warmed v continued learning rate": ("interleaved-rewarm", "interleaved-eql"),
+    "restarted v continued learning rate": ("interleaved-restart", "interleaved-eql"),
+    "clones as the identity v copies": ("interleaved-identity", "interleaved-eql"),
+    "GenDistiller v DistilHuBERT": ("gendistiller", "distilhubert"),
+    "GenDistiller v its block with heads": ("gendistiller", "distilhubert-1"),
+    "GenDistiller v its block with heads, from the stem": ("gendistiller-scratch", "distilhubert-1-scratch"),
+    "six generated layers v three": ("gendistiller-6", "gendistiller"),
+    "GenDistiller of 2023 v of 2024": ("gendistiller-2d", "gendistiller"),
+    "two blocks grown from one v two from the start": ("gendistiller-grown-scratch", "gendistiller-2-scratch"),
+    "the same, grown as the identity": ("gendistiller-identity-scratch", "gendistiller-2-scratch"),
+    "DistilHuBERT from the stem v from the teacher": ("distilhubert-scratch", "distilhubert"),
+    "full depth v DistilHuBERT": ("full", "distilhubert"),
+    "full depth v DistilHuBERT, both from the stem": ("full", "distilhubert-scratch"),
+}
 # Seconds of one core for a step, by the number of blocks: medians of four rounds of twelve steps, each depth in turn,
 # on an Intel Xeon of 2.8 GHz. The seconds of a run depend on what else the machine does.
 STACKED_S = {3: 0.120, 6: 0.207, 9: 0.269, 12: 0.329}
@@ -184,20 +207,57 @@ def tables() -> str:
         header = ["student", "params M", "seeds", "steps", *(f"layer {layer}" for layer in LAYERS)]
         header += [*TASKS.values(), "CKA"]
         found.append(f"{title}\n\n{markdown_table(header, rows)}")
+    found.append(f"Differences\n\n{_differences(errors, scores)}")
     header = ["upstream", *TASKS.values()]
     others = [[name, *(_spread(_of_task(scores, name, task), 1) for task in TASKS)] for name in ("teacher", "fbank")]
     return "\n\n".join([*found, markdown_table(header, others)])
 
 
+def _differences(errors: Sequence[Row], scores: Sequence[Row]) -> str:
+    """Return the table of `CLAIMS`, over the seeds that both students have: errors in %, scores in points."""
+    rows = []
+    for title, (student, other) in CLAIMS.items():
+        layers = []
+        for layer in LAYERS:
+            own, others = (_last_errors(errors, name, layer) for name in (student, other))
+            layers.append([100 * (own[seed] / others[seed] - 1) for seed in sorted(own.keys() & others.keys())])
+        if not layers[0]:
+            continue
+        tasks = []
+        for task in (*TASKS, SIMILARITY):
+            own, others = (_by_seed(scores, name, task) for name in (student, other))
+            tasks.append([own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())])
+        cells = [_spread(values, 0, sign="+") for values in layers]
+        cells += [_spread(values, 1, sign="+") for values in tasks[:-1]] + [_spread(tasks[-1], 3, sign="+")]
+        rows.append([title, str(len(layers[0])), *cells])
+    header = ["", "seeds", *(f"layer {layer}, %" for layer in LAYERS), *TASKS.values(), "CKA"]
+    return markdown_table(header, rows)
+
+
+def _last_errors(errors: Iterable[Row], student: str, layer: int) -> dict[str, float]:
+    """Return the errors of a layer after the last step, by seed."""
+    found: dict[str, float] = {}
+    for row in errors:  # in the order of steps
+        if row["student"] == student and row["layer"] == str(layer):
+            found[row["seed"]] = float(row["mse"])
+    return found
+
+
+def _by_seed(scores: Iterable[Row], student: str, task: str) -> dict[str, float]:
+    rows = (row for row in scores if row["student"] == student and row["task"] == task)
+    return {row["seed"]: float(row["score"]) for row in rows}
+
+
 def _of_task(scores: Iterable[Row], student: str, task: str) -> list[float]:
-    return [float(row["score"]) for row in scores if row["student"] == student and row["task"] == task]
+    return list(_by_seed(scores, student, task).values())
 
 
-def _spread(values: Iterable[float], digits: int) -> str:
+def _spread(values: Iterable[float], digits: int, *, sign: str = "") -> str:
+    """Return mean ± standard deviation, the mean alone of one value; sign: "+" to show it of positive means too."""
     found = list(values)
     if not found:
         return "–"
-    return f"{mean(found):.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if len(found) > 1 else "")
+    return f"{mean(found):{sign}.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if len(found) > 1 else "")
 
 
 def draw() -> None:
