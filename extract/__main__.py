@@ -352,7 +352,6 @@ def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -
     from rich.console import Console
 
     from extract.base.files import check_out
-    from extract.base.progress import log
     from extract.speed import SpeedRequest, measure_speed, read_speed_config, table_of
     from extract.upstream.configured import read_upstreams
 
@@ -362,7 +361,7 @@ def speed(config: Path, upstreams: tuple[str, ...], out: Path, **options: Any) -
     sources = sources or {name: one.source for name, one in read_upstreams(config).items()}
     check_out(out, "--out")
     request = SpeedRequest(sources=sources, audio=read_speed_config(config), **options)
-    found = measure_speed(request, progress=lambda text: log(f"speed: {text}"))
+    found = measure_speed(request)
     found.write(out)
     Console().print(table_of(found, reference="teacher" if "teacher" in sources else next(iter(sources))))
     click.echo(out)

@@ -20,7 +20,7 @@ class UpstreamSpeed:
     macs_per_audio_s: int  # of an utterance of one second
     rtf: Range  # real-time factor: seconds of computing per second of audio
     latency_s: Range  # median over the utterances of a round
-    peak_bytes: int  # resident memory of the process, loading included
+    peak_bytes: int  # resident memory of the process: libraries, loading, passes
     peak_gpu_bytes: int | None
     weight_bytes: int | None = None  # size of an ONNX file; None: float32 parameters, 4 bytes each
 

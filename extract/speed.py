@@ -7,6 +7,7 @@ alternating between rounds (`extract.base.timing`). The first pass of a process 
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from extract.base.errors import RetortError
 from extract.base.machine import describe_machine, processor_model
 from extract.base.params import read_section
+from extract.base.progress import log
 from extract.base.provenance import Provenance
 from extract.base.timing import (
-    Progress,
+    Start,
     TimedRun,
     TimedSteps,
     in_fresh_process,
@@ -75,16 +77,13 @@ def read_speed_config(path: Path) -> SpeedConfig:
     return parse(SpeedConfig, read_section(path, "report").get("speed"), where=f"{path}: report.speed")
 
 
-def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedFile:
+def measure_speed(request: SpeedRequest) -> SpeedFile:
     """Count and time the forward passes of all upstreams. Raises RetortError if one can't be loaded."""
     audio = request.audio
     corpus = Corpus.open(Path(audio.corpus))
     lengths_s = [len(waveform) / SAMPLE_RATE_HZ for waveform in choose_waveforms(corpus, audio)]
-    progress("counting parameters and multiply-accumulates")
-    # In another process, too: this one then needs neither torch nor the memory of the models.
-    sizes = in_fresh_process(count_sizes, request, threads=audio.threads)
-    variants = {name: partial(_timed_passes, name=name) for name in request.sources}
-    runs = run_interleaved(variants, request, rounds=audio.rounds, threads=audio.threads, progress=progress)
+    # In another process: torch reads the number of threads when it is imported.
+    sizes, runs = in_fresh_process(_sizes_and_runs, request, threads=audio.threads)
     return SpeedFile(
         upstreams={
             name: _figures(runs, name, source, *sizes[name], audio_s=sum(lengths_s))
@@ -101,6 +100,32 @@ def measure_speed(request: SpeedRequest, progress: Progress) -> SpeedFile:
         machine=describe_machine(),
         provenance=Provenance.of(_device_model(request.device)),
     )
+
+
+def _sizes_and_runs(request: SpeedRequest) -> tuple[dict[str, tuple[int, int]], list[TimedRun]]:
+    """Return what `count_sizes` counts, and the timed runs.
+
+    On a CPU the runs are copies of this process, which imports what they need: that takes longer than a run of a small
+    upstream. Their memory then has the libraries of all kinds of upstreams. CUDA does not bear a copy of a process that
+    may have looked for a GPU.
+    """
+    from transformers import AutoModel, PreTrainedModel  # noqa: F401  (the runs import them, and torch)
+
+    import extract.upstream.load  # noqa: F401
+
+    audio = request.audio
+    start: Start = "fork" if request.device == "cpu" and sys.platform == "linux" else "spawn"
+    log("speed: counting parameters and multiply-accumulates")
+    sizes = in_fresh_process(count_sizes, request, threads=audio.threads, start=start)
+    runs = run_interleaved(
+        {name: partial(_timed_passes, name=name) for name in request.sources},
+        request,
+        rounds=audio.rounds,
+        threads=audio.threads,
+        progress=lambda text: log(f"speed: {text}"),
+        start=start,
+    )
+    return sizes, runs
 
 
 def _device_model(device: str) -> str:

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from train.modeling_retort import ConvLayer, RetortStudentConfig, _compiled, _compiles_for_cuda, _group_norm_gelu
+from train.modeling_retort import (
+    ConvLayer,
+    RetortStudentConfig,
+    _compiled,
+    _compiles_for_cuda,
+    _group_norm_gelu,
+    _norm_rows,
+)
 
 EPS = 1e-5
 SHAPES = [((500, 31, 260), 8), ((400, 400), 8), ((90, 333, 64, 2, 21), 8)]  # own frames of each utterance, channels
@@ -122,3 +129,25 @@ def test_the_compiled_norm_on_a_gpu(dtype: torch.dtype) -> None:
             results.append([made.detach().transpose(1, 2)[valid], *(p.grad.clone() for p in layer.parameters())])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, atol=20 * torch.finfo(dtype).eps, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_gradients_are_each_utterance_alone(dtype: torch.dtype) -> None:
+    for lengths, channels in SHAPES:
+        hidden, valid, weight, bias = inputs(lengths, channels, dtype, fill=1e3)
+        norm = torch.nn.GroupNorm(channels, channels, eps=EPS)
+        norm.load_state_dict({"weight": weight, "bias": bias})
+        with torch.no_grad():
+            expected = reference(hidden, valid, weight, bias)
+            made = functional.gelu(_norm_rows(hidden.clone(), valid, norm.to(dtype))).transpose(1, 2)[valid]
+        torch.testing.assert_close(made.double(), expected, atol=20 * torch.finfo(dtype).eps * 10, rtol=0)
+
+
+def test_a_layer_gives_own_frames_the_same_with_and_without_gradients() -> None:
+    torch.manual_seed(0)
+    layer = ConvLayer(RetortStudentConfig(conv_dim=(8,) * 7), 0)
+    waveforms, lengths = torch.randn(3, 1, 4000), torch.tensor([799, 500, 1])
+    valid = torch.arange(799) < lengths[:, None]
+    with torch.no_grad():
+        alone = layer(waveforms, valid).transpose(1, 2)[valid]
+    torch.testing.assert_close(alone, layer(waveforms, valid).transpose(1, 2)[valid].detach(), atol=1e-5, rtol=0)

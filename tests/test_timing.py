@@ -1,7 +1,9 @@
 """Interleaved timing: order and processes of the runs, ranges over rounds, failures of a variant."""
 
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from extract.base.errors import RetortError
 from extract.base.timing import (
     Range,
     TimedSteps,
+    in_fresh_process,
     peak_gpu_bytes,
     range_of,
     run_interleaved,
@@ -63,6 +66,11 @@ def dying(settings: float) -> TimedSteps:
     os._exit(9)
 
 
+def resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+
 def has_gpu() -> bool:
     import torch  # late: processes of the variants import this file, and their memory is compared
 
@@ -85,6 +93,16 @@ def test_variants_are_interleaved_each_in_a_process_of_its_own() -> None:
         else:
             assert run.peak_bytes > 200 * 2**20
     assert os.environ.get("OMP_NUM_THREADS") == "1"  # as tests/conftest.py sets it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_copies_of_a_process_have_its_memory_and_what_the_run_adds() -> None:
+    runs = run_interleaved({"it": allocating}, 0.0, rounds=2, threads=None, progress=lambda text: None, start="fork")
+    assert len({run.outcome["process"] for run in runs} | {os.getpid()}) == 3
+    own = in_fresh_process(resident_bytes, start="fork")  # of a copy: less than of this process
+    for run in runs:
+        assert run.peak_bytes > own + 200 * 2**20
+        assert run.peak_bytes < resident_bytes() + 300 * 2**20
 
 
 @pytest.mark.gpu

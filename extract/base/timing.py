@@ -5,7 +5,8 @@ work, then yields: the clock stops. Its return value describes the work, ready f
 
 The order alternates from round to round (A B C, C B A, …), so that a machine that slows down slows every variant. Each
 run has a process of its own, because the peak memory of a process never falls and caches of one variant must not serve
-another.
+another. Processes are started anew ("spawn"), or are copies of this one ("fork"), which has imported what they all need
+and has used neither threads nor a GPU.
 """
 
 import os
@@ -20,12 +21,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from extract.base.errors import RetortError
 
 TimedSteps = Generator[None, None, dict[str, Any]]
 Progress = Callable[[str], None]
+Start = Literal["spawn", "fork"]
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 CLOCKS = {"wall_s": "wall", "cpu_s": "CPU"}  # fields of TimedRun; other work on the machine hardly changes CPU time
@@ -67,6 +69,7 @@ def run_interleaved(
     rounds: int,
     threads: int | None,
     progress: Progress,
+    start: Start = "spawn",
 ) -> list[TimedRun]:
     """Run every variant once a round; `threads` None leaves the number of threads to torch and numpy.
 
@@ -76,14 +79,17 @@ def run_interleaved(
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
             progress(f"round {number + 1} of {rounds}: {name}")
-            figures = in_fresh_process(clock, variants[name], settings, threads=threads)
+            shared = _resident_bytes() if start == "fork" else 0
+            figures = in_fresh_process(clock, variants[name], settings, shared, threads=threads, start=start)
             runs.append(TimedRun(variant=name, round=number, **figures))
     return runs
 
 
-def in_fresh_process(function: Callable[..., Result], *arguments: Any, threads: int | None = None) -> Result:
+def in_fresh_process(
+    function: Callable[..., Result], *arguments: Any, threads: int | None = None, start: Start = "spawn"
+) -> Result:
     """Return the result of `function`, called in a new process. Raises RetortError if that process is killed."""
-    with _omp_threads(threads), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with _omp_threads(threads), ProcessPoolExecutor(1, mp_context=get_context(start)) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -108,8 +114,13 @@ def _omp_threads(threads: int | None) -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dict[str, Any]:
-    """Run a variant in this process; return the fields of its TimedRun but for name and round."""
+def clock(variant: Callable[[Settings], TimedSteps], settings: Settings, shared: int = 0) -> dict[str, Any]:
+    """Run a variant in this process; return the fields of its TimedRun but for name and round.
+
+    shared: resident bytes of the process that this one is a copy of, 0 if it is none. A copy counts a library's page
+    from its first use on; what the variant adds is added to all of the libraries, as if they had been imported here.
+    """
+    before = _resident_bytes() if shared else 0
     steps = variant(settings)
     next(steps)
     synchronise_gpu()  # the warm-up's kernels would otherwise run on the clock
@@ -117,7 +128,7 @@ def clock(variant: Callable[[Settings], TimedSteps], settings: Settings) -> dict
     next(steps)
     synchronise_gpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak, gpu_bytes = _peak_bytes(), peak_gpu_bytes()  # before the variant inspects its results
+    peak, gpu_bytes = _peak_bytes() - before + shared, peak_gpu_bytes()  # before the variant inspects its results
     try:
         next(steps)
     except StopIteration as stop:
@@ -142,13 +153,21 @@ def _cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
+def _resident_bytes() -> int:
+    """Return the resident memory of this process, on Linux."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def _peak_bytes() -> int:
     """Return the peak resident memory of this process."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: on Linux a child process inherits the peak of its parent there.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    if sys.platform == "linux":
+        return _status_bytes("VmHWM")  # not getrusage: there a child process inherits the peak of its parent
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
