@@ -163,6 +163,8 @@ def _norm_rows(hidden_BCT: Tensor, valid_BT: Tensor, norm: nn.GroupNorm) -> Tens
     Without gradients a CPU takes half the time that it takes for the whole batch.
     """
     for row_CT, num_frames in zip(hidden_BCT, valid_BT.sum(1).tolist(), strict=True):
+        if num_frames == 0:  # of a row that is padding alone
+            continue
         own_1CT = row_CT[None, :, :num_frames]  # torch.group_norm takes a single frame too, whose norm is the bias
         row_CT[:, :num_frames] = torch.group_norm(own_1CT, norm.num_groups, norm.weight, norm.bias, norm.eps)[0]
     return hidden_BCT
