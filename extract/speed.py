@@ -105,16 +105,17 @@ def measure_speed(request: SpeedRequest) -> SpeedFile:
 def _sizes_and_runs(request: SpeedRequest) -> tuple[dict[str, tuple[int, int]], list[TimedRun]]:
     """Return what `count_sizes` counts, and the timed runs.
 
-    On a CPU the runs are copies of this process, which imports what they need: that takes longer than a run of a small
-    upstream. Their memory then has the libraries of all kinds of upstreams. CUDA does not bear a copy of a process that
-    may have looked for a GPU.
+    On a CPU the runs are copies of this process, which imports what models of transformers need: that takes longer than
+    a run of a small one. The memory of filter banks then has these libraries too. ONNX files do without them, so that
+    with one every run is a new process. CUDA does not bear a copy of a process that may have looked for a GPU.
     """
     from transformers import AutoModel, PreTrainedModel  # noqa: F401  (the runs import them, and torch)
 
     import extract.upstream.load  # noqa: F401
 
     audio = request.audio
-    start: Start = "fork" if request.device == "cpu" and sys.platform == "linux" else "spawn"
+    copies = request.device == "cpu" and sys.platform == "linux" and not any(map(onnx_file, request.sources.values()))
+    start: Start = "fork" if copies else "spawn"
     log("speed: counting parameters and multiply-accumulates")
     sizes = in_fresh_process(count_sizes, request, threads=audio.threads, start=start)
     runs = run_interleaved(
