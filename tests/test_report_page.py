@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -139,6 +140,9 @@ def test_errors_of_layers_are_drawn_over_steps_and_minutes() -> None:
     assert e < f < c
     texts = [element.text for element in chart.iter(f"{SVG}text")]
     assert {"2 min", "3 min", "4 min", "4", "12", "6 layers"} <= set(texts)
+    short = [replace(point, seconds=point.seconds / 4) for point in points]
+    (chart,) = svgs(layer_curves(short, [GrowthStep(0, 3)], TEACHER_LOOK, key="k", title="t"))
+    assert {"22 s", "45 s", "68 s"} <= {element.text for element in chart.iter(f"{SVG}text")}
 
 
 def test_depths_of_many_growth_steps_are_written_where_there_is_room() -> None:

@@ -204,7 +204,7 @@ def loss_curves(
 
 
 def layer_curves(points: Sequence[DevPoint], growth: Sequence[GrowthStep], look: Look, *, key: str, title: str) -> str:
-    """Return an SVG of one student's held-out cosine distance to each target layer over steps and, above, minutes.
+    """Return an SVG of one student's held-out cosine distance to each target layer over steps and, above, time.
 
     Deeper layers are stronger. `points` has two or more.
     """
@@ -232,9 +232,9 @@ def layer_curves(points: Sequence[DevPoint], growth: Sequence[GrowthStep], look:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         above = axes.secondary_xaxis("top")
         above.set_xticks(steps[:: -(-len(steps) // 4)])
-        above.xaxis.set_major_formatter(
-            FuncFormatter(lambda step, _: f"{dict(zip(steps, points, strict=True))[round(step)].seconds / 60:.0f} min")
-        )
+        seconds = {point.step: point.seconds for point in points}
+        unit, size = ("s", 1) if points[-1].seconds < 180 else ("min", 60)
+        above.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{seconds[round(step)] / size:.0f} {unit}"))
         return _inline(figure, key, title, "; ".join(tips.values()) + ".", tips)
 
 
