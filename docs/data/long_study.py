@@ -230,8 +230,8 @@ def _differences(errors: Sequence[Row], scores: Sequence[Row]) -> str:
         cells = [_spread(values, 0, sign="+") for values in layers]
         cells += [_spread(values, 1, sign="+") for values in tasks[:-1]] + [_spread(tasks[-1], 3, sign="+")]
         rows.append([title, str(len(layers[0])), *cells])
-    header = ["", "seeds", *(f"layer {layer}, %" for layer in LAYERS), *TASKS.values(), "CKA"]
-    return markdown_table(header, rows)
+    points = [f"{task.upper()} {title[-1]}" for task, title in TASKS.items()]  # with the arrow
+    return markdown_table(["", "seeds", *(f"layer {layer}, %" for layer in LAYERS), *points, "CKA"], rows)
 
 
 def _last_errors(errors: Iterable[Row], student: str, layer: int) -> dict[str, float]:
@@ -257,7 +257,7 @@ def _spread(values: Iterable[float], digits: int, *, sign: str = "") -> str:
     found = list(values)
     if not found:
         return "–"
-    return f"{mean(found):{sign}.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if len(found) > 1 else "")
+    return f"{mean(found):{sign}z.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if len(found) > 1 else "")
 
 
 def draw() -> None:
