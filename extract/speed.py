@@ -107,7 +107,7 @@ def _sizes_and_runs(request: SpeedRequest) -> tuple[dict[str, tuple[int, int]], 
 
     On a CPU the runs are copies of this process, which imports what models of transformers need: that takes longer than
     a run of a small one. The memory of filter banks then has these libraries too. ONNX files do without them, so that
-    with one every run is a new process. CUDA does not bear a copy of a process that may have looked for a GPU.
+    with one every run is a new process. CUDA fails in a copy of a process that may have looked for a GPU.
     """
     from transformers import AutoModel, PreTrainedModel  # noqa: F401  (the runs import them, and torch)
 

@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from extract.base.timing import (
     range_of,
     run_interleaved,
     speed_ratio,
+    status_bytes,
     synchronise_gpu,
 )
 from tests.bench_world import invented_run
@@ -67,15 +67,10 @@ def dying(settings: float) -> TimedSteps:
     os._exit(9)
 
 
-def resident_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-
-
 def measured_copies() -> tuple[list[TimedRun], int, int]:
     """Return two runs in copies of this process, and resident bytes of a third copy and of this process."""
     runs = run_interleaved({"it": allocating}, 0.0, rounds=2, threads=None, progress=lambda text: None, start="fork")
-    return runs, in_fresh_process(resident_bytes, start="fork"), resident_bytes()
+    return runs, in_fresh_process(status_bytes, "VmRSS", start="fork"), status_bytes("VmRSS")
 
 
 def has_gpu() -> bool:

@@ -79,7 +79,7 @@ def run_interleaved(
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
             progress(f"round {number + 1} of {rounds}: {name}")
-            shared = _resident_bytes() if start == "fork" else 0
+            shared = status_bytes("VmRSS") if start == "fork" else 0
             figures = in_fresh_process(clock, variants[name], settings, shared, threads=threads, start=start)
             runs.append(TimedRun(variant=name, round=number, **figures))
     return runs
@@ -120,7 +120,7 @@ def clock(variant: Callable[[Settings], TimedSteps], settings: Settings, shared:
     shared: resident bytes of the process that this one is a copy of, 0 if it is none. A copy counts a library's page
     from its first use on; what the variant adds is added to all of the libraries, as if they had been imported here.
     """
-    before = _resident_bytes() if shared else 0
+    before = status_bytes("VmRSS") if shared else 0
     steps = variant(settings)
     next(steps)
     synchronise_gpu()  # the warm-up's kernels would otherwise run on the clock
@@ -153,12 +153,8 @@ def _cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
-def _resident_bytes() -> int:
-    """Return the resident memory of this process, on Linux."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a field of the memory of this process, on Linux: VmRSS, what is resident now, or VmHWM, its peak."""
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
@@ -167,7 +163,7 @@ def _status_bytes(field: str) -> int:
 def _peak_bytes() -> int:
     """Return the peak resident memory of this process."""
     if sys.platform == "linux":
-        return _status_bytes("VmHWM")  # not getrusage: there a child process inherits the peak of its parent
+        return status_bytes("VmHWM")  # not getrusage: there a child process inherits the peak of its parent
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from extract.base.dask_pool import DaskPool
 from extract.base.files import write_json
-from extract.base.timing import TimedSteps
+from extract.base.timing import TimedSteps, status_bytes
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.corpus_writer import Utterance, write_corpus
@@ -68,10 +68,10 @@ class Meter:
     def step(self, name: str, pieces: int = 1) -> Iterator[None]:
         """Measure the body: CPU seconds for each of its pieces, and growth of the peak memory in bytes."""
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-        before, start = _memory("VmRSS"), time.process_time()
+        before, start = status_bytes("VmRSS"), time.process_time()
         yield
         self.costs[f"{name}_cpu_s"] = (time.process_time() - start) / pieces
-        self.costs[f"{name}_bytes"] = _memory("VmHWM") - before
+        self.costs[f"{name}_bytes"] = status_bytes("VmHWM") - before
 
     @contextmanager
     def open_files(self, name: str) -> Iterator[None]:
@@ -88,12 +88,6 @@ class Meter:
         ended.set()
         thread.join()
         self.costs[name] = max(found)
-
-
-def _memory(name: str) -> int:
-    """Return a figure of this process's memory, in bytes."""
-    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def sizes(options: UtterancesOptions) -> list[int]:
