@@ -157,7 +157,7 @@ def score_all(jobs: Sequence[ScoringJob], *, workers: int, scheduler: str | None
 
             device = next((job.device for job in left if job.task.on_gpu), "cpu")
             pool = stack.enter_context(
-                DaskPool(number=workers, address=scheduler, threads=1, piece="score", device=device)
+                DaskPool(number=workers, address=scheduler, threads=1, piece="score", device=device, imports=[__name__])
             )
             # Workers of a running cluster may have another working folder.
             sent = [

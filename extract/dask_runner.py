@@ -46,6 +46,11 @@ class DaskRunner:
                 address=self.config.scheduler,
                 threads=CONCURRENT_SHARDS,
                 piece="shard",
+                imports=[
+                    __name__,
+                    "extract.upstream.load",
+                    *([] if self.card.family in ON_CPU else ["transformers.modeling_utils"]),
+                ],
                 device="cpu" if self.card.family in ON_CPU else self.config.device,
             )
         )

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +25,7 @@ from extract.corpus_writer import write_corpus
 from extract.run import extract
 from extract.store.manifest import Manifest
 from tests.conftest import noise_utterances
-from tests.processes import Command, run_command
+from tests.processes import ROOT, Command, run_command
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,21 @@ def test_workers_of_a_local_cluster_have_a_gpu_each_and_others_the_first_that_th
         assert sorted(devices("cuda", local=True)) == ["cuda:0", "cuda:1"]
         for device, local in (("cuda", False), ("cuda:3", True), ("cpu", True)):
             assert devices(device, local=local) == [device, device]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are started anew elsewhere")
+def test_workers_on_a_cpu_are_copies_of_one_process_that_has_imported_the_libraries() -> None:
+    code = """
+import os, sys
+from extract.base.dask_pool import DaskPool
+if __name__ == "__main__":
+    with DaskPool(number=2, address=None, threads=1, piece="shard", imports=["colorsys", "no_such_module"]) as pool:
+        parents = set(pool.everywhere(os.getppid).values())
+        imported = pool.everywhere(lambda: "colorsys" in sys.modules).values()
+        print(len(parents), os.getpid() in parents, *imported)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False", "True", "True"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

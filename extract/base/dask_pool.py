@@ -14,15 +14,19 @@ They report their GPUs before the work (`extract.base.device`).
 """
 
 import logging
+import multiprocessing
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import dask
 from distributed import Client, KilledWorker, LocalCluster, Worker, as_completed, get_worker
 from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import NoValidWorkerError
+from distributed.utils import get_mp_context
 
 from extract.base.errors import RetortError
 from extract.base.progress import log
@@ -39,11 +43,21 @@ Out = TypeVar("Out")
 class DaskPool(AbstractContextManager["DaskPool"]):
     """A local cluster of `number` processes with `threads` pieces at a time each, or the one at `address`.
 
-    piece: name of a piece of work in messages, such as "shard". device: of the work, as `--device` gives it.
+    piece: name of a piece of work in messages, such as "shard". device: of the work, as `--device` gives it. imports:
+    modules that the work needs, imported once for all workers of a local cluster on a CPU.
     Raises RetortError if no scheduler is at `address`, and for workers without a GPU or on the same while others idle.
     """
 
-    def __init__(self, *, number: int, address: str | None, threads: int, piece: str, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        *,
+        number: int,
+        address: str | None,
+        threads: int,
+        piece: str,
+        device: str = "cpu",
+        imports: Sequence[str] = (),
+    ) -> None:
         for name in ("distributed", "distributed.client"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported here, in one line
         self.cluster: LocalCluster | None = None
@@ -54,14 +68,15 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 from extract.base.device import check_local_workers  # late: torch takes seconds
 
                 check_local_workers(device, number)
-            self.cluster = LocalCluster(
-                n_workers=number,
-                threads_per_worker=threads,
-                processes=True,
-                dashboard_address=":0",  # None takes port 8787, with a warning if another cluster has it
-                memory_limit=0,  # a worker's memory is bounded by its pieces; Dask would pause it for the model
-                silence_logs=logging.CRITICAL,
-            )
+            with _started_once(imports, device):
+                self.cluster = LocalCluster(
+                    n_workers=number,
+                    threads_per_worker=threads,
+                    processes=True,
+                    dashboard_address=":0",  # None takes port 8787, with a warning if another cluster has it
+                    memory_limit=0,  # a worker's memory is bounded by its pieces; Dask would pause it for the model
+                    silence_logs=logging.CRITICAL,
+                )
         self.piece = piece
         self.address = address or "of this machine"
         try:
@@ -172,6 +187,22 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 f"a process of the Dask cluster {self.address} cannot import {cause.name}: start scheduler and workers "
                 "in the repository's root and in Retort's environment, with `python -m dask` in place of `dask`"
             ) from None
+
+
+@contextmanager
+def _started_once(modules: Sequence[str], device: str) -> Iterator[None]:
+    """Workers that are started inside are copies of one process that has imported `modules`, on CPUs and Linux.
+
+    Importing torch and transformers takes each worker seconds. CUDA fails in a copy of a process that may have looked
+    for a GPU.
+    """
+    if device != "cpu" or sys.platform != "linux":
+        yield
+        return
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context()  # before the next line, which Dask would overrule by its own modules the first time
+        multiprocessing.set_forkserver_preload(["distributed", *modules])
+        yield
 
 
 def own_device(device: str, *, local: bool) -> str:
