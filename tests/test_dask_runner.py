@@ -234,9 +234,12 @@ if __name__ == "__main__":
         parents = set(pool.everywhere(os.getppid).values())
         imported = pool.everywhere(lambda: "colorsys" in sys.modules).values()
         print(len(parents), os.getpid() in parents, *imported)
+    os.environ["SET_SINCE"] = "yes"
+    with DaskPool(number=1, address=None, threads=1, piece="shard") as pool:
+        print(set(pool.everywhere(os.getppid).values()) == parents, *pool.everywhere(os.getenv, "SET_SINCE").values())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "False", "True", "True"]
+    assert done.stdout.split() == ["1", "False", "True", "True", "True", "yes"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -15,6 +15,7 @@ They report their GPUs before the work (`extract.base.device`).
 
 import logging
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -76,6 +77,7 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                     dashboard_address=":0",  # None takes port 8787, with a warning if another cluster has it
                     memory_limit=0,  # a worker's memory is bounded by its pieces; Dask would pause it for the model
                     silence_logs=logging.CRITICAL,
+                    env=dict(os.environ),  # a copy has that of its first process, without credentials set since
                 )
         self.piece = piece
         self.address = address or "of this machine"

@@ -12,7 +12,6 @@ server; `extract.store.hub` reads from the Hugging Face Hub.
 """
 
 import asyncio
-import atexit
 import fcntl
 import hashlib
 import os
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -331,7 +331,8 @@ def staging_folder() -> Iterator[Path]:
 def _process_staging_folder(url: str, cache_root: Path) -> Path:
     """Make the staging folder of this process for a URL, once."""
     folder = tempfile.mkdtemp(dir=_make_folder(cache_root), prefix="staging-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # Not atexit, which a worker that is a copy of another process leaves out.
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return Path(folder)
 
 
