@@ -40,18 +40,16 @@ class DaskRunner:
 
     @cached_property
     def pool(self) -> DaskPool:
+        on_cpu = self.card.family in ON_CPU
+        models = [] if on_cpu else ["transformers.modeling_utils"]
         return self._started.enter_context(
             DaskPool(
                 number=self.config.workers,
                 address=self.config.scheduler,
                 threads=CONCURRENT_SHARDS,
                 piece="shard",
-                imports=[
-                    __name__,
-                    "extract.upstream.load",
-                    *([] if self.card.family in ON_CPU else ["transformers.modeling_utils"]),
-                ],
-                device="cpu" if self.card.family in ON_CPU else self.config.device,
+                device="cpu" if on_cpu else self.config.device,
+                imports=[__name__, "extract.upstream.load", *models],
             )
         )
 

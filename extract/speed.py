@@ -7,7 +7,6 @@ alternating between rounds (`extract.base.timing`). The first pass of a process 
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
-from extract.base.machine import describe_machine, processor_model
+from extract.base.machine import can_copy_processes, describe_machine, processor_model
 from extract.base.params import read_section
 from extract.base.progress import log
 from extract.base.provenance import Provenance
@@ -107,14 +106,14 @@ def _sizes_and_runs(request: SpeedRequest) -> tuple[dict[str, tuple[int, int]], 
 
     On a CPU the runs are copies of this process, which imports what models of transformers need: that takes longer than
     a run of a small one. The memory of filter banks then has these libraries too. ONNX files do without them, so that
-    with one every run is a new process. CUDA fails in a copy of a process that may have looked for a GPU.
+    with one every run is a new process.
     """
     from transformers import AutoModel, PreTrainedModel  # noqa: F401  (the runs import them, and torch)
 
     import extract.upstream.load  # noqa: F401
 
     audio = request.audio
-    copies = request.device == "cpu" and sys.platform == "linux" and not any(map(onnx_file, request.sources.values()))
+    copies = can_copy_processes(request.device) and not any(map(onnx_file, request.sources.values()))
     start: Start = "fork" if copies else "spawn"
     log("speed: counting parameters and multiply-accumulates")
     sizes = in_fresh_process(count_sizes, request, threads=audio.threads, start=start)

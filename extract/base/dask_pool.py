@@ -16,7 +16,6 @@ They report their GPUs before the work (`extract.base.device`).
 import logging
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -30,6 +29,7 @@ from distributed.scheduler import NoValidWorkerError
 from distributed.utils import get_mp_context
 
 from extract.base.errors import RetortError
+from extract.base.machine import can_copy_processes
 from extract.base.progress import log
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                 from extract.base.device import check_local_workers  # late: torch takes seconds
 
                 check_local_workers(device, number)
-            with _started_once(imports, device):
+            with _copied_workers(imports, device):
                 self.cluster = LocalCluster(
                     n_workers=number,
                     threads_per_worker=threads,
@@ -77,7 +77,7 @@ class DaskPool(AbstractContextManager["DaskPool"]):
                     dashboard_address=":0",  # None takes port 8787, with a warning if another cluster has it
                     memory_limit=0,  # a worker's memory is bounded by its pieces; Dask would pause it for the model
                     silence_logs=logging.CRITICAL,
-                    env=dict(os.environ),  # a copy has that of its first process, without credentials set since
+                    env=dict(os.environ),  # a copy lacks what was set after the start of the process it was copied from
                 )
         self.piece = piece
         self.address = address or "of this machine"
@@ -192,13 +192,12 @@ class DaskPool(AbstractContextManager["DaskPool"]):
 
 
 @contextmanager
-def _started_once(modules: Sequence[str], device: str) -> Iterator[None]:
-    """Workers that are started inside are copies of one process that has imported `modules`, on CPUs and Linux.
+def _copied_workers(modules: Sequence[str], device: str) -> Iterator[None]:
+    """Make workers that start inside copies of one process that has imported `modules`, where processes can be copied.
 
-    Importing torch and transformers takes each worker seconds. CUDA fails in a copy of a process that may have looked
-    for a GPU.
+    Importing torch and transformers takes seconds for each worker otherwise.
     """
-    if device != "cpu" or sys.platform != "linux":
+    if not can_copy_processes(device):
         yield
         return
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):

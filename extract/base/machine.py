@@ -1,7 +1,8 @@
-"""Description of the machine on which a figure was measured: all that a timing depends on, but no host name."""
+"""The machine: a description of it for measured figures, without the host name, and whether processes may be copied."""
 
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,3 +28,11 @@ def processor_model() -> str:
             if line.startswith("model name"):  # x86; on ARM the platform module has the name
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def can_copy_processes(device: str) -> bool:
+    """Return True if a process for work on `device` may be a copy of one that has imported the libraries.
+
+    It may on Linux and for a CPU. CUDA fails in a copy of a process that may have looked for a GPU.
+    """
+    return device == "cpu" and sys.platform == "linux"

@@ -331,7 +331,7 @@ def staging_folder() -> Iterator[Path]:
 def _process_staging_folder(url: str, cache_root: Path) -> Path:
     """Make the staging folder of this process for a URL, once."""
     folder = tempfile.mkdtemp(dir=_make_folder(cache_root), prefix="staging-")
-    # Not atexit, which a worker that is a copy of another process leaves out.
+    # Not atexit, which does not run in a worker that is a copy of another process.
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return Path(folder)
 
