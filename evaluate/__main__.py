@@ -75,6 +75,10 @@ def many(config: Path, workers: int, scheduler: str | None, **asked: Any) -> Non
     """
     if workers < 0 or (workers and scheduler):
         raise RetortError("--workers N starts a local cluster, --scheduler ADDRESS uses a running one: give one, N > 0")
+    if workers:
+        from extract.base.dask_pool import import_for_workers
+
+        import_for_workers(["evaluate.jobs"], asked["device"])  # takes seconds, as does the next line
     from evaluate.jobs import check_device, jobs_of, score_all
     from evaluate.task import not_scored
 

@@ -8,6 +8,7 @@ Each worker has two threads: while one shard is in the model, another is encoded
 
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -24,7 +25,7 @@ from extract.store.manifest import initial_weights_path
 from extract.upstream.card import UpstreamCard
 from extract.upstream.spec import ON_CPU, UpstreamFacts
 
-# State of a worker process, one entry at most each: the loaded upstream, and the store that it works on.
+# State of a worker process: the loaded upstream, one at most, and the stores that it works on, two at most.
 _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], LocalRunner] = {}
 _opened: dict[tuple[ExtractConfig, UpstreamCard], tuple[LocalRunner, Extraction, UpstreamFacts]] = {}
@@ -62,10 +63,20 @@ class DaskRunner:
     def fit(self, extraction: Extraction) -> Fitted:
         return self.pool.once(_fit, self._for_workers(extraction.config, extraction.corpus), self.card)
 
-    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
+    @property
+    def spare_shards(self) -> int:
+        return self.pool.num_threads
+
+    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> Iterator[None]:
         config = self._for_workers(extraction.config, extraction.corpus)
-        for shard, _ in self.pool.each(partial(_write_shard, config, self.card), shards):
-            advance(extraction.shard_s(shard))
+        written = self.pool.each(partial(_write_shard, config, self.card), shards)  # submits the first shards here
+
+        def advanced() -> Iterator[None]:
+            for shard, _ in written:
+                advance(extraction.shard_s(shard))
+                yield
+
+        return advanced()
 
     def write_initial_weights(self, config: ExtractConfig) -> dict[str, Any]:
         record = self.pool.once(_write_initial_weights, self._for_workers(config), self.card)
@@ -108,7 +119,8 @@ def _open_here(config: ExtractConfig, card: UpstreamCard) -> tuple[LocalRunner, 
             facts = runner.open(extraction)
             if extraction.writer.remote:
                 extraction.writer.create()  # in the staging folder of this process
-            _opened.clear()
+            while len(_opened) > 1:  # the next store begins while the last shards of one are written
+                del _opened[next(iter(_opened))]
             _opened[key] = runner, extraction, facts
         return _opened[key]
 

@@ -53,8 +53,17 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
     card = find_upstream(first.upstream, normalise=first.normalise, name=first.name)
     _check_initial_blocks(first, card)
     with _runner(first, card) as runner, progress_of(card, corpora) as bar:
+        under_way: list[_CorpusWork] = []  # one: workers without a shard of it begin the next corpus
         for config, corpus in zip(configs, corpora, strict=True):
-            yield _extract(config, card, corpus, runner, bar)
+            try:
+                work = _CorpusWork(config, card, corpus, runner, bar)
+            except RetortError:
+                yield from map(_CorpusWork.finish, under_way)
+                raise
+            yield from map(_CorpusWork.finish, under_way)
+            work.write_most()
+            under_way = [work]
+        yield from map(_CorpusWork.finish, under_way)
 
 
 def progress_of(card: UpstreamCard, corpora: Sequence[Corpus]) -> ProgressBar:
@@ -66,23 +75,42 @@ def _duration_s(corpus: Corpus) -> float:
     return float(corpus.num_samples.sum()) / SAMPLE_RATE_HZ
 
 
-def _extract(
-    config: ExtractConfig, card: UpstreamCard, corpus: Corpus, runner: ShardRunner, bar: ProgressBar
-) -> tuple[Manifest, bool]:
-    manifest, worked = _finished(config, card, corpus), False
-    if manifest is None:
-        corpus.check_audio(f"--corpus {config.corpus}: extraction needs")
-        # Packing needs lengths and config.json alone: its errors come before the upstream is loaded.
-        manifest, worked = make_store(Extraction.open(config, card, corpus), runner, bar), True
-    else:
-        bar.skip(_duration_s(corpus))
-    if config.initial_blocks:
-        record = _kept_initial_weights(config, manifest.fingerprint)
-        if record is None:
-            record, worked = runner.write_initial_weights(config), True
-        manifest = replace(manifest, initial_weights=record)
-    write_json(config.manifest, manifest.to_dict())  # last: what it records is complete
-    return manifest, worked
+class _CorpusWork:
+    """The store of one corpus and its manifest, from the first shard to the manifest.
+
+    Writing begins at once on a cluster. Raises RetortError for a corpus that can't be run.
+    """
+
+    def __init__(
+        self, config: ExtractConfig, card: UpstreamCard, corpus: Corpus, runner: ShardRunner, bar: ProgressBar
+    ) -> None:
+        self.config, self.runner = config, runner
+        self.finished = _finished(config, card, corpus)
+        self.store: StoreWork | None = None
+        if self.finished is None:
+            corpus.check_audio(f"--corpus {config.corpus}: extraction needs")
+            # Packing needs lengths and config.json alone: its errors come before the upstream is loaded.
+            self.store = StoreWork(Extraction.open(config, card, corpus), runner, bar)
+        else:
+            bar.skip(_duration_s(corpus))
+
+    def write_most(self) -> None:
+        """Write shards until workers are idle, or all."""
+        if self.store is not None:
+            self.store.write_most()
+
+    def finish(self) -> tuple[Manifest, bool]:
+        """Write what is missing and the manifest; return it, and whether any work was done."""
+        config, worked = self.config, self.store is not None
+        manifest = self.finished if self.store is None else self.store.finish()
+        assert manifest is not None
+        if config.initial_blocks:
+            record = _kept_initial_weights(config, manifest.fingerprint)
+            if record is None:
+                record, worked = self.runner.write_initial_weights(config), True
+            manifest = replace(manifest, initial_weights=record)
+        write_json(config.manifest, manifest.to_dict())  # last: what it records is complete
+        return manifest, worked
 
 
 @contextmanager
@@ -143,17 +171,37 @@ def _kept_initial_weights(config: ExtractConfig, fingerprint: str) -> dict[str, 
 
 def make_store(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> Manifest:
     """Write what is missing of a store; return its manifest, which the store holds too. bar: from `progress_of`."""
-    card, corpus = extraction.card, extraction.corpus
-    facts = runner.open(extraction)  # before any file is written: an upstream that fails leaves no store
-    extraction.writer.create()
-    extraction = _fitted(extraction, runner, bar)
-    writer = extraction.writer
-    shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
-    bar.skip(_duration_s(corpus) - sum(map(extraction.shard_s, shards)))  # shards that are there, dropped utterances
-    for line in _remarks(facts):
-        bar.say(f"{card.name} on {corpus.name}: {line}")
-    runner.write(extraction, shards, partial(bar.advance, detail=corpus.name))
-    return writer.finish(_manifest(extraction, facts), ids=corpus.ids)
+    return StoreWork(extraction, runner, bar).finish()
+
+
+class StoreWork:
+    """A store whose missing shards are being written. Raises RetortError for an upstream that fails on it."""
+
+    def __init__(self, extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> None:
+        card, corpus = extraction.card, extraction.corpus
+        self.facts = runner.open(extraction)  # before any file is written: an upstream that fails leaves no store
+        extraction.writer.create()
+        self.extraction = extraction = _fitted(extraction, runner, bar)
+        writer = extraction.writer
+        shards = [shard for shard in range(writer.packing.num_shards) if not writer.finished(shard)]
+        # Shards that are there, and dropped utterances.
+        bar.skip(_duration_s(corpus) - sum(map(extraction.shard_s, shards)))
+        for line in _remarks(self.facts):
+            bar.say(f"{card.name} on {corpus.name}: {line}")
+        self._written = runner.write(extraction, shards, partial(bar.advance, detail=corpus.name))
+        self._num_left, self._runner = len(shards), runner
+
+    def write_most(self) -> None:
+        """Write shards until workers are idle, or all."""
+        while self._num_left > self._runner.spare_shards:
+            next(self._written)
+            self._num_left -= 1
+
+    def finish(self) -> Manifest:
+        """Write what is missing and the store's manifest; return it."""
+        for _ in self._written:
+            pass
+        return self.extraction.writer.finish(_manifest(self.extraction, self.facts), ids=self.extraction.corpus.ids)
 
 
 def _fitted(extraction: Extraction, runner: ShardRunner, bar: ProgressBar) -> Extraction:

@@ -148,6 +148,11 @@ def pack_corpus(config: ExtractConfig, corpus: "Corpus | SimulatedCorpus", spec:
 class ShardRunner(Protocol):
     """Runs one upstream, loaded once, over shards of one store after another."""
 
+    @property
+    def spare_shards(self) -> int:
+        """Number of missing shards of a store with which not all workers are busy: the next store may begin."""
+        ...
+
     def open(self, extraction: Extraction) -> UpstreamFacts:
         """Load the upstream for a store. Raises RetortError if it, or its precision on the corpus, is unusable."""
         ...
@@ -159,8 +164,11 @@ class ShardRunner(Protocol):
         """
         ...
 
-    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
-        """Write shards of an opened store. The first error, or Ctrl-C, ends the others and is raised."""
+    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> Iterator[None]:
+        """Write shards of an opened store, and yield after each; a cluster begins before the first is asked for.
+
+        The first error, or Ctrl-C, ends the others and is raised.
+        """
         ...
 
     def write_initial_weights(self, config: ExtractConfig) -> dict[str, Any]:
@@ -170,6 +178,8 @@ class ShardRunner(Protocol):
 
 class LocalRunner:
     """`ShardRunner` in this process."""
+
+    spare_shards = 0  # one store after another: the model is always busy
 
     def __init__(self, config: ExtractConfig, card: UpstreamCard) -> None:
         self.config, self.card = config, card
@@ -262,7 +272,7 @@ class LocalRunner:
             yield np.concatenate(part)
             part.clear()
 
-    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> None:
+    def write(self, extraction: Extraction, shards: list[int], advance: Advance) -> Iterator[None]:
         pool = ThreadPoolExecutor(CONCURRENT_SHARDS, "shard")
         stopped = threading.Event()
         waiting = iter(shards)
@@ -276,6 +286,7 @@ class LocalRunner:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()
+                    yield
         finally:
             stopped.set()  # after an error: the other shard ends at its next pack
             pool.shutdown()

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,10 +15,13 @@ from extract.__main__ import main
 from extract.config import ExtractConfig
 from extract.corpus import Corpus
 from extract.corpus_writer import write_corpus
+from extract.dask_runner import DaskRunner
 from extract.many import read_configs
 from extract.run import extract
+from extract.shards import CONCURRENT_SHARDS, Extraction
 from extract.store.manifest import Manifest
 from extract.upstream import load as loading
+from extract.upstream.spec import UpstreamFacts
 from tests.conftest import TINY, noise_utterances
 from train.modeling_retort import RetortStackedStudent, RetortStudentConfig
 from train.student_folder import save_student
@@ -95,6 +100,47 @@ def test_workers_share_the_loaded_upstream(params: Path, tmp_path: Path) -> None
     assert done.output.count("written") == 2
     after = {path.name: json.loads(path.read_text())["object_list"] for path in (tmp_path / "manifests/big").iterdir()}
     assert after == before
+
+
+def test_workers_begin_a_corpus_while_the_last_shards_of_another_are_written(
+    params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, int] = {}  # shards of a corpus that are known to be written
+    when_opened: list[dict[str, int]] = []
+    open_, write = DaskRunner.open, DaskRunner.write
+
+    def opened(self: DaskRunner, extraction: Extraction) -> UpstreamFacts:
+        when_opened.append(dict(written))
+        return open_(self, extraction)
+
+    def counted(self: DaskRunner, extraction: Extraction, *args: Any) -> Iterator[None]:
+        written[extraction.corpus.name] = 0
+        for one in write(self, extraction, *args):
+            written[extraction.corpus.name] += 1
+            yield one
+
+    monkeypatch.setattr(DaskRunner, "open", opened)
+    monkeypatch.setattr(DaskRunner, "write", counted)
+    done = many(params, "big", "--workers", "1", "--threads", "1")
+    assert done.exit_code == 0, done.output
+    num_shards = {path.stem: Manifest.read(path).plan["num_shards"] for path in (tmp_path / "manifests/big").iterdir()}
+    assert num_shards["noise"] > CONCURRENT_SHARDS  # of the one worker
+    assert when_opened == [{}, {"noise": num_shards["noise"] - CONCURRENT_SHARDS}]
+    assert written == num_shards
+
+
+@pytest.mark.parametrize("where", [(), ("--workers", "1")])
+def test_a_corpus_that_cannot_be_packed_leaves_the_others_finished(
+    where: tuple[str, ...], params: Path, tmp_path: Path
+) -> None:
+    long = noise_utterances(2, seed=4, shortest=100_000, longest=110_000)  # 6 s, where a pack has 128 frames
+    write_corpus(tmp_path / "corpora/few.h5", name="few", reader="folder", utterances=long)
+    for output in ("written", "nothing to do"):
+        refused = many(params, "big", "--threads", "1", *where)
+        assert refused.exit_code == 1 and "--drop-long" in refused.stderr
+        assert refused.stdout.count(output) == 1  # of noise, the first
+    found = Manifest.read(tmp_path / "manifests/big/noise.json")
+    assert found.complete and not (tmp_path / "manifests/big/few.json").exists()
 
 
 def test_filter_banks_have_packs_of_their_own(params: Path, tmp_path: Path) -> None:

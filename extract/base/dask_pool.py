@@ -14,7 +14,7 @@ They report their GPUs before the work (`extract.base.device`).
 """
 
 import logging
-import multiprocessing
+import multiprocessing.forkserver
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +22,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask
-from distributed import Client, KilledWorker, LocalCluster, Worker, as_completed, get_worker
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, as_completed, get_worker
 from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import NoValidWorkerError
@@ -144,10 +144,16 @@ class DaskPool(AbstractContextManager["DaskPool"]):
     def each(self, work: Callable[[Item], Out], items: Sequence[Item]) -> Iterator[tuple[Item, Out]]:
         """Yield every item with its result as it finishes. The first error ends the others and is raised.
 
-        At most `_IN_FLIGHT` items are submitted at a time: the scheduler keeps some 13 kB for each.
+        At most `_IN_FLIGHT` items are submitted at a time, the first ones by the call itself: the scheduler keeps some
+        13 kB for each.
         """
         waiting = iter(items)
         futures = {self.client.submit(work, item, pure=False): item for item in islice(waiting, _IN_FLIGHT)}
+        return self._finished(work, waiting, futures)
+
+    def _finished(
+        self, work: Callable[[Item], Out], waiting: Iterator[Item], futures: "dict[Future[Any], Item]"
+    ) -> Iterator[tuple[Item, Out]]:
         finished = as_completed(list(futures))
         try:
             for future in finished:
@@ -202,8 +208,18 @@ def _copied_workers(modules: Sequence[str], device: str) -> Iterator[None]:
         return
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         get_mp_context()  # before the next line, which Dask would overrule by its own modules the first time
-        multiprocessing.set_forkserver_preload(["distributed", *modules])
+        import_for_workers(modules, device)
         yield
+
+
+def import_for_workers(modules: Sequence[str], device: str) -> None:
+    """Begin to import the modules of a local pool's workers, so that this process can import its own meanwhile.
+
+    modules, device: `imports` and `device` of the `DaskPool`. Does nothing where processes can't be copied.
+    """
+    if can_copy_processes(device):
+        multiprocessing.set_forkserver_preload(["distributed", *modules])
+        multiprocessing.forkserver.ensure_running()
 
 
 def own_device(device: str, *, local: bool) -> str:

@@ -136,7 +136,8 @@ def _make_store(config: ExtractConfig, num: int, meter: Meter) -> None:
     runner = FreeRunner(config, upstream)
     extraction.writer.create()
     with meter.step("shard", len(shards)):
-        runner.write(extraction, list(shards), lambda seconds: None)
+        for _ in runner.write(extraction, list(shards), lambda seconds: None):
+            pass
     # All shards are finished: what is left is the check of their records, and `finish`.
     with meter.open_files("finish_files"), meter.step("finish"):
         bar = progress_of(CARD, [corpus])
