@@ -22,13 +22,14 @@ def mark(phase: str) -> None:
         file.write(f"{os.getpid()} {phase} {time.monotonic()}\n")
 
 
-def marked(owner: Any, name: str, phase: str, after: str | None = None) -> None:
-    """Wrap a function to record the phase that begins with each call, and the phase `after` when it returns."""
+def marked(owner: Any, name: str, phase: str | None, after: str | None = None) -> None:
+    """Wrap a function to record the phase that begins with each call, and the phase `after` when it returns, if any."""
     work: Callable[..., Any] = getattr(owner, name)
 
     @wraps(work)
     def marking(*arguments: Any, **named: Any) -> Any:
-        mark(phase)
+        if phase:
+            mark(phase)
         result = work(*arguments, **named)
         if after:
             mark(after)
@@ -42,7 +43,8 @@ def mark_extract() -> None:
     from extract.shards import LocalRunner
     from extract.store.writer import StoreWriter
 
-    marked(run, "_extract", "before", "done")
+    marked(run._CorpusWork, "__init__", "before")
+    marked(run._CorpusWork, "finish", None, "done")
     marked(LocalRunner, "write_initial_weights", "work")
     marked(LocalRunner, "write", "work")
     marked(StoreWriter, "finish", "closing")
