@@ -53,7 +53,7 @@ def extract_all(configs: Sequence[ExtractConfig]) -> Iterator[tuple[Manifest, bo
     card = find_upstream(first.upstream, normalise=first.normalise, name=first.name)
     _check_initial_blocks(first, card)
     with _runner(first, card) as runner, progress_of(card, corpora) as bar:
-        under_way: list[_CorpusWork] = []  # one: workers without a shard of it begin the next corpus
+        under_way: list[_CorpusWork] = []  # at most one; workers that have no shard of it begin the next corpus
         for config, corpus in zip(configs, corpora, strict=True):
             try:
                 work = _CorpusWork(config, card, corpus, runner, bar)
@@ -76,7 +76,7 @@ def _duration_s(corpus: Corpus) -> float:
 
 
 class _CorpusWork:
-    """The store of one corpus and its manifest, from the first shard to the manifest.
+    """The work on one corpus: its store, then its manifest.
 
     Writing begins at once on a cluster. Raises RetortError for a corpus that can't be run.
     """

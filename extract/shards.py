@@ -150,7 +150,7 @@ class ShardRunner(Protocol):
 
     @property
     def spare_shards(self) -> int:
-        """Number of missing shards of a store with which not all workers are busy: the next store may begin."""
+        """When at most this number of shards of a store is missing, workers are free and the next store may begin."""
         ...
 
     def open(self, extraction: Extraction) -> UpstreamFacts:
