@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -238,12 +239,17 @@ def test_the_frontier_holds_exactly_what_nothing_beats() -> None:
     assert [point.x for point in front] == sorted(point.x for point in front)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.6, 5), (0.07, 0.3), (0.008, 0.02), (1, 900), (17, 95)])
-def test_logarithmic_axes_have_three_labels(low: float, high: float) -> None:
+@pytest.mark.parametrize(("low", "high"), [(0.6, 5), (0.07, 0.3), (0.0063, 0.02), (0.008, 0.02), (1, 900), (17, 95)])
+def test_logarithmic_axes_have_three_labels_with_room(low: float, high: float) -> None:
     points = [Point("a", low, 0.0, TEACHER_LOOK, ""), Point("b", high, 900.0, BASELINE_LOOK, "")]
     (chart,) = svgs(scatter(points, key="k", title="t", description="d", x_label="cost"))
-    texts = [text.text or "" for text in chart.iter(f"{SVG}text")]
-    labels = [float(text) for text in texts[: texts.index("cost")]]
+    elements = list(chart.iter(f"{SVG}text"))
+    texts = [element.text or "" for element in elements]
+    number = texts.index("cost")
+    labels = [float(text) for text in texts[:number]]
+    middles = [float(element.get("x", "nan")) for element in elements[:number]]
+    for (text, middle), (other, next_middle) in pairwise(zip(texts[:number], middles, strict=True)):
+        assert next_middle - middle > 6 * (len(text) + len(other)) / 2  # a digit is about 6 wide
     assert len(labels) >= 3 and labels == sorted(labels)
     assert all(low / 3 <= label <= 3 * high for label in labels)
 

@@ -135,7 +135,8 @@ def _decimal_ticks(low: float, high: float) -> list[float]:
     """Return the decimal logarithms of round numbers between two of them: at least three, where these steps allow."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     places: list[float] = []
-    for steps in ((1,), (1, 2, 5), (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+    # Each list is used on axes so short that the one before it gives too few: labels have room.
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 6), (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
         places = [place for power in powers for step in steps if low <= (place := power + math.log10(step)) <= high]
         if len(places) >= 3:
             break
