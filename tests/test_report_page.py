@@ -292,6 +292,19 @@ def test_names_of_points_on_one_spot_do_not_overlap() -> None:
     assert min(np.diff(heights)) >= 10  # a line of type is 10.5 high
 
 
+def test_no_name_hides_the_mark_of_another_point() -> None:
+    points = [Point("neighbour", 1.0, 500.0, student_look(0), ""), Point("hidden", 1.2, 520.0, student_look(1), "it")]
+    points += [Point("better", 0.8, 700.0, student_look(2), ""), Point("far", 4.0, 900.0, BASELINE_LOOK, "")]
+    (chart,) = svgs(scatter(points, key="k", title="t", description="d", x_label="x"))
+    (name,) = [text for text in chart.iter(f"{SVG}text") if text.text == "neighbour"]
+    (group,) = [group for group in chart.iter(f"{SVG}g") if group.findtext(f"{SVG}title") == "it"]
+    (mark,) = group.iter(f"{SVG}use")
+    x, y = float(mark.get("x", "nan")), float(mark.get("y", "nan"))
+    left, base = float(name.get("x", "nan")), float(name.get("y", "nan"))
+    assert left < x < left + 9 * 6  # nine letters of about 6 each pass above or below the mark
+    assert y > base + 4 or y < base - 12
+
+
 def test_looks_differ_while_colours_last() -> None:
     looks = [TEACHER_LOOK, BASELINE_LOOK, *(student_look(number) for number in range(6))]
     assert len({look.colour for look in looks}) == len(looks)

@@ -17,6 +17,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from evaluate.scorefile import ScoreFile
 from train.metrics import DevPoint, GrowthStep
@@ -153,23 +154,22 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """Write each name beside its point, towards the middle and off the frontier; move names up that overlap."""
+    """Write each name beside its point, towards the middle and off the frontier, where it hides no name and no mark."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
-    line = 0.062 * (high - low)  # height of a line of text
-    placed: list[tuple[float, float]] = []  # where names were written
+    line, letter = 0.062 * (high - low), 0.026 * (right - left)  # height of a line of text, about the width of a letter
+    taken = [Bbox.from_bounds(p.x - letter / 2, p.y - line / 3, letter, line / 1.5) for p in points]  # the marks
     for point in sorted(points, key=lambda point: point.y):
         on_the_left = point.x > left + 0.6 * (right - left)  # a name on the right would leave the chart
         aside = -1 if on_the_left else 1
         # The frontier rises to the right: a name on its right goes below the line, one on its left above.
         wanted = point.y - (aside * 0.5 * line if point in front else 0)
-        x, y = point.x + aside * 0.035 * (right - left), wanted
-        for other_x, other_y in sorted(placed, key=lambda place: place[1]):
-            # 0.4 of the width: about the length of a name
-            if abs(other_x - x) < 0.4 * (right - left) and abs(other_y - y) < line:
-                y = other_y + line
-        placed.append((x, y))
-        if y - wanted > 0.4 * line:  # far from its point: a thin line joins them
+        x, width = point.x + aside * 0.035 * (right - left), aside * letter * len(point.name)
+        heights = [wanted + sign * halves * line / 2 for halves in range(8) for sign in (1, -1)]
+        boxes = {y: Bbox.from_bounds(x, y - 0.49 * line, width, 0.98 * line) for y in heights if low < y < high}
+        y = next((y for y, box in boxes.items() if not box.count_overlaps(taken)), wanted)
+        taken.append(boxes[y])
+        if abs(y - wanted) > 0.4 * line:  # far from its point: a thin line joins them
             axes.plot([point.x, x], [point.y, y], color=MUTED, linewidth=0.7, zorder=3)
         side = "right" if on_the_left else "left"
         axes.text(x, y, point.name, va="center", ha=side, gid=f"halo-{point.name}", zorder=5)
