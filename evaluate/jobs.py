@@ -26,7 +26,7 @@ from evaluate.time_left import ExpectedScore, TimeLeft, work_of
 from extract.base.device import check_local_workers, device_model, named_device, set_float32
 from extract.base.errors import RetortError, unknown
 from extract.base.files import check_out, in_main_tree, sha256_json, sha256_matching
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.params import read_params
 from extract.base.progress import ProgressBar
 from extract.base.provenance import Provenance
@@ -333,7 +333,7 @@ def _missing_labels(task: Task[Any], corpus: Corpus) -> list[str]:
 
 def configure_torch() -> None:
     """Configure torch for heads, in this thread and the threads it starts."""
-    keep_freed_blocks()
+    configure_memory()
     torch.set_num_threads(1)  # see evaluate/sweep.py for the reason
     # A saturated LSTM has gradients below the smallest normal float, on which a CPU is five times slower (measured on
     # fbank). Threads inherit this setting.

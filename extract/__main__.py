@@ -162,10 +162,10 @@ def plan(
 )
 def run(**options: Any) -> None:
     """Run an upstream over a corpus; leave a store and its manifest."""
-    from extract.base.malloc import keep_freed_blocks
+    from extract.base.malloc import configure_memory
     from extract.run import extract
 
-    keep_freed_blocks()  # before torch allocates anything
+    configure_memory()  # before torch allocates anything
     config = _config(**options)
     _print_made(config.manifest, *extract(config))
 
@@ -179,11 +179,11 @@ def run(**options: Any) -> None:
 @_where_to_run
 def many(config: Path, upstream: str, corpora: Path, out: Path, **options: Any) -> None:
     """Run one upstream, loaded once, over every corpus of the section features of a params file."""
-    from extract.base.malloc import keep_freed_blocks
+    from extract.base.malloc import configure_memory
     from extract.many import read_configs
     from extract.run import extract_all
 
-    keep_freed_blocks()
+    configure_memory()
     configs = read_configs(config, upstream, corpora=corpora, out=out, **options)
     for one, made in zip(configs, extract_all(configs), strict=True):
         _print_made(one.manifest, *made)

@@ -265,9 +265,9 @@ def _find_rate(config: CostConfig, corpus: AnyCorpus, size: Size) -> tuple[float
         return config.rate, "given by --rate"
     if not config.sample_s or not size.packing.num_packs or config.like:
         return None, "not timed: give --rate, or --sample-s above 0"
-    from extract.base.malloc import keep_freed_blocks
+    from extract.base.malloc import configure_memory
 
-    keep_freed_blocks()
+    configure_memory()
     asked = config.extract
     card = find_upstream(asked.upstream, normalise=asked.normalise)
     # Small batches would measure how fast a host launches a GPU's kernels.

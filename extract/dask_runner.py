@@ -101,9 +101,9 @@ class DaskRunner:
 def _load(config: ExtractConfig, card: UpstreamCard) -> LocalRunner:
     """Return this worker's runner of an upstream. Call it with the lock held."""
     if (key := (config.loading, card)) not in _loaded:
-        from extract.base.malloc import keep_freed_blocks
+        from extract.base.malloc import configure_memory
 
-        keep_freed_blocks()
+        configure_memory()
         _loaded.clear()  # an earlier upstream is freed first: one at a time in memory
         _opened.clear()
         device = own_device(config.device, local=config.scheduler is None)

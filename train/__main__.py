@@ -109,10 +109,10 @@ def run(
             Manifest.read(path)
     if not corpus.is_file():
         Corpus.open(corpus)  # raises
-    from extract.base.malloc import keep_freed_blocks
+    from extract.base.malloc import configure_memory
     from train.distributed import find_device, process_group
 
-    keep_freed_blocks()
+    configure_memory()
     found_device = find_device(device)  # before the imports below, which take seconds
     from train.loop import train
     from train.run import TrainRequest

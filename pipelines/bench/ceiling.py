@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.files import write_json
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import Range, TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import make_store, progress_of
@@ -55,7 +55,7 @@ def prepare(bench: Ceiling) -> dict[str, dict[str, Any]]:
 
 def _opened(bench: Ceiling, folder: Path) -> tuple[FreeRunner, Extraction]:
     """Return a runner and the packed corpus, for a store below `folder`."""
-    keep_freed_blocks()  # as the command does
+    configure_memory()  # as the command does
     num_layers, dim = STORES[bench.group]
     upstream = FreeUpstream(num_layers=num_layers, dim=dim, longest=load.LENGTHS.longest_frames)
     config = bench.of("").extract_config(upstream=CARD.id, store=folder, manifest=folder / "manifest.json")

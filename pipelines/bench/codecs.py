@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.errors import RetortError
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import Range, TimedSteps
 from extract.shards import Extraction, LocalRunner
 from extract.store.codec import Codec, CodecError
@@ -43,7 +43,7 @@ def fit_codec(runner: LocalRunner, extraction: Extraction) -> Extraction:
 
 def prepare(bench: Codecs) -> dict[str, dict[str, Any]]:
     """Write the pack, and its codes and parameters of each codec; return sizes, errors and times of the fits."""
-    keep_freed_blocks()
+    configure_memory()
     options = bench.options
     hidden_LFD, sample_LFD = _synthetic(options) if options.manifest is None else _of_store(options, options.manifest)
     np.save(bench.folder / "hidden.npy", hidden_LFD)
@@ -108,7 +108,7 @@ def _codec(bench: Codecs) -> Codec:
 
 def encode(bench: Codecs, *, torch: bool) -> TimedSteps:
     """Encode the pack some times; return the share of codes that differ from numpy's."""
-    keep_freed_blocks()
+    configure_memory()
     codec, (hidden_LFD, codes_LRW, scale) = _codec(bench), _arrays(bench, torch=torch)
     expected_LRW = np.asarray(codes_LRW).copy()
     codec.encode_into(codes_LRW, scale, hidden_LFD)  # parameters are arranged, memory is there
@@ -121,7 +121,7 @@ def encode(bench: Codecs, *, torch: bool) -> TimedSteps:
 
 def decode(bench: Codecs, *, torch: bool) -> TimedSteps:
     """Decode the pack some times; return the largest difference from numpy, as a part of the largest value."""
-    keep_freed_blocks()
+    configure_memory()
     codec, (hidden_LFD, codes_LRW, scale) = _codec(bench), _arrays(bench, torch=torch)
     rows_F: Any = np.arange(hidden_LFD.shape[1])
     if torch:

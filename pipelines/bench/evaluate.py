@@ -27,7 +27,7 @@ from evaluate.sweep import begin
 from evaluate.task import Features, Recipe
 from evaluate.tasks import TASKS
 from evaluate.tasks.pr import PhoneRecognition
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.corpus_writer import Utterance, write_corpus
@@ -49,7 +49,7 @@ _NUM_CLASSES = {"ks": 12, "pr": 71}  # of Speech Commands, and of the phones of 
 
 def prepare(bench: Evaluate) -> dict[str, dict[str, Any]]:
     """Write an upstream, and a corpus and its store for each task; return the seconds that each store took."""
-    keep_freed_blocks()
+    configure_memory()
     options, facts = bench.options, {}
     synthetic.make_teacher(bench.teacher, options.shape)
     for title, task in TASK_OF_GROUP.items():
@@ -141,7 +141,7 @@ def timed_steps(bench: Evaluate, *, online: bool = False, ready: bool = False) -
     task, num_steps = TASK_OF_GROUP[bench.group], bench.options.steps
     recipe: Recipe = replace(TASKS[task].recipe(), learning_rates=(LEARNING_RATE,), batch_size=bench.options.batch_size)
     problem = _problem(bench, task, recipe, online=online)
-    keep_freed_blocks()
+    configure_memory()
     torch.set_flush_denormal(True)  # as the command does
     runner = begin(problem, LEARNING_RATE, recipe)
     batches = problem.batches(recipe.seed, 0)  # the same in every variant: drawn from the seed alone

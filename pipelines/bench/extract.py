@@ -14,7 +14,7 @@ import numpy as np
 
 from extract.base.errors import RetortError
 from extract.base.files import sha256_json, write_json
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import TimedSteps
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
@@ -174,7 +174,7 @@ def matmul(bench: Extract) -> TimedSteps:
 
 def _opened(config: ExtractConfig) -> tuple[LocalRunner, Extraction]:
     """Return the runner of the command, and its packed corpus."""
-    keep_freed_blocks()  # as the command does, and for its upper bound too
+    configure_memory()  # as the command does, and for its upper bound too
     card = find_upstream(config.upstream)
     return LocalRunner(config, card), Extraction.open(config, card, Corpus.open(config.corpus))
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.base.files import write_json
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import make_store, progress_of
@@ -143,7 +143,7 @@ def _spans(bench: Loaded) -> list[tuple[int, int]]:
 
 def memmap(bench: Loaded) -> TimedSteps:
     """Copy the bytes of the packs out of a memory map."""
-    keep_freed_blocks()  # as the command does, and for its upper bound too
+    configure_memory()  # as the command does, and for its upper bound too
     flat, spans = np.memmap(_flat(bench), dtype=np.uint8, mode="r"), _spans(bench)
     np.array(flat[slice(*spans[0])])  # warm-up: the first pages are mapped
     yield
@@ -166,7 +166,7 @@ def preadv(bench: Loaded) -> TimedSteps:
 
 def loader(bench: Loaded, *, stored: bool = False) -> TimedSteps:
     """Read the batches of some epochs as training does, for a model of zero cost."""
-    keep_freed_blocks()
+    configure_memory()
     data, used = _data(bench, stored=stored), 0
     epoch_packs = len(data.sampler)
     with closing(data.training_batches(0)) as batches:
@@ -186,7 +186,7 @@ def loader(bench: Loaded, *, stored: bool = False) -> TimedSteps:
 
 def files(bench: Load) -> TimedSteps:
     """Read the same packs from one file an utterance: the layers end to end, and the waveforms."""
-    keep_freed_blocks()
+    configure_memory()
     data = _data(bench)
     packs = [data.store.utterances_of(pack).tolist() for pack in epoch(data)]
 
@@ -208,7 +208,7 @@ def training(bench: Load) -> TimedSteps:
     from train.loop import train
     from train.run import TrainRequest
 
-    keep_freed_blocks()
+    configure_memory()
     asked = read_student(bench.options.config, bench.options.student)
     os.chdir(bench.folder)  # of the checkpoints
     config = replace(

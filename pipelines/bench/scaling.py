@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import Range, TimedRun, TimedSteps
 from extract.config import ExtractConfig
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
@@ -64,7 +64,7 @@ def points(options: ScalingOptions) -> dict[str, list[Point]]:
 
 def prepare(bench: Scaling) -> dict[str, dict[str, Any]]:
     """Write the teacher, and the corpus and store of every point; return the sizes of each axis."""
-    keep_freed_blocks()
+    configure_memory()
     synthetic.make_teacher(bench.teacher, bench.options.shape)
     facts: dict[str, dict[str, Any]] = {axis: {"unit": unit, "sizes": []} for axis, unit in ONE_MORE.items()}
     for axis, of_axis in points(bench.options).items():
@@ -102,7 +102,7 @@ def _read_epoch(config: ExtractConfig) -> dict[str, float]:
         data.training_parts(int(data.sampler.packs[0]))
         return data
 
-    keep_freed_blocks()  # as the command does
+    configure_memory()  # as the command does
     opened()  # imports, and the files into the system's cache
     start = time.process_time()
     data = opened()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from extract.base.timing import TimedSteps
 from extract.corpus import SAMPLE_RATE_HZ, Corpus
 from extract.run import extract as extract_store
@@ -74,7 +74,7 @@ def request_of(bench: Train, config: StudentConfig, *, frozen: bool, stored: boo
 
 def prepare(bench: Train) -> dict[str, dict[str, Any]]:
     """Write a teacher, noise, and a store of the target layers and the stem with initial weights."""
-    keep_freed_blocks()
+    configure_memory()
     write_params(bench)
     options, config = bench.options, student_config(bench)
     synthetic.make_teacher(bench.teacher, options.shape)
@@ -101,7 +101,7 @@ def timed_steps(
 
     kind: of batches: store, online (the teacher runs) or ready (decoded beforehand).
     """
-    keep_freed_blocks()  # as the command does
+    configure_memory()  # as the command does
     run, num_steps = begin(request_of(bench, config_of(bench), frozen=frozen, stored=stored)), bench.options.steps
     warm_steps = math.ceil(len(run.data.sampler) / run.request.packs_per_step)
     change = _teacher(bench, run) if kind == "online" else None

@@ -39,7 +39,7 @@ from transformers import HubertConfig, HubertModel
 
 from extract.audio import mel_spectrogram
 from extract.base.files import write_json, written_aside
-from extract.base.malloc import keep_freed_blocks
+from extract.base.malloc import configure_memory
 from pipelines.demo.room_acoustics import SAMPLE_RATE_HZ, apply_microphone, draw_microphone
 from pipelines.teacher.teacher_data import HOP_SAMPLES, RECEPTIVE_SAMPLES, TeacherData, hubert_frames
 
@@ -332,7 +332,7 @@ def export(hubert: HubertModel, out: Path) -> None:
 )
 def main(data: Path, out: Path, minutes: float, phase: int) -> None:
     """Train the demo teacher."""
-    keep_freed_blocks()
+    configure_memory()
     train_teacher(TeacherData.open(data, "train"), out, replace(PHASES[phase], minutes=minutes))
 
 
