@@ -292,6 +292,16 @@ def test_names_of_points_on_one_spot_do_not_overlap() -> None:
     assert min(np.diff(heights)) >= 10  # a line of type is 10.5 high
 
 
+def test_names_of_many_points_on_one_spot_do_not_overlap() -> None:
+    points = [Point(f"student{n}", 1.0, 500.0, student_look(n), "") for n in range(10)]
+    points.append(Point("far", 4.0, 900.0, BASELINE_LOOK, ""))
+    (chart,) = svgs(scatter(points, key="k", title="t", description="d", x_label="x"))
+    names = [text for text in chart.iter(f"{SVG}text") if (text.text or "").startswith("student")]
+    heights = sorted(float(name.get("y", "nan")) for name in names)
+    assert len(heights) == 10 and min(np.diff(heights)) >= 10
+    assert heights[0] > 0 and heights[-1] < 236  # the axis below
+
+
 def test_no_name_hides_the_mark_of_another_point() -> None:
     points = [Point("neighbour", 1.0, 500.0, student_look(0), ""), Point("hidden", 1.2, 520.0, student_look(1), "it")]
     points += [Point("better", 0.8, 700.0, student_look(2), ""), Point("far", 4.0, 900.0, BASELINE_LOOK, "")]

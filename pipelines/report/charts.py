@@ -165,7 +165,7 @@ def _name_points(axes: Axes, points: Sequence[Point], front: Sequence[Point]) ->
         # The frontier rises to the right: a name on its right goes below the line, one on its left above.
         wanted = point.y - (aside * 0.5 * line if point in front else 0)
         x, width = point.x + aside * 0.035 * (right - left), aside * letter * len(point.name)
-        heights = [wanted + sign * halves * line / 2 for halves in range(8) for sign in (1, -1)]
+        heights = [wanted + sign * halves * line / 2 for halves in range(32) for sign in (1, -1)]
         boxes = {y: Bbox.from_bounds(x, y - 0.49 * line, width, 0.98 * line) for y in heights if low < y < high}
         y = next((y for y, box in boxes.items() if not box.count_overlaps(taken)), wanted)
         taken.append(boxes[y])
