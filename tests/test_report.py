@@ -19,6 +19,7 @@ from pipelines.report import report_command
 from pipelines.report.command import read_config
 from pipelines.report.published import PUBLISHED
 from pipelines.report.results import Upstream, read_curve, read_results
+from pipelines.report.table import Column
 from tests.report_world import (
     FINGERPRINT,
     NOTE,
@@ -334,6 +335,15 @@ def test_every_score_has_its_interval(made: Made) -> None:
         assert caveat in text
     assert re.search(line, markdown) and "20.40 ± 0.50 (17.15–23.15)" in made.page
     assert "| upstream | relative score | PR PER % ↓ | ASR WER % ↓ | ASR CER |" in markdown
+
+
+def test_students_of_one_score_are_not_the_best_where_it_has_an_interval() -> None:
+    upstreams = [Upstream(name=name, kind="student", scores={}, relative=100.0) for name in ("one", "two")]
+    upstreams.append(Upstream(name="three", kind="student", scores={}, relative=90.0))
+    scored = Column("ASR", "WER % ↓", "high", lambda one: one.relative, "{:.1f}".format, lambda _: (100.0, 100.0))
+    assert scored.best(upstreams) == frozenset()
+    assert scored.best(upstreams[1:]) == {"two"}
+    assert replace(scored, interval=lambda _: None).best(upstreams) == {"one", "two"}  # as parameters
 
 
 def test_a_score_beyond_the_interval_is_bold(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

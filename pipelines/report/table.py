@@ -137,9 +137,10 @@ class Column:
         return "" if ends is None else f"{write_short(ends[0])}–{write_short(ends[1])}"
 
     def best(self, upstreams: Sequence[Upstream]) -> frozenset[str]:
-        """Return the names of the best students; students with equal text share the place.
+        """Return the names of the best students.
 
-        None are the best if another student's value lies inside the interval of the first.
+        None are the best if another student's value lies inside the interval of the first or has the same text. In a
+        column without intervals, such as parameters, students with equal text share the place.
         """
         students = (one for one in upstreams if one.kind == "student")
         known = [(one, value) for one in students if (value := self.value(one)) is not None]
@@ -150,7 +151,7 @@ class Column:
         first = [one for one, value in known if self.write(value) == self.write(winner)]
         others = [value for _, value in known if self.write(value) != self.write(winner)]
         for low, high in filter(None, map(self.interval, first)):
-            if any(low <= value <= high for value in others):
+            if len(first) > 1 or any(low <= value <= high for value in others):
                 return frozenset()
         return frozenset(one.name for one in first)
 
