@@ -101,7 +101,7 @@ CLAIMS = {  # of the table of differences: title -> a student and the one that i
     "full depth v DistilHuBERT, both from the stem": ("full", "distilhubert-scratch"),
 }
 # Seconds of one core for a step, by the number of blocks: medians of four rounds of twelve steps, each depth in turn,
-# on an Intel Xeon of 2.8 GHz. The seconds of a run depend on what else the machine does.
+# on an Intel Xeon of 2.8 GHz. The seconds of a run depend on what else the machine does, pauses count.
 STACKED_S = {3: 0.120, 6: 0.207, 9: 0.269, 12: 0.329}
 STEP_S = {"distilhubert": {2: 0.228}, "gendistiller": {1: 0.289}}
 DRAWN = {
@@ -121,7 +121,10 @@ def collect(study: Path) -> None:
     """Copy the results of the finished students of a study's folder to the two files."""
     errors: list[Row] = []
     scores: list[Row] = []
-    for folder in sorted(study.glob("students/*-s?")):
+    students = sorted(study.glob("students/*-s?"))
+    if not students:
+        sys.exit(f"{study}: no folder students/NAME-s1 there; give the folder of a study that has trained students")
+    for folder in students:
         student, seed = folder.name.rsplit("-s", 1)
         run = RunMetrics.read(study / "runs" / folder.name / "metrics.json")
         for point in run.dev_curve:
