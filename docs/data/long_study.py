@@ -104,7 +104,7 @@ CLAIMS = {  # of the table of differences: title -> a student and the one that i
     "full depth v DistilHuBERT, both from the stem": ("full", "distilhubert-scratch"),
 }
 # Seconds of one core for a step, by the number of blocks: medians of four rounds of twelve steps, each depth in turn,
-# on an Intel Xeon of 2.8 GHz. The seconds of a run depend on what else the machine does, pauses count.
+# on an Intel Xeon of 2.8 GHz. The seconds of a run depend on what else the machine does, and include pauses.
 STACKED_S = {3: 0.120, 6: 0.207, 9: 0.269, 12: 0.329}
 STEP_S = {"distilhubert": {2: 0.228}, "gendistiller": {1: 0.289}}
 DRAWN = {
