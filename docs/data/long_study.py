@@ -221,7 +221,8 @@ def tables() -> str:
     found.append(f"Differences\n\n{_differences(errors, scores)}")
     header = ["upstream", *TASKS.values()]
     others = [[name, *(_spread(_of_task(scores, name, task), 1) for task in TASKS)] for name in ("teacher", "fbank")]
-    return "\n\n".join([*found, markdown_table(header, others)])
+    found.append(markdown_table(header, [*others, *_ahead_of_teacher(scores)]))
+    return "\n\n".join([*found, f"Between two seeds of a student\n\n{_between_seeds(errors, scores)}"])
 
 
 def _differences(errors: Sequence[Row], scores: Sequence[Row]) -> str:
@@ -243,6 +244,38 @@ def _differences(errors: Sequence[Row], scores: Sequence[Row]) -> str:
         rows.append([title, str(len(layers[0])), *cells])
     points = [f"{task.upper()} {title[-1]}" for task, title in TASKS.items()]  # with the arrow
     return markdown_table(["", "seeds", *(f"layer {layer}, %" for layer in LAYERS), *points, "CKA"], rows)
+
+
+def _ahead_of_teacher(scores: Iterable[Row]) -> list[list[str]]:
+    """Return two rows of a table: in each task, how many students have a better score than the teacher."""
+    ahead, clearly = ["students ahead of the teacher"], ["by more than both intervals"]
+    for task, title in TASKS.items():
+        sign = -1 if title.endswith("↓") else 1
+        found: dict[str, list[list[float]]] = {"teacher": [], "students": []}  # low, score, high; larger is better
+        for row in scores:
+            if row["task"] == task and row["student"] != "fbank":
+                kind = "teacher" if row["student"] == "teacher" else "students"
+                found[kind].append(sorted(sign * float(row[key]) for key in ("low", "score", "high")))
+        ((_, score, high),) = found["teacher"]
+        students = found["students"]
+        ahead.append(f"{sum(one > score for _, one, _ in students)} of {len(students)}")
+        clearly.append(str(sum(low > high for low, _, _ in students)))
+    return [ahead, clearly]
+
+
+def _between_seeds(errors: Sequence[Row], scores: Sequence[Row]) -> str:
+    """Return a table of one row: the largest difference between seeds of a student, errors in %, scores in points."""
+    students = sorted({row["student"] for row in errors})
+    largest = []
+    for layer in LAYERS:
+        of_layer = {name: _last_errors(errors, name, layer).values() for name in students}
+        largest.append(max((100 * (max(seeds) / min(seeds) - 1), name) for name, seeds in of_layer.items()))
+    for task in TASKS:
+        of_task = {name: _of_task(scores, name, task) for name in students}
+        largest.append(max((max(seeds) - min(seeds), name) for name, seeds in of_task.items() if seeds))
+    cells = [f"{value:.{int(place >= len(LAYERS))}f} ({name})" for place, (value, name) in enumerate(largest)]
+    header = ["", *(f"layer {layer}, %" for layer in LAYERS), *(task.upper() for task in TASKS)]
+    return markdown_table(header, [["largest difference", *cells]])
 
 
 def _last_errors(errors: Iterable[Row], student: str, layer: int) -> dict[str, float]:
