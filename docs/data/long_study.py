@@ -95,6 +95,7 @@ CLAIMS = {  # of the table of differences: title -> a student and the one that i
     "GenDistiller v its block with heads, from the stem": ("gendistiller-scratch", "distilhubert-1-scratch"),
     "six generated layers v three": ("gendistiller-6", "gendistiller"),
     "GenDistiller of 2023 v of 2024": ("gendistiller-2d", "gendistiller"),
+    "GenDistiller of 2023 v of 2024, from the stem": ("gendistiller-2d-scratch", "gendistiller-scratch"),
     "two blocks that generate v one, from the stem": ("gendistiller-2-scratch", "gendistiller-scratch"),
     "two blocks that generate v DistilHuBERT, both from the stem": ("gendistiller-2-scratch", "distilhubert-scratch"),
     "two blocks grown from one v two from the start": ("gendistiller-grown-scratch", "gendistiller-2-scratch"),
