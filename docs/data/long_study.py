@@ -1,6 +1,6 @@
 """Results of the long study, seed by seed: `python -m docs.data.long_study [studies/long]`, in the repository root.
 
-`python -m pipelines study long` has 81 students, more than one machine trains in a day. With the study's folder this
+`python -m pipelines study long` trains 81 students, more than one machine trains in a day. With the study's folder this
 script copies the held-out errors and the scores of the students that it has to long-errors.csv and long-scores.csv,
 beside this file, in place of earlier rows of the same student and seed. Then it prints the tables of RESULTS.md and
 draws docs/img/long-study.webp: errors of layers 4, 8 and 12 over the time of one core.
@@ -248,8 +248,8 @@ def _differences(errors: Sequence[Row], scores: Sequence[Row]) -> str:
 
 
 def _ahead_of_teacher(scores: Iterable[Row]) -> list[list[str]]:
-    """Return two rows of a table: in each task, how many students have a better score than the teacher."""
-    ahead, clearly = ["students ahead of the teacher"], ["by more than both intervals"]
+    """Return two rows of a table: how many runs, each a student and a seed, are ahead of the teacher in each task."""
+    ahead, clearly = ["runs ahead of the teacher"], ["by more than both intervals"]
     for task, title in TASKS.items():
         sign = -1 if title.endswith("↓") else 1
         found: dict[str, list[list[float]]] = {"teacher": [], "students": []}  # low, score, high; larger is better
@@ -267,14 +267,15 @@ def _ahead_of_teacher(scores: Iterable[Row]) -> list[list[str]]:
 def _between_seeds(errors: Sequence[Row], scores: Sequence[Row]) -> str:
     """Return a table of one row: the largest difference between seeds of a student, errors in %, scores in points."""
     students = sorted({row["student"] for row in errors})
-    largest = []
+    cells = []
     for layer in LAYERS:
         of_layer = {name: _last_errors(errors, name, layer).values() for name in students}
-        largest.append(max((100 * (max(seeds) / min(seeds) - 1), name) for name, seeds in of_layer.items()))
+        percent, name = max((100 * (max(seeds) / min(seeds) - 1), name) for name, seeds in of_layer.items())
+        cells.append(f"{percent:.0f} ({name})")
     for task in TASKS:
         of_task = {name: _of_task(scores, name, task) for name in students}
-        largest.append(max((max(seeds) - min(seeds), name) for name, seeds in of_task.items() if seeds))
-    cells = [f"{value:.{int(place >= len(LAYERS))}f} ({name})" for place, (value, name) in enumerate(largest)]
+        points, name = max((max(seeds) - min(seeds), name) for name, seeds in of_task.items() if seeds)
+        cells.append(f"{points:.1f} ({name})")
     header = ["", *(f"layer {layer}, %" for layer in LAYERS), *(task.upper() for task in TASKS)]
     return markdown_table(header, [["largest difference", *cells]])
 
